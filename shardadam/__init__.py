@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sharded AdamW for data-parallel training: torch.optim's surface, 1/N of the optimizer's memory on each of N ranks."""
+
+from shardadam.optimizer import Memory, ShardedAdam, ShardedAdamW
+from shardadam.precision import Precision
+
+__all__ = ["Memory", "Precision", "ShardedAdam", "ShardedAdamW"]
+__version__ = "0.1.0"

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat storage: parameters as views of it, gradient shards, moments and masters, and the pool of staging buffers.
+
+Holds tensors where ``layout.py`` says; moves nothing between ranks and knows no arithmetic of Adam.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from shardadam import layout
+from shardadam.precision import Precision, needs_master, state_dtype
+from shardadam.transport import Pending, Staging, Transport
+from shardadam.transport.base import own_slice
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One trainable parameter of the optimizer and where it lives.
+
+    ``ordinal`` counts all members in the order of the arenas they lie in; ``spans`` are the stretches of the parameter
+    that lie in this rank's shards, in memory order, and lie in ``state_slice`` of the arena's state one after the other.
+    """
+
+    parameter: Tensor
+    name: str
+    ordinal: int
+    arena: FlatArena
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    address: int = 0
+    buckets: list[FlatBucket] = field(default_factory=list)
+    spans: list[layout.Segment] = field(default_factory=list)
+    state_start: int = 0
+
+    @property
+    def state_slice(self) -> slice:
+        return slice(self.state_start, self.state_start + sum(span.numel for span in self.spans))
+
+
+@dataclass(eq=False, slots=True)
+class FlatArena:
+    """The flat storage of one (param group, dtype, device): parameters whole, everything else this rank's shards of it."""
+
+    group_index: int
+    members: list[Member]
+    buckets: list[FlatBucket]
+    parameters: Tensor
+    gradient_shard: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None
+    steps: Tensor
+
+    @property
+    def ordinals(self) -> slice:
+        return slice(self.members[0].ordinal, self.members[-1].ordinal + 1)
+
+
+@dataclass(eq=False, slots=True)
+class FlatBucket:
+    """One bucket's slices of its arena: ``parameters`` whole, everything else this rank's shard, all of equal length.
+
+    ``gradient_shard`` holds ``multiple`` times the mean over ranks. ``index`` counts the buckets of the optimizer.
+    """
+
+    layout: layout.Bucket
+    arena: FlatArena
+    pieces: list[tuple[Member, layout.Piece]]
+    segments: list[tuple[Member, layout.Segment]]
+    parameters: Tensor
+    parameter_shard: Tensor
+    gradient_shard: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None
+    wire_dtype: torch.dtype
+    multiple: int
+    index: int = -1
+
+    @property
+    def numel(self) -> int:
+        return self.layout.numel
+
+
+@dataclass(frozen=True, slots=True)
+class NamedParameter:
+    """A parameter to be taken in, with the param group it belongs to."""
+
+    parameter: Tensor
+    name: str
+    group_index: int
+
+
+def allocate(
+    parameters: Sequence[NamedParameter],
+    *,
+    transport: Transport,
+    precision: Precision,
+    bucket_bytes: int,
+    first_ordinal: int,
+    gradients_are_means: bool,
+) -> list[FlatArena]:
+    """Builds the flat storage of ``parameters`` and makes them views of it, with their values unchanged.
+
+    Args:
+        first_ordinal: how many members there are already.
+        gradients_are_means: the gradient shards will be filled with averages, not with sums over ranks.
+    """
+    specs = [
+        layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device))
+        for named in parameters
+        for p in (named.parameter,)
+    ]
+    plan = layout.build_layout(specs, world_size=transport.world_size, bucket_bytes=bucket_bytes)
+    arenas = []
+    for index, arena_plan in enumerate(plan.arenas):
+        arena = _allocate_arena(arena_plan, [parameters[i] for i in arena_plan.parameters], transport, first_ordinal)
+        ordinals = {i: first_ordinal + position for position, i in enumerate(arena_plan.parameters)}
+        for bucket in plan.buckets:
+            if bucket.arena == index:
+                pieces = tuple(replace(piece, parameter=ordinals[piece.parameter]) for piece in bucket.pieces)
+                wire_dtype = precision.wire_dtype(arena.parameters.dtype)
+                is_mean = gradients_are_means or wire_dtype == torch.float16
+                multiple = 1 if is_mean else transport.world_size
+                _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype, multiple)
+        first_ordinal += len(arena.members)
+        arenas.append(arena)
+    return arenas
+
+
+def _allocate_arena(
+    plan: layout.Arena, parameters: Sequence[NamedParameter], transport: Transport, first_ordinal: int
+) -> FlatArena:
+    first = parameters[0]
+    dtype, device = first.parameter.dtype, first.parameter.device
+
+    def state() -> Tensor:
+        return torch.zeros(plan.numel // transport.world_size, dtype=state_dtype(dtype), device=device)
+
+    arena = FlatArena(
+        group_index=first.group_index,
+        members=[],
+        buckets=[],
+        parameters=transport.parameters(plan.numel, dtype, device),
+        gradient_shard=state(),
+        exp_avg=state(),
+        exp_avg_sq=state(),
+        master=state() if needs_master(dtype) else None,
+        steps=torch.zeros(len(parameters), dtype=torch.float32, device=device),
+    )
+    for ordinal, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True), first_ordinal):
+        parameter = named.parameter
+        member = Member(parameter, named.name, ordinal, arena, offset, parameter.shape, parameter.stride())
+        bind(member)
+        arena.members.append(member)
+    return arena
+
+
+def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype, multiple: int) -> None:
+    members = {member.ordinal: member for member in arena.members}
+    start = plan.offset // plan.world_size
+    shard = slice(start, start + plan.shard_numel)
+    whole = arena.parameters[plan.offset : plan.offset + plan.numel]
+    bucket = FlatBucket(
+        layout=plan,
+        arena=arena,
+        pieces=[(members[piece.parameter], piece) for piece in plan.pieces],
+        segments=[(members[segment.parameter], segment) for segment in plan.segments(rank)],
+        parameters=whole,
+        parameter_shard=own_slice(whole, rank, plan.world_size),
+        gradient_shard=arena.gradient_shard[shard],
+        exp_avg=arena.exp_avg[shard],
+        exp_avg_sq=arena.exp_avg_sq[shard],
+        master=None if arena.master is None else arena.master[shard],
+        wire_dtype=wire_dtype,
+        multiple=multiple,
+    )
+    arena.buckets.append(bucket)
+    for member, _ in bucket.pieces:
+        member.buckets.append(bucket)
+    for member, segment in bucket.segments:
+        if not member.spans:
+            member.state_start = start + segment.offset
+        member.spans.append(segment)
+
+
+def bind(member: Member) -> None:
+    """Copies the parameter into its arena and makes it a view of it; shape, strides and identity stay.
+
+    The view has a storage of its own that aliases the arena's memory: torch.save, safetensors and deepcopy then see an
+    ordinary parameter instead of a slice of something large.
+    """
+    parameter, flat = member.parameter, member.arena.parameters
+    if parameter.numel() > 0:
+        begin = member.offset * flat.element_size()
+        storage = flat.untyped_storage()[begin : begin + parameter.numel() * flat.element_size()]
+        view = torch.empty(0, dtype=flat.dtype, device=flat.device)
+        view.set_(storage, 0, parameter.shape, parameter.stride())  # type: ignore[call-overload]
+        view.copy_(parameter.detach())
+        parameter.data = view
+    member.address = parameter.data_ptr()
+
+
+def rebind_moved(members: Sequence[Member]) -> None:
+    """Takes back parameters whose data somebody has replaced (``p.data = ...``, ``model.to``) by a tensor of the same kind.
+
+    Raises:
+        RuntimeError: a parameter has another device, dtype, shape or memory format than it was taken in with. None of
+            them has been changed then.
+    """
+    moved = [member for member in members if member.parameter.data_ptr() != member.address]
+    for member in moved:
+        parameter, flat = member.parameter, member.arena.parameters
+        found = (parameter.device, parameter.dtype, parameter.shape)
+        expected = (flat.device, flat.dtype, member.shape)
+        if found != expected or not same_order(parameter.stride(), member.stride, member.shape):
+            raise RuntimeError(
+                f"Parameter {member.name!r} was replaced after the optimizer was built: found {_describe(*found)} with "
+                f"strides {parameter.stride()}, expected {_describe(*expected)} with strides {member.stride}. Call "
+                "model.to(...) before building the optimizer."
+            )
+    for member in moved:
+        bind(member)
+
+
+def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{dtype} of shape {tuple(shape)} on {device}"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` as one dimension, in the memory order of ``like``; a view where its strides allow it."""
+    if not same_order(tensor.stride(), like.stride(), like.shape):
+        ordered = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+        tensor = ordered.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def same_order(one: tuple[int, ...], other: tuple[int, ...], shape: torch.Size) -> bool:
+    """Equal strides but for dimensions of size 1, whose stride means nothing."""
+    return one == other or all(a == b for a, b, size in zip(one, other, shape, strict=True) if size != 1)
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A reduce-scatter under way in a staging buffer."""
+
+    staging: Staging
+    pending: Pending
+
+
+class StagingPool:
+    """Staging buffers, each as large as the largest bucket, used in turn.
+
+    Note: growing instead of waiting
+        Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer inside a
+        backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the pool grows:
+        the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in ``drain``.
+    """
+
+    SIZE = 2
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._numel: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._free: dict[tuple[torch.dtype, torch.device], list[Staging]] = {}
+        self._in_flight: deque[InFlight] = deque()
+
+    def reserve(self, bucket: FlatBucket) -> None:
+        """Makes later buffers large enough for ``bucket``."""
+        key = (bucket.wire_dtype, bucket.parameters.device)
+        if bucket.numel > self._numel.get(key, 0):
+            self._numel[key] = bucket.numel
+            self._free[key] = []
+
+    def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
+        """A free buffer for ``bucket``. With ``may_wait`` the pool waits for the oldest transfer instead of growing."""
+        key = (bucket.wire_dtype, bucket.parameters.device)
+        free = self._free[key]
+        while not free and len(self._in_flight) >= self.SIZE and (may_wait or self._in_flight[0].pending.done()):
+            self._settle_oldest()
+        return free.pop() if free else self._transport.staging(self._numel[key], *key)
+
+    def launched(self, staging: Staging, pending: Pending) -> None:
+        self._in_flight.append(InFlight(staging, pending))
+
+    def drain(self) -> None:
+        """Waits for all transfers, in order, and gives back what the pool has grown by."""
+        while self._in_flight:
+            self._settle_oldest()
+        for free in self._free.values():
+            del free[self.SIZE :]
+
+    def buffers(self) -> Iterator[Staging]:
+        for free in self._free.values():
+            yield from free
+        for in_flight in self._in_flight:
+            yield in_flight.staging
+
+    def _settle_oldest(self) -> None:
+        # Always in order: the sums of two rounds are added into one shard, and must be added the same way every time.
+        in_flight = self._in_flight.popleft()
+        in_flight.pending.wait()
+        send = in_flight.staging.send
+        if send.numel() == self._numel[send.dtype, send.device]:
+            self._free[send.dtype, send.device].append(in_flight.staging)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may come in: checks of arguments, param groups and parameters, and what ranks must agree on about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from shardadam.agreement import Claim
+from shardadam.buckets import NamedParameter, is_dense
+from shardadam.precision import Precision, check_parameter_dtype
+
+_AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of an optimizer that no param group can change."""
+
+    gradient_sync: str
+    max_grad_norm: float | None
+    precision: Precision
+    bucket_mb: float
+
+    def check(self) -> None:
+        if self.gradient_sync not in ("backward", "step", "external"):
+            raise ValueError(
+                f"gradient_sync: found {self.gradient_sync!r}, expected 'backward', 'step' or 'external'"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm: found {self.max_grad_norm!r}, expected None or a number of 0 or more")
+        if not isinstance(self.precision, Precision):
+            raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
+        if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb)):
+            raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB")
+
+    def claims(self) -> list[Claim]:
+        return [
+            Claim("the optimizer", field, repr(getattr(self, field)))
+            for field in ("gradient_sync", "max_grad_norm", "precision", "bucket_mb")
+        ]
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises unless the hyperparameters of a param group are such as Adam can work with."""
+    values = {**defaults, **group}
+    lr = values["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: found a tensor of {lr.numel()} elements, expected a float or a tensor of one")
+    _check_number("lr", lr, lr >= 0, "0 or more")
+    _check_number("eps", values["eps"], values["eps"] >= 0, "0 or more")
+    _check_number("weight_decay", values["weight_decay"], values["weight_decay"] >= 0, "0 or more")
+    betas = values["betas"]
+    if len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
+        raise ValueError(f"betas: found {betas!r}, expected two floats")
+    for index, beta in enumerate(betas):
+        _check_number(f"betas[{index}]", beta, 0 <= beta < 1, "at least 0 and less than 1")
+    if values["amsgrad"]:
+        raise ValueError("amsgrad: found True, which is not supported: its third moment has no shard. Leave it False.")
+    if values["differentiable"]:
+        raise ValueError("differentiable: found True, which is not supported: the update runs in place. Leave it False.")
+    parameters = group.get("params")
+    if isinstance(parameters, (list, tuple)):
+        _check_repeated(parameters)
+
+
+def _check_number(name: str, value: Any, is_valid: Any, expected: str) -> None:
+    if not bool(is_valid):
+        raise ValueError(f"{name}: found {value!r}, expected {expected}")
+
+
+def _check_repeated(parameters: Iterable[Any]) -> None:
+    seen: dict[int, int] = {}
+    for index, entry in enumerate(parameters):
+        parameter = entry[1] if isinstance(entry, tuple) else entry
+        if id(parameter) in seen:
+            raise ValueError(
+                f"A parameter appears twice in one param group, at positions {seen[id(parameter)]} and {index}. Give every "
+                "parameter once; model.parameters() lists tied ones once."
+            )
+        seen[id(parameter)] = index
+
+
+def check_parameters(parameters: Sequence[NamedParameter], taken: Sequence[Tensor] = ()) -> None:
+    """Raises unless every parameter can become a view of a flat buffer without changing what anybody else sees.
+
+    Args:
+        taken: parameters that the optimizer holds already.
+    """
+    for named in parameters:
+        parameter, name = named.parameter, named.name
+        if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"Parameter {name!r} is not initialised yet. Run a forward of its lazy module first.")
+        if parameter.device.type == "meta":
+            raise ValueError(f"Parameter {name!r} is on the meta device and has no values. Materialise it first (to_empty).")
+        if not parameter.requires_grad:
+            continue
+        if is_traceable_wrapper_subclass(parameter):
+            raise TypeError(
+                f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism and "
+                "fully_shard are not supported yet. Use torch.optim.AdamW for it."
+            )
+        if parameter.layout != torch.strided:
+            raise TypeError(f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided)")
+        check_parameter_dtype(parameter.dtype, name)
+        if not is_dense(parameter):
+            raise ValueError(
+                f"Parameter {name!r} has gaps or overlaps in memory (shape {tuple(parameter.shape)}, strides "
+                f"{parameter.stride()}). Give the module a parameter of its own: nn.Parameter(p.detach().clone())."
+            )
+    _check_overlaps([*parameters, *(NamedParameter(p, "one taken in before", 0) for p in taken)])
+
+
+def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
+    """Two tensors over one memory would part silently when each gets its place in a flat buffer."""
+    extents = []
+    for named in parameters:
+        p = named.parameter
+        if p.requires_grad and p.numel() > 0:
+            extents.append((str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), named.name))
+    extents.sort()
+    for (device, _, end, name), (next_device, start, _, next_name) in zip(extents, extents[1:], strict=False):
+        if device == next_device and start < end:
+            raise ValueError(
+                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory. To tie them, assign "
+                "one nn.Parameter to both modules."
+            )
+
+
+def claims(groups: Sequence[Mapping[str, Any]], parameters: Sequence[NamedParameter]) -> list[Claim]:
+    """What all ranks must agree on before they lay ``parameters`` out."""
+    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
+    for index, group in enumerate(groups):
+        for field in _AGREED_HYPERPARAMETERS:
+            value = group[field]
+            result.append(Claim(f"param group {index}", field, repr(value.item() if isinstance(value, Tensor) else value)))
+        result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
+    for position, named in enumerate(parameters):
+        parameter = named.parameter
+        result.append(Claim(f"the name of parameter {position}", "", repr(named.name)))
+        subject = f"parameter {named.name!r}"
+        result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
+        result.append(Claim(subject, "dtype", str(parameter.dtype)))
+        result.append(Claim(subject, "strides", str(tuple(parameter.stride()))))
+        result.append(Claim(subject, "device type", parameter.device.type))
+        result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
+    return result

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters -> buckets -> shards -> segments, in integers alone.
+
+A pure function of shapes, groups, world size and bucket size: no tensors, no torch.distributed, nothing of the project.
+Every rank computes the same layout by itself, and whoever plans memory before a run calls the very same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+ALIGNMENT_NUMEL = 128
+"""Every parameter starts at a multiple of this, and every shard is a multiple of it long: a block of 128 elements never
+straddles two parameters or two ranks, and every slice is 16-byte aligned in every dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """What the layout needs to know of one parameter.
+
+    Args:
+        numel: number of elements, 0 allowed.
+        itemsize: bytes of one element.
+        arena: anything hashable; parameters with equal values share flat storage. The optimizer passes
+            ``(param group, dtype, device)``.
+    """
+
+    numel: int
+    itemsize: int
+    arena: object
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of one parameter that lies in one bucket: ``parameter[start : start + numel]``, counted in memory order,
+    at ``bucket[offset : offset + numel]``."""
+
+    parameter: int
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The part of one parameter that lies in one shard: ``parameter[start : start + numel]``, counted in memory order, at
+    ``shard[offset : offset + numel]``."""
+
+    parameter: int
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The unit of communication and of update: ``numel`` elements at ``offset`` of an arena, in ``world_size`` equal shards."""
+
+    arena: int
+    offset: int
+    numel: int
+    world_size: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def shard_numel(self) -> int:
+        return self.numel // self.world_size
+
+    def segments(self, rank: int) -> Iterator[Segment]:
+        """The segments of ``rank``'s shard, in order of their offsets; empty parameters have none."""
+        low, high = rank * self.shard_numel, (rank + 1) * self.shard_numel
+        for piece in self.pieces:
+            first, last = max(low, piece.offset), min(high, piece.offset + piece.numel)
+            if first < last:
+                yield Segment(piece.parameter, piece.start + first - piece.offset, last - first, first - low)
+
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of every run of padding in the bucket."""
+        gaps, end = [], 0
+        for piece in self.pieces:
+            if piece.offset > end:
+                gaps.append((end, piece.offset))
+            end = piece.offset + piece.numel
+        if self.numel > end:
+            gaps.append((end, self.numel))
+        return tuple(gaps)
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Flat storage for all parameters of one (param group, dtype, device); its buckets lie in it one after the other, so a
+    parameter that spans several buckets stays contiguous. ``offsets[i]`` is where ``parameters[i]`` begins."""
+
+    key: object
+    itemsize: int
+    numel: int
+    parameters: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``shard[start : stop]``, all of whose parameters have equal labels; ``parameter`` is the first of them."""
+
+    start: int
+    stop: int
+    parameter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    world_size: int
+    arenas: tuple[Arena, ...]
+    buckets: tuple[Bucket, ...]
+
+
+def equal_runs(bucket: Bucket, rank: int, labels: Sequence[int | None]) -> list[Run]:
+    """Cuts ``rank``'s shard where the labels of its parameters change; parameters labelled None are left out.
+
+    A run ends at the padding's end, so that its length is a multiple of ``ALIGNMENT_NUMEL`` and one run covers the whole
+    shard where all labels are equal.
+    """
+    runs: list[Run] = []
+    segments = list(bucket.segments(rank))
+    for index, segment in enumerate(segments):
+        label = labels[segment.parameter]
+        if label is None:
+            continue
+        stop = segments[index + 1].offset if index + 1 < len(segments) else bucket.shard_numel
+        if runs and runs[-1].stop == segment.offset and labels[runs[-1].parameter] == label:
+            runs[-1] = Run(runs[-1].start, stop, runs[-1].parameter)
+        else:
+            runs.append(Run(segment.offset, stop, segment.parameter))
+    return runs
+
+
+def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket_bytes: int) -> Layout:
+    """Lays ``parameters`` out in buckets of about ``bucket_bytes``, each cut into ``world_size`` equal shards.
+
+    Buckets take the parameters of an arena in reverse order (backward completes them about so), cut where the next one
+    would not fit; a parameter larger than a bucket is split into pieces of a bucket. Each bucket is padded to a multiple
+    of ``world_size * ALIGNMENT_NUMEL``.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size: found {world_size}, expected 1 or more")
+    if bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes: found {bucket_bytes}, expected 1 or more")
+    members: dict[object, list[int]] = {}
+    for index in range(len(parameters) - 1, -1, -1):
+        members.setdefault(parameters[index].arena, []).append(index)
+
+    arenas: list[Arena] = []
+    buckets: list[Bucket] = []
+    for key, indices in members.items():
+        itemsize = parameters[indices[0]].itemsize
+        builder = _ArenaBuilder(len(arenas), world_size, max(1, bucket_bytes // itemsize))
+        offsets = [builder.add(index, parameters[index].numel) for index in indices]
+        builder.close()
+        arenas.append(Arena(key, itemsize, builder.end, tuple(indices), tuple(offsets)))
+        buckets.extend(builder.buckets)
+    return Layout(world_size, tuple(arenas), tuple(buckets))
+
+
+class _ArenaBuilder:
+    """Fills one bucket after the other of one arena."""
+
+    def __init__(self, arena: int, world_size: int, bucket_numel: int) -> None:
+        self.arena = arena
+        self.world_size = world_size
+        self.granularity = world_size * ALIGNMENT_NUMEL
+        self.capacity = max(1, bucket_numel // self.granularity) * self.granularity
+        self.buckets: list[Bucket] = []
+        self.end = 0  # where the open bucket begins in the arena
+        self.pieces: list[Piece] = []
+        self.used = 0  # elements taken in the open bucket
+
+    def add(self, parameter: int, numel: int) -> int:
+        """Places a parameter and returns its offset in the arena."""
+        if self.pieces and self.used + numel > self.capacity:
+            self.close()
+        offset = self.end + self.used
+        start = 0
+        while numel - start > self.capacity:  # only ever from the beginning of a bucket
+            self.pieces.append(Piece(parameter, start, self.capacity, 0))
+            self.used = self.capacity
+            self.close()
+            start += self.capacity
+        self.pieces.append(Piece(parameter, start, numel - start, self.used))
+        self.used += _round_up(numel - start, ALIGNMENT_NUMEL)
+        return offset
+
+    def close(self) -> None:
+        if not self.pieces:
+            return
+        numel = _round_up(max(1, self.used), self.granularity)
+        self.buckets.append(Bucket(self.arena, self.end, numel, self.world_size, tuple(self.pieces)))
+        self.end += numel
+        self.pieces, self.used = [], 0
+
+
+def _round_up(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple

@@ -1,0 +1,546 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ShardedAdam and ShardedAdamW: torch.optim's surface over the rooms below. Wires them; does no arithmetic of its own."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from shardadam import agreement, checkpoint, intake
+from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
+from shardadam.clipping import Survey, clip_coefficient, survey
+from shardadam.gathering import ParameterGatherer, gather_shards
+from shardadam.precision import Precision
+from shardadam.reduction import ExternalGradients, GradientReducer
+from shardadam.transport import CollectiveTransport, SingleProcessTransport, Transport, own_group
+from shardadam.transport.groups import release_group
+from shardadam.update.fused import adam_runs_
+from shardadam.update.runs import RunTable
+
+GradientSync = Literal["backward", "step", "external"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that an optimizer holds on this rank, by kind.
+
+    Args:
+        parameters: the flat buffers that trainable parameters are views of; whole on every rank.
+        gradient_shard: this rank's shard of the reduced gradients.
+        staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the peers.
+        moments: this rank's shard of exp_avg and exp_avg_sq.
+        master: this rank's shard of the exact values behind low-precision parameters.
+        scalars: step counters.
+    """
+
+    parameters: int
+    gradient_shard: int
+    staging: int
+    moments: int
+    master: int
+    scalars: int
+
+    @property
+    def state(self) -> int:
+        """What torch.optim.AdamW would call its state: moments, master and step counters."""
+        return self.moments + self.master + self.scalars
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradient_shard + self.staging + self.state
+
+
+class ShardedAdam(Optimizer):
+    """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
+
+    Collective: all ranks must build the same optimizer over the same model. Rank 0's parameter values are broadcast, and
+    trainable parameters become views of flat buffers; shape, strides, ties and identity stay.
+
+    Args:
+        params: what torch.optim.Adam takes: tensors, (name, tensor) pairs, or param groups of either.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay rates of exp_avg and exp_avg_sq, floats.
+        eps: added to the denominator.
+        weight_decay: coefficient of the L2 penalty, or of decoupled decay.
+        amsgrad: True is refused.
+        maximize: maximise the objective instead of minimising it.
+        decoupled_weight_decay: decay as in AdamW.
+        process_group: a ProcessGroup or a 1-D DeviceMesh to shard over; None: the default group, or this process alone
+            where none is initialised.
+        gradient_sync: who averages gradients over ranks, and when. ``"backward"``: reduce-scatter while backward runs,
+            full gradients freed (ZeRO-2); ``step`` consumes them. ``"step"``: they stay in ``p.grad`` and are reduced
+            inside ``step`` (ZeRO-1). ``"external"``: ``p.grad`` is already averaged (DDP, Trainer), only state is sharded.
+        max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
+        precision: number formats of state and wire.
+        bucket_mb: size of a bucket, in MiB of parameters.
+        transport: ``"auto"`` or ``"collective"``: torch.distributed; or a Transport.
+        foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always torch's fused one.
+        differentiable: True is refused.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
+        RuntimeError: another rank has failed to build its optimizer.
+
+    ``grad_norm`` is the 2-norm of the averaged gradients before clipping at the last ``step`` that clipped, a 0-dim float32
+    tensor on the device, else None. ``skipped_steps`` counts the steps not taken because a gradient was infinite or NaN on
+    some rank, a 0-dim int64 tensor on the device.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        gradient_sync: GradientSync = "backward",
+        max_grad_norm: float | None = None,
+        precision: Precision | None = None,
+        bucket_mb: float = 32,
+        transport: Literal["auto", "collective"] | Transport = "auto",
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        options = intake.Options(
+            gradient_sync=gradient_sync,
+            max_grad_norm=max_grad_norm,
+            precision=Precision() if precision is None else precision,
+            bucket_mb=bucket_mb,
+        )
+        self._is_built = False
+        group = transport.group if isinstance(transport, Transport) else own_group(process_group)
+        try:
+            options.check()
+            if not isinstance(transport, Transport):
+                transport = _connect(transport, group)
+            super().__init__(params, defaults)
+            named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
+            intake.check_parameters(named)
+        except Exception as error:
+            agreement.announce_failure(error, group)
+            raise
+        agreement.require([*options.claims(), *intake.claims(self.param_groups, named)], group)
+
+        self._transport = transport
+        self._options = options
+        self._members: list[Member] = []
+        self._arenas: list[FlatArena] = []
+        self._buckets: list[FlatBucket] = []
+        self._frozen: list[NamedParameter] = []
+        self._runs = RunTable(transport.rank)
+        self._reducer: GradientReducer | ExternalGradients
+        if gradient_sync == "external":
+            self._reducer = ExternalGradients()
+        else:
+            self._reducer = GradientReducer(transport, hooked=gradient_sync == "backward")
+        self._gatherer = ParameterGatherer(transport)
+        self._survey: Survey | None = None
+        self._coefficient: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._take_in(named)
+        self._is_built = True
+        weakref.finalize(self, _release, self._reducer, group).atexit = False
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes one step with the averages over ranks of all gradients since the last. Collective.
+
+        A parameter that has a gradient on no rank is left alone; one that has a gradient on some counts as zero on the
+        others. If a gradient is infinite or NaN on any rank, nothing changes on any but ``skipped_steps``.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.
+
+        Raises:
+            RuntimeError: a parameter was moved to another device, dtype or shape after the optimizer was built.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_in_unfrozen()
+        if not self._members:
+            return loss
+        rebind_moved(self._members)
+        max_norm = self._options.max_grad_norm
+        seen = self._look(with_norm=max_norm is not None)
+        if max_norm is not None:
+            self._clip(seen, max_norm)
+        # Only a rank that lacks a gradient itself has to look which parameters take part.
+        used = None if seen.all_used else seen.used.tolist()
+        self._count_step(seen, used)
+        for index in reversed(self._reducer.order):
+            self._update(self._buckets[index], seen, used)
+            self._gatherer.dispatch(self._buckets[index])
+        self._gatherer.wait(self._members)
+        self._reducer.learn_order()
+        self.grad_norm = seen.norm
+        self._forget_gradients()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discards all gradients, reduced or not. Completes what is under way first, so all ranks must call it where
+        one has run backward since the last step."""
+        if self._is_built:
+            self._forget_gradients()
+        super().zero_grad(set_to_none)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward accumulates into ``p.grad`` on this rank and reduces nothing, as in DDP.
+
+        All ranks must use it alike. Gradients go into the next backward outside, or into ``step``.
+        """
+        self._reducer.close_open_round()
+        before = self._reducer.synchronizing
+        self._reducer.synchronizing = False
+        try:
+            yield
+        finally:
+            self._reducer.synchronizing = before
+
+    def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
+        """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.
+
+        Gradients are taken as they are now: a backward between this and ``step`` is an error of the caller's.
+
+        Returns:
+            The norm before clipping, 0-dim float32, on the device.
+        """
+        self._take_in_unfrozen()
+        if not self._members:
+            return torch.zeros(())
+        return self._clip(self._look(with_norm=True), max_norm)
+
+    def _look(self, *, with_norm: bool) -> Survey:
+        """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step."""
+        if self._survey is None or (with_norm and self._survey.norm is None):
+            self._reducer.close()
+            self._reducer.settle()
+            self._survey = survey(
+                self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm
+            )
+        return self._survey
+
+    def _clip(self, seen: Survey, max_norm: float | Tensor) -> Tensor:
+        assert seen.norm is not None
+        norm = seen.norm if self._coefficient is None else seen.norm * self._coefficient
+        coefficient = clip_coefficient(norm, max_norm)
+        self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
+        return norm
+
+    def _count_step(self, seen: Survey, used: list[bool] | None) -> None:
+        counts = seen.used.float() * (1 - seen.found_inf)
+        for arena in self._arenas:
+            arena.steps += counts[arena.ordinals].to(arena.steps.device)
+        self.skipped_steps += seen.found_inf.to(self.skipped_steps)
+        if used is not None and not all(used):
+            self._runs.advance(used)
+
+    def _update(self, bucket: FlatBucket, seen: Survey, used: list[bool] | None) -> None:
+        device = bucket.parameters.device
+        runs = self._runs.runs(bucket.layout, bucket.index, used)
+        first = bucket.arena.members[0].ordinal
+        adam_runs_(
+            runs=runs,
+            steps=[bucket.arena.steps[run.parameter - first] for run in runs],
+            parameter=bucket.parameter_shard,
+            gradient=bucket.gradient_shard,
+            exp_avg=bucket.exp_avg,
+            exp_avg_sq=bucket.exp_avg_sq,
+            master=bucket.master,
+            grad_scale=self._gradient_scale(bucket),
+            found_inf=seen.found_inf.to(device),
+            hyperparameters=self.param_groups[bucket.arena.group_index],
+        )
+
+    def _gradient_scale(self, bucket: FlatBucket) -> Tensor | None:
+        """What the bucket's gradients must be divided by; None for 1."""
+        device = bucket.parameters.device
+        if self._coefficient is not None:
+            return (bucket.multiple / self._coefficient).to(device)
+        if bucket.multiple == 1:
+            return None
+        return torch.full((), bucket.multiple, dtype=torch.float32, device=device)
+
+    def _forget_gradients(self) -> None:
+        self._reducer.reset()
+        self._survey = None
+        self._coefficient = None
+
+    # Parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as in torch. Collective: all ranks must add the same."""
+        if not self._is_built:  # called by torch.optim.Optimizer.__init__
+            intake.check_group(param_group, self.defaults)
+            super().add_param_group(param_group)
+            return
+        group = self._transport.group
+        count = len(self.param_groups)
+        try:
+            intake.check_group(param_group, self.defaults)
+            super().add_param_group(param_group)
+            named = self._named(count)
+            intake.check_parameters(named, taken=[member.parameter for member in self._members])
+        except Exception as error:
+            del self.param_groups[count:]
+            agreement.announce_failure(error, group)
+            raise
+        try:
+            agreement.require(intake.claims(self.param_groups[count:], named), group)
+        except Exception:
+            del self.param_groups[count:]
+            raise
+        self._take_in(named)
+
+    def _named(self, group_index: int) -> list[NamedParameter]:
+        group = self.param_groups[group_index]
+        names = group.get("param_names") or [
+            f"param_groups[{group_index}]['params'][{index}]" for index in range(len(group["params"]))
+        ]
+        return [NamedParameter(p, name, group_index) for p, name in zip(group["params"], names, strict=True)]
+
+    def _take_in(self, named: Sequence[NamedParameter]) -> None:
+        """Makes the trainable ones members, and gives all of them rank 0's values. Collective; ranks have agreed."""
+        self._reducer.close_open_round()
+        self._reducer.settle()
+        trainable = [p for p in named if p.parameter.requires_grad]
+        frozen = [p for p in named if not p.parameter.requires_grad]
+        arenas = allocate(
+            trainable,
+            transport=self._transport,
+            precision=self._options.precision,
+            bucket_bytes=round(self._options.bucket_mb * 2**20),
+            first_ordinal=len(self._members),
+            gradients_are_means=self._options.gradient_sync == "external",
+        )
+        members = [member for arena in arenas for member in arena.members]
+        buckets = [bucket for arena in arenas for bucket in arena.buckets]
+        self._broadcast([*(bucket.parameters for bucket in buckets), *(p.parameter for p in frozen)])
+        for arena in arenas:
+            if arena.master is not None:
+                for bucket in arena.buckets:
+                    bucket.master.copy_(bucket.parameter_shard)  # type: ignore[union-attr]
+        self._arenas += arenas
+        self._members += members
+        self._buckets += buckets
+        self._frozen += frozen
+        self._reducer.add(members, buckets)
+        self._runs.add(len(members))
+        for member in members:
+            self.state[member.parameter] = checkpoint.local_state(member)
+
+    def _take_in_unfrozen(self) -> None:
+        """Makes members of parameters that were frozen when they came and are not any more. Collective if there are any."""
+        unfrozen = [p for p in self._frozen if p.parameter.requires_grad]
+        if not unfrozen:
+            return
+        intake.check_parameters(unfrozen, taken=[member.parameter for member in self._members])
+        agreement.require(intake.claims([], unfrozen), self._transport.group)
+        self._frozen = [p for p in self._frozen if not p.parameter.requires_grad]
+        self._take_in(unfrozen)
+
+    def sync_module(self, module: torch.nn.Module) -> None:
+        """Broadcasts rank 0's values of what the optimizer does not see: buffers, and parameters it was not given.
+
+        Collective. DDP's constructor does the same.
+        """
+        seen = {id(p) for group in self.param_groups for p in group["params"]}
+        tensors = [*module.parameters(), *module.buffers()]
+        self._broadcast([tensor for tensor in tensors if id(tensor) not in seen])
+
+    @torch.no_grad()
+    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
+        transfers = []
+        for tensor in tensors:
+            if tensor.numel() == 0:
+                continue
+            whole = tensor.detach()
+            dense = whole if is_dense(whole) else whole.contiguous()
+            transfers.append((self._transport.broadcast(dense), whole, dense))
+        for pending, whole, dense in transfers:
+            pending.wait()
+            if dense is not whole:
+                whole.copy_(dense)
+
+    # Looking inside
+
+    def full_grad(self, parameter: Tensor) -> Tensor | None:
+        """The parameter's averaged gradient as ``step`` would use it, or None if it has one on no rank. Collective.
+
+        Returns:
+            A new tensor of the parameter's shape, float32 (float64 for float64 parameters).
+        """
+        member = self._member(parameter)
+        seen = self._look(with_norm=self._options.max_grad_norm is not None)
+        if not bool(seen.used[member.ordinal]):
+            return None
+        gradient = gather_shards(member, lambda bucket: bucket.gradient_shard, self._transport)
+        gradient /= member.buckets[0].multiple
+        return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
+
+    def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The parameter's whole state: step, exp_avg, exp_avg_sq and, for low precision, master. Collective.
+
+        Returns:
+            New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
+        """
+        member = self._member(parameter)
+        state = {"step": self.state[parameter]["step"].clone()}
+        for name in checkpoint.SHARDED_STATE:
+            if name in self.state[parameter]:
+                state[name] = gather_shards(member, lambda bucket, name=name: getattr(bucket, name), self._transport)
+        return state
+
+    def _member(self, parameter: Tensor) -> Member:
+        for member in self._members:
+            if member.parameter is parameter:
+                return member
+        raise ValueError("This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params.")
+
+    def memory(self) -> Memory:
+        """Bytes that the optimizer holds on this rank now, by kind. Local."""
+        arenas = self._arenas
+        return Memory(
+            parameters=sum(arena.parameters.nbytes for arena in arenas),
+            gradient_shard=sum(arena.gradient_shard.nbytes for arena in arenas),
+            staging=self._reducer.staging_bytes(),
+            moments=sum(arena.exp_avg.nbytes + arena.exp_avg_sq.nbytes for arena in arenas),
+            master=sum(arena.master.nbytes for arena in arenas if arena.master is not None),
+            scalars=sum(arena.steps.nbytes for arena in arenas),
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, in torch's form. Local; every rank must save its own.
+
+        State tensors are the rank's elements of the parameter in memory order, one-dimensional, and share memory with
+        the optimizer. Loads on the same rank of the same number of ranks with the same ``bucket_mb``.
+        """
+        state_dict = super().state_dict()
+        state_dict[checkpoint.SHARD_KEY] = self._shard_key()
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads this rank's ``state_dict()``, or the whole one of a torch.optim.Adam/AdamW, of which it keeps its shard.
+
+        Local. Hyperparameters of the param groups are loaded too, as in torch. Master weights that ``state_dict`` does
+        not hold are taken from the parameters: load the model first.
+
+        Raises:
+            ValueError: it does not fit this optimizer. Nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        checkpoint.load_local(self.param_groups, self.state, self._members, state_dict, self._shard_key())
+        self._runs.load([float(self.state[member.parameter]["step"]) for member in self._members])
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _shard_key(self) -> dict[str, Any]:
+        return {
+            "rank": self._transport.rank,
+            "world_size": self._transport.world_size,
+            "bucket_mb": self._options.bucket_mb,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"A {type(self).__name__} holds buffers and process groups and cannot be copied or pickled. Build a new one "
+            "and load state_dict() into it."
+        )
+
+
+class ShardedAdamW(ShardedAdam):
+    """torch.optim.AdamW with its state split over the ranks of a process group: ``ShardedAdam`` with decoupled decay."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        gradient_sync: GradientSync = "backward",
+        max_grad_norm: float | None = None,
+        precision: Precision | None = None,
+        bucket_mb: float = 32,
+        transport: Literal["auto", "collective"] | Transport = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            process_group=process_group,
+            gradient_sync=gradient_sync,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            bucket_mb=bucket_mb,
+            transport=transport,
+        )
+
+
+def _connect(transport: str, group: dist.ProcessGroup | None) -> Transport:
+    if transport not in ("auto", "collective"):
+        raise ValueError(f"transport: found {transport!r}, expected 'auto', 'collective' or a Transport")
+    return SingleProcessTransport() if group is None else CollectiveTransport(group)
+
+
+def _release(reducer: GradientReducer | ExternalGradients, group: dist.ProcessGroup | None) -> None:
+    reducer.remove_hooks()
+    if group is not None:
+        release_group(group)
