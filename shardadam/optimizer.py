@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -218,19 +218,12 @@ class ShardedAdam(Optimizer):
             self._forget_gradients()
         super().zero_grad(set_to_none)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Inside, backward accumulates into ``p.grad`` on this rank and reduces nothing, as in DDP.
 
         All ranks must use it alike. Gradients go into the next backward outside, or into ``step``.
         """
-        self._reducer.close_open_round()
-        before = self._reducer.synchronizing
-        self._reducer.synchronizing = False
-        try:
-            yield
-        finally:
-            self._reducer.synchronizing = before
+        return self._reducer.no_sync()
 
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
         """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.

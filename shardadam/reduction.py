@@ -20,6 +20,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,6 @@ class GradientReducer:
 
     def __init__(self, transport: Transport, *, hooked: bool) -> None:
         self._pool = StagingPool(transport)
-        self.synchronizing = True
         self.used: list[bool] = []
         self._transport = transport
         self._hooked = hooked
@@ -53,6 +53,8 @@ class GradientReducer:
         self.order: list[int] = []
         self._order_is_learned = False
         self._completed: list[int] = []
+        self._synchronizing = True
+        self._has_local = False  # gradients have gathered in p.grad under no_sync, and no round has taken them
         # Of the round that is open.
         self._open = False
         self._ready: list[bool] = []
@@ -92,7 +94,7 @@ class GradientReducer:
     def _on_gradient(self, member: Member) -> None:
         refuse_sparse(member)
         with self._lock:
-            if not self.synchronizing:
+            if not self._synchronizing:
                 return
             if self._open and self._ready[member.ordinal]:
                 self._close_round()
@@ -112,6 +114,7 @@ class GradientReducer:
 
     def _open_round(self) -> None:
         self._open = True
+        self._has_local = False
         self._next = 0
         self._ready = [False] * len(self._members)
         self._missing = [sum(member.parameter.requires_grad for member, _ in b.pieces) for b in self._buckets]
@@ -142,6 +145,8 @@ class GradientReducer:
         Collective: the ranks that have seen no gradient at all take part with zeros.
         """
         with self._lock:
+            if self._has_local and not self._open:
+                self._open_round()
             self._close_round(may_wait=True)
             for index in self.order:
                 if self._launches[index] == 0:
@@ -151,6 +156,17 @@ class GradientReducer:
         """Launches what is left of a round that is open. Does nothing between rounds."""
         with self._lock:
             self._close_round(may_wait=True)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, gradients gather in ``p.grad``; the next round takes them."""
+        self.close_open_round()
+        before, self._synchronizing = self._synchronizing, False
+        self._has_local = self._hooked
+        try:
+            yield
+        finally:
+            self._synchronizing = before
 
     def settle(self) -> None:
         """Waits for all transfers: the gradient shards hold the sums."""
@@ -162,6 +178,7 @@ class GradientReducer:
         self.settle()
         self._launches = [0] * len(self._buckets)
         self.used = [False] * len(self._members)
+        self._has_local = False
 
     def staging_bytes(self) -> int:
         return sum(staging.nbytes for staging in self._pool.buffers())
@@ -253,7 +270,6 @@ class ExternalGradients:
     """
 
     def __init__(self) -> None:
-        self.synchronizing = True
         self.used: list[bool] = []
         self.order: list[int] = []
         self._buckets: list[FlatBucket] = []
@@ -291,6 +307,9 @@ class ExternalGradients:
 
     def close_open_round(self) -> None:
         return None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def settle(self) -> None:
         return None

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warm worker processes that run a function on every rank, with a deadline.
+
+``on_ranks(4, function, *arguments)`` calls ``function(*arguments)`` on 4 ranks joined by Gloo and returns the four results
+in rank order. Workers are started once for each world size and reused. A rank that raises, or does not answer in time,
+fails the test with every rank's traceback; its workers are then replaced, so that nothing unfinished meets the next test.
+With one rank the function runs right here, without a process group.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+DEADLINE_S = 60.0
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "shardadam"])
+_pools: dict[int, Workers] = {}
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
+    if world_size == 1:
+        return [function(*arguments)]
+    if world_size not in _pools:
+        _pools[world_size] = Workers(world_size)
+    try:
+        return _pools[world_size].call(function, arguments, deadline_s)
+    except BaseException:
+        _pools.pop(world_size).stop()
+        raise
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Workers:
+    def __init__(self, world_size: int) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="shardadam-test-")
+        store = str(Path(self._directory.name) / "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            mine, theirs = _processes.Pipe()
+            process = _processes.Process(target=_work, args=(rank, world_size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], deadline_s: float) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + deadline_s
+        while len(answers) < len(self._pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
+            for pipe in ready:
+                try:
+                    answers[waiting[pipe]] = pipe.recv()  # type: ignore[index, union-attr]
+                except EOFError:
+                    answers[waiting[pipe]] = (False, "the process has died")  # type: ignore[index]
+            if any(not succeeded for succeeded, _ in answers.values()):
+                end = min(end, time.monotonic() + 5.0)  # the others may be waiting for the one that failed
+            if not ready:
+                break
+        failures = [f"rank {rank}: {answer}" for rank, (succeeded, answer) in sorted(answers.items()) if not succeeded]
+        missing = [rank for rank in range(len(self._pipes)) if rank not in answers]
+        if failures or missing:
+            late = [f"no answer in time from ranks {missing}"] if missing else []
+            raise AssertionError("\n".join([*failures, *late]))
+        return [answers[rank][1] for rank in range(len(self._pipes))]
+
+    def stop(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._directory.cleanup()
+
+
+def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=DEADLINE_S)
+    )
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer = (True, function(*arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+        del answer, function, arguments
+        gc.collect()  # optimizers of the last test give their process groups back
+    dist.destroy_process_group()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for workers in _pools.values():
+        workers.stop()
+    _pools.clear()

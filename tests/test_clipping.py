@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clipping equals torch's on unsharded averaged gradients; a non-finite gradient on one rank changes nothing anywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardadam import ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+
+LR = 1e-2
+
+
+def build_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, 17), nn.Tanh(), nn.Linear(17, 130), nn.Tanh(), nn.Linear(130, 1)).to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(100 * step + rank))
+    return model(x.to(next(model.parameters()).dtype)).float().square().mean() * 10
+
+
+def train_clipped(how: str, max_norm: float, gradient_sync: str) -> tuple[list[float], list[float], list[Tensor]]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(
+        model.parameters(),
+        lr=LR,
+        bucket_mb=0.001,
+        gradient_sync=gradient_sync,
+        max_grad_norm=max_norm if how == "inside step" else None,
+    )
+    returned, recorded = [], []
+    for step in range(8):
+        loss_of(model, step, rank).backward()
+        if how == "method":
+            returned.append(float(optimizer.clip_grad_norm_(max_norm)))
+        if how == "method twice":
+            returned.append(float(optimizer.clip_grad_norm_(max_norm)))
+            assert float(optimizer.clip_grad_norm_(torch.tensor(max_norm / 2))) <= max_norm * 1.0001
+        optimizer.step()
+        optimizer.zero_grad()
+        recorded.append(float(optimizer.grad_norm))
+    return returned, recorded, [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def train_clipped_by_torch(how: str, max_norm: float, world_size: int) -> tuple[list[float], list[Tensor]]:
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    norms = []
+    for step in range(8):
+        (sum(loss_of(model, step, rank) for rank in range(world_size)) / world_size).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+        if how == "method twice":
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+@pytest.mark.parametrize("max_norm", [0.5, 1e4])
+@pytest.mark.parametrize("how", ["inside step", "method", "method twice"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_torchs_clip_grad_norm(world_size: int, how: str, max_norm: float, gradient_sync: str) -> None:
+    norms, expected = train_clipped_by_torch(how, max_norm, world_size)
+    for returned, recorded, parameters in on_ranks(world_size, train_clipped, how, max_norm, gradient_sync):
+        assert recorded == pytest.approx(norms, rel=1e-5)
+        if how != "inside step":
+            assert returned == pytest.approx(norms, rel=1e-5)
+        for a, b in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def everything(model: nn.Module, optimizer: ShardedAdamW) -> list[Tensor]:
+    state = [tensor for value in optimizer.state.values() for tensor in value.values()]
+    return [tensor.detach().clone() for tensor in [*model.parameters(), *state]]
+
+
+def poison(value: float, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
+    rank, world_size = rank_and_size()
+    model = build_model(dtype)
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=0.001, **options)
+    result: dict[str, Any] = {"unchanged": []}
+    for step in range(6):
+        loss_of(model, step, rank).backward()
+        before = everything(model, optimizer)
+        if step in (0, 3):
+            optimizer.zero_grad()
+            loss = loss_of(model, step, rank)
+            if rank == world_size - 1:
+                loss = loss + (model[2].bias[5] * value).float()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (0, 3):
+            after = everything(model, optimizer)
+            result["unchanged"].append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    result["skipped"] = int(optimizer.skipped_steps)
+    result["steps"] = {float(state["step"]) for state in optimizer.state.values()}
+    result["parameters"] = [parameter.detach().clone() for parameter in model.parameters()]
+    return result
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"gradient_sync": "step"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_non_finite_gradient_on_one_rank_changes_no_bit_on_any(
+    world_size: int, value: float, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    for result in on_ranks(world_size, poison, value, dtype, options):
+        assert result["unchanged"] == [True, True]
+        assert result["skipped"] == 2
+        assert result["steps"] == {4.0}
+        assert all(bool(parameter.isfinite().all()) for parameter in result["parameters"])
+
+
+def overflow_the_sum() -> tuple[bool, int]:
+    """Every rank's gradient is finite; their sum is not."""
+    parameter = nn.Parameter(torch.ones(200))
+    optimizer = ShardedAdamW([parameter])
+    parameter.grad = torch.full((200,), 3e38)
+    optimizer.step()
+    return torch.equal(parameter.detach(), torch.ones(200)), int(optimizer.skipped_steps)
+
+
+def test_a_sum_that_overflows_is_not_applied() -> None:
+    assert on_ranks(2, overflow_the_sum) == [(True, 1), (True, 1)]
+
+
+def norm_of_external_gradients() -> tuple[float, Tensor]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync="external", lr=LR)
+    loss_of(model, 0, 0).backward()  # equal on all ranks, as if averaged
+    norm = optimizer.clip_grad_norm_(0.1)
+    optimizer.step()
+    return float(norm), model[0].weight.detach().clone()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_external_gradients_are_not_divided_again(world_size: int) -> None:
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    loss_of(model, 0, 0).backward()
+    expected = float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+    optimizer.step()
+    for norm, weight in on_ranks(world_size, norm_of_external_gradients):
+        assert norm == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(weight, model[0].weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+def look_inside(dtype: torch.dtype) -> dict[str, Any]:
+    rank, world_size = rank_and_size()
+    model = build_model(dtype)
+    model[0].weight.data = model[0].weight.data.t().contiguous().t()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=0.001)
+    loss_of(model, 0, rank).backward()
+    gradients = [optimizer.full_grad(parameter) for parameter in model.parameters()]
+    optimizer.step()
+    states = [optimizer.full_state(parameter) for parameter in model.parameters()]
+    unused = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [unused]})
+    loss_of(model, 1, rank).backward()
+    nothing = optimizer.full_grad(unused)
+    optimizer.step()
+    return {"gradients": gradients, "states": states, "nothing": nothing, "last": optimizer.full_state(unused)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_full_grad_and_full_state_are_whole(world_size: int, dtype: torch.dtype) -> None:
+    model = build_model(dtype)
+    wholes = []
+    for rank in range(world_size):
+        model.zero_grad()
+        loss_of(model, 0, rank).backward()
+        wholes.append([parameter.grad.float() for parameter in model.parameters()])
+    averages = [sum(gradients) / world_size for gradients in zip(*wholes, strict=True)]
+    for result in on_ranks(world_size, look_inside, dtype):
+        for gradient, state, average in zip(result["gradients"], result["states"], averages, strict=True):
+            torch.testing.assert_close(gradient, average, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+            torch.testing.assert_close(state["exp_avg"], 0.1 * gradient, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(state["exp_avg_sq"], 0.001 * gradient**2, rtol=1e-5, atol=1e-12)
+            assert float(state["step"]) == 1.0
+            assert ("master" in state) == (dtype == torch.bfloat16)
+        assert result["nothing"] is None
+        assert float(result["last"]["step"]) == 0.0 and not result["last"]["exp_avg"].any()

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels in a step: which collectives, in which order, how many bytes, on which process group, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardadam import ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+
+BUCKET_MB = 0.004  # 1048 elements
+
+
+class RecordCollectives(TorchDispatchMode):
+    """Every collective that reaches torch's dispatcher: (name, bytes of its largest tensor, on the default group?)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            flat = torch.utils._pytree.tree_leaves(args)
+            sizes = [leaf.nbytes for leaf in flat if isinstance(leaf, torch.Tensor)]
+            groups = [dist.ProcessGroup.unbox(leaf) for leaf in flat if isinstance(leaf, torch.ScriptObject) and is_group(leaf)]
+            on_default = any(group.group_name == dist.group.WORLD.group_name for group in groups)
+            self.calls.append((func._schema.name.removeprefix("c10d::"), max(sizes, default=0), on_default))
+        return func(*args, **(kwargs or {}))
+
+
+def is_group(leaf: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in str(leaf._type())
+
+
+def build_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 50), nn.Linear(50, 1))
+
+
+def batch(seed: int) -> torch.Tensor:
+    return torch.randn(8, 20, generator=torch.Generator().manual_seed(seed))
+
+
+def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, Any]:
+    rank, world_size = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(
+        model.parameters(), bucket_mb=BUCKET_MB, gradient_sync=gradient_sync, max_grad_norm=1.0 if clip else None
+    )
+    for step in range(2):  # the launch order is learned in the first
+        with RecordCollectives() as record:
+            for micro in range(accumulate):
+                model(batch(100 * step + 10 * micro + rank)).sum().backward()
+            in_backward = len(record.calls)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {
+        "calls": record.calls,
+        "in_backward": in_backward,
+        "bucket_bytes": [bucket.parameters.nbytes for bucket in optimizer._buckets],
+        "order": list(optimizer._reducer.order),
+        "parameters": len(list(model.parameters())),
+    }
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("gradient_sync", "accumulate"), [("backward", 1), ("backward", 3), ("step", 1), ("step", 3)])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_moves_each_bucket_once_there_and_once_back(
+    world_size: int, gradient_sync: str, accumulate: int, clip: bool
+) -> None:
+    """On Gloo the reduce-scatter is an all-to-all of the bucket (each rank sends each other its slice, nothing more)."""
+    results = on_ranks(world_size, record_a_step, gradient_sync, accumulate, clip)
+    for result in results:
+        bucket_bytes, order = result["bucket_bytes"], result["order"]
+        assert len(bucket_bytes) > 3
+        rounds = accumulate if gradient_sync == "backward" else 1
+        block_bytes = 8 * (2 + result["parameters"])
+        there = [("alltoall_base_", bucket_bytes[index], False) for index in order] * rounds
+        back = [("_allgather_base_", bucket_bytes[index], False) for index in reversed(order)]
+        assert result["calls"] == [*there, ("allreduce_", block_bytes, False), *back]
+        assert result["in_backward"] == (len(there) if gradient_sync == "backward" else 0)
+        assert result["calls"] == results[0]["calls"]
+
+
+def record_timeline() -> list[str]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    timeline: list[str] = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: timeline.append("gradient"))
+    transport = optimizer._transport
+    reduce_scatter = transport.reduce_scatter
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        timeline.append("launch")
+        return reduce_scatter(*arguments, **options)
+
+    transport.reduce_scatter = recorded  # type: ignore[method-assign]
+    for step in range(2):
+        timeline.clear()
+        model(batch(rank + step)).sum().backward()
+        timeline.append("end of backward")
+        optimizer.step()
+    return timeline
+
+
+def test_a_bucket_is_launched_by_the_hook_that_completes_it() -> None:
+    for timeline in on_ranks(2, record_timeline):
+        last_gradient = len(timeline) - 1 - timeline[::-1].index("gradient")
+        before = timeline[:last_gradient].count("launch")
+        assert before >= timeline.count("launch") - 1, timeline
+        assert "launch" not in timeline[timeline.index("end of backward") :]
+
+
+def train_with_and_without_traffic_of_the_users(traffic: bool) -> list[torch.Tensor]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    for step in range(5):
+        loss = model(batch(10 * step + rank)).square().mean()
+        loss.backward()
+        if traffic:
+            dist.all_reduce(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_collectives_of_the_users_between_backward_and_step_do_not_meet_ours() -> None:
+    for with_traffic, without in zip(
+        on_ranks(2, train_with_and_without_traffic_of_the_users, True),
+        on_ranks(2, train_with_and_without_traffic_of_the_users, False),
+        strict=True,
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(with_traffic, without, strict=True))
+
+
+def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each bucket's shard beside torch's fused kernel on a copy of it, fed with sums made here in rank order."""
+    from shardadam import ShardedAdam
+
+    rank, world_size = rank_and_size()
+    model = build_model()
+    optimizer = (ShardedAdamW if adamw else ShardedAdam)(model.parameters(), lr=1e-2, weight_decay=0.1, bucket_mb=BUCKET_MB)
+    kernel = torch._fused_adamw_ if adamw else torch._fused_adam_
+    shards = [
+        [t.clone() for t in (bucket.parameter_shard, bucket.exp_avg, bucket.exp_avg_sq)] for bucket in optimizer._buckets
+    ]
+    for step in range(10):
+        gradients = []  # of every rank, on every rank
+        for peer in range(world_size):
+            model.zero_grad()
+            with optimizer.no_sync():
+                model(batch(100 * step + peer)).square().mean().backward()
+            gradients.append({parameter: parameter.grad for parameter in model.parameters()})
+        model.zero_grad()
+        model(batch(100 * step + rank)).square().mean().backward()
+        optimizer.step()
+        for bucket, (parameter, exp_avg, exp_avg_sq) in zip(optimizer._buckets, shards, strict=True):
+            total = torch.zeros(bucket.numel)
+            for peer in range(world_size):
+                for member, piece in bucket.pieces:
+                    flat = gradients[peer][member.parameter].flatten()
+                    total[piece.offset : piece.offset + piece.numel] += flat[piece.start : piece.start + piece.numel]
+            mean = total.chunk(world_size)[rank] / world_size
+            kernel(
+                [parameter], [mean], [exp_avg], [exp_avg_sq], [], [torch.tensor(step + 1.0)], lr=1e-2, beta1=0.9,
+                beta2=0.999, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
+            )  # fmt: skip
+    return [
+        pair
+        for bucket, expected in zip(optimizer._buckets, shards, strict=True)
+        for pair in zip((bucket.parameter_shard.clone(), bucket.exp_avg, bucket.exp_avg_sq), expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("adamw", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_torchs_fused_kernel_bit_for_bit(world_size: int, adamw: bool) -> None:
+    for pairs in on_ranks(world_size, step_against_the_fused_kernel, adamw):
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+        assert any(bool(ours.count_nonzero()) for ours, _ in pairs)

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds neither hang nor mix buckets, whatever backward does: raises, is skipped, runs twice, runs in another order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shardadam import ShardedAdamW
+from shardadam.buckets import StagingPool
+from shardadam.transport import CollectiveTransport, SingleProcessTransport, Transport, own_group
+from tests.adversarial import AdversarialTransport
+from tests.ranks import on_ranks, rank_and_size
+
+BUCKET_MB = 0.002
+LR = 1e-2
+
+
+def connect(kind: str) -> Transport:
+    group = own_group(None)
+    inner = SingleProcessTransport() if group is None else CollectiveTransport(group)
+    return AdversarialTransport(inner) if kind == "adversarial" else inner
+
+
+def build_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(6)))
+
+
+def batch(step: int, rank: int) -> Tensor:
+    return torch.randn(4, 16, generator=torch.Generator().manual_seed(1000 * step + rank))
+
+
+def clone(parameters: Any) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def expect(world_size: int, steps: list[Callable[[nn.Sequential, int], Tensor | None]]) -> list[Tensor]:
+    """torch's AdamW on one rank; each step's loss of (model, rank), None where the step is not taken."""
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    for loss_of in steps:
+        losses = [loss_of(model, rank) for rank in range(world_size)]
+        if losses[0] is None:
+            continue
+        for loss in losses:
+            loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= world_size
+        optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+def assert_all_close(results: list[list[Tensor]], expected: list[Tensor]) -> None:
+    for result in results:
+        for a, b in zip(result, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def plain_loss(step: int) -> Callable[[nn.Sequential, int], Tensor]:
+    return lambda model, rank: model(batch(step, rank)).square().mean()
+
+
+class Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ArithmeticError("this backward fails")
+
+
+def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
+    assert len(optimizer._buckets) > StagingPool.SIZE + 2
+    for step in range(6):
+        x = batch(step, rank)
+        for index, layer in enumerate(model):
+            x = layer(x)
+            if step in (0, 3) and rank == 0 and index == failing_layer:
+                x = Explode.apply(x)
+        succeeded = torch.ones(())
+        try:
+            x.square().mean().backward()
+        except ArithmeticError:
+            succeeded.zero_()
+        dist.all_reduce(succeeded, op=dist.ReduceOp.MIN)  # the peers have launched buckets that rank 0 has not
+        if succeeded:
+            optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["collective", "adversarial"])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("failing_layer", [0, 2, 4])
+def test_an_exception_in_one_ranks_backward_neither_hangs_nor_mixes(
+    world_size: int, kind: str, failing_layer: int
+) -> None:
+    """Half-finished rounds that were reset instead of flushed mixed one rank's old bucket with another's new one; a hook
+    that waited for staging while a neighbour sat in the user's own all-reduce was a deadlock."""
+    results = on_ranks(world_size, train_with_a_failing_backward, kind, failing_layer)
+    steps = [plain_loss(step) if step not in (0, 3) else (lambda model, rank: None) for step in range(6)]
+    assert_all_close(results, expect(world_size, steps))
+
+
+def train_and_skip(kind: str, slow_rank: int) -> list[Tensor]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
+    for step in range(6):
+        loss = plain_loss(step)(model, rank)
+        if rank == slow_rank:
+            time.sleep(0.03)
+        loss.backward()
+        if step in (1, 2):
+            optimizer.zero_grad()
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["collective", "adversarial"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_batch_skipped_after_backward_leaves_nothing_behind(world_size: int, kind: str) -> None:
+    results = on_ranks(world_size, train_and_skip, kind, 0)
+    steps = [plain_loss(step) if step not in (1, 2) else (lambda model, rank: None) for step in range(6)]
+    assert_all_close(results, expect(world_size, steps))
+
+
+def train_with_rank_dependent_graphs(kind: str) -> tuple[list[Tensor], list[int]]:
+    """Each rank uses other branches, in another order."""
+    rank, world_size = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
+    for step in range(6):
+        branching_loss(step, world_size)(model, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters()), list(optimizer._reducer.order)
+
+
+def branching_loss(step: int, world_size: int) -> Callable[[nn.Sequential, int], Tensor]:
+    def loss_of(model: nn.Sequential, rank: int) -> Tensor:
+        x = batch(step, rank)
+        layers = [layer for index, layer in enumerate(model) if (index + step) % world_size != rank or world_size == 1]
+        layers = layers[::-1] if (rank + step) % 2 else layers
+        for layer in layers:
+            x = layer(x)
+        return x.square().mean()
+
+    return loss_of
+
+
+@pytest.mark.parametrize("kind", ["collective", "adversarial"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_other_graphs_on_other_ranks_reduce_the_same_buckets_together(world_size: int, kind: str) -> None:
+    """Buckets of equal size were reduced with each other when ranks left different parameters unused; no error appeared."""
+    results = on_ranks(world_size, train_with_rank_dependent_graphs, kind)
+    expected = expect(world_size, [branching_loss(step, world_size) for step in range(6)])
+    if world_size == 3:
+        for parameters, _ in results:
+            for a, b in zip(parameters, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    else:
+        assert_all_close([parameters for parameters, _ in results], expected)
+    assert all(order == results[0][1] for _, order in results)
+
+
+def learned_order() -> tuple[list[int], list[int]]:
+    """The forward order is the reverse of registration, so backward completes buckets from the last to the first."""
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    before = list(optimizer._reducer.order)
+    x = batch(0, rank)
+    for layer in model if rank else reversed(model):  # rank 0's order must win
+        x = layer(x)
+    x.square().mean().backward()
+    optimizer.step()
+    return before, list(optimizer._reducer.order)
+
+
+def test_the_launch_order_is_the_one_rank_0_has_seen() -> None:
+    for before, after in on_ranks(2, learned_order):
+        assert before == sorted(before)
+        assert after == before[::-1]
+
+
+class Blocks(nn.Module):
+    """Blocks, one of them used twice, run plainly or under activation checkpointing."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.head = nn.Linear(16, 1)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.blocks, self.blocks[1]]:
+            x = block(x) if self.how == "plain" else checkpoint(block, x, use_reentrant=self.how == "reentrant")
+        return self.head(x)
+
+
+def train_checkpointed(how: str, kind: str, accumulate: int) -> list[Tensor]:
+    rank, _ = rank_and_size()
+    model = Blocks(how)
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
+    for step in range(6):
+        for micro in range(accumulate):
+            model(batch(step + 100 * micro, rank).requires_grad_()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["collective", "adversarial"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_activation_checkpointing_changes_nothing(world_size: int, how: str, accumulate: int, kind: str) -> None:
+    checkpointed = on_ranks(world_size, train_checkpointed, how, kind, accumulate)
+    plain = on_ranks(world_size, train_checkpointed, "plain", kind, accumulate)
+    for one, other in zip(checkpointed, plain, strict=True):
+        for a, b in zip(one, other, strict=True):
+            # A parameter used twice gets its gradient in two rounds under reentrant checkpointing: other sums.
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def rounds_of_reentrant_checkpointing() -> tuple[int, bool]:
+    model = Blocks("reentrant")
+    model.blocks[1] = nn.Tanh()  # nothing is used twice
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    launches: list[int] = []
+    launch = optimizer._reducer._launch
+    optimizer._reducer._launch = lambda index, **options: (launches.append(index), launch(index, **options))  # type: ignore
+    model(batch(0, 0).requires_grad_()).square().mean().backward()
+    return len(launches), len(launches) == len(optimizer._buckets)
+
+
+def test_a_nested_backward_does_not_close_the_round_of_the_outer_one() -> None:
+    """Every inner backward of reentrant checkpointing runs its own end-of-backward callbacks."""
+    assert rounds_of_reentrant_checkpointing()[1]
+
+
+def mixed_accumulation(kind: str) -> tuple[list[Tensor], list[bool]]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
+    gradients_left = []
+    for step in range(4):
+        plain_loss(10 * step)(model, rank).backward()
+        with optimizer.no_sync():
+            plain_loss(10 * step + 1)(model, rank).backward()
+            plain_loss(10 * step + 2)(model, rank).backward()
+        gradients_left.append(all(parameter.grad is not None for parameter in model.parameters()))
+        if step % 2:  # otherwise step() itself reduces what no_sync has left
+            plain_loss(10 * step + 3)(model, rank).backward()
+        optimizer.step()
+        gradients_left.append(any(parameter.grad is not None for parameter in model.parameters()))
+    return clone(model.parameters()), gradients_left
+
+
+@pytest.mark.parametrize("kind", ["collective", "adversarial"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_synchronised_and_local_accumulation_add_up(world_size: int, kind: str) -> None:
+    def loss_of(step: int) -> Callable[[nn.Sequential, int], Tensor]:
+        micros = range(4 if step % 2 else 3)
+        return lambda model, rank: sum(plain_loss(10 * step + micro)(model, rank) for micro in micros)
+
+    results = on_ranks(world_size, mixed_accumulation, kind)
+    assert_all_close([parameters for parameters, _ in results], expect(world_size, [loss_of(step) for step in range(4)]))
+    assert all(left == [True, False] * 4 for _, left in results)
+
+
+def gradients_by_hand(gradient_sync: str) -> list[Tensor]:
+    rank, world_size = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, gradient_sync=gradient_sync)
+    for step in range(3):
+        total = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for peer in range(world_size):
+            gradients = torch.autograd.grad(plain_loss(step)(model, peer), list(model.parameters()))
+            if gradient_sync == "external":
+                total = [a + b / world_size for a, b in zip(total, gradients, strict=True)]
+            elif peer == rank:
+                total = list(gradients)
+        for parameter, gradient in zip(model.parameters(), total, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_written_by_hand_count(world_size: int, gradient_sync: str) -> None:
+    results = on_ranks(world_size, gradients_by_hand, gradient_sync)
+    assert_all_close(results, expect(world_size, [plain_loss(step) for step in range(3)]))
+
+
+def train_under_ddp(max_grad_norm: float | None) -> list[Tensor]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = ShardedAdamW(
+        model.parameters(), lr=LR, bucket_mb=BUCKET_MB, gradient_sync="external", max_grad_norm=max_grad_norm
+    )
+    for step in range(5):
+        wrapped(batch(step, rank)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_external_gradients_of_ddp(world_size: int) -> None:
+    results = on_ranks(world_size, train_under_ddp, None)
+    assert_all_close(results, expect(world_size, [plain_loss(step) for step in range(5)]))
+
+
+def grow_and_shrink() -> tuple[int, int, int]:
+    """Rank 0 sleeps before its backward: rank 1 runs ahead."""
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    loss = plain_loss(0)(model, rank)
+    dist.barrier()
+    if rank == 0:
+        time.sleep(0.5)
+    loss.backward()
+    one = optimizer._reducer._pool._transport.staging(optimizer._buckets[0].numel, torch.float32, torch.device("cpu"))
+    during = optimizer.memory().staging
+    optimizer.step()
+    return during, optimizer.memory().staging, one.nbytes
+
+
+def test_staging_grows_instead_of_waiting_for_a_slow_peer_and_shrinks_after() -> None:
+    (_, after_0, one), (ahead, after_1, _) = on_ranks(2, grow_and_shrink)
+    assert ahead > StagingPool.SIZE * one
+    assert after_0 <= StagingPool.SIZE * one and after_1 <= StagingPool.SIZE * one
