@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sharded AdamW for data-parallel training: torch.optim's surface, 1/N of the optimizer's memory on each of N ranks."""
+"""A sharded AdamW for data-parallel training: torch.optim's surface, 1/N of the optimizer's memory on each of N
+ranks.
+"""
 
 from shardadam.optimizer import Memory, ShardedAdam, ShardedAdamW
 from shardadam.precision import Precision

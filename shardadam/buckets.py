@@ -24,7 +24,8 @@ class Member:
     """One trainable parameter of the optimizer and where it lives.
 
     ``ordinal`` counts all members in the order of the arenas they lie in; ``spans`` are the stretches of the parameter
-    that lie in this rank's shards, in memory order, and lie in ``state_slice`` of the arena's state one after the other.
+    that lie in this rank's shards, in memory order, and lie in ``state_slice`` of the arena's state one after the
+    other.
     """
 
     parameter: Tensor
@@ -46,7 +47,9 @@ class Member:
 
 @dataclass(eq=False, slots=True)
 class FlatArena:
-    """The flat storage of one (param group, dtype, device): parameters whole, everything else this rank's shards of it."""
+    """The flat storage of one (param group, dtype, device): parameters whole, everything else this rank's shards of
+    it.
+    """
 
     group_index: int
     members: list[Member]
@@ -70,7 +73,7 @@ class FlatBucket:
     ``gradient_shard`` holds ``multiple`` times the mean over ranks. ``index`` counts the buckets of the optimizer.
     """
 
-    layout: layout.Bucket
+    plan: layout.Bucket
     arena: FlatArena
     pieces: list[tuple[Member, layout.Piece]]
     segments: list[tuple[Member, layout.Segment]]
@@ -86,7 +89,7 @@ class FlatBucket:
 
     @property
     def numel(self) -> int:
-        return self.layout.numel
+        return self.plan.numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
     shard = slice(start, start + plan.shard_numel)
     whole = arena.parameters[plan.offset : plan.offset + plan.numel]
     bucket = FlatBucket(
-        layout=plan,
+        plan=plan,
         arena=arena,
         pieces=[(members[piece.parameter], piece) for piece in plan.pieces],
         segments=[(members[segment.parameter], segment) for segment in plan.segments(rank)],
@@ -202,14 +205,15 @@ def bind(member: Member) -> None:
         begin = member.offset * flat.element_size()
         storage = flat.untyped_storage()[begin : begin + parameter.numel() * flat.element_size()]
         view = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        view.set_(storage, 0, parameter.shape, parameter.stride())  # type: ignore[call-overload]
+        view.set_(storage, 0, parameter.shape, parameter.stride())
         view.copy_(parameter.detach())
         parameter.data = view
     member.address = parameter.data_ptr()
 
 
 def rebind_moved(members: Sequence[Member]) -> None:
-    """Takes back parameters whose data somebody has replaced (``p.data = ...``, ``model.to``) by a tensor of the same kind.
+    """Takes back parameters whose data somebody has replaced (``p.data = ...``, ``model.to``) by a tensor of the same
+    kind.
 
     Raises:
         RuntimeError: a parameter has another device, dtype, shape or memory format than it was taken in with. None of
@@ -269,7 +273,8 @@ class StagingPool:
     """Staging buffers, each as large as the largest bucket, used in turn.
 
     Note: growing instead of waiting
-        Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer inside a
+        Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer
+        inside a
         backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the pool grows:
         the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in ``drain``.
     """

@@ -17,8 +17,9 @@ SHARD_KEY = "shard"
 
 
 def local_state(member: Member) -> dict[str, Tensor]:
-    """What torch keeps in ``optimizer.state[p]``, as views of the arena: sharded tensors hold this rank's elements of the
-    parameter, in memory order, in one dimension."""
+    """What torch keeps in ``optimizer.state[p]``, as views of the arena: sharded tensors hold this rank's elements of
+    the parameter, in memory order, in one dimension.
+    """
     arena = member.arena
     state = {"step": arena.steps[member.ordinal - arena.members[0].ordinal]}
     for name in SHARDED_STATE:
@@ -43,20 +44,23 @@ def load_local(
     found = state_dict.get(SHARD_KEY)
     if found is not None and dict(found) != dict(shard):
         raise ValueError(
-            f"state_dict is the part of {dict(found)}, expected that of {dict(shard)}. Each rank loads what it has saved "
-            "itself, with as many ranks and the same bucket_mb; anything else can load a whole torch.optim.AdamW state_dict."
+            f"state_dict is the part of {dict(found)}, expected that of {dict(shard)}. Each rank loads what it has "
+            "saved itself, with as many ranks and the same bucket_mb; anything else can load a whole state_dict of "
+            "torch.optim.AdamW."
         )
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in param_groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if sizes != saved_sizes:
         raise ValueError(
-            f"state_dict has param groups of {saved_sizes} parameters, expected {sizes}. Build the optimizer over the same "
-            "model and groups as the one that was saved."
+            f"state_dict has param groups of {saved_sizes} parameters, expected {sizes}. Build the optimizer over the "
+            "same model and groups as the one that was saved."
         )
     indices = [index for group in saved_groups for index in group["params"]]
     parameters = [parameter for group in param_groups for parameter in group["params"]]
-    saved = {id(p): state_dict["state"][i] for p, i in zip(parameters, indices, strict=True) if i in state_dict["state"]}
+    saved = {
+        id(p): state_dict["state"][i] for p, i in zip(parameters, indices, strict=True) if i in state_dict["state"]
+    }
 
     copies: list[tuple[Tensor, Tensor | float]] = []
     for member in members:

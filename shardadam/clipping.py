@@ -37,9 +37,7 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(
-    buckets: Sequence[FlatBucket], used: Sequence[bool], *, transport: Transport, with_norm: bool
-) -> Survey:
+def survey(buckets: Sequence[FlatBucket], used: Sequence[bool], *, transport: Transport, with_norm: bool) -> Survey:
     """Collective: looks at the gradient shards, which must be settled, and at this rank's used-bits."""
     device = buckets[0].parameters.device
     finite, squares = [], []

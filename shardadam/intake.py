@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,9 +31,7 @@ class Options:
 
     def check(self) -> None:
         if self.gradient_sync not in ("backward", "step", "external"):
-            raise ValueError(
-                f"gradient_sync: found {self.gradient_sync!r}, expected 'backward', 'step' or 'external'"
-            )
+            raise ValueError(f"gradient_sync: found {self.gradient_sync!r}, expected 'backward', 'step' or 'external'")
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm: found {self.max_grad_norm!r}, expected None or a number of 0 or more")
         if not isinstance(self.precision, Precision):
@@ -64,7 +63,9 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     if values["amsgrad"]:
         raise ValueError("amsgrad: found True, which is not supported: its third moment has no shard. Leave it False.")
     if values["differentiable"]:
-        raise ValueError("differentiable: found True, which is not supported: the update runs in place. Leave it False.")
+        raise ValueError(
+            "differentiable: found True, which is not supported: the update runs in place. Leave it False."
+        )
     parameters = group.get("params")
     if isinstance(parameters, (list, tuple)):
         _check_repeated(parameters)
@@ -81,8 +82,8 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
         parameter = entry[1] if isinstance(entry, tuple) else entry
         if id(parameter) in seen:
             raise ValueError(
-                f"A parameter appears twice in one param group, at positions {seen[id(parameter)]} and {index}. Give every "
-                "parameter once; model.parameters() lists tied ones once."
+                f"A parameter appears twice in one param group, at positions {seen[id(parameter)]} and {index}. Give "
+                "every parameter once; model.parameters() lists tied ones once."
             )
         seen[id(parameter)] = index
 
@@ -95,19 +96,23 @@ def check_parameters(parameters: Sequence[NamedParameter], taken: Sequence[Tenso
     """
     for named in parameters:
         parameter, name = named.parameter, named.name
-        if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(f"Parameter {name!r} is not initialised yet. Run a forward of its lazy module first.")
         if parameter.device.type == "meta":
-            raise ValueError(f"Parameter {name!r} is on the meta device and has no values. Materialise it first (to_empty).")
+            raise ValueError(
+                f"Parameter {name!r} is on the meta device and has no values. Materialise it first (to_empty)."
+            )
         if not parameter.requires_grad:
             continue
         if is_traceable_wrapper_subclass(parameter):
             raise TypeError(
-                f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism and "
-                "fully_shard are not supported yet. Use torch.optim.AdamW for it."
+                f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism "
+                "and fully_shard are not supported yet. Use torch.optim.AdamW for it."
             )
         if parameter.layout != torch.strided:
-            raise TypeError(f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided)")
+            raise TypeError(
+                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided)"
+            )
         check_parameter_dtype(parameter.dtype, name)
         if not is_dense(parameter):
             raise ValueError(
@@ -125,11 +130,11 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
         if p.requires_grad and p.numel() > 0:
             extents.append((str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), named.name))
     extents.sort()
-    for (device, _, end, name), (next_device, start, _, next_name) in zip(extents, extents[1:], strict=False):
+    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
         if device == next_device and start < end:
             raise ValueError(
-                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory. To tie them, assign "
-                "one nn.Parameter to both modules."
+                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory. To tie them, "
+                "assign one nn.Parameter to both modules."
             )
 
 
@@ -139,7 +144,9 @@ def claims(groups: Sequence[Mapping[str, Any]], parameters: Sequence[NamedParame
     for index, group in enumerate(groups):
         for field in _AGREED_HYPERPARAMETERS:
             value = group[field]
-            result.append(Claim(f"param group {index}", field, repr(value.item() if isinstance(value, Tensor) else value)))
+            result.append(
+                Claim(f"param group {index}", field, repr(value.item() if isinstance(value, Tensor) else value))
+            )
         result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
     for position, named in enumerate(parameters):
         parameter = named.parameter

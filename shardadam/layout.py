@@ -45,8 +45,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The part of one parameter that lies in one shard: ``parameter[start : start + numel]``, counted in memory order, at
-    ``shard[offset : offset + numel]``."""
+    """The part of one parameter that lies in one shard: ``parameter[start : start + numel]``, counted in memory
+    order, at ``shard[offset : offset + numel]``.
+    """
 
     parameter: int
     start: int
@@ -56,7 +57,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The unit of communication and of update: ``numel`` elements at ``offset`` of an arena, in ``world_size`` equal shards."""
+    """The unit of communication and of update: ``numel`` elements at ``offset`` of an arena, in ``world_size`` equal
+    shards.
+    """
 
     arena: int
     offset: int
@@ -91,8 +94,9 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Arena:
-    """Flat storage for all parameters of one (param group, dtype, device); its buckets lie in it one after the other, so a
-    parameter that spans several buckets stays contiguous. ``offsets[i]`` is where ``parameters[i]`` begins."""
+    """Flat storage for all parameters of one (param group, dtype, device); its buckets lie in it one after the other,
+    so a parameter that spans several buckets stays contiguous. ``offsets[i]`` is where ``parameters[i]`` begins.
+    """
 
     key: object
     itemsize: int
@@ -120,8 +124,8 @@ class Layout:
 def equal_runs(bucket: Bucket, rank: int, labels: Sequence[int | None]) -> list[Run]:
     """Cuts ``rank``'s shard where the labels of its parameters change; parameters labelled None are left out.
 
-    A run ends at the padding's end, so that its length is a multiple of ``ALIGNMENT_NUMEL`` and one run covers the whole
-    shard where all labels are equal.
+    A run ends at the padding's end, so that its length is a multiple of ``ALIGNMENT_NUMEL`` and one run covers the
+    whole shard where all labels are equal.
     """
     runs: list[Run] = []
     segments = list(bucket.segments(rank))
@@ -141,8 +145,8 @@ def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket
     """Lays ``parameters`` out in buckets of about ``bucket_bytes``, each cut into ``world_size`` equal shards.
 
     Buckets take the parameters of an arena in reverse order (backward completes them about so), cut where the next one
-    would not fit; a parameter larger than a bucket is split into pieces of a bucket. Each bucket is padded to a multiple
-    of ``world_size * ALIGNMENT_NUMEL``.
+    would not fit; a parameter larger than a bucket is split into pieces of a bucket. Each bucket is padded to a
+    multiple of ``world_size * ALIGNMENT_NUMEL``.
     """
     if world_size < 1:
         raise ValueError(f"world_size: found {world_size}, expected 1 or more")

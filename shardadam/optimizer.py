@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ShardedAdam and ShardedAdamW: torch.optim's surface over the rooms below. Wires them; does no arithmetic of its own."""
+"""ShardedAdam and ShardedAdamW: torch.optim's surface over the rooms below. Wires them; does no arithmetic of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -36,7 +39,8 @@ class Memory:
     Args:
         parameters: the flat buffers that trainable parameters are views of; whole on every rank.
         gradient_shard: this rank's shard of the reduced gradients.
-        staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the peers.
+        staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the
+            peers.
         moments: this rank's shard of exp_avg and exp_avg_sq.
         master: this rank's shard of the exact values behind low-precision parameters.
         scalars: step counters.
@@ -62,7 +66,8 @@ class Memory:
 class ShardedAdam(Optimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
-    Collective: all ranks must build the same optimizer over the same model. Rank 0's parameter values are broadcast, and
+    Collective: all ranks must build the same optimizer over the same model. Rank 0's parameter values are broadcast,
+        and
     trainable parameters become views of flat buffers; shape, strides, ties and identity stay.
 
     Args:
@@ -78,21 +83,23 @@ class ShardedAdam(Optimizer):
             where none is initialised.
         gradient_sync: who averages gradients over ranks, and when. ``"backward"``: reduce-scatter while backward runs,
             full gradients freed (ZeRO-2); ``step`` consumes them. ``"step"``: they stay in ``p.grad`` and are reduced
-            inside ``step`` (ZeRO-1). ``"external"``: ``p.grad`` is already averaged (DDP, Trainer), only state is sharded.
+            inside ``step`` (ZeRO-1). ``"external"``: ``p.grad`` is already averaged (DDP, Trainer), only state is
+            sharded.
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
         precision: number formats of state and wire.
         bucket_mb: size of a bucket, in MiB of parameters.
         transport: ``"auto"`` or ``"collective"``: torch.distributed; or a Transport.
-        foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always torch's fused one.
+        foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always torch's
+            fused one.
         differentiable: True is refused.
 
     Raises:
         ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
         RuntimeError: another rank has failed to build its optimizer.
 
-    ``grad_norm`` is the 2-norm of the averaged gradients before clipping at the last ``step`` that clipped, a 0-dim float32
-    tensor on the device, else None. ``skipped_steps`` counts the steps not taken because a gradient was infinite or NaN on
-    some rank, a 0-dim int64 tensor on the device.
+    ``grad_norm`` is the 2-norm of the averaged gradients before clipping at the last ``step`` that clipped, a 0-dim
+    float32 tensor on the device, else None. ``skipped_steps`` counts the steps not taken because a gradient was
+    infinite or NaN on some rank, a 0-dim int64 tensor on the device.
     """
 
     def __init__(
@@ -175,7 +182,7 @@ class ShardedAdam(Optimizer):
     # The step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step with the averages over ranks of all gradients since the last. Collective.
 
         A parameter that has a gradient on no rank is left alone; one that has a gradient on some counts as zero on the
@@ -243,9 +250,7 @@ class ShardedAdam(Optimizer):
         if self._survey is None or (with_norm and self._survey.norm is None):
             self._reducer.close()
             self._reducer.settle()
-            self._survey = survey(
-                self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm
-            )
+            self._survey = survey(self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm)
         return self._survey
 
     def _clip(self, seen: Survey, max_norm: float | Tensor) -> Tensor:
@@ -265,7 +270,7 @@ class ShardedAdam(Optimizer):
 
     def _update(self, bucket: FlatBucket, seen: Survey, used: list[bool] | None) -> None:
         device = bucket.parameters.device
-        runs = self._runs.runs(bucket.layout, bucket.index, used)
+        runs = self._runs.runs(bucket.plan, bucket.index, used)
         first = bucket.arena.members[0].ordinal
         adam_runs_(
             runs=runs,
@@ -358,7 +363,9 @@ class ShardedAdam(Optimizer):
             self.state[member.parameter] = checkpoint.local_state(member)
 
     def _take_in_unfrozen(self) -> None:
-        """Makes members of parameters that were frozen when they came and are not any more. Collective if there are any."""
+        """Makes members of parameters that were frozen when they came and are not any more. Collective if there are
+        any.
+        """
         unfrozen = [p for p in self._frozen if p.parameter.requires_grad]
         if not unfrozen:
             return
@@ -402,7 +409,7 @@ class ShardedAdam(Optimizer):
         seen = self._look(with_norm=self._options.max_grad_norm is not None)
         if not bool(seen.used[member.ordinal]):
             return None
-        gradient = gather_shards(member, lambda bucket: bucket.gradient_shard, self._transport)
+        gradient = gather_shards(member, attrgetter("gradient_shard"), self._transport)
         gradient /= member.buckets[0].multiple
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
@@ -416,14 +423,16 @@ class ShardedAdam(Optimizer):
         state = {"step": self.state[parameter]["step"].clone()}
         for name in checkpoint.SHARDED_STATE:
             if name in self.state[parameter]:
-                state[name] = gather_shards(member, lambda bucket, name=name: getattr(bucket, name), self._transport)
+                state[name] = gather_shards(member, attrgetter(name), self._transport)
         return state
 
     def _member(self, parameter: Tensor) -> Member:
         for member in self._members:
             if member.parameter is parameter:
                 return member
-        raise ValueError("This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params.")
+        raise ValueError(
+            "This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params."
+        )
 
     def memory(self) -> Memory:
         """Bytes that the optimizer holds on this rank now, by kind. Local."""
@@ -451,7 +460,8 @@ class ShardedAdam(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this rank's ``state_dict()``, or the whole one of a torch.optim.Adam/AdamW, of which it keeps its shard.
+        """Loads this rank's ``state_dict()``, or the whole one of a torch.optim.Adam/AdamW, of which it keeps its
+        shard.
 
         Local. Hyperparameters of the param groups are loaded too, as in torch. Master weights that ``state_dict`` does
         not hold are taken from the parameters: load the model first.
@@ -476,13 +486,15 @@ class ShardedAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            f"A {type(self).__name__} holds buffers and process groups and cannot be copied or pickled. Build a new one "
-            "and load state_dict() into it."
+            f"A {type(self).__name__} holds buffers and process groups and cannot be copied or pickled. Build a new "
+            "one and load state_dict() into it."
         )
 
 
 class ShardedAdamW(ShardedAdam):
-    """torch.optim.AdamW with its state split over the ranks of a process group: ``ShardedAdam`` with decoupled decay."""
+    """torch.optim.AdamW with its state split over the ranks of a process group: ``ShardedAdam`` with decoupled
+    decay.
+    """
 
     def __init__(
         self,

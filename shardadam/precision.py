@@ -17,11 +17,12 @@ class Precision:
 
     Args:
         moments: format of exp_avg and exp_avg_sq. ``"fp32"``: 4 bytes each (8 for float64 parameters).
-        master: how the exact value behind a bfloat16 or float16 parameter is kept. ``"fp32"``: as a float32 copy, 4 bytes.
-            ``"auto"``: the best for the device, at present ``"fp32"`` everywhere. Other parameters are their own master.
-        reduce: dtype of gradients on the wire; None: the gradient's own. The gradient shard that the sums are kept in is
-            float32 (float64 for float64 parameters) whatever travels, where the transport does the sum itself; NCCL sums
-            in the dtype that travels.
+        master: how the exact value behind a bfloat16 or float16 parameter is kept. ``"fp32"``: as a float32 copy, 4
+            bytes. ``"auto"``: the best for the device, at present ``"fp32"`` everywhere. Other parameters are their
+            own master.
+        reduce: dtype of gradients on the wire; None: the gradient's own. The gradient shard that the sums are kept in
+            is float32 (float64 for float64 parameters) whatever travels, where the transport does the sum itself;
+            NCCL sums in the dtype that travels.
     """
 
     moments: Literal["fp32"] = "fp32"

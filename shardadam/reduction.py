@@ -82,7 +82,8 @@ class GradientReducer:
             this = weakref.ref(self)
             for member in members:
                 hook = _hook(this, member.ordinal)
-                self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
+                register = member.parameter.register_post_accumulate_grad_hook
+                self._handles.append(register(hook))  # type: ignore[no-untyped-call]
 
     def remove_hooks(self) -> None:
         for handle in self._handles:
@@ -186,8 +187,8 @@ class GradientReducer:
     def learn_order(self) -> None:
         """Makes the order in which rank 0's last backward completed the buckets the launch order of all ranks.
 
-        Collective. Buckets that did not complete (unused parameters) go last. Until rank 0 has seen a gradient the order
-        of the layout serves.
+        Collective. Buckets that did not complete (unused parameters) go last. Until rank 0 has seen a gradient the
+        order of the layout serves.
         """
         if self._order_is_learned or not self._hooked:
             return
@@ -230,7 +231,7 @@ class GradientReducer:
         """Copies the bucket's gradients into ``send``, zeros for what is absent and for padding."""
         targets: list[Tensor] = []
         gradients: list[Tensor] = []
-        zeros = [send[start:stop] for start, stop in bucket.layout.gaps]
+        zeros = [send[start:stop] for start, stop in bucket.plan.gaps]
         for member, piece in bucket.pieces:
             target = send[piece.offset : piece.offset + piece.numel]
             gradient = member.parameter.grad

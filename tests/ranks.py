@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warm worker processes that run a function on every rank, with a deadline.
 
-``on_ranks(4, function, *arguments)`` calls ``function(*arguments)`` on 4 ranks joined by Gloo and returns the four results
-in rank order. Workers are started once for each world size and reused. A rank that raises, or does not answer in time,
-fails the test with every rank's traceback; its workers are then replaced, so that nothing unfinished meets the next test.
-With one rank the function runs right here, without a process group.
+``on_ranks(4, function, *arguments)`` calls ``function(*arguments)`` on 4 ranks joined by Gloo and returns the four
+results in rank order. Workers are started once for each world size and reused. A rank that raises, or does not answer
+in time, fails the test with every rank's traceback; its workers are then replaced, so that nothing unfinished meets
+the next test. With one rank the function runs right here, without a process group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _processes.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.ch
 _pools: dict[int, Workers] = {}
 
 
-def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = DEADLINE_S) -> list[Any]:
+def on_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = DEADLINE_S
+) -> list[Any]:
     if world_size == 1:
         return [function(*arguments)]
     if world_size not in _pools:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clipping equals torch's on unsharded averaged gradients; a non-finite gradient on one rank changes nothing anywhere."""
+"""Clipping equals torch's on unsharded averaged gradients; a non-finite gradient on one rank changes nothing
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,7 @@ def test_external_gradients_are_not_divided_again(world_size: int) -> None:
 
 
 def look_inside(dtype: torch.dtype) -> dict[str, Any]:
-    rank, world_size = rank_and_size()
+    rank, _ = rank_and_size()
     model = build_model(dtype)
     model[0].weight.data = model[0].weight.data.t().contiguous().t()
     optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=0.001)

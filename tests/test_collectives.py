@@ -28,7 +28,11 @@ class RecordCollectives(TorchDispatchMode):
         if func.namespace == "c10d":
             flat = torch.utils._pytree.tree_leaves(args)
             sizes = [leaf.nbytes for leaf in flat if isinstance(leaf, torch.Tensor)]
-            groups = [dist.ProcessGroup.unbox(leaf) for leaf in flat if isinstance(leaf, torch.ScriptObject) and is_group(leaf)]
+            groups = [
+                dist.ProcessGroup.unbox(leaf)
+                for leaf in flat
+                if isinstance(leaf, torch.ScriptObject) and is_group(leaf)
+            ]
             on_default = any(group.group_name == dist.group.WORLD.group_name for group in groups)
             self.calls.append((func._schema.name.removeprefix("c10d::"), max(sizes, default=0), on_default))
         return func(*args, **(kwargs or {}))
@@ -40,7 +44,9 @@ def is_group(leaf: torch.ScriptObject) -> bool:
 
 def build_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 50), nn.Linear(50, 1))
+    return nn.Sequential(
+        nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 50), nn.Linear(50, 1)
+    )
 
 
 def batch(seed: int) -> torch.Tensor:
@@ -48,7 +54,7 @@ def batch(seed: int) -> torch.Tensor:
 
 
 def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, Any]:
-    rank, world_size = rank_and_size()
+    rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(
         model.parameters(), bucket_mb=BUCKET_MB, gradient_sync=gradient_sync, max_grad_norm=1.0 if clip else None
@@ -75,7 +81,9 @@ def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, 
 def test_a_step_moves_each_bucket_once_there_and_once_back(
     world_size: int, gradient_sync: str, accumulate: int, clip: bool
 ) -> None:
-    """On Gloo the reduce-scatter is an all-to-all of the bucket (each rank sends each other its slice, nothing more)."""
+    """On Gloo the reduce-scatter is an all-to-all of the bucket (each rank sends each other its slice, nothing
+    more).
+    """
     results = on_ranks(world_size, record_a_step, gradient_sync, accumulate, clip)
     for result in results:
         bucket_bytes, order = result["bucket_bytes"], result["order"]
@@ -149,10 +157,13 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
 
     rank, world_size = rank_and_size()
     model = build_model()
-    optimizer = (ShardedAdamW if adamw else ShardedAdam)(model.parameters(), lr=1e-2, weight_decay=0.1, bucket_mb=BUCKET_MB)
+    optimizer = (ShardedAdamW if adamw else ShardedAdam)(
+        model.parameters(), lr=1e-2, weight_decay=0.1, bucket_mb=BUCKET_MB
+    )
     kernel = torch._fused_adamw_ if adamw else torch._fused_adam_
     shards = [
-        [t.clone() for t in (bucket.parameter_shard, bucket.exp_avg, bucket.exp_avg_sq)] for bucket in optimizer._buckets
+        [t.clone() for t in (bucket.parameter_shard, bucket.exp_avg, bucket.exp_avg_sq)]
+        for bucket in optimizer._buckets
     ]
     for step in range(10):
         gradients = []  # of every rank, on every rank

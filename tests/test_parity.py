@@ -90,9 +90,7 @@ def lr_of(case: Case) -> float | Tensor:
 
 
 def hyperparameters(case: Case) -> dict[str, Any]:
-    return dict(
-        lr=lr_of(case), betas=case.betas, eps=case.eps, weight_decay=case.weight_decay, maximize=case.maximize
-    )
+    return dict(lr=lr_of(case), betas=case.betas, eps=case.eps, weight_decay=case.weight_decay, maximize=case.maximize)
 
 
 def train_sharded(case: Case, transport: str) -> list[Tensor]:
@@ -171,9 +169,17 @@ FEATURES = [
     Case(),
     Case(channels_last=True),
     Case(bucket_mb=32),
-    *(Case(gradient_sync=sync, unused=unused) for sync in ("backward", "step") for unused in ("everywhere", "some ranks")),
+    *(
+        Case(gradient_sync=sync, unused=unused)
+        for sync in ("backward", "step")
+        for unused in ("everywhere", "some ranks")
+    ),
     *(Case(gradient_sync=sync, unused="changing", two_groups=True) for sync in ("backward", "step")),
-    *(Case(accumulate=3, no_sync=no_sync, gradient_sync=sync) for no_sync in (False, True) for sync in ("backward", "step")),
+    *(
+        Case(accumulate=3, no_sync=no_sync, gradient_sync=sync)
+        for no_sync in (False, True)
+        for sync in ("backward", "step")
+    ),
     Case(accumulate=3, unused="some ranks"),
     Case(accumulate=2, no_sync=True, unused="some ranks", clip=0.7),
     *(Case(clip=clip, gradient_sync=sync) for clip in (0.5, 1e6) for sync in ("backward", "step")),

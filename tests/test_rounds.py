@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds neither hang nor mix buckets, whatever backward does: raises, is skipped, runs twice, runs in another order."""
+"""Rounds neither hang nor mix buckets, whatever backward does: raises, is skipped, runs twice, runs in another
+order.
+"""
 
 from __future__ import annotations
 
@@ -109,8 +111,9 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
 def test_an_exception_in_one_ranks_backward_neither_hangs_nor_mixes(
     world_size: int, kind: str, failing_layer: int
 ) -> None:
-    """Half-finished rounds that were reset instead of flushed mixed one rank's old bucket with another's new one; a hook
-    that waited for staging while a neighbour sat in the user's own all-reduce was a deadlock."""
+    """Half-finished rounds that were reset instead of flushed mixed one rank's old bucket with another's new one; a
+    hook that waited for staging while a neighbour sat in the user's own all-reduce was a deadlock.
+    """
     results = on_ranks(world_size, train_with_a_failing_backward, kind, failing_layer)
     steps = [plain_loss(step) if step not in (0, 3) else (lambda model, rank: None) for step in range(6)]
     assert_all_close(results, expect(world_size, steps))
@@ -168,7 +171,9 @@ def branching_loss(step: int, world_size: int) -> Callable[[nn.Sequential, int],
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_other_graphs_on_other_ranks_reduce_the_same_buckets_together(world_size: int, kind: str) -> None:
-    """Buckets of equal size were reduced with each other when ranks left different parameters unused; no error appeared."""
+    """Buckets of equal size were reduced with each other when ranks left different parameters unused; no error
+    appeared.
+    """
     results = on_ranks(world_size, train_with_rank_dependent_graphs, kind)
     expected = expect(world_size, [branching_loss(step, world_size) for step in range(6)])
     if world_size == 3:
@@ -283,7 +288,9 @@ def test_synchronised_and_local_accumulation_add_up(world_size: int, kind: str) 
         return lambda model, rank: sum(plain_loss(10 * step + micro)(model, rank) for micro in micros)
 
     results = on_ranks(world_size, mixed_accumulation, kind)
-    assert_all_close([parameters for parameters, _ in results], expect(world_size, [loss_of(step) for step in range(4)]))
+    assert_all_close(
+        [parameters for parameters, _ in results], expect(world_size, [loss_of(step) for step in range(4)])
+    )
     assert all(left == [True, False] * 4 for _, left in results)
 
 

@@ -39,7 +39,9 @@ class Finished(Pending):
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Room for one bucket of gradients on its way: ``send`` is filled by the caller; ``receive`` is the transport's own."""
+    """Room for one bucket of gradients on its way: ``send`` is filled by the caller; ``receive`` is the transport's
+    own.
+    """
 
     send: Tensor
     receive: Tensor | None

@@ -2,14 +2,16 @@
 """Any backend of torch.distributed: NCCL by its native collectives, the others by all-to-all and a sum of our own.
 
 Note: reduce-scatter without a reduction
-    Gloo makes reduce-scatter of an all-reduce on a copy: twice the traffic, a temporary of the bucket's size, and a Work
-    that never says that it is done. An all-to-all moves what a reduce-scatter must and no more, can be polled, and
+    Gloo makes reduce-scatter of an all-reduce on a copy: twice the traffic, a temporary of the bucket's size, and a
+    Work that never says that it is done. An all-to-all moves what a reduce-scatter must and no more, can be polled,
+    and
     leaves the sum to us: in rank order, in the shard's float32 whatever travels, the same bits every time
     (``benchmarks/collectives.py`` compares them).
 
 Note: streams
-    NCCL's transfers are enqueued on a stream of our own with synchronous calls, which on NCCL return at once and keep no
-    references; one event after each is what ``wait`` makes the caller's stream wait for. Buffers are never handed to
+    NCCL's transfers are enqueued on a stream of our own with synchronous calls, which on NCCL return at once and keep
+    no references; one event after each is what ``wait`` makes the caller's stream wait for. Buffers are never handed
+    to
     ``record_stream``: they live as long as the optimizer.
 """
 
@@ -82,7 +84,7 @@ class CollectiveTransport(Transport):
 
     def _on_stream(self, device: torch.device) -> _CommunicationStream:
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device, priority=-1)
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return _CommunicationStream(self._streams[device])
 
 
@@ -100,7 +102,7 @@ def sum_sources_(shard: Tensor, sources: list[Tensor], *, accumulate: bool) -> N
 
 def _backend_of_device(group: dist.ProcessGroup) -> dict[str, str]:
     """``{"cpu": "gloo", "cuda": "nccl"}`` for the group's configuration ``"cpu:gloo,cuda:nccl"``."""
-    return dict(entry.split(":", 1) for entry in dist.get_backend_config(group).split(","))  # type: ignore[misc]
+    return dict(entry.split(":", 1) for entry in dist.get_backend_config(group).split(","))
 
 
 class _OnHost(Pending):
@@ -129,7 +131,7 @@ class _CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
 
     def __enter__(self) -> torch.cuda.Stream:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._inside.__enter__()
+        self._inside.__enter__()  # type: ignore[no-untyped-call]
         return self._stream
 
     def __exit__(self, *exception: Any) -> None:

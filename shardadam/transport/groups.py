@@ -33,7 +33,7 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
                 "mesh['name'] for the dimension to shard over; hybrid sharding is not supported yet."
             )
         process_group = process_group.get_group()
-    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
         raise ValueError(
             f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
         )
@@ -50,19 +50,20 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
         return None
     # Members alone must be able to build the group, but torch's way to do so names groups by how many this process has
     # made: where everybody takes part, the ordinary way is the safer one.
-    return dist.new_group(
+    group: dist.ProcessGroup = dist.new_group(
         ranks,
         backend=dist.get_backend_config(process_group),
         use_local_synchronization=len(ranks) < dist.get_world_size(),
         group_desc="shardadam",
     )
+    return group
 
 
 def release_group(group: dist.ProcessGroup) -> None:
     """Destroys a group of our own, if the user has not destroyed all groups before.
 
-    NCCL communicators are left to ``destroy_process_group()``: taking one down is not something to do whenever a garbage
-    collector pleases.
+    NCCL communicators are left to ``destroy_process_group()``: taking one down is not something to do whenever a
+    garbage collector pleases.
     """
     if not dist.is_initialized() or "nccl" in dist.get_backend_config():
         return

@@ -47,7 +47,7 @@ def adam_runs_(
         return
     beta1, beta2 = hyperparameters["betas"]
     kernel = torch._fused_adamw_ if hyperparameters["decoupled_weight_decay"] else torch._fused_adam_
-    options = dict(
+    options: dict[str, Any] = dict(
         lr=hyperparameters["lr"],
         beta1=beta1,
         beta2=beta2,
@@ -60,8 +60,10 @@ def adam_runs_(
     )
 
     def step_(weight: Tensor, slices: Sequence[slice], run_steps: Sequence[Tensor]) -> None:
-        tensors = ([flat[s] for s in slices] for flat in (weight, gradient, exp_avg, exp_avg_sq))
-        kernel(*tensors, [], list(run_steps), **options)
+        weights, gradients, exp_avgs, exp_avg_sqs = (
+            [flat[s] for s in slices] for flat in (weight, gradient, exp_avg, exp_avg_sq)
+        )
+        kernel(weights, gradients, exp_avgs, exp_avg_sqs, [], list(run_steps), **options)
 
     if master is None:
         step_(parameter, [slice(run.start, run.stop) for run in runs], steps)
