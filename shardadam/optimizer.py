@@ -171,6 +171,7 @@ class ShardedAdam(Optimizer):
             self._reducer = GradientReducer(transport, hooked=gradient_sync == "backward")
         self._gatherer = ParameterGatherer(transport)
         self._survey: Survey | None = None
+        self._surveyed_rounds = 0
         self._coefficient: Tensor | None = None
         self.grad_norm: Tensor | None = None
         device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
@@ -235,7 +236,8 @@ class ShardedAdam(Optimizer):
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
         """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.
 
-        Gradients are taken as they are now: a backward between this and ``step`` is an error of the caller's.
+        The scale is that of the gradients as they are now. Further gradients, if backward runs before ``step``, get it
+        too; with ``gradient_sync`` "step" and "external" they are left out.
 
         Returns:
             The norm before clipping, 0-dim float32, on the device.
@@ -247,11 +249,13 @@ class ShardedAdam(Optimizer):
 
     def _look(self, *, with_norm: bool) -> Survey:
         """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step."""
-        if self._survey is None or (with_norm and self._survey.norm is None):
-            self._reducer.close()
+        self._reducer.close()
+        seen, rounds = self._survey, self._reducer.rounds
+        if seen is None or rounds != self._surveyed_rounds or (with_norm and seen.norm is None):
             self._reducer.settle()
-            self._survey = survey(self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm)
-        return self._survey
+            seen = survey(self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm)
+            self._survey, self._surveyed_rounds = seen, rounds
+        return seen
 
     def _clip(self, seen: Survey, max_norm: float | Tensor) -> Tensor:
         assert seen.norm is not None
@@ -336,6 +340,7 @@ class ShardedAdam(Optimizer):
         """Makes the trainable ones members, and gives all of them rank 0's values. Collective; ranks have agreed."""
         self._reducer.close_open_round()
         self._reducer.settle()
+        self._survey = None
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
         arenas = allocate(

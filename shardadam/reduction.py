@@ -37,12 +37,13 @@ class GradientReducer:
         hooked: reduce while backward runs and free ``p.grad`` (``gradient_sync="backward"``). Otherwise everything
             happens in ``close`` and ``p.grad`` stays.
 
-    ``used[ordinal]`` says whether this rank has had a gradient for a parameter since ``reset``.
+    ``used[ordinal]`` says whether this rank has had a gradient for a parameter since ``reset``; ``rounds`` counts rounds.
     """
 
     def __init__(self, transport: Transport, *, hooked: bool) -> None:
         self._pool = StagingPool(transport)
         self.used: list[bool] = []
+        self.rounds = 0
         self._transport = transport
         self._hooked = hooked
         self._members: list[Member] = []
@@ -115,6 +116,7 @@ class GradientReducer:
 
     def _open_round(self) -> None:
         self._open = True
+        self.rounds += 1
         self._has_local = False
         self._next = 0
         self._ready = [False] * len(self._members)
@@ -272,6 +274,7 @@ class ExternalGradients:
 
     def __init__(self) -> None:
         self.used: list[bool] = []
+        self.rounds = 0
         self.order: list[int] = []
         self._buckets: list[FlatBucket] = []
         self._is_taken = False

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.transport.base import Pending, Staging, Transport, own_slice
+from shardadam.transport.groups import backend_of_device
 
 # torch 2.13 has new names for two collectives and warns of the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,7 +41,7 @@ class CollectiveTransport(Transport):
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self._backends = _backend_of_device(group)
+        self._backends = backend_of_device(group)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
@@ -98,11 +99,6 @@ def sum_sources_(shard: Tensor, sources: list[Tensor], *, accumulate: bool) -> N
         sources = sources[1:]
     for source in sources:
         shard.add_(source)
-
-
-def _backend_of_device(group: dist.ProcessGroup) -> dict[str, str]:
-    """``{"cpu": "gloo", "cuda": "nccl"}`` for the group's configuration ``"cpu:gloo,cuda:nccl"``."""
-    return dict(entry.split(":", 1) for entry in dist.get_backend_config(group).split(","))
 
 
 class _OnHost(Pending):

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -52,11 +55,30 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
     # made: where everybody takes part, the ordinary way is the safer one.
     group: dist.ProcessGroup = dist.new_group(
         ranks,
-        backend=dist.get_backend_config(process_group),
+        backend=_backend_name(process_group),
+        timeout=_timeout(process_group),
         use_local_synchronization=len(ranks) < dist.get_world_size(),
         group_desc="shardadam",
     )
     return group
+
+
+def backend_of_device(group: dist.ProcessGroup) -> dict[str, str]:
+    """``{"cpu": "gloo", "cuda": "nccl"}``."""
+    return dict(entry.split(":", 1) for entry in dist.get_backend_config(group).split(","))
+
+
+def _backend_name(group: dist.ProcessGroup) -> str:
+    """``"gloo"`` where one backend serves all devices, else ``"cpu:gloo,cuda:nccl"``."""
+    names = set(backend_of_device(group).values())
+    return names.pop() if len(names) == 1 else dist.get_backend_config(group)
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long the user lets collectives wait; None, for torch's default, where torch does not tell."""
+    options = getattr(group._get_backend(torch.device(next(iter(backend_of_device(group))))), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return timeout if isinstance(timeout, timedelta) else None
 
 
 def release_group(group: dist.ProcessGroup) -> None:
