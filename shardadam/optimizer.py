@@ -25,7 +25,6 @@ from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer
 from shardadam.transport import CollectiveTransport, SingleProcessTransport, Transport, own_group
-from shardadam.transport.groups import release_group
 from shardadam.update.fused import adam_runs_
 from shardadam.update.runs import RunTable
 
@@ -88,7 +87,7 @@ class ShardedAdam(Optimizer):
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
         precision: number formats of state and wire.
         bucket_mb: size of a bucket, in MiB of parameters.
-        transport: ``"auto"`` or ``"collective"``: torch.distributed; or a Transport.
+        transport: ``"auto"`` or ``"collective"``: torch.distributed; or a Transport, for this optimizer alone.
         foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always torch's
             fused one.
         differentiable: True is refused.
@@ -178,7 +177,7 @@ class ShardedAdam(Optimizer):
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._take_in(named)
         self._is_built = True
-        weakref.finalize(self, _release, self._reducer, group).atexit = False
+        weakref.finalize(self, _release, self._reducer, transport).atexit = False
 
     # The step
 
@@ -550,7 +549,6 @@ def _connect(transport: str, group: dist.ProcessGroup | None) -> Transport:
     return SingleProcessTransport() if group is None else CollectiveTransport(group)
 
 
-def _release(reducer: GradientReducer | ExternalGradients, group: dist.ProcessGroup | None) -> None:
+def _release(reducer: GradientReducer | ExternalGradients, transport: Transport) -> None:
     reducer.remove_hooks()
-    if group is not None:
-        release_group(group)
+    transport.close()

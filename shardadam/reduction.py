@@ -37,7 +37,7 @@ class GradientReducer:
         hooked: reduce while backward runs and free ``p.grad`` (``gradient_sync="backward"``). Otherwise everything
             happens in ``close`` and ``p.grad`` stays.
 
-    ``used[ordinal]`` says whether this rank has had a gradient for a parameter since ``reset``; ``rounds`` counts rounds.
+    ``used[ordinal]`` says whether this rank has had a gradient for a parameter since ``reset``; ``rounds`` counts.
     """
 
     def __init__(self, transport: Transport, *, hooked: bool) -> None:

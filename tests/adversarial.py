@@ -65,6 +65,9 @@ class AdversarialTransport(Transport):
     def broadcast(self, tensor: Tensor) -> Pending:
         return self._add(lambda: self._inner.broadcast(tensor).wait())
 
+    def close(self) -> None:
+        self._inner.close()
+
     def _add(self, run: Callable[[], None]) -> _Late:
         late = _Late(self, run)
         self._late.append(late)

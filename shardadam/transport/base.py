@@ -52,7 +52,7 @@ class Staging:
 
 
 class Transport(ABC):
-    """Moves flat buffers among the ranks of one process group."""
+    """Moves flat buffers among the ranks of one process group, for one optimizer."""
 
     rank: int
     world_size: int
@@ -87,6 +87,10 @@ class Transport(ABC):
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> Pending:
         """In place: what rank 0 of the group holds. ``tensor`` must be dense in memory; its memory is what travels."""
+
+    def close(self) -> None:
+        """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective."""
+        return None
 
 
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.transport.base import Pending, Staging, Transport, own_slice
-from shardadam.transport.groups import backend_of_device
+from shardadam.transport.groups import backend_of_device, release_group
 
 # torch 2.13 has new names for two collectives and warns of the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,7 +35,9 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 class CollectiveTransport(Transport):
-    """Collectives on ``group``, which must be used for nothing else."""
+    """Collectives on ``group``, which must be used for nothing else and is destroyed with the optimizer."""
+
+    group: dist.ProcessGroup
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -71,6 +73,9 @@ class CollectiveTransport(Transport):
         # As bytes in memory order: any dtype and any strides, which backends treat differently.
         flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         return self._start(dist.broadcast, flat, flat, group_src=0)
+
+    def close(self) -> None:
+        release_group(self.group)
 
     def _start(self, collective: Callable[..., Any], buffer: Tensor, *arguments: Any, **options: Any) -> Pending:
         if self._is_native(buffer.device):

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of pretrain.py: its options, the checks on them, and where this process stands among the ranks.
+
+Checks what can be checked before ranks meet or data is read, from values that are the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What torchrun tells a process; one process started without it is rank 0 of 1 and needs no process group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launched: bool
+
+    @staticmethod
+    def from_environment() -> Ranks:
+        rank, world_size, local_rank, local_world_size = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        )
+        return Ranks(rank, world_size, local_rank, local_world_size, launched="RANK" in os.environ)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says errors and help once a machine, by local rank 0, and not once a rank."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(
+            description="Pretrains a small transformer on bytes, with a sharded or an ordinary AdamW.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.ranks = ranks
+
+    def print_help(self, file: Any = None) -> None:
+        if self.ranks.local_rank == 0:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        if self.ranks.local_rank == 0:
+            print(f"pretrain.py: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends the other ranks as soon as one has ended: let the message come first
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 0 or more")
+    return value
+
+
+def real(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"found {text}, expected a finite number, 0 or more")
+    return value
+
+
+def make_parser(ranks: Ranks) -> Parser:
+    parser = Parser(ranks)
+    add = parser.add_argument_group("training").add_argument
+    add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
+    add("--steps", type=positive, default=800, help="optimizer steps")
+    add("--batch", type=positive, default=8, help="windows a step, over all ranks and all of --accumulate")
+    add("--accumulate", type=positive, default=1, help="backward passes a step")
+    add("--lr", type=real, default=3e-3, help="the peak of the schedule")
+    add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of them, at most 100")
+    add("--weight-decay", type=real, default=0.1, help="of matrices; vectors do not decay")
+    # Where clipping acts, the two optimizers differ in the norm's last bits, and training amplifies that. The default
+    # acts only on explosions: without any, the two train to the same bits on 2 ranks.
+    add("--clip", type=real, default=20.0, help="the largest global gradient norm; 0: do not clip")
+    add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
+    add("--seed", type=not_negative, default=0, help="of the model, the order of the data and the generated text")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--layers", type=positive, default=4, help="transformer blocks")
+    add("--width", type=positive, default=192, help="size of the residual stream")
+    add("--heads", type=positive, default=3, help="attention heads; --width is a multiple of twice as many")
+    add("--context", type=positive, default=128, help="bytes in a window")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters; sharded keeps fp32 masters for bf16")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
+    add("--threads", type=positive, default=1, help="CPU threads a rank")
+
+    add = parser.add_argument_group("data and output").add_argument
+    add("--data", nargs="+", default=[], metavar="PATH", help="text files or directories; none: Python's own sources")
+    add("--validation-windows", type=positive, default=256, help="windows that the validation loss averages over")
+    add("--validate-every", type=not_negative, default=0, help="steps between validations; 0: only at the end")
+    add("--sample-bytes", type=not_negative, default=300, help="bytes of text to generate at the end")
+    add("--prompt", default=None, help="what that text follows; None: 'def ', and a file's beginning with --data")
+    add("--log-every", type=positive, default=10, help="steps between metrics")
+    add("--log-dir", default=None, help="where TensorBoard metrics go; None: nowhere")
+    add("--json", default=None, metavar="PATH", help="a file for the final numbers")
+    return parser
+
+
+def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.device]:
+    """Options, the parser (for errors found later) and the device; ends the process on what cannot work."""
+    parser = make_parser(ranks)
+    args = parser.parse_args()
+    if args.warmup is None:
+        args.warmup = min(100, args.steps // 10)
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps} to the schedule; lower it")
+    if args.batch % (ranks.world_size * args.accumulate):
+        parser.error(
+            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
+            f"choose a multiple of {ranks.world_size * args.accumulate}"
+        )
+    if args.width % (2 * args.heads):
+        parser.error(
+            f"--width {args.width} and --heads {args.heads} give heads of {args.width / args.heads:g}, and rotary "
+            f"positions need an even whole number; choose a multiple of {2 * args.heads} for --width"
+        )
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its directory does not exist; make it, or choose another")
+    if args.prompt is None:
+        args.prompt = "" if args.data else "def "
+    return args, parser, choose_device(args.device, ranks, parser)
+
+
+def choose_device(wanted: str, ranks: Ranks, parser: Parser) -> torch.device:
+    """This rank's device. All ranks of a machine decide alike: either each has a GPU of its own, or none uses one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and gpus < ranks.local_world_size:
+        parser.error(
+            f"--device cuda: {ranks.local_world_size} ranks on this machine and {gpus} GPUs; start at most one rank "
+            "a GPU (--nproc-per-node), or choose --device cpu"
+        )
+    if wanted == "cpu" or gpus < ranks.local_world_size:
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of text files, split into training and validation by file, and the windows each rank reads of them.
+
+What a rank reads depends on the seed, the step and the files alone: not on the optimizer, and the global batch
+not on the world size either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SEPARATOR = b"\0"  # before every file: it is also where generated text starts
+VALIDATION_SHARE = 0.05
+# Not the standard library's code but its tests, what was installed beside it, and tables (encodings, pydoc_data).
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message says what was found, what is needed and what to do."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two runs of bytes (uint8, on the CPU), and where they come from, for the reader of the log."""
+
+    training: Tensor
+    validation: Tensor
+    source: str
+
+
+def load(paths: Sequence[str], context: int) -> Corpus:
+    """Reads `paths` (files, or directories with text files), or the standard library's sources if there are none.
+
+    Raises DataError where a path is missing or there is too little text for one window of `context` + 1 bytes.
+    """
+    files = list(user_files(paths) if paths else stdlib_files())
+    source = " ".join(paths) if paths else f"the sources of {sysconfig.get_paths()['stdlib']}"
+    if not files:
+        raise DataError(f"Found no text in {source}. Name text files, or directories that hold some, with --data.")
+    training, validation = split(files)
+    for name, text in (("training", training), ("validation", validation)):
+        if len(text) <= context:
+            raise DataError(
+                f"The {name} text of {source} has {len(text):,} bytes, and a window needs {context + 1:,} "
+                f"(--context {context} and the byte that follows). Give more text, or a shorter --context."
+            )
+    return Corpus(as_tensor(training), as_tensor(validation), source)
+
+
+def stdlib_files() -> Iterator[tuple[str, bytes]]:
+    """(relative name, content) of the running Python's own modules, in order of name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for name, path in walk(root, skipped=SKIPPED):
+        if path.suffix == ".py":
+            yield name, path.read_bytes()
+
+
+def user_files(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """(relative name, content) of every file named, and of every visible text file under a directory named."""
+    seen: set[Path] = set()
+    for given in paths:
+        root = Path(given)
+        if not root.exists():
+            raise DataError(f"--data {given}: no such file or directory (looked from {Path.cwd()}).")
+        for name, path in [(root.name, root)] if root.is_file() else walk(root, skipped={"__pycache__"}):
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise DataError(f"--data {given}: {path} cannot be read ({error.strerror}).") from error
+            if content and b"\0" not in content[:8192]:  # a zero byte near the start: not text
+                yield name, content
+
+
+def walk(root: Path, skipped: set[str]) -> Iterator[tuple[str, Path]]:
+    """(name relative to root, with forward slashes; path) of every file under root, the same order on all machines."""
+    for directory, directories, files in os.walk(root):
+        directories[:] = sorted(d for d in directories if d not in skipped and not d.startswith("."))
+        for file in sorted(files):
+            path = Path(directory, file)
+            if not file.startswith(".") and path.is_file():
+                yield path.relative_to(root).as_posix(), path
+
+
+def split(files: Sequence[tuple[str, bytes]]) -> tuple[bytes, bytes]:
+    """Training and validation text. A file's name decides, so that files added later do not move the others.
+
+    At least one file is for validation; of a single file, it is the end.
+    """
+    if len(files) == 1:
+        text = files[0][1]
+        cut = len(text) - max(1, int(len(text) * VALIDATION_SHARE))
+        return SEPARATOR + text[:cut], SEPARATOR + text[cut:]
+    order = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name, _ in files}
+    limit = max(VALIDATION_SHARE, min(order.values()))
+    training = [text for name, text in files if order[name] > limit]
+    validation = [text for name, text in files if order[name] <= limit]
+    return SEPARATOR + SEPARATOR.join(training), SEPARATOR + SEPARATOR.join(validation)
+
+
+def as_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
+    """(len(starts), context + 1) int64: the windows of `text` that begin at `starts`."""
+    return text[starts[:, None] + torch.arange(context + 1)].long()
+
+
+def training_starts(text: Tensor, *, step: int, batch: int, context: int, seed: int) -> Tensor:
+    """Where the `batch` windows of a step's global batch begin: the same on every rank, whatever their number."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randint(len(text) - context, (batch,), generator=generator)
+
+
+def validation_starts(text: Tensor, *, count: int, context: int) -> Tensor:
+    """`count` beginnings, evenly spaced over the text: the same for every run."""
+    return torch.linspace(0, len(text) - context - 1, count, dtype=torch.float64).long()

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrains a small decoder-only transformer on bytes, with ShardedAdamW or, to compare, with DDP and torch's AdamW.
+
+    torchrun --standalone --nproc-per-node 2 launch/pretrain.py            # two ranks on this machine
+    python launch/pretrain.py --steps 50 --data book.txt                   # one process, your own text
+
+Both optimizers see the same model, data and schedule for one `--seed`, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+import data
+from arguments import DTYPES, Ranks, parse_arguments
+from model import Decoder, ModelConfig, generate, next_byte_loss
+from report import Report, Silence, megabytes
+from shardadam import ShardedAdamW
+
+BETAS = (0.9, 0.95)
+
+
+class Sharded:
+    """ShardedAdamW: the model stays as it is, gradients are averaged and clipped by the optimizer."""
+
+    def __init__(self, model: Decoder, args: argparse.Namespace) -> None:
+        self.model: nn.Module = model
+        self.optimizer = ShardedAdamW(
+            parameter_groups(model, args.weight_decay),
+            lr=args.lr,
+            betas=BETAS,
+            max_grad_norm=args.clip or None,
+            gradient_sync=args.gradient_sync,
+        )
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.optimizer.no_sync()
+
+    def step(self) -> Tensor | None:
+        """Updates and clears; the gradient's norm before clipping, on the device, if it clips."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.optimizer.grad_norm
+
+    def state_bytes(self) -> int:
+        return self.optimizer.memory().state
+
+
+class Replicated:
+    """DistributedDataParallel (where there are ranks) and torch.optim.AdamW, with the whole state on every rank."""
+
+    def __init__(self, model: Decoder, args: argparse.Namespace) -> None:
+        self.model: nn.Module = model
+        if dist.is_initialized():
+            self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        groups = parameter_groups(model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+        self.clip = args.clip
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def step(self) -> Tensor | None:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip) if self.clip else None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state_bytes(self) -> int:
+        states = self.optimizer.state.values()
+        return sum(v.nbytes for state in states for k, v in state.items() if k != "step")
+
+
+def parameter_groups(model: Decoder, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors do not."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [(name, p) for name, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def warmup_and_cosine(step: int, *, warmup: int, steps: int) -> float:
+    """The factor on the learning rate: linear up to 1 over `warmup` steps, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each step, without those of the first few, in which buffers are allocated."""
+
+    forward_backward: list[float]
+    optimizer: list[float]
+
+    def medians(self) -> tuple[float, float]:
+        skip = min(5, len(self.optimizer) // 2)
+        return statistics.median(self.forward_backward[skip:]), statistics.median(self.optimizer[skip:])
+
+
+def train(
+    run: Sharded | Replicated,
+    model: Decoder,
+    corpus: data.Corpus,
+    args: argparse.Namespace,
+    ranks: Ranks,
+    device: torch.device,
+    report: Silence,
+) -> Timings:
+    """Collective: every rank trains on its part of each global batch. Ranks meet outside the optimizer only to log."""
+    schedule = LambdaLR(run.optimizer, lambda step: warmup_and_cosine(step, warmup=args.warmup, steps=args.steps))
+    timings = Timings([], [])
+    last_log, last_step = time.perf_counter(), 0
+    for step in range(1, args.steps + 1):
+        started = time.perf_counter()
+        loss = torch.zeros((), device=device)
+        batches = local_batch(corpus.training, step, args, ranks).to(device).chunk(args.accumulate)
+        for i, tokens in enumerate(batches):
+            with run.no_sync() if i + 1 < len(batches) else nullcontext():
+                part = next_byte_loss(run.model(tokens[:, :-1]), tokens) / args.accumulate
+                part.backward()
+            loss += part.detach()
+        synchronize(device)
+        backward_done = time.perf_counter()
+        grad_norm = run.step()
+        synchronize(device)
+        step_done = time.perf_counter()
+        timings.forward_backward.append(backward_done - started)
+        timings.optimizer.append(step_done - backward_done)
+
+        if step == 1 or step % args.log_every == 0 or step == args.steps:
+            loss = average(loss, ranks)
+            now = time.perf_counter()
+            values = {
+                "loss": loss.item(),
+                "lr": schedule.get_last_lr()[0],
+                "tokens_per_s": (step - last_step) * args.batch * args.context / (now - last_log),
+            }
+            if grad_norm is not None:
+                values["grad_norm"] = grad_norm.item()
+            report.metrics(step, values, run.state_bytes())
+            last_log, last_step = now, step
+        report.step_done(step)
+        schedule.step()
+        if args.validate_every and step % args.validate_every == 0 and step < args.steps:
+            report.validation(step, validation_loss(model, corpus.validation, args, ranks, device))
+    return timings
+
+
+def local_batch(text: Tensor, step: int, args: argparse.Namespace, ranks: Ranks) -> Tensor:
+    """This rank's windows (batch / world size, context + 1) of the global batch."""
+    starts = data.training_starts(text, step=step, batch=args.batch, context=args.context, seed=args.seed)
+    return data.windows(text, starts.chunk(ranks.world_size)[ranks.rank], args.context)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Decoder, text: Tensor, args: argparse.Namespace, ranks: Ranks, device: torch.device
+) -> float:
+    """Collective: nats a byte over the same windows in every run, summed in fp64."""
+    starts = data.validation_starts(text, count=args.validation_windows, context=args.context)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for some in starts[ranks.rank :: ranks.world_size].split(8):
+        tokens = data.windows(text, some, args.context).to(device)
+        total += next_byte_loss(model(tokens[:, :-1]), tokens, reduction="sum").double()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item() / (len(starts) * args.context)
+
+
+def average(value: Tensor, ranks: Ranks) -> Tensor:
+    """Collective: the mean over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value / ranks.world_size
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU, so that the host's clock measures it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_same_text(corpus: data.Corpus, device: torch.device) -> None:
+    """Collective: raises on all ranks if their machines hold different files."""
+    if not dist.is_initialized():
+        return
+    found = [len(corpus.training), zlib.crc32(corpus.training.numpy()), zlib.crc32(corpus.validation.numpy())]
+    low = torch.tensor(found, device=device)
+    high = low.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise data.DataError(
+            f"Ranks read different text: {len(corpus.training):,} training bytes here, {low[0]:,} to {high[0]:,} over "
+            "all ranks. Give every machine the same files, or the same Python version."
+        )
+
+
+def unsharded_state_bytes(model: Decoder) -> int:
+    """What one rank would hold unsharded: two fp32 moments a parameter, and an fp32 master where it is not fp32."""
+    return sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in model.parameters())
+
+
+def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device: torch.device) -> None:
+    """Collective: builds, trains, validates, and shows on rank 0 what came of it."""
+    check_same_text(corpus, device)
+    torch.manual_seed(args.seed)  # the same model on every rank
+    model = Decoder(ModelConfig(args.layers, args.width, args.heads, args.context)).to(device, DTYPES[args.dtype])
+    run = (Sharded if args.optimizer == "sharded" else Replicated)(model, args)
+    numel = sum(p.numel() for p in model.parameters())
+
+    with Report(args.steps, args.log_dir) if ranks.rank == 0 else Silence() as report:
+        report.say(
+            f"{numel:,} {args.dtype} parameters, {args.optimizer} on {ranks.world_size} x {device.type}; "
+            f"{len(corpus.training):,} bytes to train on: {corpus.source}"
+        )
+        started = time.perf_counter()
+        timings = train(run, model, corpus, args, ranks, device, report)
+        total_seconds = time.perf_counter() - started
+        loss = validation_loss(model, corpus.validation, args, ranks, device)
+        report.validation(args.steps, loss)
+    if ranks.rank != 0:
+        return
+
+    forward_backward, optimizer = timings.medians()
+    results = {
+        "optimizer": args.optimizer,
+        "world_size": ranks.world_size,
+        "device": device.type,
+        "dtype": args.dtype,
+        "steps": args.steps,
+        "parameters": numel,
+        "validation_loss": loss,
+        "state_bytes": run.state_bytes(),
+        "unsharded_state_bytes": unsharded_state_bytes(model),
+        "forward_backward_s": forward_backward,
+        "optimizer_s": optimizer,
+        "total_s": total_seconds,
+        "tokens_per_s": args.steps * args.batch * args.context / total_seconds,
+    }
+    prompt = args.prompt.encode()
+    sample = generate(model, data.SEPARATOR + prompt, args.sample_bytes, seed=args.seed)
+    report.summary(table_rows(results), prompt + sample if sample else b"")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table_rows(results: dict) -> dict[str, str]:
+    state, unsharded = results["state_bytes"], results["unsharded_state_bytes"]
+    rows = {
+        "validation loss, nats a byte": f"{results['validation_loss']:.4f}",
+        "optimizer state a rank": megabytes(state),
+        "AdamW would hold": f"{megabytes(unsharded)} ({unsharded / state:.2f} x)",
+        "forward and backward, median step": f"{results['forward_backward_s'] * 1e3:.1f} ms",
+        "optimizer, median step": f"{results['optimizer_s'] * 1e3:.1f} ms",
+        "training, total": f"{results['total_s']:.1f} s, {results['tokens_per_s']:,.0f} tokens/s",
+    }
+    if results["optimizer"] == "adamw":
+        del rows["AdamW would hold"]
+    return rows
+
+
+def main() -> None:
+    ranks = Ranks.from_environment()
+    args, parser, device = parse_arguments(ranks)
+    try:
+        corpus = data.load(args.data, args.context)
+    except data.DataError as error:
+        parser.error(str(error))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(args.threads)
+    if ranks.launched:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        pretrain(args, corpus, ranks, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # Gloo aborts at exit without
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+# Sourced, not run: defines `use_venv`, which makes .venv in the repository's root, or reuses it, and puts it first in
+# PATH. The environment is made anew when its interpreter, its place or the presence of a GPU changed, and
+# installed into again when pyproject.toml or constraints.txt changed. PYTHON chooses the interpreter.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+
+# use_venv EXTRA...: the environment with shardadam and these extras of pyproject.toml.
+use_venv() {
+    local extra kind wanted missing=()
+    kind=$(torch_kind)
+    if ! venv_fits "$kind"; then
+        make_venv "$kind"
+    fi
+    wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)
+    for extra in "$@"; do
+        if [[ $(cat "$VENV/installed-$extra" 2>/dev/null) != "$wanted" ]]; then
+            missing+=("$extra")
+        fi
+    done
+    if ((${#missing[@]})); then
+        install_into_venv "$kind" "$(IFS=,; echo "${missing[*]}")"
+        for extra in "${missing[@]}"; do
+            echo "$wanted" >"$VENV/installed-$extra"
+        done
+    fi
+    export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+    unset PYTHONHOME
+}
+
+# Which build of torch this machine wants.
+torch_kind() {
+    if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi
+}
+
+# Is .venv whole, made for this place and this kind of torch, and with the interpreter that PYTHON names, if it does?
+venv_fits() {
+    [[ $(cat "$VENV/made-for" 2>/dev/null) == "$VENV $1" ]] && "$VENV/bin/python" -c '' 2>/dev/null || return 1
+    [[ -z ${PYTHON:-} || $(python_version "$PYTHON") == "$(python_version "$VENV/bin/python")" ]]
+}
+
+python_version() {
+    "$1" -c 'import sys; print(sys.version)' 2>/dev/null
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    echo "Making $VENV with $("$python" --version)."
+    "$python" -m venv --clear "$VENV"
+    echo "$VENV $1" >"$VENV/made-for"
+}
+
+# Prints the interpreter to use, or says what is missing and fails.
+find_python() {
+    local python usable='import sys; sys.exit(sys.version_info < (3, 10))'
+    for python in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$python" -c "$usable" 2>/dev/null; then
+            if "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+                echo "$python"
+                return
+            fi
+            echo "$python cannot make virtual environments: it lacks venv or ensurepip." >&2
+            echo "Install them (Debian and Ubuntu: apt install python3-venv), or name another interpreter in PYTHON." >&2
+            return 1
+        elif [[ $python == "${PYTHON:-}" ]]; then
+            echo "PYTHON=$python: found $("$python" --version 2>/dev/null || echo "no such program"), expected Python 3.10 or newer." >&2
+            return 1
+        fi
+    done
+    echo "Found no Python 3.10 or newer (python3 is: $(python3 --version 2>/dev/null || echo "not there"))." >&2
+    echo "Install one, or name it in PYTHON." >&2
+    return 1
+}
+
+# install_into_venv KIND EXTRA,EXTRA
+install_into_venv() {
+    local show=--quiet torch
+    if [[ -t 1 ]]; then show=--progress-bar=on; fi
+    echo "Installing shardadam[$2] into $VENV; the first time this downloads torch."
+    if [[ $1 == cpu ]] && ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
+        # The CPU build is smaller, but not offered everywhere: the plain one serves too.
+        torch=$(grep '^torch==' "$ROOT/constraints.txt")
+        pip_install --quiet "$torch+cpu" 2>/dev/null || echo "No CPU build of torch is offered here; taking the plain one."
+    fi
+    pip_install "$show" --editable "${ROOT}[$2]"
+}
+
+pip_install() {
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --constraint "$ROOT/constraints.txt" "$@" </dev/null
+}
