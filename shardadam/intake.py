@@ -138,10 +138,12 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
             )
 
 
-def claims(groups: Sequence[Mapping[str, Any]], parameters: Sequence[NamedParameter]) -> list[Claim]:
-    """What all ranks must agree on before they lay ``parameters`` out."""
+def claims(
+    groups: Sequence[Mapping[str, Any]], parameters: Sequence[NamedParameter], *, first_group: int = 0
+) -> list[Claim]:
+    """What all ranks must agree on before they lay ``parameters`` out; ``groups`` are counted from ``first_group``."""
     result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
-    for index, group in enumerate(groups):
+    for index, group in enumerate(groups, first_group):
         for field in _AGREED_HYPERPARAMETERS:
             value = group[field]
             result.append(

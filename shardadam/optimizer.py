@@ -322,7 +322,7 @@ class ShardedAdam(Optimizer):
             agreement.announce_failure(error, group)
             raise
         try:
-            agreement.require(intake.claims(self.param_groups[count:], named), group)
+            agreement.require(intake.claims(self.param_groups[count:], named, first_group=count), group)
         except Exception:
             del self.param_groups[count:]
             raise
