@@ -29,6 +29,10 @@ class Options:
     precision: Precision
     bucket_mb: float
 
+    @property
+    def bucket_bytes(self) -> int:
+        return round(self.bucket_mb * 2**20)
+
     def check(self) -> None:
         if self.gradient_sync not in ("backward", "step", "external"):
             raise ValueError(f"gradient_sync: found {self.gradient_sync!r}, expected 'backward', 'step' or 'external'")
@@ -36,8 +40,8 @@ class Options:
             raise ValueError(f"max_grad_norm: found {self.max_grad_norm!r}, expected None or a number of 0 or more")
         if not isinstance(self.precision, Precision):
             raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
-        if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb)):
-            raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB")
+        if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb) and self.bucket_bytes > 0):
+            raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB, a byte at least")
 
     def claims(self) -> list[Claim]:
         return [
@@ -123,15 +127,15 @@ def check_parameters(parameters: Sequence[NamedParameter], taken: Sequence[Tenso
 
 
 def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
-    """Two tensors over one memory would part silently when each gets its place in a flat buffer."""
-    extents = []
-    for named in parameters:
-        p = named.parameter
-        if p.requires_grad and p.numel() > 0:
-            extents.append((str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), named.name))
-    extents.sort()
-    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
-        if device == next_device and start < end:
+    """Two tensors over one memory would part silently when one of them gets a place in a flat buffer."""
+    extents = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), p.requires_grad, named.name)
+        for named in parameters
+        for p in (named.parameter,)
+        if p.numel() > 0
+    )
+    for (device, _, end, trains, name), (next_device, start, _, next_trains, next_name) in pairwise(extents):
+        if device == next_device and start < end and (trains or next_trains):
             raise ValueError(
                 f"Parameters {name!r} and {next_name!r} are different tensors over the same memory. To tie them, "
                 "assign one nn.Parameter to both modules."

@@ -346,7 +346,7 @@ class ShardedAdam(Optimizer):
             trainable,
             transport=self._transport,
             precision=self._options.precision,
-            bucket_bytes=round(self._options.bucket_mb * 2**20),
+            bucket_bytes=self._options.bucket_bytes,
             first_ordinal=len(self._members),
             gradients_are_means=self._options.gradient_sync == "external",
         )

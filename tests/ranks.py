@@ -27,7 +27,9 @@ import torch.distributed as dist
 DEADLINE_S = 60.0
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "shardadam"])
+_processes.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.utils.checkpoint", "torch._dynamo", "shardadam"]
+)
 _pools: dict[int, Workers] = {}
 
 

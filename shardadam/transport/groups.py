@@ -35,6 +35,10 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
                 f"process_group: found a DeviceMesh of {process_group.ndim} dimensions, expected 1. Pass "
                 "mesh['name'] for the dimension to shard over; hybrid sharding is not supported yet."
             )
+        if process_group.get_coordinate() is None:
+            raise ValueError(
+                f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
+            )
         process_group = process_group.get_group()
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
         raise ValueError(

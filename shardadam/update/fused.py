@@ -31,7 +31,7 @@ def adam_runs_(
     found_inf: Tensor,
     hyperparameters: dict[str, Any],
 ) -> None:
-    """One step on the runs of a shard, in place; nothing is written where ``found_inf`` is 1.
+    """One step on the runs of a shard, in place; where ``found_inf`` is 1 no step is taken.
 
     Args:
         runs: which slices of the shard take part.

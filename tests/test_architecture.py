@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layering of the package: imports point downwards, and collectives are called in two places only."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import shardadam
+
+PACKAGE = Path(shardadam.__file__).parent
+MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+
+# From the top down; a room imports only rooms of lower tiers, and itself where it is a package.
+TIERS: tuple[tuple[str, ...], ...] = (
+    ("__init__",),
+    ("optimizer",),
+    ("reduction", "gathering", "clipping", "checkpoint", "intake"),
+    ("buckets",),
+    ("update", "transport", "agreement"),
+    ("layout", "precision"),
+)
+TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
+
+MAY_CALL_COLLECTIVES = ("transport/", "agreement.py")
+COLLECTIVES = {
+    name
+    for name in dir(dist)
+    if name.lstrip("_").startswith(
+        ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv")
+    )
+    or name in ("barrier", "batch_isend_irecv", "monitored_barrier")
+}
+GROUP_METHODS = {"allreduce", "allgather", "alltoall", "alltoall_base", "_allgather_base", "_reduce_scatter_base"}
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imports(source: str) -> Iterator[str]:
+    """The dotted name of everything imported: ``a.b.c`` for ``from a.b import c``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they point"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(source: str) -> set[str]:
+    """Rooms of the project; ``__init__`` where something is taken from the package itself."""
+    rooms = set()
+    for name in imports(source):
+        project, _, rest = name.partition(".")
+        if project == "shardadam":
+            first = rest.partition(".")[0]
+            rooms.add(first if (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file() else "__init__")
+    return rooms
+
+
+def collectives(source: str) -> list[str]:
+    """Everything that names a collective of torch.distributed, or of a process group."""
+    tree = ast.parse(source)
+    names: dict[str, str] = {}  # what a name in the file stands for
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.asname:
+                    names[alias.asname] = alias.name
+        elif isinstance(node, ast.ImportFrom):
+            names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+
+    def dotted(node: ast.expr) -> str:
+        if isinstance(node, ast.Attribute):
+            return f"{dotted(node.value)}.{node.attr}"
+        return names.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+
+    found = [name for name in names.values() if is_collective(name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (is_collective(dotted(node)) or node.attr in GROUP_METHODS):
+            found.append(dotted(node))
+    return found
+
+
+def is_collective(name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    return "functional_collectives" in name or (module.startswith("torch.distributed") and last in COLLECTIVES)
+
+
+def test_layout_imports_the_standard_library_alone() -> None:
+    assert {name.partition(".")[0] for name in imports(MODULES["layout.py"])} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", ["layout.py", "update/reference.py"])
+def test_truths_import_nothing_of_the_project(path: str) -> None:
+    assert imported_rooms(MODULES[path]) == set()
+
+
+def test_every_room_has_its_tier() -> None:
+    assert {room_of(path) for path in MODULES} - set(TIER_OF) == set(), "give a new room its place in TIERS"
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_imports_point_downwards(path: str) -> None:
+    room = room_of(path)
+    upwards = {other for other in imported_rooms(MODULES[path]) - {room} if TIER_OF[other] <= TIER_OF[room]}
+    assert upwards == set()
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if not path.startswith(MAY_CALL_COLLECTIVES)])
+def test_collectives_are_called_by_transports_and_agreement_alone(path: str) -> None:
+    assert collectives(MODULES[path]) == []
+
+
+def test_the_search_for_collectives_finds_them_where_they_are() -> None:
+    assert collectives(MODULES["transport/collective.py"])
+    assert collectives(MODULES["agreement.py"])
+    for source in (
+        "import torch.distributed as dist\ndist.all_reduce(x)",
+        "import torch\ntorch.distributed.barrier()",
+        "from torch import distributed\ndistributed.reduce_scatter_tensor(x, y)",
+        "from torch.distributed import broadcast as tell\ntell(x)",
+        "import torch.distributed as d\ngather = d.all_gather_into_tensor",
+        "from torch.distributed._functional_collectives import all_reduce",
+        "group.allreduce([x])",
+    ):
+        assert collectives(source), source
+    assert collectives("import torch.distributed as dist\ntransport.all_reduce(x)\ndist.get_rank()") == []
+
+
+def test_the_search_for_imports_finds_them_in_every_form() -> None:
+    assert imported_rooms("import shardadam.optimizer") == {"optimizer"}
+    assert imported_rooms("from shardadam import layout, reduction") == {"layout", "reduction"}
+    assert imported_rooms("from shardadam.update.fused import adam_runs_") == {"update"}
+    assert imported_rooms("from shardadam import ShardedAdamW") == {"__init__"}
+    assert imported_rooms("def f():\n    from shardadam.transport import Transport") == {"transport"}

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``memory()`` is what really lives, state is 1/N, and full gradients never exist all at once."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardadam import ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+
+DTYPES = {
+    "fp32": [torch.float32],
+    "bf16": [torch.bfloat16],
+    "mixed": [torch.float32, torch.bfloat16, torch.float64, torch.float16],
+}
+SHAPES = ((300, 40), (129,), (), (0,), (64, 64), (1,), (7, 15))
+
+
+def build_parameters(kind: str) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for dtype in DTYPES[kind] for shape in SHAPES]
+
+
+def backward(parameters: list[nn.Parameter]) -> None:
+    sum((parameter.float() ** 2).sum() for parameter in parameters).backward()  # type: ignore[union-attr]
+
+
+def live_tensors() -> list[Tensor]:
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
+def stretch(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def storages(tensors: list[Tensor]) -> set[tuple[int, int]]:
+    """Stretches of memory behind ``tensors``; those that lie inside another count once."""
+    found: set[tuple[int, int]] = set()
+    for start, stop in sorted({stretch(tensor) for tensor in tensors}, key=lambda s: (s[0], -s[1])):
+        if start < stop and not any(low <= start and stop <= high for low, high in found):
+            found.add((start, stop))
+    return found
+
+
+def size(stretches: set[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in stretches)
+
+
+def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[Tensor]) -> dict[str, int]:
+    """Bytes by kind of all storages that live now and belong neither to ``others`` nor to ``p.grad``."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    live = storages(live_tensors()) - storages(others) - storages(gradients)
+    flat = {
+        (low, high)
+        for low, high in live
+        if any(low <= parameter.data_ptr() < high for parameter in parameters if parameter.numel() > 0)
+    }
+    states = [optimizer.state[parameter] for parameter in parameters]
+    moments = storages([state[name] for state in states for name in ("exp_avg", "exp_avg_sq")])
+    master = storages([state["master"] for state in states if "master" in state])
+    scalars = storages([state["step"] for state in states])
+    # skipped_steps is the one tensor that memory() does not count.
+    known = [flat, moments, master, scalars, storages([optimizer.skipped_steps])]
+    assert all(kind <= live for kind in known)
+    rest = live - set().union(*known)
+    return {
+        "parameters": size(flat),
+        "moments": size(moments),
+        "master": size(master),
+        "scalars": size(scalars),
+        "gradient_shard and staging": size(rest),
+    }
+
+
+def reported(optimizer: ShardedAdamW) -> dict[str, int]:
+    memory = asdict(optimizer.memory())
+    memory["gradient_shard and staging"] = memory.pop("gradient_shard") + memory.pop("staging")
+    return memory
+
+
+def measure(kind: str, gradient_sync: str, bucket_mb: float) -> list[dict[str, Any]]:
+    """What is reported and what is counted: when built, after backward, after step."""
+    gc.collect()
+    parameters = build_parameters(kind)
+    others = [tensor for tensor in live_tensors() if not any(tensor is parameter for parameter in parameters)]
+    optimizer = ShardedAdamW(parameters, bucket_mb=bucket_mb, gradient_sync=gradient_sync)  # type: ignore[arg-type]
+
+    def facts() -> dict[str, Any]:
+        return {
+            "memory": optimizer.memory(),
+            "reported": reported(optimizer),
+            "counted": count(optimizer, parameters, others),
+        }
+
+    result = [facts()]
+    backward(parameters)
+    result.append(facts())
+    optimizer.step()
+    result.append(facts())
+    return result
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind", "gradient_sync"),
+    [
+        *itertools.product([1], DTYPES, ["backward", "step", "external"]),
+        *itertools.product([2, 4], DTYPES, ["backward"]),
+        *itertools.product([2], ["mixed"], ["step", "external"]),
+    ],
+)
+def test_memory_is_what_lives(kind: str, gradient_sync: str, world_size: int) -> None:
+    for moments_in_time in on_ranks(world_size, measure, kind, gradient_sync, 0.01):
+        for facts in moments_in_time:
+            assert facts["reported"] == facts["counted"]
+            memory = facts["memory"]
+            assert memory.gradient_shard * 2 == memory.moments
+            assert memory.state == memory.moments + memory.master + memory.scalars
+            assert memory.total == memory.state + memory.parameters + memory.gradient_shard + memory.staging
+            assert (memory.master > 0) == (kind != "fp32")
+        built, after_backward, after_step = (facts["memory"] for facts in moments_in_time)
+        assert built.staging == 0
+        assert (after_backward.staging > 0) == (gradient_sync == "backward")
+        assert (after_step.staging > 0) == (gradient_sync != "external")
+
+
+# State
+
+
+def state_of_a_model(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Number of elements of a decoder-like model, bytes of state and bytes of parameters on this rank."""
+    width = 192
+    matrices = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    layer = [*matrices, (3 * width,), (4 * width,), (width,)]
+    shapes = [(256, width), *4 * layer, (width,)]
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    memory = ShardedAdamW(parameters).memory()
+    return sum(parameter.numel() for parameter in parameters), memory.state, memory.parameters
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 8), (torch.bfloat16, 12), (torch.float64, 16)])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_state_is_one_nth_with_less_than_a_percent_of_padding(
+    world_size: int, dtype: torch.dtype, bytes_each: int
+) -> None:
+    for numel, state, parameters in on_ranks(world_size, state_of_a_model, dtype):
+        assert 1_500_000 < numel < 2_500_000
+        assert 1.0 <= state / (bytes_each * numel / world_size) < 1.01
+        assert 1.0 <= parameters / (dtype.itemsize * numel) < 1.01
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_parameters_alias_the_flat_buffers_and_are_saved_alone(kind: str) -> None:
+    parameters = build_parameters(kind)
+    values = [parameter.detach().clone() for parameter in parameters]
+    optimizer = ShardedAdamW(parameters)
+    flats = storages([parameter for parameter in live_tensors() if parameter.numel() > 0])
+    homes = set()
+    for parameter, value in zip(parameters, values, strict=True):
+        assert torch.equal(parameter, value)
+        if parameter.numel() == 0:
+            continue
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        (home,) = ((low, high) for low, high in flats if low <= parameter.data_ptr() < high)
+        assert home[0] <= parameter.data_ptr() and parameter.data_ptr() + parameter.nbytes <= home[1]
+        homes.add(home)
+        saved = io.BytesIO()
+        torch.save(parameter, saved)
+        assert saved.tell() < parameter.nbytes + 4096
+    assert len(homes) == len(DTYPES[kind])
+    assert size(homes) == optimizer.memory().parameters
+
+
+# Gradients
+
+LAYERS, WIDTH = 16, 64
+LAYER_BYTES = (WIDTH * WIDTH + WIDTH) * 4
+BUCKET_MB = 2.2 * LAYER_BYTES / 2**20
+
+
+def train_and_watch(gradient_sync: str) -> dict[str, Any]:
+    """Bytes of gradients and of staging at every gradient of a second backward, and of gradients at its end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS)))
+    parameters = list(model.parameters())
+    watched: list[tuple[int, int]] = []
+
+    def gradient_bytes() -> int:
+        return sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+
+    def watch(_: Tensor) -> None:
+        watched.append((gradient_bytes(), optimizer.memory().staging))
+
+    for parameter in parameters:  # before the optimizer's hooks, so that its own take nothing away first
+        parameter.register_post_accumulate_grad_hook(watch)
+    optimizer = ShardedAdamW(parameters, gradient_sync=gradient_sync, bucket_mb=BUCKET_MB)  # type: ignore[arg-type]
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(watch)
+    for _ in range(2):
+        watched.clear()
+        model(torch.randn(4, WIDTH)).square().mean().backward()
+        after_backward = gradient_bytes()
+        optimizer.step()
+        after_step = gradient_bytes()
+        optimizer.zero_grad()
+    return {
+        "gradients": [gradients for gradients, _ in watched],
+        "staging": [staging for _, staging in watched],
+        "after backward": after_backward,
+        "after step": after_step,
+        "all": sum(parameter.nbytes for parameter in parameters),
+    }
+
+
+def test_full_gradients_never_exist_at_once_while_backward_runs() -> None:
+    watched = train_and_watch("backward")
+    bucket = 2 * LAYER_BYTES
+    assert watched["all"] >= 8 * bucket
+    assert len(watched["gradients"]) == 2 * 2 * LAYERS
+    assert 0 < max(watched["gradients"]) <= bucket + LAYER_BYTES
+    padded = bucket + 2 * 128 * 4
+    assert 0 < max(watched["staging"]) <= 2 * padded
+    assert (watched["after backward"], watched["after step"]) == (0, 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_full_gradients_never_exist_at_once_on_several_ranks(world_size: int) -> None:
+    for watched in on_ranks(world_size, train_and_watch, "backward"):
+        # Staging may grow while a peer is late; gradients themselves are gone as soon as their bucket is complete.
+        assert 0 < max(watched["gradients"]) <= 2 * LAYER_BYTES + LAYER_BYTES
+        assert (watched["after backward"], watched["after step"]) == (0, 0)
+
+
+@pytest.mark.parametrize("gradient_sync", ["step", "external"])
+def test_gradients_stay_with_their_parameters_in_the_other_modes(gradient_sync: str) -> None:
+    watched = train_and_watch(gradient_sync)
+    assert watched["after backward"] == watched["after step"] == max(watched["gradients"]) == watched["all"]
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_between_steps_the_pool_keeps_no_more_than_two_buffers(world_size: int, gradient_sync: str) -> None:
+    for staging, buffer in on_ranks(world_size, staging_after_steps, gradient_sync):
+        assert 0 < staging <= 2 * buffer
+
+
+def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
+    _, world_size = rank_and_size()
+    parameters = [nn.Parameter(torch.ones(256)) for _ in range(12)]
+    optimizer = ShardedAdamW(parameters, gradient_sync=gradient_sync, bucket_mb=1024 / 2**20)  # type: ignore[arg-type]
+    for _ in range(3):
+        backward(parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+    copies = 1 if world_size == 1 else 2  # what is sent, and room to receive
+    return optimizer.memory().staging, copies * 1024
