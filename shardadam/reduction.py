@@ -94,7 +94,7 @@ class GradientReducer:
     # While backward runs
 
     def _on_gradient(self, member: Member) -> None:
-        refuse_sparse(member)
+        check_gradient(member)
         with self._lock:
             if not self._synchronizing:
                 return
@@ -240,7 +240,7 @@ class GradientReducer:
             if gradient is None:
                 zeros.append(target)
                 continue
-            refuse_sparse(member)
+            check_gradient(member)
             self.used[member.ordinal] = True
             targets.append(target)
             gradients.append(memory_order(gradient, member.parameter)[piece.start : piece.start + piece.numel])
@@ -296,7 +296,7 @@ class ExternalGradients:
         self._is_taken = True
         for bucket in self._buckets:
             for member, _ in bucket.pieces:
-                refuse_sparse(member)
+                check_gradient(member)
                 self.used[member.ordinal] = member.parameter.grad is not None
             bucket.gradient_shard.zero_()
             targets, gradients = [], []
@@ -329,12 +329,19 @@ class ExternalGradients:
         return 0
 
 
-def refuse_sparse(member: Member) -> None:
+def check_gradient(member: Member) -> None:
     gradient = member.parameter.grad
-    if gradient is not None and gradient.layout != torch.strided:
+    if gradient is None:
+        return
+    if gradient.layout != torch.strided:
         raise RuntimeError(
             f"Parameter {member.name!r} has a sparse gradient ({gradient.layout}), expected a dense one. Build the "
             "embedding with sparse=False, or keep the parameter in an optimizer of its own (torch.optim.SparseAdam)."
+        )
+    if gradient.shape != member.shape:
+        raise RuntimeError(
+            f"Parameter {member.name!r} has a gradient of shape {tuple(gradient.shape)}, expected "
+            f"{tuple(member.shape)} as when the optimizer was built. Build it anew after changing a shape."
         )
 
 
