@@ -90,12 +90,10 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--steps", type=positive, default=800, help="optimizer steps")
     add("--batch", type=positive, default=8, help="windows a step, over all ranks and all of --accumulate")
     add("--accumulate", type=positive, default=1, help="backward passes a step")
-    add("--lr", type=real, default=3e-3, help="the peak of the schedule")
+    add("--lr", type=real, default=1e-3, help="the peak of the schedule")
     add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of them, at most 100")
     add("--weight-decay", type=real, default=0.1, help="of matrices; vectors do not decay")
-    # Where clipping acts, the two optimizers differ in the norm's last bits, and training amplifies that. The default
-    # acts only on explosions: without any, the two train to the same bits on 2 ranks.
-    add("--clip", type=real, default=20.0, help="the largest global gradient norm; 0: do not clip")
+    add("--clip", type=real, default=1.0, help="the largest global gradient norm; 0: do not clip")
     add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
     add("--seed", type=not_negative, default=0, help="of the model, the order of the data and the generated text")
 

@@ -312,6 +312,10 @@ class StagingPool:
         for free in self._free.values():
             del free[self.SIZE :]
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._in_flight
+
     def buffers(self) -> Iterator[Staging]:
         for free in self._free.values():
             yield from free

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -64,22 +65,33 @@ def load_local(
 
     copies: list[tuple[Tensor, Tensor | float]] = []
     for member in members:
-        copies += _copies_of_member(member, state[member.parameter], saved.get(id(member.parameter), {}))
+        copies += _copies_of_member(
+            member, state[member.parameter], saved.get(id(member.parameter), {}), is_part=found is not None
+        )
     for target, source in copies:
         if isinstance(source, Tensor):
             target.copy_(source)
         else:
             target.fill_(source)
     for group, saved_group in zip(param_groups, saved_groups, strict=True):
-        group.update({key: value for key, value in saved_group.items() if key not in ("params", "param_names")})
+        group.update({key: deepcopy(value) for key, value in saved_group.items() if key != "params"})
 
 
 def _copies_of_member(
-    member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any]
+    member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any], *, is_part: bool
 ) -> list[tuple[Tensor, Tensor | float]]:
-    """Pairs of a view and what it must become; a parameter that ``saved`` has nothing of starts anew."""
+    """Pairs of a view and what it must become; a parameter that ``saved`` has nothing of starts anew.
+
+    Args:
+        is_part: ``saved`` holds this rank's elements, not whole tensors.
+    """
     if saved.get("max_exp_avg_sq") is not None:
         raise ValueError(f"Parameter {member.name!r}: state_dict comes from amsgrad=True, which is not supported.")
+    missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if saved and name not in saved]
+    if missing:
+        raise ValueError(
+            f"Parameter {member.name!r}: state_dict has only {sorted(saved)} of it, {missing} are missing."
+        )
     copies: list[tuple[Tensor, Tensor | float]] = [(state["step"], float(saved.get("step", 0.0)))]
     for name in SHARDED_STATE:
         if name not in state:
@@ -88,23 +100,16 @@ def _copies_of_member(
         if name not in saved and name == "master":
             copies.append((target, _own_elements(member, member.parameter.detach())))
         elif name not in saved:
-            if saved:
-                raise ValueError(f"Parameter {member.name!r}: state_dict has no {name!r} for it, only {sorted(saved)}.")
             copies.append((target, 0.0))
         else:
-            copies.append((target, _own_elements_checked(member, name, saved[name], target)))
+            expected = target.shape if is_part else member.parameter.shape
+            if saved[name].shape != expected:
+                raise ValueError(
+                    f"Parameter {member.name!r}: {name} has shape {tuple(saved[name].shape)} in state_dict, expected "
+                    f"{tuple(expected)}."
+                )
+            copies.append((target, saved[name] if is_part else _own_elements(member, saved[name])))
     return copies
-
-
-def _own_elements_checked(member: Member, name: str, value: Tensor, target: Tensor) -> Tensor:
-    if value.shape == member.parameter.shape:
-        return _own_elements(member, value)
-    if value.shape == target.shape:
-        return value
-    raise ValueError(
-        f"Parameter {member.name!r}: {name} has shape {tuple(value.shape)} in state_dict, expected "
-        f"{tuple(member.parameter.shape)} (whole) or {tuple(target.shape)} (this rank's part)."
-    )
 
 
 def _own_elements(member: Member, whole: Tensor) -> Tensor:

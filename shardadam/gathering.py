@@ -23,14 +23,14 @@ class ParameterGatherer:
     def dispatch(self, bucket: FlatBucket) -> None:
         self._pending.append(self._transport.all_gather(bucket.parameters))
 
-    def wait(self, members: Sequence[Member]) -> None:
-        """Afterwards the parameters of ``members`` hold what all ranks have updated."""
+    def wait(self, updated: Sequence[Member]) -> None:
+        """Afterwards all parameters hold what their ranks have made of them; ``updated`` are those that took part."""
         for pending in self._pending:
             pending.wait()
         self._pending.clear()
         # The writes went past autograd, by way of the flat buffers: without this, a graph built before the step would
         # be differentiated with the new values and nobody would notice.
-        torch.autograd.graph.increment_version([member.parameter for member in members])
+        torch.autograd.graph.increment_version([member.parameter for member in updated])
 
 
 @torch.no_grad()

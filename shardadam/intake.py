@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,13 @@ _AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "de
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of an optimizer that no param group can change."""
+    """The arguments of an optimizer that no param group can change; ``transport`` by name."""
 
     gradient_sync: str
     max_grad_norm: float | None
     precision: Precision
     bucket_mb: float
+    transport: str
 
     @property
     def bucket_bytes(self) -> int:
@@ -42,12 +43,11 @@ class Options:
             raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
         if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb) and self.bucket_bytes > 0):
             raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB, a byte at least")
+        if self.transport not in ("auto", "collective", "given"):
+            raise ValueError(f"transport: found {self.transport!r}, expected 'auto', 'collective' or a Transport")
 
     def claims(self) -> list[Claim]:
-        return [
-            Claim("the optimizer", field, repr(getattr(self, field)))
-            for field in ("gradient_sync", "max_grad_norm", "precision", "bucket_mb")
-        ]
+        return [Claim("the optimizer", field.name, repr(getattr(self, field.name))) for field in fields(self)]
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer
-from shardadam.transport import CollectiveTransport, SingleProcessTransport, Transport, own_group
+from shardadam.transport import Transport, connect
 from shardadam.update.fused import adam_runs_
 from shardadam.update.runs import RunTable
 
@@ -107,7 +107,7 @@ class ShardedAdam(Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0,
         *,
         amsgrad: bool = False,
         foreach: bool | None = None,
@@ -141,34 +141,29 @@ class ShardedAdam(Optimizer):
             max_grad_norm=max_grad_norm,
             precision=Precision() if precision is None else precision,
             bucket_mb=bucket_mb,
+            transport="given" if isinstance(transport, Transport) else transport,
         )
         self._is_built = False
-        group = transport.group if isinstance(transport, Transport) else own_group(process_group)
-        try:
+        self._options = options
+        self._transport = transport if isinstance(transport, Transport) else connect(process_group)
+        with self._agreement() as claims:
             options.check()
-            if not isinstance(transport, Transport):
-                transport = _connect(transport, group)
             super().__init__(params, defaults)
             named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
             intake.check_parameters(named)
-        except Exception as error:
-            agreement.announce_failure(error, group)
-            raise
-        agreement.require([*options.claims(), *intake.claims(self.param_groups, named)], group)
+            claims += [*options.claims(), *intake.claims(self.param_groups, named)]
 
-        self._transport = transport
-        self._options = options
         self._members: list[Member] = []
         self._arenas: list[FlatArena] = []
         self._buckets: list[FlatBucket] = []
         self._frozen: list[NamedParameter] = []
-        self._runs = RunTable(transport.rank)
+        self._runs = RunTable(self._transport.rank)
         self._reducer: GradientReducer | ExternalGradients
         if gradient_sync == "external":
             self._reducer = ExternalGradients()
         else:
-            self._reducer = GradientReducer(transport, hooked=gradient_sync == "backward")
-        self._gatherer = ParameterGatherer(transport)
+            self._reducer = GradientReducer(self._transport, hooked=gradient_sync == "backward")
+        self._gatherer = ParameterGatherer(self._transport)
         self._survey: Survey | None = None
         self._surveyed_rounds = 0
         self._coefficient: Tensor | None = None
@@ -177,7 +172,7 @@ class ShardedAdam(Optimizer):
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._take_in(named)
         self._is_built = True
-        weakref.finalize(self, _release, self._reducer, transport).atexit = False
+        weakref.finalize(self, _release, self._reducer, self._transport).atexit = False
 
     # The step
 
@@ -212,7 +207,7 @@ class ShardedAdam(Optimizer):
         for index in reversed(self._reducer.order):
             self._update(self._buckets[index], seen, used)
             self._gatherer.dispatch(self._buckets[index])
-        self._gatherer.wait(self._members)
+        self._gatherer.wait([member for member in self._members if used is None or used[member.ordinal]])
         self._reducer.learn_order()
         self.grad_norm = seen.norm
         self._forget_gradients()
@@ -310,23 +305,38 @@ class ShardedAdam(Optimizer):
             intake.check_group(param_group, self.defaults)
             super().add_param_group(param_group)
             return
-        group = self._transport.group
         count = len(self.param_groups)
         try:
-            intake.check_group(param_group, self.defaults)
-            super().add_param_group(param_group)
-            named = self._named(count)
-            intake.check_parameters(named, taken=[member.parameter for member in self._members])
-        except Exception as error:
-            del self.param_groups[count:]
-            agreement.announce_failure(error, group)
-            raise
-        try:
-            agreement.require(intake.claims(self.param_groups[count:], named, first_group=count), group)
+            with self._agreement() as claims:
+                intake.check_group(param_group, self.defaults)
+                super().add_param_group(param_group)
+                named = self._named(count)
+                intake.check_parameters(named, taken=[member.parameter for member in self._members])
+                claims += intake.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]
             raise
         self._take_in(named)
+
+    @contextmanager
+    def _agreement(self) -> Iterator[list[agreement.Claim]]:
+        """Collective: raises on all ranks if what is inside raises on any, or adds unequal claims to the list."""
+        claims: list[agreement.Claim] = []
+        try:
+            yield claims
+        except Exception as error:
+            agreement.announce_failure(error, self._transport.control)
+            self._close_unless_built()
+            raise
+        try:
+            agreement.require(claims, self._transport.control)
+        except Exception:
+            self._close_unless_built()
+            raise
+
+    def _close_unless_built(self) -> None:
+        if not self._is_built:
+            self._transport.close(clean=True)
 
     def _named(self, group_index: int) -> list[NamedParameter]:
         group = self.param_groups[group_index]
@@ -373,8 +383,9 @@ class ShardedAdam(Optimizer):
         unfrozen = [p for p in self._frozen if p.parameter.requires_grad]
         if not unfrozen:
             return
-        intake.check_parameters(unfrozen, taken=[member.parameter for member in self._members])
-        agreement.require(intake.claims([], unfrozen), self._transport.group)
+        with self._agreement() as claims:
+            intake.check_parameters(unfrozen, taken=[member.parameter for member in self._members])
+            claims += intake.claims([], unfrozen)
         self._frozen = [p for p in self._frozen if not p.parameter.requires_grad]
         self._take_in(unfrozen)
 
@@ -409,6 +420,7 @@ class ShardedAdam(Optimizer):
         Returns:
             A new tensor of the parameter's shape, float32 (float64 for float64 parameters).
         """
+        self._take_in_unfrozen()
         member = self._member(parameter)
         seen = self._look(with_norm=self._options.max_grad_norm is not None)
         if not bool(seen.used[member.ordinal]):
@@ -423,6 +435,7 @@ class ShardedAdam(Optimizer):
         Returns:
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
         """
+        self._take_in_unfrozen()
         member = self._member(parameter)
         state = {"step": self.state[parameter]["step"].clone()}
         for name in checkpoint.SHARDED_STATE:
@@ -476,6 +489,8 @@ class ShardedAdam(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        for group in state_dict["param_groups"]:
+            intake.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
         checkpoint.load_local(self.param_groups, self.state, self._members, state_dict, self._shard_key())
         self._runs.load([float(self.state[member.parameter]["step"]) for member in self._members])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -543,12 +558,6 @@ class ShardedAdamW(ShardedAdam):
         )
 
 
-def _connect(transport: str, group: dist.ProcessGroup | None) -> Transport:
-    if transport not in ("auto", "collective"):
-        raise ValueError(f"transport: found {transport!r}, expected 'auto', 'collective' or a Transport")
-    return SingleProcessTransport() if group is None else CollectiveTransport(group)
-
-
 def _release(reducer: GradientReducer | ExternalGradients, transport: Transport) -> None:
     reducer.remove_hooks()
-    transport.close()
+    transport.close(clean=reducer.is_idle)

@@ -86,6 +86,11 @@ class GradientReducer:
                 register = member.parameter.register_post_accumulate_grad_hook
                 self._handles.append(register(hook))  # type: ignore[no-untyped-call]
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether every transfer that was started has been completed."""
+        return not self._open and self._pool.is_idle
+
     def remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -285,6 +290,8 @@ class ExternalGradients:
             self.order.append(index)
         self._buckets += buckets
         self.used += [False] * len(members)
+
+    is_idle = True
 
     def remove_hooks(self) -> None:
         return None

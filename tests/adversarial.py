@@ -19,7 +19,7 @@ from shardadam.transport.base import own_slice
 class AdversarialTransport(Transport):
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
-        self.rank, self.world_size, self.group = inner.rank, inner.world_size, inner.group
+        self.rank, self.world_size, self.control = inner.rank, inner.world_size, inner.control
         self._late: list[_Late] = []
         self._shards: dict[int, Tensor] = {}  # by address: what a shard holds, or will hold once transfers have run
 
@@ -65,8 +65,8 @@ class AdversarialTransport(Transport):
     def broadcast(self, tensor: Tensor) -> Pending:
         return self._add(lambda: self._inner.broadcast(tensor).wait())
 
-    def close(self) -> None:
-        self._inner.close()
+    def close(self, *, clean: bool) -> None:
+        self._inner.close(clean=clean)
 
     def _add(self, run: Callable[[], None]) -> _Late:
         late = _Late(self, run)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardadam import ShardedAdam, ShardedAdamW
-from shardadam.transport import CollectiveTransport, SingleProcessTransport, own_group
+from shardadam import transport as transports
 from tests.adversarial import AdversarialTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -100,8 +100,7 @@ def train_sharded(case: Case, transport: str) -> list[Tensor]:
         for parameter in parameters:
             parameter.data += rank
     optimizer_class = ShardedAdamW if case.adamw else ShardedAdam
-    group = own_group(None)
-    connected = SingleProcessTransport() if group is None else CollectiveTransport(group)
+    connected = transports.connect(None)
     optimizer = optimizer_class(
         groups_of(case, parameters),
         **hyperparameters(case),

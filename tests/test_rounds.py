@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shardadam import ShardedAdamW
+from shardadam import transport as transports
 from shardadam.buckets import StagingPool
-from shardadam.transport import CollectiveTransport, SingleProcessTransport, Transport, own_group
+from shardadam.transport import Transport
 from tests.adversarial import AdversarialTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -26,8 +27,7 @@ LR = 1e-2
 
 
 def connect(kind: str) -> Transport:
-    group = own_group(None)
-    inner = SingleProcessTransport() if group is None else CollectiveTransport(group)
+    inner = transports.connect(None)
     return AdversarialTransport(inner) if kind == "adversarial" else inner
 
 

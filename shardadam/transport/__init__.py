@@ -7,9 +7,12 @@ hold before any training does). All methods are collective, called in the same o
 
 from __future__ import annotations
 
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
 from shardadam.transport.base import Pending, Staging, Transport
 from shardadam.transport.collective import CollectiveTransport
-from shardadam.transport.groups import own_group
+from shardadam.transport.groups import lease_groups
 from shardadam.transport.single import SingleProcessTransport
 
 __all__ = [
@@ -18,5 +21,11 @@ __all__ = [
     "SingleProcessTransport",
     "Staging",
     "Transport",
-    "own_group",
+    "connect",
 ]
+
+
+def connect(process_group: dist.ProcessGroup | DeviceMesh | None) -> Transport:
+    """The transport for the ranks of ``process_group``; collective. ``lease_groups`` says what may be passed."""
+    lease = lease_groups(process_group)
+    return SingleProcessTransport() if lease is None else CollectiveTransport(lease)

@@ -56,7 +56,7 @@ class Transport(ABC):
 
     rank: int
     world_size: int
-    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None  # for what ranks must agree on; None for one rank
 
     def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocates a zeroed flat buffer that parameters will be views of."""
@@ -88,8 +88,12 @@ class Transport(ABC):
     def broadcast(self, tensor: Tensor) -> Pending:
         """In place: what rank 0 of the group holds. ``tensor`` must be dense in memory; its memory is what travels."""
 
-    def close(self) -> None:
-        """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective."""
+    def close(self, *, clean: bool) -> None:
+        """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective.
+
+        Args:
+            clean: every transfer that has been started has been waited for.
+        """
         return None
 
 

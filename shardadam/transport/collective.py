@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.transport.base import Pending, Staging, Transport, own_slice
-from shardadam.transport.groups import backend_of_device, release_group
+from shardadam.transport.groups import Lease, backend_of_device
 
 # torch 2.13 has new names for two collectives and warns of the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,12 +35,13 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 class CollectiveTransport(Transport):
-    """Collectives on ``group``, which must be used for nothing else and is destroyed with the optimizer."""
+    """Collectives on a group of our own."""
 
-    group: dist.ProcessGroup
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, lease: Lease) -> None:
+        group = lease.training
+        self.control = lease.control
+        self._lease = lease
+        self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self._backends = backend_of_device(group)
@@ -55,11 +56,11 @@ class CollectiveTransport(Transport):
         if staging.receive is None:
             with self._on_stream(send.device) as stream:
                 own = own_slice(send, self.rank, self.world_size)
-                _reduce_scatter(own, send, group=self.group)
+                _reduce_scatter(own, send, group=self._group)
                 sum_sources_(shard, [own], accumulate=accumulate)
             return _OnStream(stream)
         receive = staging.receive[:numel]
-        work = dist.all_to_all_single(receive, send, group=self.group, async_op=True)
+        work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
         sources = list(receive.chunk(self.world_size))
         return _OnHost(work, partial(sum_sources_, shard, sources, accumulate=accumulate))
 
@@ -74,15 +75,15 @@ class CollectiveTransport(Transport):
         flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         return self._start(dist.broadcast, flat, flat, group_src=0)
 
-    def close(self) -> None:
-        release_group(self.group)
+    def close(self, *, clean: bool) -> None:
+        self._lease.release(clean=clean)
 
     def _start(self, collective: Callable[..., Any], buffer: Tensor, *arguments: Any, **options: Any) -> Pending:
         if self._is_native(buffer.device):
             with self._on_stream(buffer.device) as stream:
-                collective(*arguments, group=self.group, **options)
+                collective(*arguments, group=self._group, **options)
             return _OnStream(stream)
-        return _OnHost(collective(*arguments, group=self.group, async_op=True, **options))
+        return _OnHost(collective(*arguments, group=self._group, async_op=True, **options))
 
     def _is_native(self, device: torch.device) -> bool:
         """Whether transfers run on the device's stream."""

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process groups of our own, so that no collective of the user's can meet one of training's."""
+"""Process groups of our own, so that no collective of the user's can meet one of training's.
+
+Note: groups are leased, not destroyed
+    An optimizer dies when the garbage collector pleases, at different times on different ranks. Destroying its groups
+    then would upset torch: it names the groups that only their members build by counting how many a process has, and
+    ranks with unlike counts wait for each other for ever. So groups stay, and the next optimizer over the same ranks
+    takes one that all of them have free.
+"""
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -10,8 +19,40 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
-    """A new group over the ranks of ``process_group``, or None where this process is alone.
+@dataclass(eq=False)
+class Lease:
+    """Two groups over the same ranks, for one optimizer alone until ``release``.
+
+    Args:
+        control: a Gloo group for small Python objects; shared with the optimizers over the same ranks.
+        training: what gradients and parameters travel on; of the same backends as the user's group.
+    """
+
+    control: dist.ProcessGroup
+    training: dist.ProcessGroup
+    pool: GroupPool
+    slot: int
+
+    def release(self, *, clean: bool) -> None:
+        """Local. ``clean``: every collective that this rank has started on the group has been completed."""
+        if clean:
+            self.pool.free.add(self.slot)
+
+
+@dataclass(eq=False)
+class GroupPool:
+    """The groups of ours over the ranks of one group of the user's. ``free`` is what this rank knows to be so."""
+
+    control: dist.ProcessGroup
+    training: list[dist.ProcessGroup] = field(default_factory=list)
+    free: set[int] = field(default_factory=set)
+
+
+_pools: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupPool] = weakref.WeakKeyDictionary()
+
+
+def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease | None:
+    """Groups of our own over the ranks of ``process_group``, or None where this process is alone.
 
     Collective: all ranks of ``process_group`` must call it.
 
@@ -22,6 +63,26 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
         ValueError: this rank is not in ``process_group``.
         TypeError: ``process_group`` is something else.
     """
+    users = _resolve(process_group)
+    if users is None or dist.get_world_size(users) == 1:
+        return None
+    if users not in _pools:
+        _pools[users] = GroupPool(_new_group(users, "gloo" if dist.is_gloo_available() else _backend_name(users)))
+    pool = _pools[users]
+    everybody: list[set[int]] = [set()] * dist.get_world_size(users)
+    dist.all_gather_object(everybody, pool.free, group=pool.control)
+    free_everywhere = set.intersection(*everybody)
+    if free_everywhere:
+        slot = min(free_everywhere)
+        pool.free.remove(slot)
+    else:
+        slot = len(pool.training)
+        pool.training.append(_new_group(users, _backend_name(users)))
+    return Lease(pool.control, pool.training[slot], pool, slot)
+
+
+def _resolve(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The user's group, with this rank in it; None where torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         if process_group is None:
             return None
@@ -29,6 +90,7 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
             "process_group: given, but torch.distributed is not initialised. Call init_process_group first, or start "
             "the script with torchrun."
         )
+    outside = f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
     if isinstance(process_group, DeviceMesh):
         if process_group.ndim != 1:
             raise ValueError(
@@ -36,31 +98,28 @@ def own_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proc
                 "mesh['name'] for the dimension to shard over; hybrid sharding is not supported yet."
             )
         if process_group.get_coordinate() is None:
-            raise ValueError(
-                f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
-            )
+            raise ValueError(outside)
         process_group = process_group.get_group()
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
-        raise ValueError(
-            f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
-        )
+        raise ValueError(outside)
     if process_group is None:
         process_group = dist.group.WORLD
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group: found {type(process_group).__name__}, expected a ProcessGroup, a 1-D DeviceMesh or None."
         )
-    ranks = dist.get_process_group_ranks(process_group)
-    if dist.get_rank() not in ranks:
-        raise ValueError(f"process_group: rank {dist.get_rank()} is not in it, its ranks are {ranks}.")
-    if len(ranks) == 1:
-        return None
-    # Members alone must be able to build the group, but torch's way to do so names groups by how many this process has
-    # made: where everybody takes part, the ordinary way is the safer one.
+    if dist.get_rank() not in dist.get_process_group_ranks(process_group):
+        raise ValueError(outside)
+    return process_group
+
+
+def _new_group(users: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
+    ranks = dist.get_process_group_ranks(users)
     group: dist.ProcessGroup = dist.new_group(
         ranks,
-        backend=_backend_name(process_group),
-        timeout=_timeout(process_group),
+        backend=backend,
+        timeout=_timeout(users),
+        # Members alone must be able to build it; where everybody takes part, the ordinary way is the safer one.
         use_local_synchronization=len(ranks) < dist.get_world_size(),
         group_desc="shardadam",
     )
@@ -83,17 +142,3 @@ def _timeout(group: dist.ProcessGroup) -> timedelta | None:
     options = getattr(group._get_backend(torch.device(next(iter(backend_of_device(group))))), "options", None)
     timeout = getattr(options, "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else None
-
-
-def release_group(group: dist.ProcessGroup) -> None:
-    """Destroys a group of our own, if the user has not destroyed all groups before.
-
-    NCCL communicators are left to ``destroy_process_group()``: taking one down is not something to do whenever a
-    garbage collector pleases.
-    """
-    if not dist.is_initialized() or "nccl" in dist.get_backend_config():
-        return
-    try:
-        dist.destroy_process_group(group)
-    except (ValueError, AssertionError):  # torch's ways of saying that the group is gone already
-        return

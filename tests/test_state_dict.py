@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``state_dict`` and ``load_state_dict``: resuming is exact, torch's AdamW state loads, and what does not fit is
+refused with nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardadam import ShardedAdam, ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+from tests.twins import LR, assert_close, build_parameters, clones, quadratic
+
+STEPS = 10
+BUCKET_MB = 0.001
+
+
+def build(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(p.detach().to(dtype)) for p in build_parameters()]
+    parameters[5].data = parameters[5].data.to(memory_format=torch.channels_last)
+    return parameters
+
+
+def groups_of(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": parameters[:4]}, {"params": parameters[4:], "lr": LR / 2, "betas": (0.8, 0.9)}]
+
+
+def sharded(parameters: list[nn.Parameter], **options: Any) -> ShardedAdamW:
+    return ShardedAdamW(groups_of(parameters), **{"lr": LR, "bucket_mb": BUCKET_MB, "weight_decay": 0.1, **options})
+
+
+def in_use(parameters: list[nn.Parameter], step: int, unused: bool) -> list[nn.Parameter]:
+    """With ``unused``, parameter i sits out every (i + 2)-th step."""
+    return [p for i, p in enumerate(parameters) if not (unused and (step + 1) % (i + 2) == 0)]
+
+
+def train(optimizer: Any, parameters: list[nn.Parameter], steps: range, ranks: list[int], unused: bool) -> None:
+    for step in steps:
+        for rank in ranks:
+            (quadratic(in_use(parameters, step, unused), rank, step) / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def through_a_file(saved: Any, weights_only: bool = True) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def everything(optimizer: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Parameters and state."""
+    return clones([*parameters, *(t for p in parameters for _, t in sorted(optimizer.state[p].items()))])
+
+
+def unchanged(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# Resuming
+
+
+def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tensor]]:
+    """All parameters and state after training straight, and after saving and loading half way."""
+    rank, _ = rank_and_size()
+    lr: Any = torch.tensor(LR) if tensor_lr else LR
+    parameters = build(dtype)
+    optimizer = sharded(parameters, lr=lr)
+    train(optimizer, parameters, range(STEPS), [rank], unused)
+    saved = through_a_file({"model": nn.ParameterList(parameters).state_dict(), "optimizer": optimizer.state_dict()})
+    train(optimizer, parameters, range(STEPS, 2 * STEPS), [rank], unused)
+
+    resumed = build(dtype)
+    for parameter in resumed:
+        parameter.data.add_(1)
+    second = sharded(resumed, lr=lr)
+    nn.ParameterList(resumed).load_state_dict(saved["model"])
+    second.load_state_dict(saved["optimizer"])
+    train(second, resumed, range(STEPS, 2 * STEPS), [rank], unused)
+    return [everything(optimizer, parameters), everything(second, resumed)]
+
+
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_resuming_on_as_many_ranks_is_bitwise(world_size: int, dtype: torch.dtype, unused: bool) -> None:
+    for straight, resumed in on_ranks(world_size, resume, dtype, unused, unused):
+        assert any(t.numel() > 0 for t in straight[len(build()) :])
+        assert unchanged(straight, resumed)
+
+
+def load_and_go_on(by: str) -> list[Any]:
+    """Two optimizers, one loaded from the other's own dict in memory: training one must not touch the other."""
+    rank, _ = rank_and_size()
+    lr = torch.tensor(LR)
+    first, second = build(), build()
+    source, target = sharded(first, lr=lr), sharded(second, lr=torch.tensor(LR / 7))
+    train(source, first, range(3), [rank], False)
+    saved = copy.deepcopy(source.state_dict()) if by == "copy" else source.state_dict()
+    target.load_state_dict(saved)
+    kept = everything(target, second)
+    loaded_lr = target.param_groups[0]["lr"].clone()
+    source.param_groups[0]["lr"].fill_(5.0)
+    train(source, first, range(3, 5), [rank], False)
+    return [unchanged(kept, everything(target, second)), loaded_lr, target.param_groups[0]["lr"].clone()]
+
+
+@pytest.mark.parametrize("by", ["copy", "reference"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loaded_optimizer_shares_nothing_with_what_it_was_loaded_from(world_size: int, by: str) -> None:
+    for state_is_kept, loaded_lr, lr_afterwards in on_ranks(world_size, load_and_go_on, by):
+        assert state_is_kept
+        assert loaded_lr == torch.tensor(LR)
+        assert lr_afterwards == loaded_lr, "two optimizers share one lr tensor"
+
+
+# torch's own state
+
+
+def save_torch(world_size: int, dtype: torch.dtype, unused: bool) -> dict[str, Any]:
+    parameters = build(dtype)
+    optimizer = torch.optim.AdamW(groups_of(parameters), lr=LR, weight_decay=0.1)
+    train(optimizer, parameters, range(STEPS), list(range(world_size)), unused)
+    saved = through_a_file({"model": nn.ParameterList(parameters).state_dict(), "optimizer": optimizer.state_dict()})
+    train(optimizer, parameters, range(STEPS, 2 * STEPS), list(range(world_size)), unused)
+    return {**saved, "straight": clones(parameters)}
+
+
+def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> list[Tensor]:
+    rank, _ = rank_and_size()
+    parameters = build()
+    nn.ParameterList(parameters).load_state_dict(saved["model"])
+    optimizer = sharded(parameters, bucket_mb=bucket_mb, lr=1.0, weight_decay=0.0)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(optimizer, parameters, range(STEPS, 2 * STEPS), [rank], unused)
+    return clones(parameters)
+
+
+@pytest.mark.parametrize("bucket_mb", [0.0001, 0.001, 32])
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_state_of_torchs_adamw_is_gone_on_from(world_size: int, unused: bool, bucket_mb: float) -> None:
+    """Bucket sizes down to one that splits parameters over several buckets."""
+    saved = save_torch(world_size, torch.float32, unused)
+    assert not saved["optimizer"]["state"][5]["exp_avg"].is_contiguous()
+    assert_close(on_ranks(world_size, go_on_from_torch, saved, bucket_mb, unused), saved["straight"])
+
+
+def load_torch_whole(saved: dict[str, Any], bucket_mb: float) -> list[dict[str, Tensor]]:
+    parameters = build()
+    optimizer = sharded(parameters, bucket_mb=bucket_mb)
+    optimizer.load_state_dict(saved["optimizer"])
+    pieces = max(len(member.buckets) for member in optimizer._members)
+    assert (pieces > 1) == (bucket_mb < 0.001)
+    return [optimizer.full_state(p) for p in parameters]
+
+
+@pytest.mark.parametrize("bucket_mb", [0.0001, 32])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_full_state_gives_back_what_was_loaded_from_torch(world_size: int, bucket_mb: float) -> None:
+    saved = save_torch(1, torch.float32, True)
+    for result in on_ranks(world_size, load_torch_whole, saved, bucket_mb):
+        for index, state in enumerate(result):
+            for name, value in saved["optimizer"]["state"][index].items():
+                assert torch.equal(state[name], value)
+                assert state[name].stride() == value.stride()
+
+
+def test_a_parameter_that_torch_has_no_state_of_starts_anew() -> None:
+    parameters = build()
+    plain = torch.optim.AdamW(groups_of(parameters), lr=LR)
+    train(plain, parameters[:3], range(2), [0], False)
+    saved = through_a_file(plain.state_dict())
+    assert set(saved["state"]) == {0, 1, 2}
+    fresh = build()
+    optimizer = sharded(fresh)
+    train(optimizer, fresh, range(3), [0], False)
+    optimizer.load_state_dict(saved)
+    assert [float(optimizer.state[p]["step"]) for p in fresh] == [2.0] * 3 + [0.0] * 4
+    assert not any(optimizer.state[p][name].any() for p in fresh[3:] for name in ("exp_avg", "exp_avg_sq"))
+    assert optimizer.state[fresh[2]]["exp_avg"].any()
+
+
+def test_masters_that_a_state_does_not_hold_are_taken_from_the_parameters() -> None:
+    saved = save_torch(1, torch.float32, False)["optimizer"]
+    parameters = build(torch.bfloat16)
+    optimizer = sharded(parameters)
+    train(optimizer, parameters, range(2), [0], False)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(1.5)
+    optimizer.load_state_dict(saved)
+    for parameter in parameters:
+        assert (optimizer.full_state(parameter)["master"] == 1.5).all()
+
+
+# Hyperparameters and schedulers
+
+
+def test_loading_restores_the_hyperparameters() -> None:
+    parameters = build()
+    optimizer = ShardedAdamW(
+        [{"params": parameters[:4], "lr": 0.25}, {"params": parameters[4:], "betas": (0.1, 0.2), "own key": "kept"}],
+        eps=1e-3,
+        weight_decay=0.3,
+        maximize=True,
+    )
+    optimizer.param_groups[0]["lr"] = 0.125
+    saved = through_a_file(optimizer.state_dict())
+    others = build()
+    other = ShardedAdamW([{"params": others[:4]}, {"params": others[4:]}])
+    before = [group["params"] for group in other.param_groups]
+    other.load_state_dict(saved)
+    for group, loaded, given in zip(optimizer.param_groups, other.param_groups, before, strict=True):
+        assert {k: v for k, v in loaded.items() if k != "params"} == {k: v for k, v in group.items() if k != "params"}
+        assert all(a is b for a, b in zip(loaded["params"], given, strict=True))
+    assert other.param_groups[0]["lr"] == 0.125
+
+
+def test_a_parameters_name_stays_its_own() -> None:
+    parameters, others = build_parameters([(3,), (4,)]), build_parameters([(3,), (4,)])
+    saved = ShardedAdamW(parameters).state_dict()
+    optimizer = ShardedAdamW([("a", others[0]), ("b", others[1])])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["param_names"] == ["a", "b"]
+
+
+def schedule_across_a_load(tensor_lr: bool) -> list[list[Tensor]]:
+    rank, _ = rank_and_size()
+
+    def start() -> tuple[list[nn.Parameter], ShardedAdamW, Any]:
+        parameters = build()
+        optimizer = sharded(parameters, lr=torch.tensor(LR) if tensor_lr else LR)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=2 * STEPS + 1)
+        return parameters, optimizer, scheduler
+
+    def go(parameters: list[nn.Parameter], optimizer: ShardedAdamW, scheduler: Any, steps: range) -> list[float]:
+        rates = []
+        for step in steps:
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
+            train(optimizer, parameters, range(step, step + 1), [rank], False)
+            scheduler.step()
+        return rates
+
+    parameters, optimizer, scheduler = start()
+    go(parameters, optimizer, scheduler, range(STEPS))
+    saved = through_a_file([nn.ParameterList(parameters).state_dict(), optimizer.state_dict(), scheduler.state_dict()])
+    rates = go(parameters, optimizer, scheduler, range(STEPS, 2 * STEPS))
+
+    resumed, second, second_scheduler = start()
+    nn.ParameterList(resumed).load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    second_scheduler.load_state_dict(saved[2])
+    second_rates = go(resumed, second, second_scheduler, range(STEPS, 2 * STEPS))
+    return [
+        [torch.tensor(rates), *everything(optimizer, parameters)],
+        [torch.tensor(second_rates), *everything(second, resumed)],
+    ]
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_scheduler_goes_on_after_a_load(world_size: int, tensor_lr: bool) -> None:
+    for straight, resumed in on_ranks(world_size, schedule_across_a_load, tensor_lr):
+        assert len(straight[0].unique()) >= STEPS
+        assert unchanged(straight, resumed)
+
+
+# Refusals
+
+
+def refusal(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple[str, str, bool]:
+    """Kind and words of what loading raises, and whether everything is as it was."""
+    before = everything(optimizer, parameters)
+    groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    kind, words = "nothing", ""
+    try:
+        optimizer.load_state_dict(saved)
+    except Exception as error:
+        kind, words = type(error).__name__, str(error)
+    kept = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == groups
+    return kind, words, kept and unchanged(before, everything(optimizer, parameters))
+
+
+def save_part(bucket_mb: float) -> dict[str, Any]:
+    rank, _ = rank_and_size()
+    parameters = build()
+    optimizer = sharded(parameters, bucket_mb=bucket_mb)
+    train(optimizer, parameters, range(2), [rank], False)
+    return through_a_file(optimizer.state_dict())
+
+
+def load_part(parts: list[Any], shift: int) -> list[Any]:
+    """Rank r tries to load part r + shift."""
+    rank, _ = rank_and_size()
+    parameters = build()
+    optimizer = sharded(parameters, lr=0.5)
+    train(optimizer, parameters, range(3), [rank], False)
+    answer = refusal(optimizer, parameters, parts[(rank + shift) % len(parts)])
+    train(optimizer, parameters, range(3, 5), [rank], False)
+    return [*answer, clones(parameters)]
+
+
+def test_another_ranks_part_is_refused() -> None:
+    parts = on_ranks(2, save_part, BUCKET_MB)
+    for rank, (kind, words, is_unchanged, _) in enumerate(on_ranks(2, load_part, parts, 1)):
+        assert kind == "ValueError" and is_unchanged
+        assert f"'rank': {1 - rank}" in words and f"'rank': {rank}" in words
+        assert "torch.optim.AdamW" in words
+    for kind, *_ in on_ranks(2, load_part, parts, 0):
+        assert kind == "nothing"
+
+
+def test_a_part_of_another_world_size_is_refused() -> None:
+    for saved_on, loaded_on in ((1, 2), (2, 1), (3, 2)):
+        parts = on_ranks(saved_on, save_part, BUCKET_MB)
+        for kind, words, is_unchanged, _ in on_ranks(loaded_on, load_part, parts, 0):
+            assert kind == "ValueError" and is_unchanged
+            assert f"'world_size': {saved_on}" in words and f"'world_size': {loaded_on}" in words
+
+
+def test_a_part_of_another_bucket_size_is_refused() -> None:
+    parts = on_ranks(2, save_part, 2 * BUCKET_MB)
+    for kind, words, is_unchanged, _ in on_ranks(2, load_part, parts, 0):
+        assert kind == "ValueError" and is_unchanged
+        assert f"'bucket_mb': {2 * BUCKET_MB}" in words and f"'bucket_mb': {BUCKET_MB}" in words
+
+
+def plain_state(optimizer_class: Any = torch.optim.AdamW, **options: Any) -> dict[str, Any]:
+    parameters = build()
+    optimizer = optimizer_class(groups_of(parameters), lr=LR, **options)
+    train(optimizer, parameters, range(2), [0], False)
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def damaged(how: str) -> dict[str, Any]:
+    saved = plain_state(amsgrad=how.startswith("amsgrad"))
+    state, groups = saved["state"], saved["param_groups"]
+    match how:
+        case "fewer parameters in a group":
+            groups[1]["params"].pop()
+        case "fewer groups":
+            groups.pop()
+        case "other sizes of groups":
+            groups[0]["params"].append(groups[1]["params"].pop(0))
+        case "no exp_avg":
+            del state[4]["exp_avg"]
+        case "no exp_avg_sq":
+            del state[4]["exp_avg_sq"]
+        case "no step":
+            del state[4]["step"]
+        case "another shape":
+            state[3]["exp_avg"] = torch.zeros(15, 7)
+        case "more elements":
+            state[4]["exp_avg_sq"] = torch.zeros(130)
+        case "flattened":
+            state[3]["exp_avg"] = state[3]["exp_avg"].flatten()
+        case "SGD":
+            saved = plain_state(torch.optim.SGD, momentum=0.9)
+        case "no state":
+            del saved["state"]
+        case "no param_groups":
+            del saved["param_groups"]
+        case "amsgrad of no steps":
+            state.clear()
+    return saved
+
+
+DAMAGES = {
+    "fewer parameters in a group": ["[4, 2]", "[4, 3]"],
+    "fewer groups": ["[4]", "[4, 3]"],
+    "other sizes of groups": ["[5, 2]", "[4, 3]"],
+    "no exp_avg": ["exp_avg", "param_groups[1]['params'][0]"],
+    "no exp_avg_sq": ["exp_avg_sq", "param_groups[1]['params'][0]"],
+    "no step": ["step", "param_groups[1]['params'][0]"],
+    "another shape": ["(15, 7)", "(7, 15)", "param_groups[0]['params'][3]"],
+    "more elements": ["(130,)", "(129,)", "param_groups[1]['params'][0]"],
+    "flattened": ["(105,)", "(7, 15)"],
+    "SGD": ["exp_avg", "momentum_buffer"],
+    "no state": ["state"],
+    "no param_groups": ["param_groups"],
+    "amsgrad": ["amsgrad"],
+    "amsgrad of no steps": ["amsgrad"],
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_what_does_not_fit_is_refused_with_nothing_changed(how: str) -> None:
+    parameters = build()
+    optimizer = sharded(parameters, lr=0.5)
+    train(optimizer, parameters, range(3), [0], False)
+    kind, words, is_unchanged = refusal(optimizer, parameters, damaged(how))
+    assert is_unchanged
+    assert kind in (("ValueError", "KeyError") if how in ("no state", "no param_groups") else ("ValueError",))
+    for word in DAMAGES[how]:
+        assert word in words
+
+
+def load_state_of_a_smaller_model() -> list[Any]:
+    """Parameters half as long as ours: as long as our part of them."""
+    small = build_parameters([(256,)])
+    plain = torch.optim.AdamW(small)
+    train(plain, small, range(2), [0], False)
+    parameters = build_parameters([(512,)])
+    optimizer = ShardedAdamW(parameters)
+    return list(refusal(optimizer, parameters, plain.state_dict()))
+
+
+def test_a_whole_tensor_of_the_shape_of_a_part_is_refused() -> None:
+    for kind, words, is_unchanged in on_ranks(2, load_state_of_a_smaller_model):
+        assert is_unchanged
+        assert kind == "ValueError" and "(256,)" in words and "(512,)" in words
+
+
+def unfreeze_and_resume() -> list[Any]:
+    """The layout of a parameter that joined late differs from that of one that was there from the start."""
+    rank, _ = rank_and_size()
+    first, second = build_parameters([(600,), (700,)])
+    second.requires_grad_(False)
+    optimizer = ShardedAdamW([first, second], lr=LR)
+    train(optimizer, [first], range(2), [rank], False)
+    second.requires_grad_(True)
+    train(optimizer, [first, second], range(2, 4), [rank], False)
+    whole = [optimizer.full_state(p)["exp_avg"] for p in (first, second)]
+    saved = through_a_file(optimizer.state_dict())
+    fresh = build_parameters([(600,), (700,)])
+    other = ShardedAdamW(fresh, lr=LR)
+    kind, words, is_unchanged = refusal(other, fresh, saved)
+    loaded = [other.full_state(p)["exp_avg"] for p in fresh]
+    return [kind, words, is_unchanged, all(torch.equal(a, b) for a, b in zip(whole, loaded, strict=True))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_part_of_another_layout_is_loaded_rightly_or_refused_by_all(world_size: int) -> None:
+    results = on_ranks(world_size, unfreeze_and_resume)
+    assert len({kind for kind, *_ in results}) == 1, [kind for kind, *_ in results]
+    for kind, _, is_unchanged, is_right in results:
+        assert is_right if kind == "nothing" else (kind == "ValueError" and is_unchanged)
+
+
+@pytest.mark.parametrize("make", [ShardedAdam, ShardedAdamW])
+def test_the_whole_state_of_the_one_process_form_loads_into_torch(make: Callable[..., Any]) -> None:
+    """On one rank, and apart from shapes, state_dict has torch's form: the same keys and the same numbers."""
+    ours, theirs = build(), build()
+    optimizer = make(groups_of(ours), lr=LR)
+    plain = (torch.optim.AdamW if make is ShardedAdamW else torch.optim.Adam)(groups_of(theirs), lr=LR)
+    for one, parameters in ((optimizer, ours), (plain, theirs)):
+        train(one, parameters, range(3), [0], False)
+    saved, expected = optimizer.state_dict(), plain.state_dict()
+    assert [list(g) for g in saved["param_groups"]] == [list(g) for g in expected["param_groups"]]
+    assert [g["params"] for g in saved["param_groups"]] == [g["params"] for g in expected["param_groups"]]
+    assert set(saved["state"]) == set(expected["state"])
+    for index, state in expected["state"].items():
+        assert set(saved["state"][index]) == set(state)
+        assert saved["state"][index]["step"] == state["step"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            memory = state[name].permute(0, 2, 3, 1) if index == 5 else state[name]
+            torch.testing.assert_close(saved["state"][index][name], memory.reshape(-1), rtol=1e-6, atol=1e-7)
