@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import random
+
 import hypothesis
 import pytest
 import torch
@@ -17,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sweep(keep): an ordinary run keeps a seeded sample of that many of its cases")
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "sample")
 
 
@@ -26,3 +29,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="runs with --long"))
+    left_out = _left_out_of_samples(items)
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def _left_out_of_samples(items: list[pytest.Item]) -> set[pytest.Item]:
+    sweeps: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, cases in sweeps.items():
+        marker = cases[0].get_closest_marker("sweep")
+        assert marker is not None
+        keep = min(marker.args[0], len(cases))
+        left_out |= set(cases) - set(random.Random(name).sample(cases, keep))
+    return left_out

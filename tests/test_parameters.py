@@ -91,6 +91,7 @@ def add_groups(twin: Twin, when: str, named: bool, gradient_sync: str) -> list[T
 WHEN = ["before the first step", "between steps", "in mid accumulation", "between forward and backward"]
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("when", WHEN)
@@ -152,6 +153,7 @@ def toggle(twin: Twin, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
     return history
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("frozen_first", [False, True])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -479,11 +481,11 @@ def rebuild_on_a_subgroup() -> list[Tensor]:
     group = dist.new_group([0, 1])
     if rank > 1:
         return []
-    parameters = build_parameters()
-    first = ShardedAdamW(parameters, lr=LR, process_group=group)
+    first = ShardedAdamW(build_parameters(), lr=LR, process_group=group)
     kept = first if rank == 0 else None
     del first
     gc.collect()
+    parameters = build_parameters()
     optimizer = ShardedAdamW(parameters, lr=LR, process_group=group)
     for step in range(STEPS):
         quadratic(parameters, rank, step).backward()

@@ -143,6 +143,7 @@ def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> l
     return clones(parameters)
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("bucket_mb", [0.0001, 0.001, 32])
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
