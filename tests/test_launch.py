@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--steps 25 --layers 2 --width 64 --heads 2 --context 64 --validation-windows 16 --sample-bytes 20".split()
+SMALL = {"steps": 25, "layers": 2, "width": 64, "heads": 2, "context": 64, "validation-windows": 16, "sample-bytes": 20}
 
 
 def pretrain(directory: Path, *arguments: str, ranks: int = 2) -> tuple[dict[str, Any], str]:
     results = directory / f"{len(list(directory.iterdir()))}.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = [str(ROOT / "launch" / "pretrain.py"), *SMALL, "--json", str(results), *arguments]
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    script = [str(ROOT / "launch" / "pretrain.py"), *options, "--json", str(results), *arguments]
     run = subprocess.run(
         [*(launcher if ranks > 1 else [sys.executable]), *script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
@@ -31,7 +32,11 @@ def pretrain(directory: Path, *arguments: str, ranks: int = 2) -> tuple[dict[str
     return json.loads(results.read_text()), run.stdout
 
 
-@pytest.mark.parametrize("extra", [[], ["--accumulate", "2", "--gradient-sync", "step"]], ids=["plain", "accumulate"])
+@pytest.mark.parametrize(
+    "extra",
+    [[], pytest.param(["--accumulate", "2", "--gradient-sync", "step"], marks=pytest.mark.long)],
+    ids=["plain", "accumulate"],
+)
 def test_sharded_training_ends_where_torchs_adamw_does(extra: list[str], tmp_path: Path) -> None:
     """With clipping in force, which is what the sharded norm has to get right."""
     sharded, output = pretrain(tmp_path, *extra)
