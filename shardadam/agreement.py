@@ -45,6 +45,11 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None) -> None:
             raise ValueError(_describe_difference(row, dist.get_process_group_ranks(group)))
 
 
+def largest(value: int, group: dist.ProcessGroup | None) -> int:
+    """Collective: the largest ``value`` of all ranks."""
+    return value if group is None else max(_exchange(value, group))
+
+
 def announce_failure(error: Exception, group: dist.ProcessGroup | None) -> None:
     """Collective, called in place of ``require``: the other ranks raise too, instead of waiting for this one."""
     if group is not None:

@@ -74,7 +74,13 @@ def load_local(
         else:
             target.fill_(source)
     for group, saved_group in zip(param_groups, saved_groups, strict=True):
-        group.update({key: deepcopy(value) for key, value in saved_group.items() if key != "params"})
+        group.update(
+            {
+                key: deepcopy(value)
+                for key, value in saved_group.items()
+                if key not in ("params", "decoupled_weight_decay")
+            }
+        )
 
 
 def _copies_of_member(

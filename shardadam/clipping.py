@@ -2,7 +2,7 @@
 """What all ranks must know of the reduced gradients before they update: one small block, all-reduced once a step.
 
 The block holds the squared norm, the non-finite flag and a used-bit for every parameter. It is computed and read on the
-device; the host waits for nothing.
+device; the host waits for nothing, unless this rank lacks a gradient itself and has to look which parameters take part.
 """
 
 from __future__ import annotations

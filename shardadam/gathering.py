@@ -25,9 +25,8 @@ class ParameterGatherer:
 
     def wait(self, updated: Sequence[Member]) -> None:
         """Afterwards all parameters hold what their ranks have made of them; ``updated`` are those that took part."""
-        for pending in self._pending:
-            pending.wait()
-        self._pending.clear()
+        while self._pending:
+            self._pending.pop(0).wait()
         # The writes went past autograd, by way of the flat buffers: without this, a graph built before the step would
         # be differentiated with the new values and nobody would notice.
         torch.autograd.graph.increment_version([member.parameter for member in updated])

@@ -56,14 +56,14 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     lr = values["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr: found a tensor of {lr.numel()} elements, expected a float or a tensor of one")
-    _check_number("lr", lr, lr >= 0, "0 or more")
-    _check_number("eps", values["eps"], values["eps"] >= 0, "0 or more")
-    _check_number("weight_decay", values["weight_decay"], values["weight_decay"] >= 0, "0 or more")
+    _check_number("lr", lr, 0)
+    _check_number("eps", values["eps"], 0)
+    _check_number("weight_decay", values["weight_decay"], 0)
     betas = values["betas"]
-    if len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
         raise ValueError(f"betas: found {betas!r}, expected two floats")
     for index, beta in enumerate(betas):
-        _check_number(f"betas[{index}]", beta, 0 <= beta < 1, "at least 0 and less than 1")
+        _check_number(f"betas[{index}]", beta, 0, 1)
     if values["amsgrad"]:
         raise ValueError("amsgrad: found True, which is not supported: its third moment has no shard. Leave it False.")
     if values["differentiable"]:
@@ -75,8 +75,12 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         _check_repeated(parameters)
 
 
-def _check_number(name: str, value: Any, is_valid: Any, expected: str) -> None:
-    if not bool(is_valid):
+def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises unless ``low <= value < high``."""
+    if not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
+    if not bool(low <= value) or not bool(value < high or high == math.inf):
+        expected = f"{low} or more" if high == math.inf else f"at least {low} and less than {high}"
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 

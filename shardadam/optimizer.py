@@ -166,6 +166,9 @@ class ShardedAdam(Optimizer):
         self._gatherer = ParameterGatherer(self._transport)
         self._survey: Survey | None = None
         self._surveyed_rounds = 0
+        # At the first zero_grad after a step all ranks are level, as it is called right after the step or right before
+        # the next backward. At another, one whose forward or backward has raised may have missed a round of its peers.
+        self._peers_may_be_ahead = gradient_sync == "backward"
         self._coefficient: Tensor | None = None
         self.grad_norm: Tensor | None = None
         device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
@@ -196,6 +199,11 @@ class ShardedAdam(Optimizer):
         self._take_in_unfrozen()
         if not self._members:
             return loss
+        if self._reducer.is_superseded:
+            raise RuntimeError(
+                "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
+                "Use that one, and drop this one."
+            )
         rebind_moved(self._members)
         max_norm = self._options.max_grad_norm
         seen = self._look(with_norm=max_norm is not None)
@@ -211,12 +219,21 @@ class ShardedAdam(Optimizer):
         self._reducer.learn_order()
         self.grad_norm = seen.norm
         self._forget_gradients()
+        self._peers_may_be_ahead = False
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discards all gradients, reduced or not. Completes what is under way first, so all ranks must call it where
-        one has run backward since the last step."""
+        """Discards all gradients, reduced or not; ``model.zero_grad()`` cannot reach those that are reduced.
+
+        Collective with ``gradient_sync`` "backward": it completes what is under way. Called once after (or before) each
+        step, as usual, it costs nothing; called again, because a batch is skipped, it also lets a rank whose forward
+        or backward has raised catch up with the others.
+        """
         if self._is_built:
+            if self._peers_may_be_ahead:
+                most = agreement.largest(self._reducer.rounds_since_reset, self._transport.control)
+                self._reducer.catch_up(most)
+            self._peers_may_be_ahead = self._options.gradient_sync == "backward"
             self._forget_gradients()
         super().zero_grad(set_to_none)
 
@@ -231,7 +248,7 @@ class ShardedAdam(Optimizer):
         """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.
 
         The scale is that of the gradients as they are now. Further gradients, if backward runs before ``step``, get it
-        too; with ``gradient_sync`` "step" and "external" they are left out.
+        too; with ``gradient_sync`` "step" and "external" gradients that have changed since are taken unclipped.
 
         Returns:
             The norm before clipping, 0-dim float32, on the device.
@@ -245,6 +262,8 @@ class ShardedAdam(Optimizer):
         """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step."""
         self._reducer.close()
         seen, rounds = self._survey, self._reducer.rounds
+        if rounds != self._surveyed_rounds and self._options.gradient_sync != "backward":
+            self._coefficient = None  # these are other gradients than those that were clipped
         if seen is None or rounds != self._surveyed_rounds or (with_norm and seen.norm is None):
             self._reducer.settle()
             seen = survey(self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm)

@@ -25,9 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardadam.buckets import FlatBucket, Member, StagingPool, memory_order
 from shardadam.transport import Transport
+
+_reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The reducer whose hooks serve a parameter: the newest. An older one may live on in a scheduler or a traceback."""
 
 
 class GradientReducer:
@@ -44,6 +48,7 @@ class GradientReducer:
         self._pool = StagingPool(transport)
         self.used: list[bool] = []
         self.rounds = 0
+        self.is_superseded = False
         self._transport = transport
         self._hooked = hooked
         self._members: list[Member] = []
@@ -61,8 +66,10 @@ class GradientReducer:
         self._ready: list[bool] = []
         self._missing: list[int] = []  # of each bucket, how many gradients it still waits for
         self._next = 0  # how many buckets of the order have been launched
+        self._held: dict[int, Tensor | None] = {}  # gradients of which some pieces have been launched, by ordinal
         # Since reset.
         self._launches: list[int] = []  # of each bucket
+        self._taken: list[Snapshot] = []  # not hooked: the gradients that the shards hold
         self._graph_task: int | None = None
         self._streams: dict[int, set[torch.cuda.Stream]] = {}
 
@@ -82,6 +89,10 @@ class GradientReducer:
         if self._hooked:
             this = weakref.ref(self)
             for member in members:
+                older = _reducers.get(member.parameter)  # type: ignore[no-untyped-call]
+                if older is not None and (superseded := older()) is not None:
+                    superseded.is_superseded = True
+                _reducers[member.parameter] = this
                 hook = _hook(this, member.ordinal)
                 register = member.parameter.register_post_accumulate_grad_hook
                 self._handles.append(register(hook))  # type: ignore[no-untyped-call]
@@ -101,7 +112,7 @@ class GradientReducer:
     def _on_gradient(self, member: Member) -> None:
         check_gradient(member)
         with self._lock:
-            if not self._synchronizing:
+            if self.is_superseded or not self._synchronizing:
                 return
             if self._open and self._ready[member.ordinal]:
                 self._close_round()
@@ -156,6 +167,11 @@ class GradientReducer:
             if self._has_local and not self._open:
                 self._open_round()
             self._close_round(may_wait=True)
+            self._has_local = self._hooked and not self._synchronizing
+            if not self._hooked and not is_current(self._taken, self._members):
+                self.reset()
+                self.rounds += 1
+                self._taken = snapshot(self._members)
             for index in self.order:
                 if self._launches[index] == 0:
                     self._launch(index, may_wait=True)
@@ -170,11 +186,24 @@ class GradientReducer:
         """Inside, gradients gather in ``p.grad``; the next round takes them."""
         self.close_open_round()
         before, self._synchronizing = self._synchronizing, False
-        self._has_local = self._hooked
         try:
             yield
         finally:
             self._synchronizing = before
+            self._has_local = self._hooked
+
+    def catch_up(self, count: int) -> None:
+        """Runs rounds of zeros until there have been ``count`` since ``reset``, as on the ranks that have run most."""
+        with self._lock:
+            self._close_round(may_wait=True)
+            while self.rounds_since_reset < count:
+                self._open_round()
+                self._close_round(may_wait=True)
+
+    @property
+    def rounds_since_reset(self) -> int:
+        """How many rounds this rank has run or opened since ``reset``."""
+        return max(self._launches, default=0) or int(self._open)
 
     def settle(self) -> None:
         """Waits for all transfers: the gradient shards hold the sums."""
@@ -187,6 +216,7 @@ class GradientReducer:
         self._launches = [0] * len(self._buckets)
         self.used = [False] * len(self._members)
         self._has_local = False
+        self._taken = []
 
     def staging_bytes(self) -> int:
         return sum(staging.nbytes for staging in self._pool.buffers())
@@ -241,11 +271,11 @@ class GradientReducer:
         zeros = [send[start:stop] for start, stop in bucket.plan.gaps]
         for member, piece in bucket.pieces:
             target = send[piece.offset : piece.offset + piece.numel]
-            gradient = member.parameter.grad
+            check_gradient(member)
+            gradient = self._held.get(member.ordinal, member.parameter.grad)
             if gradient is None:
                 zeros.append(target)
                 continue
-            check_gradient(member)
             self.used[member.ordinal] = True
             targets.append(target)
             gradients.append(memory_order(gradient, member.parameter)[piece.start : piece.start + piece.numel])
@@ -259,9 +289,13 @@ class GradientReducer:
 
     def _free_gradients(self, bucket: FlatBucket) -> None:
         for member, _ in bucket.pieces:
-            # A parameter in several buckets has all of its gradient copied once they have been launched equally often.
+            parameter, ordinal = member.parameter, member.ordinal
+            if ordinal not in self._held:
+                self._held[ordinal], parameter.grad = parameter.grad, None
+            # A parameter in several buckets is through once they have been launched equally often. Until then what it
+            # held when its first piece was launched stays what this round reduces, whatever arrives in p.grad.
             if len(member.buckets) == 1 or len({self._launches[b.index] for b in member.buckets}) == 1:
-                member.parameter.grad = None
+                del self._held[ordinal]
 
     def _join_streams(self, index: int, bucket: FlatBucket) -> None:
         """Gradients may have been computed on several streams; the copy waits for them all."""
@@ -281,10 +315,12 @@ class ExternalGradients:
         self.used: list[bool] = []
         self.rounds = 0
         self.order: list[int] = []
+        self._members: list[Member] = []
         self._buckets: list[FlatBucket] = []
-        self._is_taken = False
+        self._taken: list[Snapshot] = []
 
     def add(self, members: list[Member], buckets: list[FlatBucket]) -> None:
+        self._members += members
         for index, bucket in enumerate(buckets, len(self._buckets)):
             bucket.index = index
             self.order.append(index)
@@ -292,15 +328,17 @@ class ExternalGradients:
         self.used += [False] * len(members)
 
     is_idle = True
+    is_superseded = False
 
     def remove_hooks(self) -> None:
         return None
 
     @torch.no_grad()
     def close(self) -> None:
-        if self._is_taken:
+        if is_current(self._taken, self._members):
             return
-        self._is_taken = True
+        self.rounds += 1
+        self._taken = snapshot(self._members)
         for bucket in self._buckets:
             for member, _ in bucket.pieces:
                 check_gradient(member)
@@ -319,6 +357,11 @@ class ExternalGradients:
     def close_open_round(self) -> None:
         return None
 
+    def catch_up(self, count: int) -> None:
+        return None
+
+    rounds_since_reset = 0
+
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -329,11 +372,27 @@ class ExternalGradients:
         return None
 
     def reset(self) -> None:
-        self._is_taken = False
+        self._taken = []
         self.used = [False] * len(self.used)
 
     def staging_bytes(self) -> int:
         return 0
+
+
+Snapshot = tuple[Tensor | None, int]
+
+
+def snapshot(members: list[Member]) -> list[Snapshot]:
+    """The gradients in ``p.grad``, such that ``is_current`` can tell whether they have been written since."""
+    return [(g, -1 if g is None else g._version) for g in (member.parameter.grad for member in members)]
+
+
+def is_current(taken: list[Snapshot], members: list[Member]) -> bool:
+    now = snapshot(members)
+    return len(now) == len(taken) and all(
+        g is before and version == version_before
+        for (g, version), (before, version_before) in zip(now, taken, strict=True)
+    )
 
 
 def check_gradient(member: Member) -> None:

@@ -92,7 +92,7 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
         for index, layer in enumerate(model):
             x = layer(x)
             if step in (0, 3) and rank == 0 and index == failing_layer:
-                x = Explode.apply(x)
+                x = Explode.apply(x)  # after the last layer: before this rank has seen any gradient
         succeeded = torch.ones(())
         try:
             x.square().mean().backward()
@@ -108,7 +108,7 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("failing_layer", [0, 2, 4])
+@pytest.mark.parametrize("failing_layer", [0, 2, 5])
 def test_an_exception_in_one_ranks_backward_neither_hangs_nor_mixes(
     world_size: int, kind: str, failing_layer: int
 ) -> None:
@@ -362,3 +362,116 @@ def test_staging_grows_instead_of_waiting_for_a_slow_peer_and_shrinks_after() ->
     (_, after_0, one), (ahead, after_1, _) = on_ranks(2, grow_and_shrink)
     assert ahead > StagingPool.SIZE * one
     assert after_0 <= StagingPool.SIZE * one and after_1 <= StagingPool.SIZE * one
+
+
+def gradient_of_a_split_parameter(how: str) -> Tensor | None:
+    """The second layer is used twice and lies in several buckets, the last of them shared with the first layer."""
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+    optimizer = ShardedAdamW([*first.parameters(), *second.parameters()], bucket_mb=3072 / 2**20)
+    assert len(optimizer._members[0].buckets) > 1
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    for layer in (first, second, second):
+        x = layer(x) if how == "plain" else checkpoint(layer, x, use_reentrant=True)
+    x.square().mean().backward()
+    return optimizer.full_grad(second.weight)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_second_gradient_of_a_split_parameter_reaches_all_of_it(world_size: int) -> None:
+    """Its first piece had been launched when the second gradient came; the others took both, and it never got the
+    second.
+    """
+    plain = on_ranks(world_size, gradient_of_a_split_parameter, "plain")
+    checkpointed = on_ranks(world_size, gradient_of_a_split_parameter, "reentrant")
+    for a, b in zip(checkpointed, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def train_with_a_failing_forward() -> list[Tensor]:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB)
+    for step in range(5):
+        succeeded = torch.ones(())
+        try:
+            if step in (1, 2) and rank == 0:
+                raise MemoryError
+            plain_loss(step)(model, rank).backward()
+        except MemoryError:
+            succeeded.zero_()
+        dist.all_reduce(succeeded, op=dist.ReduceOp.MIN)
+        if succeeded:
+            optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_rank_that_never_reached_backward_catches_up(world_size: int) -> None:
+    """It had opened no round, and its next one met the last one of its peers."""
+    results = on_ranks(world_size, train_with_a_failing_forward)
+    steps = [plain_loss(step) if step not in (1, 2) else (lambda model, rank: None) for step in range(5)]
+    assert_all_close(results, expect(world_size, steps))
+
+
+def look_in_between(gradient_sync: str) -> tuple[list[float], Tensor]:
+    rank, world_size = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, gradient_sync=gradient_sync)
+    weight = model[0][0].weight
+    ranks = range(world_size) if gradient_sync == "external" else [rank]
+    norms = []
+    for scale in (1.0, 10.0, 100.0):  # a batch is skipped for its norm
+        sum(plain_loss(0)(model, r) * scale / len(ranks) for r in ranks).backward()
+        norms.append(float(optimizer.clip_grad_norm_(1.0)))
+        optimizer.zero_grad() if gradient_sync == "backward" else model.zero_grad()
+    for micro in range(2):
+        sum(plain_loss(micro)(model, r) / len(ranks) for r in ranks).backward()
+        optimizer.full_grad(weight)  # for a log
+    total = optimizer.full_grad(weight)
+    assert total is not None
+    optimizer.step()
+    return [norm / norms[0] for norm in norms], total
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_looked_at_in_between_is_not_kept_for_new(world_size: int, gradient_sync: str) -> None:
+    """In "step" and "external" the first look at the gradients was all that step ever saw of them."""
+    model = build_model()
+    for rank in range(world_size):
+        sum(plain_loss(micro)(model, rank) for micro in range(2)).div(world_size).backward()
+    for norms, total in on_ranks(world_size, look_in_between, gradient_sync):
+        assert norms == pytest.approx([1.0, 10.0, 100.0], rel=1e-4)
+        torch.testing.assert_close(total, model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
+
+
+def look_inside_no_sync() -> Tensor | None:
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB)
+    with optimizer.no_sync():
+        plain_loss(0)(model, rank).backward()
+        optimizer.clip_grad_norm_(1e9)
+        plain_loss(1)(model, rank).backward()
+    return optimizer.full_grad(model[0][0].weight)
+
+
+def test_gradients_that_follow_a_look_inside_no_sync_count() -> None:
+    model = build_model()
+    (plain_loss(0)(model, 0) + plain_loss(1)(model, 0)).backward()
+    torch.testing.assert_close(look_inside_no_sync(), model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_the_newest_optimizer_has_the_parameters() -> None:
+    """An older one that a scheduler still held took the gradients first, and the newer one stood still."""
+    model = build_model()
+    older = ShardedAdamW(model.parameters(), lr=LR)
+    newer = ShardedAdamW(model.parameters(), lr=LR)
+    plain_loss(0)(model, 0).backward()
+    newer.step()
+    assert_all_close([clone(model.parameters())], expect(1, [plain_loss(0)]))
+    with pytest.raises(RuntimeError, match="Another optimizer has been built over this one's parameters"):
+        older.step()

@@ -464,3 +464,12 @@ def test_the_whole_state_of_the_one_process_form_loads_into_torch(make: Callable
         for name in ("exp_avg", "exp_avg_sq"):
             memory = state[name].permute(0, 2, 3, 1) if index == 5 else state[name]
             torch.testing.assert_close(saved["state"][index][name], memory.reshape(-1), rtol=1e-6, atol=1e-7)
+
+
+def test_adamw_stays_adamw_whatever_it_loads() -> None:
+    """A state dict of Adam made a ShardedAdamW decay as Adam does."""
+    parameter = nn.Parameter(torch.ones(3))
+    adam = torch.optim.Adam([nn.Parameter(torch.ones(3))])
+    optimizer = ShardedAdamW([parameter])
+    optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
