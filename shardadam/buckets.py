@@ -274,9 +274,9 @@ class StagingPool:
 
     Note: growing instead of waiting
         Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer
-        inside a
-        backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the pool grows:
-        the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in ``drain``.
+        inside a backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the
+        pool grows: the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in
+        ``drain``.
     """
 
     SIZE = 2

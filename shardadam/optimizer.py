@@ -66,8 +66,7 @@ class ShardedAdam(Optimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
     Collective: all ranks must build the same optimizer over the same model. Rank 0's parameter values are broadcast,
-        and
-    trainable parameters become views of flat buffers; shape, strides, ties and identity stay.
+    and trainable parameters become views of flat buffers; shape, strides, ties and identity stay.
 
     Args:
         params: what torch.optim.Adam takes: tensors, (name, tensor) pairs, or param groups of either.

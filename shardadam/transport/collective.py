@@ -4,15 +4,13 @@
 Note: reduce-scatter without a reduction
     Gloo makes reduce-scatter of an all-reduce on a copy: twice the traffic, a temporary of the bucket's size, and a
     Work that never says that it is done. An all-to-all moves what a reduce-scatter must and no more, can be polled,
-    and
-    leaves the sum to us: in rank order, in the shard's float32 whatever travels, the same bits every time
+    and leaves the sum to us: in rank order, in the shard's float32 whatever travels, the same bits every time
     (``benchmarks/collectives.py`` compares them).
 
 Note: streams
     NCCL's transfers are enqueued on a stream of our own with synchronous calls, which on NCCL return at once and keep
     no references; one event after each is what ``wait`` makes the caller's stream wait for. Buffers are never handed
-    to
-    ``record_stream``: they live as long as the optimizer.
+    to ``record_stream``: they live as long as the optimizer.
 """
 
 from __future__ import annotations
