@@ -31,7 +31,17 @@ from shardadam.buckets import FlatBucket, Member, StagingPool, memory_order
 from shardadam.transport import Transport
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The reducer whose hooks serve a parameter: the newest. An older one may live on in a scheduler or a traceback."""
+"""Who brings a parameter's gradients to its optimizer: the newest. An older one may live on in a scheduler or a
+traceback, and would take them first.
+"""
+
+
+def _take_over(members: list[Member], reducer: GradientReducer | ExternalGradients) -> None:
+    for member in members:
+        older = _reducers.get(member.parameter)  # type: ignore[no-untyped-call]
+        if older is not None and (superseded := older()) is not None:
+            superseded.is_superseded = True
+        _reducers[member.parameter] = weakref.ref(reducer)
 
 
 class GradientReducer:
@@ -86,13 +96,10 @@ class GradientReducer:
         for index, bucket in enumerate(buckets, first):
             bucket.index = index
             self._pool.reserve(bucket)
+        _take_over(members, self)
         if self._hooked:
             this = weakref.ref(self)
             for member in members:
-                older = _reducers.get(member.parameter)  # type: ignore[no-untyped-call]
-                if older is not None and (superseded := older()) is not None:
-                    superseded.is_superseded = True
-                _reducers[member.parameter] = this
                 hook = _hook(this, member.ordinal)
                 register = member.parameter.register_post_accumulate_grad_hook
                 self._handles.append(register(hook))  # type: ignore[no-untyped-call]
@@ -314,12 +321,14 @@ class ExternalGradients:
     def __init__(self) -> None:
         self.used: list[bool] = []
         self.rounds = 0
+        self.is_superseded = False
         self.order: list[int] = []
         self._members: list[Member] = []
         self._buckets: list[FlatBucket] = []
         self._taken: list[Snapshot] = []
 
     def add(self, members: list[Member], buckets: list[FlatBucket]) -> None:
+        _take_over(members, self)
         self._members += members
         for index, bucket in enumerate(buckets, len(self._buckets)):
             bucket.index = index
@@ -328,7 +337,6 @@ class ExternalGradients:
         self.used += [False] * len(members)
 
     is_idle = True
-    is_superseded = False
 
     def remove_hooks(self) -> None:
         return None

@@ -465,11 +465,12 @@ def test_gradients_that_follow_a_look_inside_no_sync_count() -> None:
     torch.testing.assert_close(look_inside_no_sync(), model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_the_newest_optimizer_has_the_parameters() -> None:
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+def test_the_newest_optimizer_has_the_parameters(gradient_sync: str) -> None:
     """An older one that a scheduler still held took the gradients first, and the newer one stood still."""
     model = build_model()
     older = ShardedAdamW(model.parameters(), lr=LR)
-    newer = ShardedAdamW(model.parameters(), lr=LR)
+    newer = ShardedAdamW(model.parameters(), lr=LR, gradient_sync=gradient_sync)
     plain_loss(0)(model, 0).backward()
     newer.step()
     assert_all_close([clone(model.parameters())], expect(1, [plain_loss(0)]))
