@@ -209,8 +209,10 @@ class GradientReducer:
 
     @property
     def rounds_since_reset(self) -> int:
-        """How many rounds this rank has run or opened since ``reset``."""
-        return max(self._launches, default=0) or int(self._open)
+        """How many rounds this rank has run or opened since ``reset``: the last bucket is launched once in each."""
+        if not self.order:
+            return 0
+        return self._launches[self.order[-1]] + int(self._open and self._next < len(self.order))
 
     def settle(self) -> None:
         """Waits for all transfers: the gradient shards hold the sums."""

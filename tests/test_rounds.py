@@ -416,6 +416,33 @@ def test_a_rank_that_never_reached_backward_catches_up(world_size: int) -> None:
     assert_all_close(results, expect(world_size, steps))
 
 
+def train_with_rounds_that_stop_at_different_places() -> list[Tensor]:
+    """In the second of two accumulated backwards rank 0 stops at its first gradient, the others do not start."""
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB)
+    for step in range(4):
+        plain_loss(step)(model, rank).backward()
+        if step == 1:
+            optimizer.zero_grad()
+            plain_loss(step)(model, rank).backward()
+            if rank == 0:
+                exploding = Explode.apply(model[1:](batch(step, rank))).mean()
+                with pytest.raises(ArithmeticError):
+                    (exploding + model[0][0].bias.sum()).backward()  # what was computed last comes first
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    return clone(model.parameters())
+
+
+def test_ranks_that_stopped_in_different_rounds_are_level_after_zero_grad() -> None:
+    """A round that was open, with no bucket launched, was not counted when ranks compared how far they were."""
+    results = on_ranks(2, train_with_rounds_that_stop_at_different_places)
+    steps = [plain_loss(step) if step != 1 else (lambda model, rank: None) for step in range(4)]
+    assert_all_close(results, expect(2, steps))
+
+
 def look_in_between(gradient_sync: str) -> tuple[list[float], Tensor]:
     rank, world_size = rank_and_size()
     model = build_model()
