@@ -22,7 +22,7 @@ _AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "de
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of an optimizer that no param group can change; ``transport`` by name."""
+    """The arguments of an optimizer that no param group can change. ``transport`` is a name."""
 
     gradient_sync: str
     max_grad_norm: float | None
@@ -43,7 +43,7 @@ class Options:
             raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
         if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb) and self.bucket_bytes > 0):
             raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB, a byte at least")
-        if self.transport not in ("auto", "collective", "given"):
+        if self.transport not in ("auto", "collective"):
             raise ValueError(f"transport: found {self.transport!r}, expected 'auto', 'collective' or a Transport")
 
     def claims(self) -> list[Claim]:

@@ -140,7 +140,7 @@ class ShardedAdam(Optimizer):
             max_grad_norm=max_grad_norm,
             precision=Precision() if precision is None else precision,
             bucket_mb=bucket_mb,
-            transport="given" if isinstance(transport, Transport) else transport,
+            transport="auto" if isinstance(transport, Transport) else transport,
         )
         self._is_built = False
         self._options = options
@@ -189,7 +189,8 @@ class ShardedAdam(Optimizer):
             closure: reevaluates the model and returns the loss, as in torch.
 
         Raises:
-            RuntimeError: a parameter was moved to another device, dtype or shape after the optimizer was built.
+            RuntimeError: a parameter was moved to another device, dtype or shape after the optimizer was built, or
+                another optimizer has been built over it.
         """
         loss = None
         if closure is not None:

@@ -171,6 +171,7 @@ def test_refuses_what_it_does_not_support(field: str) -> None:
         ("gradient_sync", None, "expected 'backward', 'step' or 'external'"),
         ("transport", "infiniband", "expected 'auto', 'collective'"),
         ("transport", None, "expected 'auto', 'collective'"),
+        ("transport", "given", "expected 'auto', 'collective'"),
         ("max_grad_norm", -1.0, "expected None or a number of 0 or more"),
         ("max_grad_norm", math.nan, "expected None or a number of 0 or more"),
         ("bucket_mb", 0, "expected a positive number of MiB"),
