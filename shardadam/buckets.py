@@ -70,7 +70,7 @@ class FlatArena:
 class FlatBucket:
     """One bucket's slices of its arena: ``parameters`` whole, everything else this rank's shard, all of equal length.
 
-    ``gradient_shard`` holds ``multiple`` times the mean over ranks. ``index`` counts the buckets of the optimizer.
+    ``gradient_shard`` holds means over ranks. ``index`` counts the buckets of the optimizer.
     """
 
     plan: layout.Bucket
@@ -84,7 +84,6 @@ class FlatBucket:
     exp_avg_sq: Tensor
     master: Tensor | None
     wire_dtype: torch.dtype
-    multiple: int
     index: int = -1
 
     @property
@@ -108,13 +107,11 @@ def allocate(
     precision: Precision,
     bucket_bytes: int,
     first_ordinal: int,
-    gradients_are_means: bool,
 ) -> list[FlatArena]:
     """Builds the flat storage of ``parameters`` and makes them views of it, with their values unchanged.
 
     Args:
         first_ordinal: how many members there are already.
-        gradients_are_means: the gradient shards will be filled with averages, not with sums over ranks.
     """
     specs = [
         layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device))
@@ -130,9 +127,7 @@ def allocate(
             if bucket.arena == index:
                 pieces = tuple(replace(piece, parameter=ordinals[piece.parameter]) for piece in bucket.pieces)
                 wire_dtype = precision.wire_dtype(arena.parameters.dtype)
-                is_mean = gradients_are_means or wire_dtype == torch.float16
-                multiple = 1 if is_mean else transport.world_size
-                _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype, multiple)
+                _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype)
         first_ordinal += len(arena.members)
         arenas.append(arena)
     return arenas
@@ -166,7 +161,7 @@ def _allocate_arena(
     return arena
 
 
-def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype, multiple: int) -> None:
+def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype) -> None:
     members = {member.ordinal: member for member in arena.members}
     start = plan.offset // plan.world_size
     shard = slice(start, start + plan.shard_numel)
@@ -183,7 +178,6 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
         exp_avg_sq=arena.exp_avg_sq[shard],
         master=None if arena.master is None else arena.master[shard],
         wire_dtype=wire_dtype,
-        multiple=multiple,
     )
     arena.buckets.append(bucket)
     for member, _ in bucket.pieces:

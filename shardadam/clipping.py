@@ -48,7 +48,7 @@ def survey(buckets: Sequence[FlatBucket], used: Sequence[bool], *, transport: Tr
         if with_norm:
             # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
             norms = torch.linalg.vector_norm(bucket.gradient_shard.view(-1, ALIGNMENT_NUMEL), dim=1)
-            squares.append((norms.double() / bucket.multiple).square().sum().to(device))
+            squares.append(norms.double().square().sum().to(device))
     block = torch.empty(2 + len(used), dtype=torch.float64, device=device)
     block[0] = torch.stack(squares).sum() if with_norm else 0.0
     block[1] = torch.stack(finite).all().logical_not()

@@ -304,12 +304,7 @@ class ShardedAdam(Optimizer):
 
     def _gradient_scale(self, bucket: FlatBucket) -> Tensor | None:
         """What the bucket's gradients must be divided by; None for 1."""
-        device = bucket.parameters.device
-        if self._coefficient is not None:
-            return (bucket.multiple / self._coefficient).to(device)
-        if bucket.multiple == 1:
-            return None
-        return torch.full((), bucket.multiple, dtype=torch.float32, device=device)
+        return None if self._coefficient is None else (1 / self._coefficient).to(bucket.parameters.device)
 
     def _forget_gradients(self) -> None:
         self._reducer.reset()
@@ -377,7 +372,6 @@ class ShardedAdam(Optimizer):
             precision=self._options.precision,
             bucket_bytes=self._options.bucket_bytes,
             first_ordinal=len(self._members),
-            gradients_are_means=self._options.gradient_sync == "external",
         )
         members = [member for arena in arenas for member in arena.members]
         buckets = [bucket for arena in arenas for bucket in arena.buckets]
@@ -445,7 +439,6 @@ class ShardedAdam(Optimizer):
         if not bool(seen.used[member.ordinal]):
             return None
         gradient = gather_shards(member, attrgetter("gradient_shard"), self._transport)
-        gradient /= member.buckets[0].multiple
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def _take_over(members: list[Member], reducer: GradientReducer | ExternalGradien
 
 
 class GradientReducer:
-    """Brings the gradients of ``p.grad`` into the gradient shards of all buckets, as sums over ranks.
+    """Brings the gradients of ``p.grad`` into the gradient shards of all buckets, as means over ranks.
 
     Args:
         hooked: reduce while backward runs and free ``p.grad`` (``gradient_sync="backward"``). Otherwise everything
@@ -215,7 +215,7 @@ class GradientReducer:
         return self._launches[self.order[-1]] + int(self._open and self._next < len(self.order))
 
     def settle(self) -> None:
-        """Waits for all transfers: the gradient shards hold the sums."""
+        """Waits for all transfers: the gradient shards hold the means."""
         self._pool.drain()
 
     def reset(self) -> None:
@@ -264,9 +264,14 @@ class GradientReducer:
         bucket = self._buckets[index]
         self._join_streams(index, bucket)
         staging = self._pool.acquire(bucket, may_wait=may_wait)
-        self._fill(staging.send[: bucket.numel], bucket)
+        send = staging.send[: bucket.numel]
+        self._fill(send, bucket)
+        scale = 1 / self._transport.world_size
+        if send.dtype == torch.float16:  # the sum of halves would overflow long before the mean does
+            send.mul_(scale)
+            scale = 1.0
         pending = self._transport.reduce_scatter(
-            staging, bucket.numel, bucket.gradient_shard, accumulate=self._launches[index] > 0
+            staging, bucket.numel, bucket.gradient_shard, scale=scale, accumulate=self._launches[index] > 0
         )
         self._launches[index] += 1
         self._pool.launched(staging, pending)
@@ -292,9 +297,6 @@ class GradientReducer:
             torch._foreach_copy_(targets, gradients)
         if zeros:
             torch._foreach_zero_(zeros)
-        if send.dtype == torch.float16:
-            # The sum of halves would overflow long before the mean does.
-            send.div_(self._transport.world_size)
 
     def _free_gradients(self, bucket: FlatBucket) -> None:
         for member, _ in bucket.pieces:

@@ -23,7 +23,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("reduction", "gathering", "clipping", "checkpoint", "intake"),
     ("buckets",),
     ("update", "transport", "agreement"),
-    ("layout", "precision"),
+    ("layout", "precision", "chunks"),
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 

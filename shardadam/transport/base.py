@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from shardadam.chunks import chunks
 
 
 class Pending(ABC):
@@ -67,8 +70,8 @@ class Transport(ABC):
         return Staging(torch.empty(numel, dtype=dtype, device=device), None)
 
     @abstractmethod
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, accumulate: bool) -> Pending:
-        """Sums ``staging.send[:numel]`` over ranks; this rank's slice of the sum goes to ``shard``.
+    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
+        """Sums ``staging.send[:numel]`` over ranks; ``scale`` times this rank's slice of the sum goes to ``shard``.
 
         Args:
             numel: a multiple of the world size.
@@ -95,6 +98,24 @@ class Transport(ABC):
             clean: every transfer that has been started has been waited for.
         """
         return None
+
+
+def sum_sources_(shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool) -> None:
+    """``scale`` times the sum of ``sources``, in their order and in the dtype of ``shard``, into or onto ``shard``."""
+    for chunk in chunks(0, shard.numel(), shard.device):
+        part = shard[chunk]
+        total = torch.empty_like(part) if accumulate else part
+        first, *others = (source[chunk] for source in sources)
+        if others and first.dtype == others[0].dtype == total.dtype:
+            torch.add(first, others.pop(0), out=total)
+        else:
+            total.copy_(first)
+        for other in others:
+            total.add_(other)
+        if scale != 1:
+            total.mul_(scale)
+        if accumulate:
+            part.add_(total)
 
 
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.transport.base import Pending, Staging, Transport, own_slice
+from shardadam.transport.base import Pending, Staging, Transport, own_slice, sum_sources_
 from shardadam.transport.groups import Lease, backend_of_device
 
 # torch 2.13 has new names for two collectives and warns of the old ones.
@@ -49,18 +49,18 @@ class CollectiveTransport(Transport):
         send = torch.empty(numel, dtype=dtype, device=device)
         return Staging(send, None if self._is_native(device) else torch.empty_like(send))
 
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, accumulate: bool) -> Pending:
+    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
         send = staging.send[:numel]
         if staging.receive is None:
             with self._on_stream(send.device) as stream:
                 own = own_slice(send, self.rank, self.world_size)
                 _reduce_scatter(own, send, group=self._group)
-                sum_sources_(shard, [own], accumulate=accumulate)
+                sum_sources_(shard, [own], scale=scale, accumulate=accumulate)
             return _OnStream(stream)
         receive = staging.receive[:numel]
         work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
         sources = list(receive.chunk(self.world_size))
-        return _OnHost(work, partial(sum_sources_, shard, sources, accumulate=accumulate))
+        return _OnHost(work, partial(sum_sources_, shard, sources, scale=scale, accumulate=accumulate))
 
     def all_gather(self, flat: Tensor) -> Pending:
         return self._start(_all_gather, flat, flat, own_slice(flat, self.rank, self.world_size))
@@ -91,18 +91,6 @@ class CollectiveTransport(Transport):
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return _CommunicationStream(self._streams[device])
-
-
-def sum_sources_(shard: Tensor, sources: list[Tensor], *, accumulate: bool) -> None:
-    """Sums ``sources`` in their order, in the dtype of ``shard``, into it."""
-    if not accumulate and len(sources) > 1 and all(source.dtype == shard.dtype for source in sources):
-        torch.add(sources[0], sources[1], out=shard)
-        sources = sources[2:]
-    elif not accumulate:
-        shard.copy_(sources[0])
-        sources = sources[1:]
-    for source in sources:
-        shard.add_(source)
 
 
 class _OnHost(Pending):

@@ -5,18 +5,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardadam.transport.base import Finished, Pending, Staging, Transport
+from shardadam.transport.base import Finished, Pending, Staging, Transport, sum_sources_
 
 
 class SingleProcessTransport(Transport):
     rank = 0
     world_size = 1
 
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, accumulate: bool) -> Pending:
-        if accumulate:
-            shard.add_(staging.send[:numel])
-        else:
-            shard.copy_(staging.send[:numel])
+    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
+        sum_sources_(shard, [staging.send[:numel]], scale=scale, accumulate=accumulate)
         return Finished()
 
     def all_gather(self, flat: Tensor) -> Pending:
