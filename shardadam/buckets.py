@@ -9,28 +9,33 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from shardadam import layout
-from shardadam.precision import Precision, needs_master, state_dtype
+from shardadam import layout, update
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.precision import Format, Precision
 from shardadam.transport import Pending, Staging, Transport
 from shardadam.transport.base import own_slice
+from shardadam.update import Counters, Shard, Update, formats
 
 
 @dataclass(eq=False, slots=True)
 class Member:
     """One trainable parameter of the optimizer and where it lives.
 
-    ``ordinal`` counts all members in the order of the arenas they lie in; ``spans`` are the stretches of the parameter
-    that lie in this rank's shards, in memory order, and lie in ``state_slice`` of the arena's state one after the
-    other.
+    ``ordinal`` counts all members in the order of the arenas they lie in, ``index`` those of the arena; ``place`` is
+    that among all parameters of the optimizer. ``spans`` are the stretches of the parameter that lie in this rank's
+    shards, in memory order, and lie in ``state_slice`` of the arena's state one after the other.
     """
 
     parameter: Tensor
     name: str
     ordinal: int
+    index: int
+    place: int
     arena: FlatArena
     offset: int
     shape: torch.Size
@@ -44,22 +49,29 @@ class Member:
     def state_slice(self) -> slice:
         return slice(self.state_start, self.state_start + sum(span.numel for span in self.spans))
 
+    @property
+    def block_slice(self) -> slice:
+        """Where the scales of its blocks of ``ALIGNMENT_NUMEL`` elements lie."""
+        state = self.state_slice
+        return slice(state.start // ALIGNMENT_NUMEL, -(-state.stop // ALIGNMENT_NUMEL))
+
 
 @dataclass(eq=False, slots=True)
 class FlatArena:
     """The flat storage of one (param group, dtype, device): parameters whole, everything else this rank's shards of
-    it.
+    it: ``state`` as ``update/formats.py`` names it, ``blocks`` as ``Shard`` describes it.
     """
 
     group_index: int
+    format: Format
     members: list[Member]
     buckets: list[FlatBucket]
     parameters: Tensor
     gradient_shard: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    master: Tensor | None
-    steps: Tensor
+    state: dict[str, Tensor]
+    blocks: Tensor
+    counters: Counters
+    update: Update
 
     @property
     def ordinals(self) -> slice:
@@ -68,9 +80,9 @@ class FlatArena:
 
 @dataclass(eq=False, slots=True)
 class FlatBucket:
-    """One bucket's slices of its arena: ``parameters`` whole, everything else this rank's shard, all of equal length.
+    """One bucket's slices of its arena: ``parameters`` whole, and this rank's shard.
 
-    ``gradient_shard`` holds means over ranks. ``index`` counts the buckets of the optimizer.
+    ``index`` counts the buckets of the optimizer.
     """
 
     plan: layout.Bucket
@@ -78,11 +90,7 @@ class FlatBucket:
     pieces: list[tuple[Member, layout.Piece]]
     segments: list[tuple[Member, layout.Segment]]
     parameters: Tensor
-    parameter_shard: Tensor
-    gradient_shard: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    master: Tensor | None
+    shard: Shard
     wire_dtype: torch.dtype
     index: int = -1
 
@@ -90,14 +98,23 @@ class FlatBucket:
     def numel(self) -> int:
         return self.plan.numel
 
+    def exact_state(self) -> dict[str, Tensor]:
+        """The shard's moments, and its master if it has one, in float32 (float64) whatever they are stored in."""
+        stored = {name: getattr(self.shard, name) for name in self.arena.state}
+        exp_avg, exp_avg_sq = formats.read_moments(stored)
+        master = formats.read_master(stored, self.shard.parameter)
+        state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        return state if master is None else {**state, "master": master}
+
 
 @dataclass(frozen=True, slots=True)
 class NamedParameter:
-    """A parameter to be taken in, with the param group it belongs to."""
+    """A parameter to be taken in, with the param group it belongs to and its place among all parameters."""
 
     parameter: Tensor
     name: str
     group_index: int
+    place: int
 
 
 def allocate(
@@ -121,11 +138,12 @@ def allocate(
     plan = layout.build_layout(specs, world_size=transport.world_size, bucket_bytes=bucket_bytes)
     arenas = []
     for index, arena_plan in enumerate(plan.arenas):
-        arena = _allocate_arena(arena_plan, [parameters[i] for i in arena_plan.parameters], transport, first_ordinal)
-        ordinals = {i: first_ordinal + position for position, i in enumerate(arena_plan.parameters)}
+        in_arena = [parameters[i] for i in arena_plan.parameters]
+        arena = _allocate_arena(arena_plan, in_arena, transport, precision, first_ordinal)
+        indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         for bucket in plan.buckets:
             if bucket.arena == index:
-                pieces = tuple(replace(piece, parameter=ordinals[piece.parameter]) for piece in bucket.pieces)
+                pieces = tuple(replace(piece, parameter=indices[piece.parameter]) for piece in bucket.pieces)
                 wire_dtype = precision.wire_dtype(arena.parameters.dtype)
                 _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype)
         first_ordinal += len(arena.members)
@@ -134,49 +152,79 @@ def allocate(
 
 
 def _allocate_arena(
-    plan: layout.Arena, parameters: Sequence[NamedParameter], transport: Transport, first_ordinal: int
+    plan: layout.Arena,
+    parameters: Sequence[NamedParameter],
+    transport: Transport,
+    precision: Precision,
+    first_ordinal: int,
 ) -> FlatArena:
     first = parameters[0]
     dtype, device = first.parameter.dtype, first.parameter.device
-
-    def state() -> Tensor:
-        return torch.zeros(plan.numel // transport.world_size, dtype=state_dtype(dtype), device=device)
-
+    numel = plan.numel // transport.world_size
+    format = precision.format(dtype, device)
+    counters = Counters(
+        steps=torch.zeros(len(parameters), dtype=torch.float32, device=device),
+        bounds=torch.zeros(len(parameters), dtype=torch.float64, device=device),
+        places=torch.tensor([named.place for named in parameters], device=device),
+        first_blocks=torch.tensor([offset // ALIGNMENT_NUMEL for offset in plan.offsets], device=device),
+    )
+    needs_blocks = format.is_random or update.has_kernel(dtype, device)
     arena = FlatArena(
         group_index=first.group_index,
+        format=format,
         members=[],
         buckets=[],
         parameters=transport.parameters(plan.numel, dtype, device),
-        gradient_shard=state(),
-        exp_avg=state(),
-        exp_avg_sq=state(),
-        master=state() if needs_master(dtype) else None,
-        steps=torch.zeros(len(parameters), dtype=torch.float32, device=device),
+        gradient_shard=torch.zeros(numel, dtype=format.exact_dtype, device=device),
+        state=formats.allocate(format, numel, device),
+        blocks=torch.zeros(
+            numel // ALIGNMENT_NUMEL if needs_blocks else 0,
+            dtype=torch.int16 if len(parameters) < 2**15 else torch.int32,
+            device=device,
+        ),
+        counters=counters,
+        update=update.choose(counters, dtype, seed=precision.seed, rank=transport.rank),
     )
-    for ordinal, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True), first_ordinal):
-        parameter = named.parameter
-        member = Member(parameter, named.name, ordinal, arena, offset, parameter.shape, parameter.stride())
+    for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
+        shape, stride = named.parameter.shape, named.parameter.stride()
+        place = (first_ordinal + index, index, named.place)
+        member = Member(named.parameter, named.name, *place, arena, offset, shape, stride)
         bind(member)
         arena.members.append(member)
     return arena
 
 
 def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype) -> None:
-    members = {member.ordinal: member for member in arena.members}
     start = plan.offset // plan.world_size
     shard = slice(start, start + plan.shard_numel)
+    blocks = slice(shard.start // ALIGNMENT_NUMEL, shard.stop // ALIGNMENT_NUMEL)
     whole = arena.parameters[plan.offset : plan.offset + plan.numel]
+    segments = list(plan.segments(rank))
+    if arena.blocks.numel() > 0:
+        _fill_blocks(arena.blocks[blocks], segments)
+
+    def state(name: str) -> Tensor | None:
+        flat = arena.state.get(name)
+        return None if flat is None else flat[blocks if name in formats.SCALES else shard]
+
     bucket = FlatBucket(
         plan=plan,
         arena=arena,
-        pieces=[(members[piece.parameter], piece) for piece in plan.pieces],
-        segments=[(members[segment.parameter], segment) for segment in plan.segments(rank)],
+        pieces=[(arena.members[piece.parameter], piece) for piece in plan.pieces],
+        segments=[(arena.members[segment.parameter], segment) for segment in segments],
         parameters=whole,
-        parameter_shard=own_slice(whole, rank, plan.world_size),
-        gradient_shard=arena.gradient_shard[shard],
-        exp_avg=arena.exp_avg[shard],
-        exp_avg_sq=arena.exp_avg_sq[shard],
-        master=None if arena.master is None else arena.master[shard],
+        shard=Shard(
+            parameter=own_slice(whole, rank, plan.world_size),
+            gradient=arena.gradient_shard[shard],
+            exp_avg=arena.state["exp_avg"][shard],
+            exp_avg_sq=arena.state["exp_avg_sq"][shard],
+            exp_avg_scale=state("exp_avg_scale"),
+            exp_avg_sq_scale=state("exp_avg_sq_scale"),
+            master=state("master"),
+            remainder=state("remainder"),
+            blocks=arena.blocks[blocks],
+            first_block=(plan.offset + rank * plan.shard_numel) // ALIGNMENT_NUMEL,
+        ),
         wire_dtype=wire_dtype,
     )
     arena.buckets.append(bucket)
@@ -186,6 +234,15 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
         if not member.spans:
             member.state_start = start + segment.offset
         member.spans.append(segment)
+
+
+def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
+    """Says which parameter each block belongs to; padding counts to the one before it."""
+    if segments:
+        firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
+        lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
+        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype)
+        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths)))
 
 
 def bind(member: Member) -> None:

@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 from shardadam.buckets import Member, memory_order
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.update import formats, reference
 
-SHARDED_STATE = ("exp_avg", "exp_avg_sq", "master")
 SHARD_KEY = "shard"
 """Where ``state_dict()`` says whose part it is."""
 
 
 def local_state(member: Member) -> dict[str, Tensor]:
     """What torch keeps in ``optimizer.state[p]``, as views of the arena: sharded tensors hold this rank's elements of
-    the parameter, in memory order, in one dimension.
+    the parameter, in memory order, in one dimension, in the format they are stored in.
     """
     arena = member.arena
-    state = {"step": arena.steps[member.ordinal - arena.members[0].ordinal]}
-    for name in SHARDED_STATE:
-        flat = getattr(arena, name)
-        if flat is not None:
-            state[name] = flat[member.state_slice]
+    state = {"step": arena.counters.steps[member.index]}
+    for name, flat in arena.state.items():
+        state[name] = flat[member.block_slice if name in formats.SCALES else member.state_slice]
+    if arena.format.moments == "int8":
+        state["bound"] = arena.counters.bounds[member.index]
     return state
 
 
@@ -63,16 +64,17 @@ def load_local(
         id(p): state_dict["state"][i] for p, i in zip(parameters, indices, strict=True) if i in state_dict["state"]
     }
 
-    copies: list[tuple[Tensor, Tensor | float]] = []
+    is_part = found is not None
     for member in members:
-        copies += _copies_of_member(
-            member, state[member.parameter], saved.get(id(member.parameter), {}), is_part=found is not None
-        )
-    for target, source in copies:
-        if isinstance(source, Tensor):
-            target.copy_(source)
-        else:
-            target.fill_(source)
+        _check(member, state[member.parameter], saved.get(id(member.parameter), {}), is_part=is_part)
+    betas = {
+        id(parameter): saved_group.get("betas", group["betas"])
+        for group, saved_group in zip(param_groups, saved_groups, strict=True)
+        for parameter in group["params"]
+    }
+    for member in members:
+        of_member = saved.get(id(member.parameter), {})
+        _load_(member, state[member.parameter], of_member, is_part=is_part, betas=betas[id(member.parameter)])
     for group, saved_group in zip(param_groups, saved_groups, strict=True):
         group.update(
             {
@@ -83,10 +85,8 @@ def load_local(
         )
 
 
-def _copies_of_member(
-    member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any], *, is_part: bool
-) -> list[tuple[Tensor, Tensor | float]]:
-    """Pairs of a view and what it must become; a parameter that ``saved`` has nothing of starts anew.
+def _check(member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any], *, is_part: bool) -> None:
+    """Raises unless ``saved`` can be loaded; a parameter that it has nothing of starts anew.
 
     Args:
         is_part: ``saved`` holds this rank's elements, not whole tensors.
@@ -98,24 +98,51 @@ def _copies_of_member(
         raise ValueError(
             f"Parameter {member.name!r}: state_dict has only {sorted(saved)} of it, {missing} are missing."
         )
-    copies: list[tuple[Tensor, Tensor | float]] = [(state["step"], float(saved.get("step", 0.0)))]
-    for name in SHARDED_STATE:
-        if name not in state:
-            continue
-        target = state[name]
-        if name not in saved and name == "master":
-            copies.append((target, _own_elements(member, member.parameter.detach())))
-        elif name not in saved:
-            copies.append((target, 0.0))
-        else:
-            expected = target.shape if is_part else member.parameter.shape
-            if saved[name].shape != expected:
-                raise ValueError(
-                    f"Parameter {member.name!r}: {name} has shape {tuple(saved[name].shape)} in state_dict, expected "
-                    f"{tuple(expected)}."
-                )
-            copies.append((target, saved[name] if is_part else _own_elements(member, saved[name])))
-    return copies
+    for name in (*formats.MOMENTS, *formats.MASTERS):
+        expected = state["exp_avg"].shape if is_part else member.parameter.shape
+        if name in saved and saved[name].shape != expected:
+            raise ValueError(
+                f"Parameter {member.name!r}: {name} has shape {tuple(saved[name].shape)} in state_dict, expected "
+                f"{tuple(expected)}."
+            )
+    for name in formats.SCALES:
+        expected_numel = -(-state["exp_avg"].numel() // ALIGNMENT_NUMEL)
+        if name in saved and saved[name].numel() != expected_numel:
+            raise ValueError(
+                f"Parameter {member.name!r}: {name} has {saved[name].numel()} elements in state_dict, expected "
+                f"{expected_numel}."
+            )
+
+
+def _load_(
+    member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any], *, is_part: bool, betas: tuple[float, float]
+) -> None:
+    """Writes what ``saved`` has into the views of ``state``, converted to the format they are in."""
+
+    def own(whole: Tensor) -> Tensor:
+        return whole if is_part else _own_elements(member, whole)
+
+    steps = float(saved.get("step", 0.0))
+    state["step"].fill_(steps)
+    member.arena.counters.bounds[member.index] = saved.get("bound", reference.bound_squared_at(steps, betas))
+    parameter = _own_elements(member, member.parameter.detach())
+    if not saved:
+        for name in (*formats.MOMENTS, *formats.SCALES):
+            if name in state:
+                state[name].zero_()
+        formats.write_master_(state, parameter, parameter)
+        return
+    names = (*formats.MOMENTS, *formats.SCALES)
+    if is_part and all((name in saved) == (name in state) for name in names):
+        for name in names:
+            if name in state:
+                state[name].copy_(saved[name])
+    elif is_part:
+        formats.write_moments_(state, *formats.read_moments(saved))
+    else:
+        formats.write_moments_(state, *(own(saved[name]) for name in formats.MOMENTS))
+    master = formats.read_master({name: own(saved[name]) for name in formats.MASTERS if name in saved}, parameter)
+    formats.write_master_(state, parameter, parameter if master is None else master)
 
 
 def _own_elements(member: Member, whole: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ def survey(buckets: Sequence[FlatBucket], used: Sequence[bool], *, transport: Tr
     device = buckets[0].parameters.device
     finite, squares = [], []
     for bucket in buckets:
-        low, high = torch.aminmax(bucket.gradient_shard)  # both NaN if any is
+        low, high = torch.aminmax(bucket.shard.gradient)  # both NaN if any is
         finite.append((low.isfinite() & high.isfinite()).to(device))
         if with_norm:
             # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
-            norms = torch.linalg.vector_norm(bucket.gradient_shard.view(-1, ALIGNMENT_NUMEL), dim=1)
+            norms = torch.linalg.vector_norm(bucket.shard.gradient.view(-1, ALIGNMENT_NUMEL), dim=1)
             squares.append(norms.double().square().sum().to(device))
     block = torch.empty(2 + len(used), dtype=torch.float64, device=device)
     block[0] = torch.stack(squares).sum() if with_norm else 0.0

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.agreement import Claim
 from shardadam.buckets import NamedParameter, is_dense
-from shardadam.precision import Precision, check_parameter_dtype
+from shardadam.precision import Precision
 
 _AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
@@ -96,7 +96,7 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
         seen[id(parameter)] = index
 
 
-def check_parameters(parameters: Sequence[NamedParameter], taken: Sequence[Tensor] = ()) -> None:
+def check_parameters(parameters: Sequence[NamedParameter], precision: Precision, taken: Sequence[Tensor] = ()) -> None:
     """Raises unless every parameter can become a view of a flat buffer without changing what anybody else sees.
 
     Args:
@@ -121,13 +121,13 @@ def check_parameters(parameters: Sequence[NamedParameter], taken: Sequence[Tenso
             raise TypeError(
                 f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided)"
             )
-        check_parameter_dtype(parameter.dtype, name)
+        precision.check_parameter(parameter.dtype, name)
         if not is_dense(parameter):
             raise ValueError(
                 f"Parameter {name!r} has gaps or overlaps in memory (shape {tuple(parameter.shape)}, strides "
                 f"{parameter.stride()}). Give the module a parameter of its own: nn.Parameter(p.detach().clone())."
             )
-    _check_overlaps([*parameters, *(NamedParameter(p, "one taken in before", 0) for p in taken)])
+    _check_overlaps([*parameters, *(NamedParameter(p, "one taken in before", 0, 0) for p in taken)])
 
 
 def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:

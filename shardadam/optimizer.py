@@ -25,8 +25,7 @@ from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer
 from shardadam.transport import Transport, connect
-from shardadam.update.fused import adam_runs_
-from shardadam.update.runs import RunTable
+from shardadam.update import formats
 
 GradientSync = Literal["backward", "step", "external"]
 
@@ -40,9 +39,10 @@ class Memory:
         gradient_shard: this rank's shard of the reduced gradients.
         staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the
             peers.
-        moments: this rank's shard of exp_avg and exp_avg_sq.
-        master: this rank's shard of the exact values behind low-precision parameters.
-        scalars: step counters.
+        moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
+        master: this rank's shard of the exact values behind low-precision parameters, or of their remainders.
+        scalars: of each parameter, its step counter and the bound on its update.
+        tables: which parameter each 128 elements belong to, and what a kernel must know of each.
     """
 
     parameters: int
@@ -51,6 +51,7 @@ class Memory:
     moments: int
     master: int
     scalars: int
+    tables: int
 
     @property
     def state(self) -> int:
@@ -59,7 +60,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradient_shard + self.staging + self.state
+        return self.parameters + self.gradient_shard + self.staging + self.state + self.tables
 
 
 class ShardedAdam(Optimizer):
@@ -149,14 +150,13 @@ class ShardedAdam(Optimizer):
             options.check()
             super().__init__(params, defaults)
             named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
-            intake.check_parameters(named)
+            intake.check_parameters(named, options.precision)
             claims += [*options.claims(), *intake.claims(self.param_groups, named)]
 
         self._members: list[Member] = []
         self._arenas: list[FlatArena] = []
         self._buckets: list[FlatBucket] = []
         self._frozen: list[NamedParameter] = []
-        self._runs = RunTable(self._transport.rank)
         self._reducer: GradientReducer | ExternalGradients
         if gradient_sync == "external":
             self._reducer = ExternalGradients()
@@ -209,12 +209,11 @@ class ShardedAdam(Optimizer):
         seen = self._look(with_norm=max_norm is not None)
         if max_norm is not None:
             self._clip(seen, max_norm)
-        # Only a rank that lacks a gradient itself has to look which parameters take part.
-        used = None if seen.all_used else seen.used.tolist()
-        self._count_step(seen, used)
+        used = self._begin_update(seen)
         for index in reversed(self._reducer.order):
-            self._update(self._buckets[index], seen, used)
-            self._gatherer.dispatch(self._buckets[index])
+            bucket = self._buckets[index]
+            bucket.arena.update.update_(bucket.shard, bucket.plan)
+            self._gatherer.dispatch(bucket)
         self._gatherer.wait([member for member in self._members if used is None or used[member.ordinal]])
         self._reducer.learn_order()
         self.grad_norm = seen.norm
@@ -277,34 +276,26 @@ class ShardedAdam(Optimizer):
         self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
         return norm
 
-    def _count_step(self, seen: Survey, used: list[bool] | None) -> None:
-        counts = seen.used.float() * (1 - seen.found_inf)
-        for arena in self._arenas:
-            arena.steps += counts[arena.ordinals].to(arena.steps.device)
+    def _begin_update(self, seen: Survey) -> list[bool] | None:
+        """Counts a step on every arena.
+
+        Returns:
+            Which parameters take part, as far as the host knows: None for all.
+        """
         self.skipped_steps += seen.found_inf.to(self.skipped_steps)
-        if used is not None and not all(used):
-            self._runs.advance(used)
-
-    def _update(self, bucket: FlatBucket, seen: Survey, used: list[bool] | None) -> None:
-        device = bucket.parameters.device
-        runs = self._runs.runs(bucket.plan, bucket.index, used)
-        first = bucket.arena.members[0].ordinal
-        adam_runs_(
-            runs=runs,
-            steps=[bucket.arena.steps[run.parameter - first] for run in runs],
-            parameter=bucket.parameter_shard,
-            gradient=bucket.gradient_shard,
-            exp_avg=bucket.exp_avg,
-            exp_avg_sq=bucket.exp_avg_sq,
-            master=bucket.master,
-            grad_scale=self._gradient_scale(bucket),
-            found_inf=seen.found_inf.to(device),
-            hyperparameters=self.param_groups[bucket.arena.group_index],
-        )
-
-    def _gradient_scale(self, bucket: FlatBucket) -> Tensor | None:
-        """What the bucket's gradients must be divided by; None for 1."""
-        return None if self._coefficient is None else (1 / self._coefficient).to(bucket.parameters.device)
+        # Only a rank that lacks a gradient itself has to look which parameters take part.
+        must_look = not seen.all_used and any(arena.update.needs_host_used for arena in self._arenas)
+        used = seen.used.tolist() if must_look else None
+        for arena in self._arenas:
+            device = arena.parameters.device
+            arena.update.begin(
+                found_inf=seen.found_inf.to(device),
+                used=seen.used[arena.ordinals].to(device),
+                host_used=None if used is None else used[arena.ordinals],
+                coefficient=None if self._coefficient is None else self._coefficient.to(device),
+                hyperparameters=self.param_groups[arena.group_index],
+            )
+        return used
 
     def _forget_gradients(self) -> None:
         self._reducer.reset()
@@ -325,7 +316,9 @@ class ShardedAdam(Optimizer):
                 intake.check_group(param_group, self.defaults)
                 super().add_param_group(param_group)
                 named = self._named(count)
-                intake.check_parameters(named, taken=[member.parameter for member in self._members])
+                intake.check_parameters(
+                    named, self._options.precision, taken=[member.parameter for member in self._members]
+                )
                 claims += intake.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]
@@ -357,7 +350,11 @@ class ShardedAdam(Optimizer):
         names = group.get("param_names") or [
             f"param_groups[{group_index}]['params'][{index}]" for index in range(len(group["params"]))
         ]
-        return [NamedParameter(p, name, group_index) for p, name in zip(group["params"], names, strict=True)]
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:group_index])
+        return [
+            NamedParameter(parameter, name, group_index, place)
+            for place, (parameter, name) in enumerate(zip(group["params"], names, strict=True), first)
+        ]
 
     def _take_in(self, named: Sequence[NamedParameter]) -> None:
         """Makes the trainable ones members, and gives all of them rank 0's values. Collective; ranks have agreed."""
@@ -376,16 +373,14 @@ class ShardedAdam(Optimizer):
         members = [member for arena in arenas for member in arena.members]
         buckets = [bucket for arena in arenas for bucket in arena.buckets]
         self._broadcast([*(bucket.parameters for bucket in buckets), *(p.parameter for p in frozen)])
-        for arena in arenas:
-            if arena.master is not None:
-                for bucket in arena.buckets:
-                    bucket.master.copy_(bucket.parameter_shard)  # type: ignore[union-attr]
+        for bucket in buckets:
+            if bucket.shard.master is not None:
+                bucket.shard.master.copy_(bucket.shard.parameter)
         self._arenas += arenas
         self._members += members
         self._buckets += buckets
         self._frozen += frozen
         self._reducer.add(members, buckets)
-        self._runs.add(len(members))
         for member in members:
             self.state[member.parameter] = checkpoint.local_state(member)
 
@@ -397,7 +392,9 @@ class ShardedAdam(Optimizer):
         if not unfrozen:
             return
         with self._agreement() as claims:
-            intake.check_parameters(unfrozen, taken=[member.parameter for member in self._members])
+            intake.check_parameters(
+                unfrozen, self._options.precision, taken=[member.parameter for member in self._members]
+            )
             claims += intake.claims([], unfrozen)
         self._frozen = [p for p in self._frozen if not p.parameter.requires_grad]
         self._take_in(unfrozen)
@@ -438,11 +435,11 @@ class ShardedAdam(Optimizer):
         seen = self._look(with_norm=self._options.max_grad_norm is not None)
         if not bool(seen.used[member.ordinal]):
             return None
-        gradient = gather_shards(member, attrgetter("gradient_shard"), self._transport)
+        gradient = gather_shards(member, attrgetter("shard.gradient"), self._transport)
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The parameter's whole state: step, exp_avg, exp_avg_sq and, for low precision, master. Collective.
+        """The parameter's whole state: step, exp_avg, exp_avg_sq and, for low precision with one, master. Collective.
 
         Returns:
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
@@ -450,9 +447,9 @@ class ShardedAdam(Optimizer):
         self._take_in_unfrozen()
         member = self._member(parameter)
         state = {"step": self.state[parameter]["step"].clone()}
-        for name in checkpoint.SHARDED_STATE:
-            if name in self.state[parameter]:
-                state[name] = gather_shards(member, attrgetter(name), self._transport)
+        names = [*formats.MOMENTS, *(["master"] if member.arena.format.master in ("fp32", "split") else [])]
+        for name in names:
+            state[name] = gather_shards(member, lambda bucket, name=name: bucket.exact_state()[name], self._transport)  # type: ignore[misc]
         return state
 
     def _member(self, parameter: Tensor) -> Member:
@@ -470,9 +467,14 @@ class ShardedAdam(Optimizer):
             parameters=sum(arena.parameters.nbytes for arena in arenas),
             gradient_shard=sum(arena.gradient_shard.nbytes for arena in arenas),
             staging=self._reducer.staging_bytes(),
-            moments=sum(arena.exp_avg.nbytes + arena.exp_avg_sq.nbytes for arena in arenas),
-            master=sum(arena.master.nbytes for arena in arenas if arena.master is not None),
-            scalars=sum(arena.steps.nbytes for arena in arenas),
+            moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
+            master=_nbytes(arenas, formats.MASTERS),
+            scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
+            tables=sum(
+                arena.blocks.nbytes + counters.places.nbytes + counters.first_blocks.nbytes + arena.update.nbytes
+                for arena in arenas
+                for counters in (arena.counters,)
+            ),
         )
 
     # State
@@ -504,7 +506,8 @@ class ShardedAdam(Optimizer):
         for group in state_dict["param_groups"]:
             intake.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
         checkpoint.load_local(self.param_groups, self.state, self._members, state_dict, self._shard_key())
-        self._runs.load([float(self.state[member.parameter]["step"]) for member in self._members])
+        for arena in self._arenas:
+            arena.update.reload()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -568,6 +571,10 @@ class ShardedAdamW(ShardedAdam):
             bucket_mb=bucket_mb,
             transport=transport,
         )
+
+
+def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
+    return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
 
 
 def _release(reducer: GradientReducer | ExternalGradients, transport: Transport) -> None:

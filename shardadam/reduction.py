@@ -271,7 +271,7 @@ class GradientReducer:
             send.mul_(scale)
             scale = 1.0
         pending = self._transport.reduce_scatter(
-            staging, bucket.numel, bucket.gradient_shard, scale=scale, accumulate=self._launches[index] > 0
+            staging, bucket.numel, bucket.shard.gradient, scale=scale, accumulate=self._launches[index] > 0
         )
         self._launches[index] += 1
         self._pool.launched(staging, pending)
@@ -355,13 +355,13 @@ class ExternalGradients:
             for member, _ in bucket.pieces:
                 check_gradient(member)
                 self.used[member.ordinal] = member.parameter.grad is not None
-            bucket.gradient_shard.zero_()
+            bucket.shard.gradient.zero_()
             targets, gradients = [], []
             for member, segment in bucket.segments:
                 gradient = member.parameter.grad
                 if gradient is not None:
                     ordered = memory_order(gradient, member.parameter)
-                    targets.append(bucket.gradient_shard[segment.offset : segment.offset + segment.numel])
+                    targets.append(bucket.shard.gradient[segment.offset : segment.offset + segment.numel])
                     gradients.append(ordered[segment.start : segment.start + segment.numel])
             if targets:
                 torch._foreach_copy_(targets, gradients)

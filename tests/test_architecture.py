@@ -137,6 +137,6 @@ def test_the_search_for_collectives_finds_them_where_they_are() -> None:
 def test_the_search_for_imports_finds_them_in_every_form() -> None:
     assert imported_rooms("import shardadam.optimizer") == {"optimizer"}
     assert imported_rooms("from shardadam import layout, reduction") == {"layout", "reduction"}
-    assert imported_rooms("from shardadam.update.fused import adam_runs_") == {"update"}
+    assert imported_rooms("from shardadam.update.fused import FusedUpdate") == {"update"}
     assert imported_rooms("from shardadam import ShardedAdamW") == {"__init__"}
     assert imported_rooms("def f():\n    from shardadam.transport import Transport") == {"transport"}

@@ -162,7 +162,7 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
     )
     kernel = torch._fused_adamw_ if adamw else torch._fused_adam_
     shards = [
-        [t.clone() for t in (bucket.parameter_shard, bucket.exp_avg, bucket.exp_avg_sq)]
+        [t.clone() for t in (bucket.shard.parameter, bucket.shard.exp_avg, bucket.shard.exp_avg_sq)]
         for bucket in optimizer._buckets
     ]
     for step in range(10):
@@ -189,7 +189,8 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
     return [
         pair
         for bucket, expected in zip(optimizer._buckets, shards, strict=True)
-        for pair in zip((bucket.parameter_shard.clone(), bucket.exp_avg, bucket.exp_avg_sq), expected, strict=True)
+        for shard in (bucket.shard,)
+        for pair in zip((shard.parameter.clone(), shard.exp_avg, shard.exp_avg_sq), expected, strict=True)
     ]
 
 

@@ -34,8 +34,12 @@ def backward(parameters: list[nn.Parameter]) -> None:
     sum((parameter.float() ** 2).sum() for parameter in parameters).backward()  # type: ignore[union-attr]
 
 
+def is_tensor(thing: object) -> bool:
+    return issubclass(type(thing), Tensor)
+
+
 def live_tensors() -> list[Tensor]:
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return [thing for thing in gc.get_objects() if is_tensor(thing)]
 
 
 def stretch(tensor: Tensor) -> tuple[int, int]:
@@ -68,9 +72,13 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     states = [optimizer.state[parameter] for parameter in parameters]
     moments = storages([state[name] for state in states for name in ("exp_avg", "exp_avg_sq")])
     master = storages([state["master"] for state in states if "master" in state])
-    scalars = storages([state["step"] for state in states])
+    counters = [arena.counters for arena in optimizer._arenas]
+    scalars = storages([flat for of_arena in counters for flat in (of_arena.steps, of_arena.bounds)])
+    tables = storages([flat for of_arena in counters for flat in (of_arena.places, of_arena.first_blocks)])
+    tables |= storages([arena.blocks for arena in optimizer._arenas])
+    tables |= storages([held for arena in optimizer._arenas for held in vars(arena.update).values() if is_tensor(held)])
     # skipped_steps is the one tensor that memory() does not count.
-    known = [flat, moments, master, scalars, storages([optimizer.skipped_steps])]
+    known = [flat, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
     rest = live - set().union(*known)
     return {
@@ -78,6 +86,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         "moments": size(moments),
         "master": size(master),
         "scalars": size(scalars),
+        "tables": size(tables),
         "gradient_shard and staging": size(rest),
     }
 
@@ -131,7 +140,10 @@ def test_memory_is_what_lives(kind: str, gradient_sync: str, world_size: int) ->
             memory = facts["memory"]
             assert memory.gradient_shard * 2 == memory.moments
             assert memory.state == memory.moments + memory.master + memory.scalars
-            assert memory.total == memory.state + memory.parameters + memory.gradient_shard + memory.staging
+            assert (
+                memory.total
+                == memory.state + memory.parameters + memory.gradient_shard + memory.staging + memory.tables
+            )
             assert (memory.master > 0) == (kind != "fp32")
         built, after_backward, after_step = (facts["memory"] for facts in moments_in_time)
         assert built.staging == 0

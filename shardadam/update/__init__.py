@@ -1,2 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of Adam on one flat shard: a readable truth (``reference``) and the fast forms that must equal it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shardadam.layout import Bucket
+from shardadam.update.fused import FusedUpdate
+from shardadam.update.shard import Counters, Shard
+
+__all__ = ["Counters", "Shard", "Update", "choose", "has_kernel"]
+
+KERNEL_DEVICES = {"cuda"}
+
+
+class Update(Protocol):
+    """The update of one arena on one rank. Reads and writes everything where it lies; on CUDA the host never waits.
+
+    Args:
+        needs_host_used: whether ``begin`` must be told on the host which parameters take part.
+    """
+
+    needs_host_used: bool
+
+    def begin(
+        self,
+        *,
+        found_inf: Tensor,
+        used: Tensor,
+        host_used: Sequence[bool] | None,
+        coefficient: Tensor | None,
+        hyperparameters: Mapping[str, Any],
+    ) -> None:
+        """Counts a step; ``update_`` takes it.
+
+        Args:
+            found_inf: 1 if any gradient on any rank is not finite, and nothing may be written; 0-dim float32.
+            used: which parameters take part, bool; ``host_used`` is the same, None where all of them do.
+            coefficient: what gradients are multiplied by, 0-dim float32; None for 1.
+            hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
+        """
+
+    def update_(self, shard: Shard, bucket: Bucket) -> None:
+        """One step on a bucket's shard, in place. Its gradient may be overwritten."""
+
+    def reload(self) -> None:
+        """The counters have been written from outside."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds of its own, in bytes, beside the counters."""
+
+
+def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether parameters of ``dtype`` on ``device`` are updated by the Triton kernel."""
+    return dtype != torch.float64 and device.type in KERNEL_DEVICES and find_spec("triton") is not None
+
+
+def choose(counters: Counters, dtype: torch.dtype, *, seed: int, rank: int) -> Update:
+    if has_kernel(dtype, counters.steps.device):
+        from shardadam.update.triton import TritonUpdate
+
+        return TritonUpdate(counters, seed=seed)
+    return FusedUpdate(counters, seed=seed, rank=rank)

@@ -1,100 +1,288 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's own fused Adam(W) on the runs of one shard, for any device it supports.
+"""torch's own fused Adam(W) on the runs of one shard, for the CPU and for any device without a kernel of ours.
 
-Everything that decides anything (learning rate as a tensor, gradient scale, found_inf, steps) is read by the kernel
-where it lies: the host waits for nothing. Master weights are worked on in chunks that stay in cache on the CPU.
+Where moments and weights are stored as they are, it works on them in place. Other formats are decoded into float32,
+updated and encoded again, a stretch at a time that stays in cache. On the CPU the host may look at values: the common
+case is then done in few passes, and ``reference`` does the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardadam.layout import Run
+from shardadam.chunks import chunks
+from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Run
+from shardadam.update import reference
+from shardadam.update.runs import RunTable
+from shardadam.update.shard import Counters, Shard
 
-_CPU_CHUNK_NUMEL = 1 << 16
+_LARGEST_BFLOAT16 = 3.3895e38
 
 
-def adam_runs_(
-    *,
-    runs: Sequence[Run],
-    steps: Sequence[Tensor],
-    parameter: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    master: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor,
-    hyperparameters: dict[str, Any],
-) -> None:
-    """One step on the runs of a shard, in place; where ``found_inf`` is 1 no step is taken.
+class FusedUpdate:
+    """An ``Update`` by way of torch's kernel."""
 
-    Args:
-        runs: which slices of the shard take part.
-        steps: t of each run, already counted up to this step, 0-dim float32 on the shard's device.
-        parameter: the parameters' slice, 1-D.
-        gradient: sums, 1-D, in the dtype of the moments; divided in place by ``grad_scale`` where that is given.
-        master: exact values behind ``parameter``, or None where it is its own master.
-        grad_scale: what gradients must be divided by, 0-dim float32.
-        found_inf: 1 if any gradient on any rank is not finite, 0-dim float32.
-        hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
-    """
-    if not runs:
-        return
-    beta1, beta2 = hyperparameters["betas"]
-    kernel = torch._fused_adamw_ if hyperparameters["decoupled_weight_decay"] else torch._fused_adam_
-    options: dict[str, Any] = dict(
-        lr=hyperparameters["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=hyperparameters["weight_decay"],
-        eps=hyperparameters["eps"],
-        amsgrad=False,
-        maximize=hyperparameters["maximize"],
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
+    needs_host_used = True
 
-    def step_(weight: Tensor, slices: Sequence[slice], run_steps: Sequence[Tensor]) -> None:
-        weights, gradients, exp_avgs, exp_avg_sqs = (
-            [flat[s] for s in slices] for flat in (weight, gradient, exp_avg, exp_avg_sq)
+    def __init__(self, counters: Counters, *, seed: int, rank: int) -> None:
+        self._counters = counters
+        self._seed = seed
+        self._runs = RunTable(rank, len(counters.steps))
+        self._on_cpu = counters.steps.device.type == "cpu"
+        self._limits: Tensor | None = None
+        self._keys: Tensor | None = None
+
+    def begin(
+        self,
+        *,
+        found_inf: Tensor,
+        used: Tensor,
+        host_used: Sequence[bool] | None,
+        coefficient: Tensor | None,
+        hyperparameters: Mapping[str, Any],
+    ) -> None:
+        counters = self._counters
+        if host_used is not None and not all(host_used):
+            self._runs.advance(host_used)
+        self._host_used = host_used
+        self._found_inf = None if self._on_cpu else found_inf
+        self._skip = self._on_cpu and bool(found_inf)
+        self._coefficient = coefficient
+        self._hyperparameters = hyperparameters
+        # What the step needs of the counters as they were, before they advance.
+        self._limits = counters.bounds.sqrt().float()
+        self._keys = None
+        taken = used & (found_inf == 0)
+        counters.steps.add_(taken)
+        after = _bounds_after(counters.bounds, hyperparameters["betas"])
+        counters.bounds.copy_(torch.where(taken, after, counters.bounds))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(flat.nbytes for flat in (self._limits, self._keys) if flat is not None)
+
+    def reload(self) -> None:
+        self._runs.load(zip(self._counters.steps.tolist(), self._counters.bounds.tolist(), strict=True))
+
+    def update_(self, shard: Shard, bucket: Bucket) -> None:
+        runs = self._runs.runs(bucket, self._host_used)
+        if not runs or self._skip:
+            return
+        if not shard.is_coded:
+            flats = (shard.parameter, shard.gradient, shard.exp_avg, shard.exp_avg_sq)
+            lists = ([flat[run.start : run.stop] for run in runs] for flat in flats)
+            self._adam_(*lists, runs=runs, grad_scale=None if self._coefficient is None else 1 / self._coefficient)
+            return
+        for run in runs:
+            for chunk in chunks(run.start, run.stop, shard.parameter.device):
+                self._step_coded_(shard.part(chunk), run)
+
+    def _adam_(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        *,
+        runs: Sequence[Run],
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        group = self._hyperparameters
+        beta1, beta2 = group["betas"]
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        kernel(
+            weights,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            [self._counters.steps[run.parameter] for run in runs],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            found_inf=self._found_inf,
         )
-        kernel(weights, gradients, exp_avgs, exp_avg_sqs, [], list(run_steps), **options)
 
-    if master is None:
-        step_(parameter, [slice(run.start, run.stop) for run in runs], steps)
-        return
-    for run, step in zip(runs, steps, strict=True):
-        chunk_numel = _CPU_CHUNK_NUMEL if parameter.device.type == "cpu" else run.stop - run.start
-        for start in range(run.start, run.stop, chunk_numel):
-            chunk = slice(start, min(start + chunk_numel, run.stop))
-            adopt_written_(master[chunk], parameter[chunk])
-            step_(master, [chunk], [step])
-            round_half_away_(parameter[chunk], master[chunk])
+    def _step_coded_(self, shard: Shard, run: Run) -> None:
+        """One step on a stretch that is not stored as it is worked on."""
+        random = self._random_words(shard) if shard.is_random else None
+        weight = _read_weight(shard)
+        if shard.exp_avg_scale is not None:
+            assert self._limits is not None
+            m, v = _decode_moments(shard, self._limits[run.parameter])
+        else:
+            m, v = shard.exp_avg.to(weight.dtype), shard.exp_avg_sq.to(weight.dtype)
+        gradient = shard.gradient if self._coefficient is None else shard.gradient * self._coefficient
+
+        self._adam_([weight], [gradient], [m], [v], runs=[run])
+
+        self._write_weight(shard, weight, random)
+        self._write_moments(shard, m, v, random)
+
+    def _random_words(self, shard: Shard) -> Tensor:
+        """32 random bits an element, int32, as ``reference.random_bits`` has them."""
+        counters = self._counters
+        if self._keys is None:
+            key = reference.mix((self._seed + 0x9E3779B9) & 0xFFFFFFFF)
+            keys = reference.mix(key + counters.steps.long() & 0xFFFFFFFF)
+            self._keys = reference.mix(keys + counters.places & 0xFFFFFFFF).to(torch.int32)  # type: ignore[union-attr]
+        owners = shard.blocks.long()
+        blocks = torch.arange(shard.first_block, shard.first_block + len(owners), device=owners.device)
+        starts = ((blocks - counters.first_blocks[owners]) * ALIGNMENT_NUMEL).to(torch.int32)
+        lanes = torch.arange(ALIGNMENT_NUMEL, dtype=torch.int32, device=owners.device)
+        words = starts[:, None] + lanes
+        words ^= self._keys[owners][:, None]
+        return _mix_(words.flatten())
+
+    def _write_weight(self, shard: Shard, weight: Tensor, random: Tensor | None) -> None:
+        dtype = shard.parameter.dtype
+        if dtype == weight.dtype:
+            return
+        if shard.remainder is not None:
+            parameter, remainder = _split(weight, dtype)
+            self._store_(shard.remainder, remainder)
+        elif shard.master is not None:
+            parameter = round_half_away(weight, dtype)
+        else:
+            assert random is not None
+            second = _mix_(random + (0x9E3779B9 - 2**32))
+            parameter = _round_stochastically(weight, dtype, second.bitwise_and_(0xFFFF))
+        self._store_(shard.parameter, parameter)
+
+    def _write_moments(self, shard: Shard, m: Tensor, v: Tensor, random: Tensor | None) -> None:
+        if m is shard.exp_avg:
+            return
+        assert random is not None
+        low, high = random & 0xFFFF, random.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        if shard.exp_avg_scale is None or shard.exp_avg_sq_scale is None:
+            self._store_(shard.exp_avg, _round_stochastically(m, shard.exp_avg.dtype, low))
+            self._store_(shard.exp_avg_sq, _round_stochastically(v, shard.exp_avg_sq.dtype, high))
+            return
+        codes, scale = _encode_root(m.abs(), reference.LARGEST_M, low)
+        self._store_(shard.exp_avg, codes.copysign_(m))
+        self._store_(shard.exp_avg_scale, scale)
+        root = v.sqrt_().clamp_(max=reference.LARGEST_ROOT)
+        codes, scale = _encode_root(root, reference.LARGEST_V, high)
+        self._store_(shard.exp_avg_sq, torch.maximum(codes, root.sign_()))
+        self._store_(shard.exp_avg_sq_scale, scale)
+
+    def _store_(self, target: Tensor, value: Tensor) -> None:
+        if self._found_inf is None:
+            target.copy_(value)
+        else:
+            target.copy_(torch.where(self._found_inf > 0, target, value.to(target.dtype)))
+
+
+def _bounds_after(bounds: Tensor, betas: tuple[float, float]) -> Tensor:
+    """``reference.bound_squared_after`` of many parameters."""
+    beta1, beta2 = betas
+    if beta1 == 0:
+        kept = torch.zeros_like(bounds)
+    elif beta2 == 0:
+        kept = torch.where(bounds > 0, math.inf, 0.0)
+    else:
+        kept = beta1**2 / beta2 * bounds
+    return kept + (1 - beta1) ** 2 / (1 - beta2)
+
+
+# Each of these equals what ``reference`` has under its name.
+
+
+def _read_weight(shard: Shard) -> Tensor:
+    """The exact weight: in place where it is stored as such."""
+    parameter = shard.parameter
+    if shard.master is not None:
+        adopt_written_(shard.master, parameter)
+        return shard.master
+    if shard.remainder is None:
+        return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    if parameter.dtype == torch.bfloat16:
+        bits = parameter.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+        master = bits.add_(shard.remainder).view(torch.float32)
+        if _is_within(master, math.inf):
+            return master
+    return reference.join(parameter, shard.remainder)
 
 
 def adopt_written_(master: Tensor, parameter: Tensor) -> None:
     """Where ``master`` does not round to ``parameter``, somebody has written the parameter: the parameter counts."""
-    rounded = torch.empty_like(parameter)
-    round_half_away_(rounded, master)
+    rounded = round_half_away(master, parameter.dtype)
+    if parameter.device.type == "cpu" and torch.equal(rounded, parameter):
+        return
     torch.where(rounded != parameter, parameter.to(master.dtype), master, out=master)
 
 
-def round_half_away_(parameter: Tensor, master: Tensor) -> None:
-    """``parameter``, bfloat16 or float16, becomes float32 ``master`` rounded to it, exact ties away from zero."""
-    if parameter.dtype == torch.bfloat16:
+def round_half_away(master: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.bfloat16 and _is_within(master, math.inf):
         # In sign-magnitude bits, adding half a unit in the last place kept and cutting off rounds ties away from zero.
+        rounded = (master.view(torch.int32) + 0x8000).bitwise_right_shift_(16)
+        return rounded.to(torch.int16).view(dtype)
+    return reference.round_half_away(master, dtype)
+
+
+def _split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if dtype == torch.bfloat16 and _is_within(master, math.inf):
         bits = master.view(torch.int32)
-        rounded = (bits + 0x8000) >> 16
-        rounded.masked_fill_(master.isnan(), 0x7FC0)
-        parameter.view(torch.int16).copy_(rounded)
-        return
-    parameter.copy_(master)
-    exact = parameter.to(master.dtype)
-    away = (parameter.view(torch.int16) + 1).view(parameter.dtype).to(master.dtype)
-    tie = (exact.abs() < master.abs()) & (away - master == master - exact)
-    parameter.copy_(torch.where(tie, away, exact))
+        return (bits + 0x8000).bitwise_right_shift_(16).to(torch.int16).view(dtype), bits.to(torch.int16)
+    return reference.split(master, dtype)
+
+
+def _mix_(words: Tensor) -> Tensor:
+    """In int32, whose products wrap as they should and whose right shifts need their copies of the sign cut off."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        words ^= (words >> shift).bitwise_and_((1 << 32 - shift) - 1)
+        if factor != 1:
+            words *= factor
+    return words
+
+
+def _round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """``random``: int32, overwritten."""
+    if dtype == torch.bfloat16 and _is_within(value, _LARGEST_BFLOAT16):
+        return random.add_(value.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(dtype)
+    return reference.round_stochastically(value, dtype, random)
+
+
+def _encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes are flat."""
+    rows = value.view(-1, ALIGNMENT_NUMEL)
+    scale = rows.amax(dim=1).mul_(1 / largest**2)
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    units = (rows * inverse[:, None]).flatten()
+    code = units.sqrt().floor_().clamp_(max=largest)
+    chance = units.sub_(code * code)
+    threshold = (code * 2).add_(1).mul_(random.float().mul_(2.0**-16))
+    return code.add_(chance.gt_(threshold)).clamp_(max=largest), scale
+
+
+def _decode_moments(shard: Shard, limit: Tensor) -> tuple[Tensor, Tensor]:
+    assert shard.exp_avg_scale is not None and shard.exp_avg_sq_scale is not None
+    m, root = shard.exp_avg.float(), shard.exp_avg_sq.float()
+    m.mul_(m.abs()).view(-1, ALIGNMENT_NUMEL).mul_(shard.exp_avg_scale[:, None])
+    root.mul_(root).view(-1, ALIGNMENT_NUMEL).mul_(shard.exp_avg_sq_scale[:, None])
+    if m.device.type != "cpu":
+        most = torch.where(limit.isfinite(), root * limit, math.inf)
+        m.clamp_(-most, most)
+    elif bool(limit.isfinite()):
+        most = root * limit
+        m.clamp_(-most, most)
+    return m, root.square_()
+
+
+def _is_within(value: Tensor, limit: float) -> bool:
+    """Whether the host knows that all of ``value`` lies between plus and minus ``limit``, and no NaN among it."""
+    if value.device.type != "cpu":
+        return False
+    low, high = torch.aminmax(value)
+    return -limit < float(low) and float(high) < limit

@@ -1,17 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam and AdamW on flat tensors in plain torch operations: the readable truth that the fast forms must equal.
+"""Adam and AdamW, and every format that state is stored in, in plain torch operations: the truth for the fast forms.
 
-Imports nothing of the project. ``python -m shardadam.update.reference`` prints the worked example of the README.
+Read ``step_`` first: what is stored is decoded to float32, ``adam_`` does the arithmetic, and the result is encoded
+again. Imports nothing of the project. ``python -m shardadam.update.reference`` prints the worked example of the README.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+BLOCK_NUMEL = 128
+"""Elements that share one scale where moments are stored in 8 bits."""
+
+
+def step_(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    master: Tensor | None = None,
+    remainder: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    bound_squared: float = math.inf,
+    random: Tensor | None = None,
+    **hyperparameters: Any,
+) -> None:
+    """One step on a flat tensor in any format, in place.
+
+    Args:
+        parameter: 1-D, any floating dtype. Below float32 it has a ``master``, or a ``remainder``, or is rounded
+            stochastically.
+        gradient: averaged over ranks and scaled; same shape.
+        exp_avg, exp_avg_sq: the moments m and v: float32 or float64; bfloat16; or codes, int8 and uint8, with
+            ``exp_avg_scale`` and ``exp_avg_sq_scale``, float32, one for each ``BLOCK_NUMEL`` elements.
+        step: t, 1 at the first step.
+        master: float32. Where it does not round to ``parameter``, somebody has written the parameter since, and the
+            parameter counts.
+        remainder: int16; with the parameter's bits it makes a float32 master.
+        bound_squared: C^2 of the last step (``bound_squared_after``), for 8-bit moments.
+        random: 32 random bits an element, int64 (``random_bits``), for what is rounded stochastically.
+        hyperparameters: of ``adam_``.
+    """
+    if master is not None:
+        written = round_half_away(master, parameter.dtype) != parameter
+        weight = torch.where(written, parameter.to(master.dtype), master)
+    elif remainder is not None:
+        weight = join(parameter, remainder)
+    else:
+        weight = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    if exp_avg_scale is not None and exp_avg_sq_scale is not None:
+        m, v = decode_moments(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, bound_squared)
+    else:
+        m, v = exp_avg.to(weight.dtype), exp_avg_sq.to(weight.dtype)
+
+    adam_(weight, gradient.to(weight.dtype), m, v, step=step, **hyperparameters)
+
+    if master is not None:
+        master.copy_(weight)
+        parameter.copy_(round_half_away(weight, parameter.dtype))
+    elif remainder is not None:
+        for target, value in zip((parameter, remainder), split(weight, parameter.dtype), strict=True):
+            target.copy_(value)
+    elif parameter.dtype == weight.dtype:
+        parameter.copy_(weight)
+    else:
+        assert random is not None
+        parameter.copy_(round_stochastically(weight, parameter.dtype, second_word(random) & 0xFFFF))
+    if exp_avg_scale is not None and exp_avg_sq_scale is not None:
+        assert random is not None
+        encoded = encode_moments(m, v, random)
+        for target, value in zip((exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale), encoded, strict=True):
+            target.copy_(value)
+    elif exp_avg.dtype == weight.dtype:
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+    else:
+        assert random is not None
+        exp_avg.copy_(round_stochastically(m, exp_avg.dtype, random & 0xFFFF))
+        exp_avg_sq.copy_(round_stochastically(v, exp_avg_sq.dtype, random >> 16))
+
+
+# The arithmetic
+
 
 def adam_(
-    parameter: Tensor,
+    weight: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -23,41 +103,29 @@ def adam_(
     weight_decay: float = 0.0,
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
-    master: Tensor | None = None,
 ) -> None:
     """One step of Adam (Kingma & Ba 2015, algorithm 1) or, with decoupled decay, AdamW (Loshchilov & Hutter 2019,
-    algorithm 2), in place.
-
-    Args:
-        parameter: any floating dtype; with ``master`` it receives the rounded master.
-        gradient: averaged over ranks and scaled; same shape.
-        exp_avg, exp_avg_sq: the moments m and v, float32 or float64, same shape.
-        step: t, 1 at the first step.
-        master: the exact value behind a low-precision parameter. Where it does not round to ``parameter``, somebody has
-            written the parameter since, and the parameter counts.
+    algorithm 2), in place, on tensors of one shape and dtype, float32 or float64. ``step`` is t, 1 at the first step.
     """
     beta1, beta2 = betas
-    if master is None:
-        weight = parameter
-    else:
-        weight = master
-        written = round_half_away(master, parameter.dtype) != parameter
-        weight.copy_(torch.where(written, parameter.to(weight.dtype), weight))
-    g = gradient.to(weight.dtype)
-    if maximize:
-        g = -g
-    if weight_decay != 0:
-        if decoupled_weight_decay:
-            weight.mul_(1 - lr * weight_decay)
-        else:
-            g = g + weight_decay * weight
+    g = -gradient if maximize else gradient
+    if decoupled_weight_decay:
+        weight.mul_(1 - lr * weight_decay)
+    elif weight_decay != 0:
+        g = g + weight_decay * weight
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
     exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
-    m_hat = exp_avg / (1 - beta1**step)
-    v_hat = exp_avg_sq / (1 - beta2**step)
-    weight.sub_(lr * m_hat / (v_hat.sqrt() + eps))
-    if master is not None:
-        parameter.copy_(round_half_away(master, parameter.dtype))
+    step_size = lr / (1 - beta1**step)
+    correction = 1 / math.sqrt(1 - beta2**step)
+    weight.sub_(step_size * exp_avg / (square_root(exp_avg_sq) * correction + eps))
+
+
+def square_root(value: Tensor) -> Tensor:
+    """Correctly rounded; torch.sqrt on the CPU is not, in float32."""
+    return value.double().sqrt().to(value.dtype)
+
+
+# Master weights
 
 
 def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,6 +140,177 @@ def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:
     below, above = magnitude - nearest.float().abs(), away.float().abs() - magnitude
     tie = (below > 0) & (below == above)
     return torch.where(tie, away, nearest)
+
+
+def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float32 ``master`` as a parameter of ``dtype``, which is it rounded half away, and an int16 remainder.
+
+    bfloat16: the remainder is the low 16 bits of the master, so ``join`` gives every finite master back bit for bit,
+    infinities too, and NaNs but those that lie wholly in the low bits (signalling ones, which no arithmetic
+    makes): they become quiet, since the high bits alone would be an infinity. float16: the remainder counts units of
+    2^-16 of the parameter's last place, away from zero; exact where ``abs(master) >= 2**-17``.
+    """
+    if dtype == torch.bfloat16:
+        bits = master.view(torch.int32)
+        high = (bits + 0x8000) >> 16
+        high = torch.where(master.isnan(), bits >> 16, high)
+        high = torch.where(master.isnan() & (high & 0x7F == 0), high | 0x40, high)
+        return high.to(torch.int16).view(dtype), bits.to(torch.int16)
+    parameter = round_half_away(master, dtype)
+    units = (master.abs() - parameter.float().abs()) / (float16_ulp(parameter.float()) * 2.0**-16)
+    units = torch.where(units.isfinite(), (units + 0.5).floor().clamp(max=32767.0), 0.0)
+    return parameter, units.to(torch.int16)
+
+
+def join(parameter: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master behind a parameter; the inverse of ``split``.
+
+    A remainder counts only where the two together split into this parameter again. Elsewhere somebody has written the
+    parameter since (zeros, say), and the parameter is the master.
+    """
+    if parameter.dtype == torch.bfloat16:
+        high = parameter.view(torch.int16).to(torch.int32) << 16
+        master = (high + remainder.to(torch.int32)).view(torch.float32)
+        of_nan = (high | (remainder.to(torch.int32) & 0xFFFF)).view(torch.float32)
+        return torch.where(master.isnan(), torch.where(parameter.isnan(), of_nan, parameter.float()), master)
+    value = parameter.float()
+    magnitude = value.abs() + remainder.float() * (float16_ulp(value) * 2.0**-16)
+    master = torch.where(value.signbit(), -magnitude, magnitude)
+    same = round_half_away(master, parameter.dtype).view(torch.int16) == parameter.view(torch.int16)
+    return torch.where(same, master, value)
+
+
+def float16_ulp(value: Tensor) -> Tensor:
+    """The unit in the last place of float16 at float32 ``value``, subnormal numbers included."""
+    exponent = (value.view(torch.int32) >> 23 & 0xFF).clamp(min=127 - 14)
+    return (exponent - 10 << 23).view(torch.float32)
+
+
+# Stochastic rounding
+
+
+def mix(word: Tensor | int) -> Tensor | int:
+    """A bijection of 32-bit words that leaves no pattern of its input (the finaliser "lowbias32", C. Wellons)."""
+    word = word ^ (word >> 16)
+    word = word * 0x7FEB352D & 0xFFFFFFFF
+    word = word ^ (word >> 15)
+    word = word * 0x846CA68B & 0xFFFFFFFF
+    return word ^ (word >> 16)
+
+
+def random_bits(positions: Tensor, *, seed: int, step: int, place: int) -> Tensor:
+    """32 random bits, int64, for each of ``positions`` (int64) in a parameter.
+
+    Args:
+        step: t of the parameter.
+        place: the parameter's place among all parameters of the optimizer, in the order of its param groups.
+    """
+    key = mix((seed + 0x9E3779B9) & 0xFFFFFFFF)
+    key = mix((key + step) & 0xFFFFFFFF)
+    key = mix((key + place) & 0xFFFFFFFF)
+    return mix(positions & 0xFFFFFFFF ^ key)  # type: ignore[return-value]
+
+
+def second_word(random: Tensor) -> Tensor:
+    """32 more bits."""
+    return mix(random + 0x9E3779B9 & 0xFFFFFFFF)  # type: ignore[return-value]
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """float32 ``value`` as one of its two neighbours in bfloat16 or float16, such that the mean over all 16-bit
+    ``random`` is ``value``.
+
+    Finite values past bfloat16's largest become that; infinities and NaNs stay what they are.
+    """
+    if dtype == torch.bfloat16:
+        bits = value.view(torch.int32)
+        rounds = bits & 0x7FFFFFFF < 0x7F7F0000
+        bits = torch.where(rounds, bits + random.to(torch.int32), bits)
+        return (bits >> 16).to(torch.int16).view(dtype)
+    ulp = float16_ulp(value)
+    units = value.abs() / ulp
+    whole = units.floor()
+    up = random.float() * 2.0**-16 < units - whole
+    return torch.where(value.isfinite(), ((whole + up.float()) * ulp).copysign(value), value).to(dtype)
+
+
+# 8-bit moments
+
+LARGEST_M, LARGEST_V = 127, 255
+LARGEST_ROOT = 2.0**63
+"""v saturates at the square of this."""
+
+
+def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float32 moments as codes, int8 and uint8, and the scales of their blocks.
+
+    m is stored as its signed square root, v as its fourth root. A v of zero keeps the code 0, any other has at least 1.
+    """
+    m, root = exp_avg.view(-1, BLOCK_NUMEL), square_root(exp_avg_sq).clamp(max=LARGEST_ROOT).view(-1, BLOCK_NUMEL)
+    random = random.view(-1, BLOCK_NUMEL)
+    m_codes, m_scale = encode_root(m.abs(), LARGEST_M, random & 0xFFFF)
+    v_codes, v_scale = encode_root(root, LARGEST_V, random >> 16)
+    m_codes = torch.where(m < 0, -m_codes, m_codes)
+    v_codes = torch.where(root > 0, v_codes.clamp(min=1), v_codes)
+    return m_codes.to(torch.int8).flatten(), v_codes.to(torch.uint8).flatten(), m_scale, v_scale
+
+
+def encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes c, float32 whole numbers, of ``value >= 0`` in rows that share a scale: ``value`` is about ``c^2 scale``,
+    and is exactly that in the mean over all 16-bit ``random``.
+    """
+    scale = value.amax(dim=1) * (1 / largest**2)
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    units = value * inverse[:, None]
+    code = square_root(units).floor().clamp(max=largest)
+    up = random.float() * 2.0**-16 * (2 * code + 1) < units - code * code
+    return (code + up.float()).clamp(max=largest), scale
+
+
+def decode_moments(
+    m_codes: Tensor, v_codes: Tensor, m_scale: Tensor, v_scale: Tensor, bound_squared: float
+) -> tuple[Tensor, Tensor]:
+    """m and v, float32, with ``abs(m) <= C sqrt(v)`` as exact moments have it."""
+    m, c = m_codes.float().view(-1, BLOCK_NUMEL), v_codes.float().view(-1, BLOCK_NUMEL)
+    m = m * m.abs() * m_scale[:, None]
+    root = c * c * v_scale[:, None]
+    if math.isfinite(bound_squared):
+        limit = math.sqrt(bound_squared) * root
+        m = m.clamp(-limit, limit)
+    return m.flatten(), (root * root).flatten()
+
+
+def bound_squared_after(bound_squared: float, betas: tuple[float, float]) -> float:
+    """C_t^2 from C_{t-1}^2, where ``abs(m_t) <= C_t sqrt(v_t)`` for any gradients; C_0 = 0.
+
+    By Cauchy-Schwarz: ``b1 |m| + (1 - b1) |g| <= (b1 C / sqrt(b2)) sqrt(b2 v) + ((1 - b1) / sqrt(1 - b2)) sqrt(1 - b2)
+    |g|``, and the two second factors are the sides of a right triangle with hypotenuse ``sqrt(v_t)``. Holds for any
+    sequence of betas; there is no bound after ``b2 = 0`` unless b1 = 0.
+    """
+    beta1, beta2 = betas
+    if beta1 * bound_squared == 0 or beta1 == 0:
+        kept = 0.0
+    else:
+        kept = beta1**2 / beta2 * bound_squared if beta2 > 0 else math.inf
+    return kept + (1 - beta1) ** 2 / (1 - beta2)
+
+
+def bound_squared_at(step: float, betas: tuple[float, float]) -> float:
+    """C^2 after ``step`` steps, if the betas were the same in all of them: the sum of a geometric series."""
+    beta1, beta2 = betas
+    if step == 0:
+        return 0.0
+    first = (1 - beta1) ** 2 / (1 - beta2)
+    if beta1 == 0 or step == 1:
+        return first
+    if beta2 == 0:
+        return math.inf
+    ratio = beta1**2 / beta2
+    exponent = step * math.log(ratio)
+    if ratio == 1:
+        return first * step
+    return first * math.expm1(exponent) / (ratio - 1) if exponent < 700 else math.inf
 
 
 def _worked_example() -> None:

@@ -13,33 +13,29 @@ from shardadam.layout import Bucket, Run, equal_runs
 
 
 class RunTable:
-    """The runs of every bucket's shard on one rank."""
+    """The runs of every bucket's shard of one arena on one rank; all its parameters start with no step taken."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, count: int) -> None:
         self._rank = rank
-        self._labels: list[int] = []  # of each parameter; equal labels: equal counts of steps
-        self._whole: dict[int, list[Run]] = {}  # runs of a bucket when all its parameters take part
+        self._labels: list[int] = [0] * count  # of each parameter; equal labels: equal counts of steps
+        self._whole: dict[int, list[Run]] = {}  # by a bucket's offset: its runs when all its parameters take part
 
-    def add(self, count: int) -> None:
-        """Takes in ``count`` parameters that have taken no step."""
-        self._relabel([*self._labels, *[-1] * count])
-
-    def load(self, steps: Iterable[float]) -> None:
+    def load(self, counts: Iterable[Hashable]) -> None:
         """Sets the counts of all parameters."""
-        self._relabel(list(steps))
+        self._relabel(list(counts))
 
     def advance(self, used: Sequence[bool]) -> None:
         """A step is taken in which only ``used`` parameters take part."""
         self._relabel(list(zip(self._labels, used, strict=True)))
 
-    def runs(self, bucket: Bucket, index: int, used: Sequence[bool] | None) -> list[Run]:
-        """The runs of the ``index``-th bucket; ``used`` None: all parameters take part."""
+    def runs(self, bucket: Bucket, used: Sequence[bool] | None) -> list[Run]:
+        """The runs of one bucket; ``used`` None: all parameters take part."""
         if used is not None:
             labels = [label if takes_part else None for label, takes_part in zip(self._labels, used, strict=True)]
             return equal_runs(bucket, self._rank, labels)
-        if index not in self._whole:
-            self._whole[index] = equal_runs(bucket, self._rank, self._labels)
-        return self._whole[index]
+        if bucket.offset not in self._whole:
+            self._whole[bucket.offset] = equal_runs(bucket, self._rank, self._labels)
+        return self._whole[bucket.offset]
 
     def _relabel(self, keys: Sequence[Hashable]) -> None:
         numbers: dict[Hashable, int] = {}

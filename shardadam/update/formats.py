@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State as it is stored: allocated, read as exact values, and written from them.
+
+A state is a dict of flat tensors: ``exp_avg`` and ``exp_avg_sq``, their scales where they are codes, and ``master`` or
+``remainder`` where there is one. Nothing here is on the path of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.precision import Format
+from shardadam.update import reference
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+MASTERS = ("master", "remainder")
+_NEAREST = 0x80008000  # the random bits that make stochastic rounding round to the nearest
+
+
+def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tensor]:
+    """The state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``: zeros, which mean zero in every format."""
+    exact = format.exact_dtype
+    dtypes = {
+        "fp32": (exact, exact),
+        "bf16": (torch.bfloat16, torch.bfloat16),
+        "int8": (torch.int8, torch.uint8),
+    }[format.moments]
+    state = {name: torch.zeros(numel, dtype=dtype, device=device) for name, dtype in zip(MOMENTS, dtypes, strict=True)}
+    if format.moments == "int8":
+        state |= {name: torch.zeros(numel // ALIGNMENT_NUMEL, device=device) for name in SCALES}
+    if format.master == "fp32":
+        state["master"] = torch.zeros(numel, dtype=exact, device=device)
+    elif format.master == "split":
+        state["remainder"] = torch.zeros(numel, dtype=torch.int16, device=device)
+    return state
+
+
+def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """exp_avg and exp_avg_sq in float32, or float64 where they are."""
+    m, v = (state[name] for name in MOMENTS)
+    if SCALES[0] in state:
+        numel = m.numel()
+        m_scale, v_scale = (state[name] for name in SCALES)
+        m, v = reference.decode_moments(_pad(m), _pad(v), m_scale, v_scale, bound_squared=torch.inf)
+        return m[:numel], v[:numel]
+    exact = torch.promote_types(m.dtype, torch.float32)
+    return m.to(exact), v.to(exact)
+
+
+def write_moments_(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """The nearest that the format can hold."""
+    random = torch.full((), _NEAREST, dtype=torch.int64, device=exp_avg.device)
+    if SCALES[0] in state:
+        m, v = _pad(exp_avg.float()), _pad(exp_avg_sq.float())
+        m_codes, v_codes, *scales = reference.encode_moments(m, v, random.expand_as(m).contiguous())
+        values = [m_codes[: exp_avg.numel()], v_codes[: exp_avg.numel()], *scales]
+        for name, value in zip((*MOMENTS, *SCALES), values, strict=True):
+            state[name].copy_(value)
+        return
+    for name, value in zip(MOMENTS, (exp_avg, exp_avg_sq), strict=True):
+        target = state[name]
+        if target.dtype == torch.bfloat16 and value.dtype != torch.bfloat16:
+            value = reference.round_stochastically(value.float(), target.dtype, random & 0xFFFF)
+        target.copy_(value)
+
+
+def read_master(state: Mapping[str, Tensor], parameter: Tensor) -> Tensor | None:
+    """The exact values behind ``parameter``; None where it has no master."""
+    if "remainder" in state:
+        return reference.join(parameter, state["remainder"])
+    return state.get("master")
+
+
+def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor) -> None:
+    """Keeps ``master`` behind ``parameter``; where it does not round to that, the parameter counts."""
+    if "remainder" in state:
+        rounded, remainder = reference.split(master.float(), parameter.dtype)
+        state["remainder"].copy_(torch.where(rounded == parameter, remainder, 0))
+    elif "master" in state:
+        state["master"].copy_(master)
+
+
+def _pad(flat: Tensor) -> Tensor:
+    """With zeros up to whole blocks."""
+    missing = -flat.numel() % ALIGNMENT_NUMEL
+    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused form, torch's kernel around every storage format, equals the reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardadam.layout import ParameterSpec, build_layout
+from shardadam.precision import Format
+from shardadam.update import Counters, Shard, formats, reference
+from shardadam.update.fused import FusedUpdate, adopt_written_
+
+BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+FORMATS = [
+    Format(FLOAT64, "fp32", "own"),
+    *(Format(FLOAT32, moments, "own") for moments in ("fp32", "bf16", "int8")),
+    *(
+        Format(dtype, moments, master)
+        for dtype in (BFLOAT16, FLOAT16)
+        for moments in ("fp32", "bf16", "int8")
+        for master in ("split", "fp32", "none")
+    ),
+]
+EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f.dtype}-{f.moments}-{f.master}")
+CODED = [format for format in FORMATS if format.moments != "fp32" or format.master != "own"]
+
+NUMELS = (300, 128, 140_032, 1, 130)  # the third is longer than a chunk of the cache
+UNUSED = 3  # its index in the arena, which is in reverse order
+STEPS = (1.0, 7.0, 40.0, 3.0, 1.0)
+SEED = 11
+
+
+@dataclass
+class Arena:
+    """One arena on one rank: its only bucket's shard, and where each parameter lies in it."""
+
+    format: Format
+    shard: Shard
+    counters: Counters
+    update: FusedUpdate
+    bucket: Any
+
+    def parts(self) -> list[tuple[int, slice]]:
+        """Every parameter's index, and its blocks' elements, padding included."""
+        starts = [segment.offset for segment in self.bucket.segments(0)]
+        stops = [*starts[1:], self.bucket.numel]
+        owners = [segment.parameter for segment in self.bucket.segments(0)]
+        return [(owner, slice(start, stop)) for owner, start, stop in zip(owners, starts, stops, strict=True)]
+
+    def stored(self) -> dict[str, Tensor]:
+        names = ("parameter", *formats.MOMENTS, *formats.SCALES, *formats.MASTERS)
+        flats = {name: getattr(self.shard, name) for name in names}
+        return {name: flat for name, flat in flats.items() if flat is not None}
+
+    def step(
+        self,
+        hyperparameters: dict[str, Any],
+        *,
+        coefficient: float | None = None,
+        inf: bool = False,
+        unused: int | None = UNUSED,
+    ) -> None:
+        used = [index != unused for index in range(len(NUMELS))]
+        self.update.begin(
+            found_inf=torch.tensor(float(inf)),
+            used=torch.tensor(used),
+            host_used=used,
+            coefficient=None if coefficient is None else torch.tensor(coefficient),
+            hyperparameters=hyperparameters,
+        )
+        self.update.update_(self.shard, self.bucket)
+
+
+def hyperparameters(**changed: Any) -> dict[str, Any]:
+    group = dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, maximize=False, decoupled_weight_decay=True)
+    return {**group, **changed}
+
+
+def normal(numel: int, seed: int) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(format: Format) -> Arena:
+    """With values such as training leaves: moments of gradients, masters behind the parameters."""
+    plan = build_layout([ParameterSpec(n, 4, 0) for n in NUMELS], world_size=1, bucket_bytes=1 << 30)
+    (bucket,), (arena,) = plan.buckets, plan.arenas
+    indices = {parameter: position for position, parameter in enumerate(arena.parameters)}
+    bucket = replace(bucket, pieces=tuple(replace(p, parameter=indices[p.parameter]) for p in bucket.pieces))
+    numel, exact = bucket.numel, format.exact_dtype
+    lengths = [stop - start for start, stop in zip(arena.offsets, (*arena.offsets[1:], numel), strict=True)]
+    state = formats.allocate(format, numel, torch.device("cpu"))
+    weight = normal(numel, 1).to(exact)
+    if format.dtype.itemsize == 2:
+        parameter = reference.round_half_away(weight, format.dtype)
+    else:
+        parameter = weight.clone()
+    past = normal(numel, 3).to(exact)
+    formats.write_moments_(state, past / 2, past.square() / 2)
+    formats.write_master_(state, parameter, weight)
+    steps = torch.tensor([STEPS[i] for i in arena.parameters])
+    bounds = [reference.bound_squared_at(float(step), (0.9, 0.999)) for step in steps]
+    counters = Counters(
+        steps=steps,
+        bounds=torch.tensor(bounds, dtype=torch.float64),
+        places=torch.tensor([17 + i for i in arena.parameters]),
+        first_blocks=torch.tensor(arena.offsets) // 128,
+    )
+    owners = torch.arange(len(lengths), dtype=torch.int16).repeat_interleave(torch.tensor(lengths) // 128)
+    names = (*formats.MOMENTS, *formats.SCALES, *formats.MASTERS)
+    shard = Shard(parameter, normal(numel, 2).to(exact), *(state.get(name) for name in names), owners, 0)  # type: ignore[arg-type]
+    update = FusedUpdate(counters, seed=SEED, rank=0)
+    update.reload()
+    return Arena(format, shard, counters, update, bucket)
+
+
+def step_reference(arena: Arena, group: dict[str, Any], *, coefficient: float | None = None) -> None:
+    """The same step as ``Arena.step``, parameter by parameter."""
+    for index, part in arena.parts():
+        if index == UNUSED:
+            continue
+        blocks = slice(part.start // 128, part.stop // 128)
+        stored = {name: flat[blocks if name in formats.SCALES else part] for name, flat in arena.stored().items()}
+        arena.counters.steps[index] += 1
+        step = int(arena.counters.steps[index])
+        positions = torch.arange(part.stop - part.start)
+        gradient = arena.shard.gradient[part]
+        reference.step_(
+            stored.pop("parameter"),
+            gradient if coefficient is None else gradient * coefficient,
+            stored.pop("exp_avg"),
+            stored.pop("exp_avg_sq"),
+            step=step,
+            bound_squared=float(arena.counters.bounds[index]),
+            random=reference.random_bits(positions, seed=SEED, step=step, place=int(arena.counters.places[index])),
+            **stored,
+            **group,
+        )
+        after = reference.bound_squared_after(float(arena.counters.bounds[index]), group["betas"])
+        arena.counters.bounds[index] = after
+
+
+def exact_state(arena: Arena) -> list[Tensor]:
+    stored = arena.stored()
+    master = formats.read_master(stored, arena.shard.parameter)
+    return [*formats.read_moments(stored), arena.shard.parameter if master is None else master]
+
+
+def clone(arena: Arena) -> Arena:
+    twin = build(arena.format)
+    for name, flat in arena.stored().items():
+        twin.stored()[name].copy_(flat)
+    return twin
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize(
+    ("changed", "coefficient"),
+    [
+        ({}, None),
+        ({"weight_decay": 0.0, "maximize": True}, 0.37),
+        ({"decoupled_weight_decay": False, "betas": (0.5, 0.8), "eps": 1e-3}, None),
+        ({"betas": (0.0, 0.99)}, 2.0),
+        ({"betas": (0.9, 0.7)}, None),
+    ],
+    ids=str,
+)
+def test_fused_equals_reference(format: Format, changed: dict[str, Any], coefficient: float | None) -> None:
+    """Moments and weights to 1e-6; codes and stochastic roundings but where that difference moves one by one unit."""
+    ours, truth = build(format), build(format)
+    group = hyperparameters(**changed)
+    for step in range(3):
+        ours.step(group, coefficient=coefficient)
+        step_reference(truth, group, coefficient=coefficient)
+        for arena in (ours, truth):
+            arena.shard.gradient.copy_(normal(arena.bucket.numel, 9 + step))
+    assert torch.equal(ours.counters.steps, truth.counters.steps)
+    assert torch.equal(ours.counters.bounds, truth.counters.bounds)
+    floors = (1.0, 1.0, 10 * group["lr"])  # a step may move a weight by several lr
+    for found, expected, floor in zip(exact_state(ours), exact_state(truth), floors, strict=True):
+        excess = (found.double() - expected.double()).abs() - 1e-6 * expected.double().abs().clamp(min=floor)
+        assert (excess > 0).float().mean() <= (2e-4 if format.is_random else 0.0)
+        torch.testing.assert_close(found, expected, rtol=0.6 if format.is_random else 1e-5, atol=0.05)
+
+
+@EVERY_FORMAT
+def test_what_takes_no_part_is_left_alone(format: Format) -> None:
+    arena, before = build(format), build(format)
+    arena.step(hyperparameters(), coefficient=0.5)
+    for name, flat in arena.stored().items():
+        per_block = flat.view(len(arena.shard.blocks), -1)
+        owners = arena.shard.blocks
+        same = (per_block == before.stored()[name].view_as(per_block)).all(dim=1)
+        assert same[owners == UNUSED].all()
+        if name in ("parameter", "exp_avg"):
+            assert not same[owners != UNUSED].any()
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+def test_nothing_is_written_where_a_gradient_is_not_finite(format: Format, coefficient: float | None) -> None:
+    arena, before = build(format), build(format)
+    arena.shard.gradient[5] = math.inf
+    arena.shard.gradient[300] = math.nan
+    arena.step(hyperparameters(), coefficient=coefficient, inf=True)
+    for name, flat in arena.stored().items():
+        assert torch.equal(flat, before.stored()[name])
+    assert torch.equal(arena.counters.steps, before.counters.steps)
+    assert torch.equal(arena.counters.bounds, before.counters.bounds)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+def test_split_and_fp32_masters_are_the_same_bit_for_bit(moments: Any) -> None:
+    split, whole = (build(Format(BFLOAT16, moments, master)) for master in ("split", "fp32"))
+    for step in range(5):
+        for arena in (split, whole):
+            arena.shard.gradient.copy_(normal(arena.bucket.numel, step) * 10.0 ** (-step))
+            arena.step(hyperparameters(lr=1e-3))
+        for found, expected in zip(exact_state(split), exact_state(whole), strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(split.shard.parameter, whole.shard.parameter)
+
+
+WRITES = {
+    "zeroed": lambda p: p.zero_(),
+    "filled": lambda p: p.fill_(0.37),
+    "filled with infinity": lambda p: p.fill_(math.inf),
+    "negated": lambda p: p.neg_(),
+    "pruned": lambda p: p[::2].zero_(),
+    "negative zeros": lambda p: p.fill_(-0.0),
+    "scaled by a power of two": lambda p: p.mul_(8),
+    "set to the smallest": lambda p: p.fill_(torch.finfo(p.dtype).smallest_normal),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.dtype.itemsize == 2], ids=str)
+def test_a_step_starts_from_what_was_written_to_the_parameter(format: Format, write: str) -> None:
+    """To half a unit in the parameter's last place, and without a NaN: zeroed parameters once made half of the split
+    masters NaN."""
+    arena = build(format)
+    before = formats.read_master(arena.stored(), arena.shard.parameter)
+    old = reference.round_half_away(normal(arena.bucket.numel, 1).float(), format.dtype)
+    WRITES[write](arena.shard.parameter)
+    arena.shard.gradient.zero_()
+    for name in set(arena.stored()) & {*formats.MOMENTS, *formats.SCALES}:
+        arena.stored()[name].zero_()
+    written = arena.shard.parameter.clone()
+    arena.step(hyperparameters(weight_decay=0.0, lr=0.0), unused=None)
+    assert torch.equal(arena.shard.parameter, written)
+    master = formats.read_master(arena.stored(), arena.shard.parameter)
+    if master is None:
+        return
+    assert not master.isnan().any()
+    finite = written.isfinite()
+    unit = ((written.view(torch.int16) + 1).view(format.dtype).float() - written.float()).abs()
+    assert ((master - written.float()).abs() <= unit / 2)[finite].all()
+    if format.master == "fp32":
+        assert before is not None
+        assert torch.equal(master, torch.where(written == old, before, written.float()))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_a_written_parameter_wins_over_its_master_and_an_unwritten_one_keeps_it(dtype: torch.dtype) -> None:
+    master = normal(1000, 5).float()
+    parameter = reference.round_half_away(master, dtype)
+    before = master.clone()
+    adopt_written_(master, parameter)
+    assert torch.equal(master, before)
+    written = torch.arange(0, 1000, 3)
+    parameter[written] = -2 * parameter[written] - 1
+    parameter[6] = 0.0
+    adopt_written_(master, parameter)
+    expected = before.clone()
+    expected[written] = parameter[written].float()
+    assert torch.equal(master, expected)
+    assert not torch.equal(expected, before)
+
+
+@pytest.mark.parametrize("format", CODED, ids=str)
+def test_extreme_values_are_what_the_reference_makes_of_them(format: Format) -> None:
+    """The rare cases leave the fast path: infinite and NaN weights, moments that overflow, gradients that vanish."""
+    ours, truth = build(format), build(format)
+    for arena in (ours, truth):
+        numel = arena.bucket.numel
+        extremes = torch.tensor([0.0, -0.0, 1e-45, 1e-30, -1e-20, 1e10, -1e18, 3e19, -1e30, 3e38])
+        arena.shard.gradient.copy_(extremes.repeat(numel // 10 + 1)[:numel])
+        arena.shard.parameter[7::130] = math.inf
+        arena.shard.parameter[8::130] = math.nan
+    group = hyperparameters(lr=1e-3)
+    for _ in range(2):
+        ours.step(group)
+        step_reference(truth, group)
+    for found, expected in zip(exact_state(ours), exact_state(truth), strict=True):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
+        finite = expected.isfinite()
+        wrong = (found[finite] - expected[finite]).abs() > 1e-5 * expected[finite].abs().clamp(min=1e-3)
+        assert wrong.float().mean() <= (1e-3 if format.is_random else 0.0)
