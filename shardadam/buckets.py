@@ -98,13 +98,13 @@ class FlatBucket:
     def numel(self) -> int:
         return self.plan.numel
 
-    def exact_state(self) -> dict[str, Tensor]:
-        """The shard's moments, and its master if it has one, in float32 (float64) whatever they are stored in."""
-        stored = {name: getattr(self.shard, name) for name in self.arena.state}
-        exp_avg, exp_avg_sq = formats.read_moments(stored)
+    def exact_state(self, name: str) -> Tensor:
+        """The shard's exp_avg, exp_avg_sq or master, in float32 (float64) whatever it is stored in."""
+        stored = {key: getattr(self.shard, key) for key in self.arena.state}
+        if name != "master":
+            return formats.read_moments(stored)[formats.MOMENTS.index(name)]
         master = formats.read_master(stored, self.shard.parameter)
-        state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        return state if master is None else {**state, "master": master}
+        return self.shard.parameter if master is None else master
 
 
 @dataclass(frozen=True, slots=True)

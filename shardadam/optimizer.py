@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, Literal
 
 import torch
@@ -449,7 +449,7 @@ class ShardedAdam(Optimizer):
         state = {"step": self.state[parameter]["step"].clone()}
         names = [*formats.MOMENTS, *(["master"] if member.arena.format.master in ("fp32", "split") else [])]
         for name in names:
-            state[name] = gather_shards(member, lambda bucket, name=name: bucket.exact_state()[name], self._transport)  # type: ignore[misc]
+            state[name] = gather_shards(member, methodcaller("exact_state", name), self._transport)
         return state
 
     def _member(self, parameter: Tensor) -> Member:

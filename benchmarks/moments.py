@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does training suffer from compressed moments? The byte-level model of launch/pretrain.py, one process.
+
+    OMP_NUM_THREADS=1 python benchmarks/moments.py [--moments fp32 int8] [--beta2 0.95 0.999] [--seeds 0 1 2]
+        [--dtype fp32] [--master auto] [--steps 500] [--json PATH]
+
+Trains every combination with pretrain.py's defaults and reports the validation loss and the largest single-weight
+update of the run: how far any weight moved in one step beyond its decay, in units of that step's learning rate. Runs are
+deterministic: a seed sets the model, the order of the data and the stochastic rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from shardadam import Precision, ShardedAdamW
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+import data
+from arguments import DTYPES, Ranks
+from model import Decoder, ModelConfig, next_byte_loss
+from pretrain import parameter_groups, validation_loss, warmup_and_cosine
+
+LR, WEIGHT_DECAY, CLIP, WARMUP, BATCH, CONTEXT, WINDOWS = 1e-3, 0.1, 1.0, 50, 8, 128, 256
+
+
+def train(corpus: data.Corpus, moments: str, beta2: float, seed: int, args: argparse.Namespace) -> dict:
+    torch.manual_seed(seed)
+    model = Decoder(ModelConfig(layers=4, width=192, heads=3, context=CONTEXT)).to(DTYPES[args.dtype])
+    optimizer = ShardedAdamW(
+        parameter_groups(model, WEIGHT_DECAY),
+        lr=LR,
+        betas=(0.9, beta2),
+        max_grad_norm=CLIP,
+        precision=Precision(moments=moments, master=args.master, seed=seed),
+    )
+    schedule = LambdaLR(optimizer, lambda step: warmup_and_cosine(step, warmup=WARMUP, steps=args.steps))
+    largest = 0.0
+    started = time.perf_counter()
+    for step in range(1, args.steps + 1):
+        starts = data.training_starts(corpus.training, step=step, batch=BATCH, context=CONTEXT, seed=seed)
+        tokens = data.windows(corpus.training, starts, CONTEXT)
+        next_byte_loss(model(tokens[:, :-1]), tokens).backward()
+        before = weights(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        largest = max(largest, largest_update(optimizer, before))
+        schedule.step()
+    settings = argparse.Namespace(context=CONTEXT, validation_windows=WINDOWS)
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, launched=False)
+    return {
+        "moments": moments,
+        "beta2": beta2,
+        "seed": seed,
+        "validation_loss": validation_loss(model, corpus.validation, settings, ranks, torch.device("cpu")),
+        "largest_update": largest,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def weights(optimizer: ShardedAdamW) -> list[torch.Tensor]:
+    """The exact weights behind all parameters, copies."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    has_master = any(optimizer.state[p].keys() & {"master", "remainder"} for p in parameters)
+    return [(optimizer.full_state(p)["master"] if has_master else p.detach().float()).clone() for p in parameters]
+
+
+def largest_update(optimizer: ShardedAdamW, before: list[torch.Tensor]) -> float:
+    """In units of lr; what is due to decay does not count."""
+    largest, after = 0.0, iter(weights(optimizer))
+    earlier = iter(before)
+    for group in optimizer.param_groups:
+        for _ in group["params"]:
+            old = next(earlier)
+            moved = next(after) - old * (1 - group["lr"] * group["weight_decay"])
+            if group["lr"] > 0:
+                largest = max(largest, moved.abs().max().item() / group["lr"])
+    return largest
+
+
+def report(runs: list[dict]) -> None:
+    for beta2 in sorted({run["beta2"] for run in runs}):
+        print(f"\nb2 = {beta2}")
+        print(f"{'moments':>8} | {'validation loss of each seed':^40} | {'mean':>8} | {'spread':>7} | largest update / lr")
+        for moments in dict.fromkeys(run["moments"] for run in runs):
+            some = [run for run in runs if (run["moments"], run["beta2"]) == (moments, beta2)]
+            losses = [run["validation_loss"] for run in some]
+            each = "  ".join(f"{loss:.5f}" for loss in losses)
+            largest = "  ".join(f"{run['largest_update']:.3f}" for run in some)
+            spread = max(losses) - min(losses)
+            print(f"{moments:>8} | {each:^40} | {statistics.mean(losses):.5f}  | {spread:.5f} | {largest}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--moments", nargs="+", default=["fp32", "int8"], choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--beta2", nargs="+", type=float, default=[0.95, 0.999])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
+    parser.add_argument("--master", choices=("auto", "split", "fp32", "none"), default="auto")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--json", default=None, metavar="PATH", help="a file for the numbers of every run")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    corpus = data.load([], CONTEXT)
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {args.steps} steps, {args.dtype} parameters")
+    runs = []
+    for beta2 in args.beta2:
+        for seed in args.seeds:
+            for moments in args.moments:
+                runs.append(train(corpus, moments, beta2, seed, args))
+                print(runs[-1], flush=True)
+                if args.json:
+                    Path(args.json).write_text(json.dumps(runs, indent=1) + "\n")
+    report(runs)
+
+
+if __name__ == "__main__":
+    main()
