@@ -5,8 +5,8 @@
         [--dtype fp32] [--master auto] [--steps 500] [--json PATH]
 
 Trains every combination with pretrain.py's defaults and reports the validation loss and the largest single-weight
-update of the run: how far any weight moved in one step beyond its decay, in units of that step's learning rate. Runs are
-deterministic: a seed sets the model, the order of the data and the stochastic rounding.
+update of the run: how far any weight moved in one step beyond its decay, in units of that step's learning rate. A seed
+sets the model, the order of the data and the stochastic rounding.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def largest_update(optimizer: ShardedAdamW, before: list[torch.Tensor]) -> float
 def report(runs: list[dict]) -> None:
     for beta2 in sorted({run["beta2"] for run in runs}):
         print(f"\nb2 = {beta2}")
-        print(f"{'moments':>8} | {'validation loss of each seed':^40} | {'mean':>8} | {'spread':>7} | largest update / lr")
+        print(
+            f"{'moments':>8} | {'validation loss of each seed':^40} | {'mean':>8} | {'spread':>7} | largest update / lr"
+        )
         for moments in dict.fromkeys(run["moments"] for run in runs):
             some = [run for run in runs if (run["moments"], run["beta2"]) == (moments, beta2)]
             losses = [run["validation_loss"] for run in some]

@@ -3,8 +3,9 @@
 ranks.
 """
 
+from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import Memory, ShardedAdam, ShardedAdamW
 from shardadam.precision import Precision
 
-__all__ = ["Memory", "Precision", "ShardedAdam", "ShardedAdamW"]
+__all__ = ["GradScaler", "Memory", "Precision", "ShardedAdam", "ShardedAdamW"]
 __version__ = "0.1.0"

@@ -145,7 +145,11 @@ class ShardedAdam(Optimizer):
         )
         self._is_built = False
         self._options = options
-        self._transport = transport if isinstance(transport, Transport) else connect(process_group)
+        self._transport = (
+            transport
+            if isinstance(transport, Transport)
+            else connect(process_group, exact_sums=getattr(precision, "accumulate", None) == "fp32")
+        )
         with self._agreement() as claims:
             options.check()
             super().__init__(params, defaults)
@@ -168,7 +172,9 @@ class ShardedAdam(Optimizer):
         # At the first zero_grad after a step all ranks are level, as it is called right after the step or right before
         # the next backward. At another, one whose forward or backward has raised may have missed a round of its peers.
         self._peers_may_be_ahead = gradient_sync == "backward"
+        # What gradients are multiplied by: what clipping asks for, and 1 / the loss scale.
         self._coefficient: Tensor | None = None
+        self._inverse_scale: Tensor | None = None
         self.grad_norm: Tensor | None = None
         device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -204,6 +210,7 @@ class ShardedAdam(Optimizer):
                 "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
                 "Use that one, and drop this one."
             )
+        self._refuse_torchs_grad_scaler()
         rebind_moved(self._members)
         max_norm = self._options.max_grad_norm
         seen = self._look(with_norm=max_norm is not None)
@@ -216,7 +223,10 @@ class ShardedAdam(Optimizer):
             self._gatherer.dispatch(bucket)
         self._gatherer.wait([member for member in self._members if used is None or used[member.ordinal]])
         self._reducer.learn_order()
-        self.grad_norm = seen.norm
+        if seen.norm is None or self._inverse_scale is None:
+            self.grad_norm = seen.norm
+        else:
+            self.grad_norm = seen.norm * self._inverse_scale
         self._forget_gradients()
         self._peers_may_be_ahead = False
         return loss
@@ -262,7 +272,7 @@ class ShardedAdam(Optimizer):
         self._reducer.close()
         seen, rounds = self._survey, self._reducer.rounds
         if rounds != self._surveyed_rounds and self._options.gradient_sync != "backward":
-            self._coefficient = None  # these are other gradients than those that were clipped
+            self._coefficient = self._inverse_scale  # these are other gradients than those that were clipped
         if seen is None or rounds != self._surveyed_rounds or (with_norm and seen.norm is None):
             self._reducer.settle()
             seen = survey(self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm)
@@ -275,6 +285,48 @@ class ShardedAdam(Optimizer):
         coefficient = clip_coefficient(norm, max_norm)
         self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
         return norm
+
+    @torch.no_grad()
+    def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
+        """Takes a loss scale out of the gradients that are there; ``clip_grad_norm_``, ``full_grad`` and ``step`` see
+        them without it. Collective.
+
+        Args:
+            inverse_scale: 1 / the loss scale, a tensor of one element.
+            in_place: what stays in ``p.grad`` is unscaled there, too.
+
+        Returns:
+            1 if a gradient is infinite or NaN on any rank, else 0; 0-dim float32.
+        """
+        self._take_in_unfrozen()
+        if not self._members:
+            return torch.zeros(())
+        if in_place and self._options.gradient_sync != "backward":
+            for member in self._members:
+                if member.parameter.grad is not None and member.parameter.grad.dtype == torch.float16:
+                    raise ValueError(
+                        f"unscale_: the gradient of {member.name!r} is float16 and would underflow in p.grad. Build "
+                        'the optimizer with gradient_sync="backward", or leave unscaling to GradScaler.step.'
+                    )
+            for member in self._members:
+                if member.parameter.grad is not None:
+                    member.parameter.grad.mul_(inverse_scale.to(member.parameter.grad.device))
+        else:
+            self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float()
+        return self._look(with_norm=self._options.max_grad_norm is not None).found_inf
+
+    def _refuse_torchs_grad_scaler(self) -> None:
+        if "grad_scale" in self.__dict__:  # set by a GradScaler of torch, around the step
+            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
+            raise RuntimeError(
+                "torch.amp.GradScaler cannot see gradients that are not averaged yet, and would let ranks skip "
+                "different steps. Use shardadam.GradScaler; it takes the same arguments."
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Makes torch's GradScaler announce itself; averaged gradients in ``p.grad`` it may treat as any others."""
+        return self._options.gradient_sync != "external"
 
     def _begin_update(self, seen: Survey) -> list[bool] | None:
         """Counts a step on every arena.
@@ -300,7 +352,7 @@ class ShardedAdam(Optimizer):
     def _forget_gradients(self) -> None:
         self._reducer.reset()
         self._survey = None
-        self._coefficient = None
+        self._coefficient = self._inverse_scale = None
 
     # Parameters
 

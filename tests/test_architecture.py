@@ -19,6 +19,7 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 # From the top down; a room imports only rooms of lower tiers, and itself where it is a package.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
+    ("grad_scaler",),
     ("optimizer",),
     ("reduction", "gathering", "clipping", "checkpoint", "intake"),
     ("buckets",),

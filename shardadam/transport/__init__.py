@@ -25,7 +25,11 @@ __all__ = [
 ]
 
 
-def connect(process_group: dist.ProcessGroup | DeviceMesh | None) -> Transport:
-    """The transport for the ranks of ``process_group``; collective. ``lease_groups`` says what may be passed."""
+def connect(process_group: dist.ProcessGroup | DeviceMesh | None, *, exact_sums: bool = False) -> Transport:
+    """The transport for the ranks of ``process_group``; collective. ``lease_groups`` says what may be passed.
+
+    Args:
+        exact_sums: sum in rank order in the shard's dtype also where the backend could sum in the dtype that travels.
+    """
     lease = lease_groups(process_group)
-    return SingleProcessTransport() if lease is None else CollectiveTransport(lease)
+    return SingleProcessTransport() if lease is None else CollectiveTransport(lease, exact_sums=exact_sums)

@@ -33,12 +33,17 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 class CollectiveTransport(Transport):
-    """Collectives on a group of our own."""
+    """Collectives on a group of our own.
 
-    def __init__(self, lease: Lease) -> None:
+    Args:
+        exact_sums: sum by all-to-all on NCCL too.
+    """
+
+    def __init__(self, lease: Lease, *, exact_sums: bool = False) -> None:
         group = lease.training
         self.control = lease.control
         self._lease = lease
+        self._exact_sums = exact_sums
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -47,7 +52,8 @@ class CollectiveTransport(Transport):
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         send = torch.empty(numel, dtype=dtype, device=device)
-        return Staging(send, None if self._is_native(device) else torch.empty_like(send))
+        reduces_itself = self._is_native(device) and not self._exact_sums
+        return Staging(send, None if reduces_itself else torch.empty_like(send))
 
     def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
         send = staging.send[:numel]
@@ -58,8 +64,13 @@ class CollectiveTransport(Transport):
                 sum_sources_(shard, [own], scale=scale, accumulate=accumulate)
             return _OnStream(stream)
         receive = staging.receive[:numel]
-        work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
         sources = list(receive.chunk(self.world_size))
+        if self._is_native(send.device):
+            with self._on_stream(send.device) as stream:
+                dist.all_to_all_single(receive, send, group=self._group)
+                sum_sources_(shard, sources, scale=scale, accumulate=accumulate)
+            return _OnStream(stream)
+        work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
         return _OnHost(work, partial(sum_sources_, shard, sources, scale=scale, accumulate=accumulate))
 
     def all_gather(self, flat: Tensor) -> Pending:

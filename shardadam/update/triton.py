@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="untyped-decorator,import-untyped"
+"""The update as one Triton kernel a shard: every format of ``update/reference.py``, bit for bit.
+
+Device functions bear the names of the reference's and do its operations in its order. A prologue, one program, advances
+the counters and leaves what the kernel must know in device memory, so the host waits for nothing. Imports Triton.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shardadam.layout import Bucket
+from shardadam.update.reference import BLOCK_NUMEL, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
+from shardadam.update.shard import Counters, Shard
+
+EXACT = True
+"""Whether roots and quotients are correctly rounded and no multiplication is fused with an addition."""
+ROWS, WARPS = 8, 4
+"""Blocks of a program and the warps that work on them."""
+INTERPRETED_ROWS = 1024
+"""Blocks of a program in Triton's interpreter, whose cost is by the program."""
+PROLOGUE_LANES = 128
+
+# Columns of the table that the prologue writes, float32: row 0 is of all parameters, then there is one row for each, in
+# which KEY and FIRST_BLOCK are the bits of int32.
+COLUMNS = tl.constexpr(8)
+TAKEN, STEP_SIZE, CORRECTION, BOUND, KEY, FIRST_BLOCK = (tl.constexpr(column) for column in range(6))
+COEFFICIENT, BETA1, REST1, BETA2, REST2, EPS, DECAY, L2 = (tl.constexpr(column) for column in range(8))
+
+BLOCK = tl.constexpr(BLOCK_NUMEL)
+MAX_M, MAX_V, MAX_ROOT = tl.constexpr(LARGEST_M), tl.constexpr(LARGEST_V), tl.constexpr(LARGEST_ROOT)
+MAGNITUDE, INFINITY = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000)
+"""All bits of a float32 but its sign; the bits of infinity."""
+TINY, INFINITE = tl.constexpr(2.0**-126), tl.constexpr(math.inf)
+UNIT_OF_RANDOM = tl.constexpr(2.0**-16)
+
+
+class TritonUpdate:
+    """An ``Update`` of one launch a shard and one an arena. A tensor ``lr`` on the counters' device is read when the
+    kernel runs.
+    """
+
+    needs_host_used = False
+
+    def __init__(self, counters: Counters, *, seed: int) -> None:
+        self._counters = counters
+        self._table = counters.steps.new_zeros((1 + counters.steps.numel(), COLUMNS.value), dtype=torch.float32)
+        self._key = mix((seed + 0x9E3779B9) & 0xFFFFFFFF)
+
+    @property
+    def nbytes(self) -> int:
+        return self._table.nbytes
+
+    def reload(self) -> None:
+        return None
+
+    def begin(
+        self,
+        *,
+        found_inf: Tensor,
+        used: Tensor,
+        host_used: Sequence[bool] | None,
+        coefficient: Tensor | None,
+        hyperparameters: Mapping[str, Any],
+    ) -> None:
+        counters, lr = self._counters, hyperparameters["lr"]
+        beta1, beta2 = map(float, hyperparameters["betas"])
+        lr_is_there = isinstance(lr, Tensor) and lr.device == counters.steps.device
+        kept_bound = 0.0 if beta1 == 0 else beta1**2 / beta2 if beta2 > 0 else math.inf
+        decoupled = bool(hyperparameters["decoupled_weight_decay"])
+        with torch.cuda.device_of(counters.steps):
+            prologue[(1,)](
+                counters.steps,
+                counters.bounds,
+                counters.places,
+                counters.first_blocks,
+                counters.steps.numel(),
+                used,
+                found_inf,
+                coefficient,
+                lr if lr_is_there else None,
+                _bits(0.0 if lr_is_there else float(lr)),
+                _bits(beta1),
+                _bits(beta2),
+                _bits(kept_bound),
+                _bits((1 - beta1) ** 2 / (1 - beta2)),
+                _bits(float(hyperparameters["eps"])),
+                _bits(float(hyperparameters["weight_decay"])),
+                self._key,
+                self._table,
+                DECOUPLED=decoupled,
+                MAXIMIZE=bool(hyperparameters["maximize"]),
+                LANES=PROLOGUE_LANES,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+
+    def update_(self, shard: Shard, bucket: Bucket) -> None:
+        block_count = shard.blocks.numel()
+        if block_count == 0:
+            return
+        rows = INTERPRETED_ROWS if triton.knobs.runtime.interpret else ROWS
+        with torch.cuda.device_of(shard.parameter):
+            update[(triton.cdiv(block_count, rows),)](
+                *arguments(shard),
+                block_count,
+                self._table,
+                **variant(shard),
+                ROWS=rows,
+                EXACT=EXACT,
+                num_warps=WARPS,
+                enable_fp_fusion=not EXACT,
+            )
+
+
+def variant(shard: Shard) -> dict[str, str]:
+    """The formats of a shard, as compile-time arguments of the kernel."""
+    if shard.parameter.dtype == torch.float32:
+        master = "own"
+    elif shard.master is not None:
+        master = "fp32"
+    else:
+        master = "split" if shard.remainder is not None else "none"
+    moments = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[shard.exp_avg.dtype]
+    return {"MOMENTS": moments, "MASTER": master}
+
+
+def arguments(shard: Shard) -> tuple[Any, ...]:
+    """A shard as the kernel's first arguments; bfloat16 as its bits."""
+    flats = (
+        shard.parameter,
+        shard.gradient,
+        shard.exp_avg,
+        shard.exp_avg_sq,
+        shard.exp_avg_scale,
+        shard.exp_avg_sq_scale,
+        shard.remainder if shard.master is None else shard.master,
+        shard.blocks,
+    )
+    bits = (flat.view(torch.int16) if flat is not None and flat.dtype == torch.bfloat16 else flat for flat in flats)
+    return (*bits, shard.first_block)
+
+
+def _bits(value: float) -> int:
+    """Triton would make a float argument float32."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+# The prologue
+
+
+@triton.jit(
+    do_not_specialize=["count", "lr_bits", "beta1", "beta2", "kept_bound", "new_bound", "eps", "weight_decay", "key"]
+)
+def prologue(
+    steps,
+    bounds,
+    places,
+    first_blocks,
+    count,
+    used,
+    found_inf,
+    coefficient,
+    lr,
+    lr_bits,
+    beta1,
+    beta2,
+    kept_bound,
+    new_bound,
+    eps,
+    weight_decay,
+    key,
+    table,
+    DECOUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Advances the counters of the parameters that take part, and writes the table of this step, in float64."""
+    rate = as_float64(lr_bits)
+    if lr is not None:
+        rate = tl.load(lr).to(tl.float64)
+    b1, b2, decay = as_float64(beta1), as_float64(beta2), as_float64(weight_decay)
+    scale = 1.0
+    if coefficient is not None:
+        scale = tl.load(coefficient)
+    tl.store(table + COEFFICIENT, -scale if MAXIMIZE else scale)
+    tl.store(table + BETA1, b1.to(tl.float32))
+    tl.store(table + REST1, (1.0 - b1).to(tl.float32))
+    tl.store(table + BETA2, b2.to(tl.float32))
+    tl.store(table + REST2, (1.0 - b2).to(tl.float32))
+    tl.store(table + EPS, as_float64(eps).to(tl.float32))
+    tl.store(table + DECAY, (1.0 - rate * decay).to(tl.float32) if DECOUPLED else 1.0)
+    tl.store(table + L2, 0.0 if DECOUPLED else decay.to(tl.float32))
+    for first in range(0, count, LANES):
+        index = first + tl.arange(0, LANES)
+        inside = index < count
+        taken = inside & (tl.load(used + index, mask=inside, other=0) != 0)
+        taken &= tl.load(found_inf + 0 * index) == 0.0  # a scalar would become float32 in the interpreter
+        step = tl.load(steps + index, mask=taken, other=0.0) + 1.0
+        bound = tl.load(bounds + index, mask=taken, other=0.0)
+        kept = as_float64(kept_bound) * bound
+        kept = tl.where(kept == kept, kept, 0.0)  # 0 times infinity: nothing of m, or no m, is kept
+        tl.store(steps + index, step, mask=taken)
+        tl.store(bounds + index, kept + as_float64(new_bound), mask=taken)
+
+        t = step.to(tl.int32)
+        place = tl.load(places + index, mask=inside, other=0).to(tl.uint32)
+        first_block = tl.load(first_blocks + index, mask=inside, other=0).to(tl.int32)
+        of_step = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
+        row = table + (1 + index) * COLUMNS
+        tl.store(row + TAKEN, taken.to(tl.float32), mask=inside)
+        tl.store(row + STEP_SIZE, (rate / (1.0 - power(b1, t))).to(tl.float32), mask=taken)
+        tl.store(row + CORRECTION, (1.0 / tl.sqrt(1.0 - power(b2, t))).to(tl.float32), mask=taken)
+        tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
+        tl.store(row + KEY, mixed(of_step + place).to(tl.float32, bitcast=True), mask=taken)
+        tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
+
+
+@triton.jit
+def as_float64(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def power(base, exponent):
+    """float64 ``base`` to int32 ``exponent``, 0 to 2^24, which is where steps stop counting."""
+    result = tl.full(exponent.shape, 1.0, tl.float64)
+    for bit in range(25):
+        result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
+        base = base * base
+    return result
+
+
+# The update
+
+
+@triton.jit(
+    do_not_specialize=["first_block", "block_count"],
+    do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale", "blocks"],
+)
+def update(
+    parameter,
+    gradient,
+    exp_avg,
+    exp_avg_sq,
+    exp_avg_scale,
+    exp_avg_sq_scale,
+    kept,  # the master or the remainder
+    blocks,
+    first_block,
+    block_count,
+    table,
+    MOMENTS: tl.constexpr,  # fp32, bf16, int8
+    MASTER: tl.constexpr,  # own, fp32, split, none
+    ROWS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """One step on a tile of ROWS blocks; ``reference.step_``."""
+    start_row = tl.program_id(0).to(tl.int64) * ROWS
+    start = start_row * BLOCK
+    row = tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    element = row * BLOCK + lane
+
+    inside = row < (block_count - start_row).to(tl.int32)
+    scalars = table + COLUMNS * (1 + tl.load(blocks + start_row + row, mask=inside, other=0).to(tl.int32))
+    taken = inside & (tl.load(scalars + TAKEN) != 0.0)
+    step_size = tl.load(scalars + STEP_SIZE, mask=taken, other=0.0)
+    correction = tl.load(scalars + CORRECTION, mask=taken, other=0.0)
+    parameter, kept_at = parameter + start + element, kept
+    if MASTER == "fp32" or MASTER == "split":
+        kept_at = kept + start + element
+    exp_avg, exp_avg_sq = exp_avg + start + element, exp_avg_sq + start + element
+
+    stored = tl.load(parameter, mask=taken, other=0)
+    weight = decode_weight(stored, kept_at, taken, MASTER)
+    m, v = tl.load(exp_avg, mask=taken, other=0), tl.load(exp_avg_sq, mask=taken, other=0)
+    if MOMENTS == "int8":
+        m_scale_at, v_scale_at = exp_avg_scale + start_row + row, exp_avg_sq_scale + start_row + row
+        m_scale = tl.load(m_scale_at, mask=taken, other=0.0)
+        v_scale = tl.load(v_scale_at, mask=taken, other=0.0)
+        m, v = decode_moments(m, v, m_scale, v_scale, tl.load(scalars + BOUND, mask=taken, other=0.0))
+    elif MOMENTS == "bf16":
+        m, v = from_bfloat16(m), from_bfloat16(v)
+
+    g = tl.load(gradient + start + element, mask=taken, other=0.0)
+    weight, m, v, root = adam(weight, g, m, v, step_size, correction, table, EXACT)
+
+    if MOMENTS != "fp32" or MASTER == "none":
+        key = tl.load(scalars + KEY, mask=taken, other=0.0).to(tl.uint32, bitcast=True)
+        begins = tl.load(scalars + FIRST_BLOCK, mask=taken, other=0.0).to(tl.int32, bitcast=True)
+        block = (first_block + start_row).to(tl.int32) + row - begins
+        random = mixed((block * BLOCK + lane).to(tl.uint32) ^ key)
+    if MASTER == "own":
+        tl.store(parameter, weight, mask=taken)
+    elif MASTER == "fp32":
+        tl.store(kept_at, weight, mask=taken)
+        tl.store(parameter, round_half_away(weight, stored.dtype), mask=taken)
+    elif MASTER == "split":
+        high, low = split(weight, stored.dtype)
+        tl.store(parameter, high, mask=taken)
+        tl.store(kept_at, low, mask=taken)
+    else:
+        low_half = mixed(random + 0x9E3779B9) & 0xFFFF
+        tl.store(parameter, round_stochastically(weight, stored.dtype, low_half), mask=taken)
+    if MOMENTS == "int8":
+        m_code, v_code, m_scale, v_scale = encode_moments(m, root, random, EXACT)
+        tl.store(exp_avg, m_code, mask=taken)
+        tl.store(exp_avg_sq, v_code, mask=taken)
+        tl.store(m_scale_at, m_scale, mask=taken)
+        tl.store(v_scale_at, v_scale, mask=taken)
+    elif MOMENTS == "bf16":
+        tl.store(exp_avg, round_stochastically(m, tl.int16, random & 0xFFFF), mask=taken)
+        tl.store(exp_avg_sq, round_stochastically(v, tl.int16, random >> 16), mask=taken)
+    else:
+        tl.store(exp_avg, m, mask=taken)
+        tl.store(exp_avg_sq, v, mask=taken)
+
+
+@triton.jit
+def adam(weight, gradient, m, v, step_size, correction, table, EXACT: tl.constexpr):
+    """The new weight, m, v and square root of v. The sign of ``maximize`` is in the coefficient."""
+    g = gradient * tl.load(table + COEFFICIENT)
+    l2 = tl.load(table + L2)
+    if l2 != 0.0:
+        g += l2 * weight
+    m = tl.load(table + BETA1) * m + tl.load(table + REST1) * g
+    v = tl.load(table + BETA2) * v + tl.load(table + REST2) * g * g
+    root = square_root(v, EXACT)
+    denominator = root * correction + tl.load(table + EPS)
+    weight = weight * tl.load(table + DECAY) - quotient(step_size * m, denominator, EXACT)
+    return weight, m, v, root
+
+
+@triton.jit
+def square_root(value, EXACT: tl.constexpr):
+    return tl.sqrt_rn(value) if EXACT else tl.sqrt(value)
+
+
+@triton.jit
+def quotient(a, b, EXACT: tl.constexpr):
+    return tl.div_rn(a, b) if EXACT else a / b
+
+
+# Master weights. A parameter of bfloat16 is int16, its bits, here.
+
+
+@triton.jit
+def decode_weight(stored, kept_at, taken, MASTER: tl.constexpr):
+    """The float32 master behind a parameter."""
+    value = to_float32(stored)
+    if MASTER == "fp32":
+        master = tl.load(kept_at, mask=taken, other=0.0)
+        value = tl.where(to_float32(round_half_away(master, stored.dtype)) != value, value, master)
+    elif MASTER == "split":
+        value = join(stored, tl.load(kept_at, mask=taken, other=0))
+    return value
+
+
+@triton.jit
+def to_float32(stored):
+    if stored.dtype == tl.int16:
+        return from_bfloat16(stored)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def from_bfloat16(stored):
+    return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_half_away(value, dtype: tl.constexpr):
+    bits = value.to(tl.int32, bitcast=True)
+    is_finite = bits & MAGNITUDE < INFINITY
+    if dtype == tl.int16:
+        # The NaNs of arithmetic are quiet: they are NaNs in their high bits alone. Infinity has no low bits.
+        return (tl.where(is_finite, bits + 0x8000, bits) >> 16).to(tl.int16)
+    else:
+        # The lowest bit of a float32 is far below a tie of float16: set, it makes an exact tie one that goes away.
+        return tl.where(is_finite, bits | 1, bits).to(tl.float32, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def split(master, dtype: tl.constexpr):
+    parameter = round_half_away(master, dtype)
+    if dtype == tl.int16:
+        return parameter, master.to(tl.int32, bitcast=True).to(tl.int16)
+    else:
+        value = parameter.to(tl.float32)
+        units = (tl.abs(master) - tl.abs(value)) * float16_units(value, 16)
+        # Half a unit rounds to 32767 too. Where the parameter is infinite or NaN so are the units, or they are NaN.
+        units = tl.floor(units + 0.5)
+        units = tl.where(units > 32767.0, 32767.0, units)
+        return parameter, tl.where(tl.abs(units) <= 32768.0, units, 0.0).to(tl.int16)
+
+
+@triton.jit
+def join(parameter, remainder):
+    if parameter.dtype == tl.int16:
+        high, low = parameter.to(tl.int32) << 16, remainder.to(tl.int32)
+        master, value = (high + low).to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+        of_nan = (high | (low & 0xFFFF)).to(tl.float32, bitcast=True)
+        return tl.where(master != master, tl.where(value != value, of_nan, value), master)
+    else:
+        value = parameter.to(tl.float32)
+        magnitude = tl.abs(value) + remainder.to(tl.float32) * (float16_ulp(value) * UNIT_OF_RANDOM)
+        master = tl.where(value.to(tl.int32, bitcast=True) < 0, -magnitude, magnitude)
+        rounded = round_half_away(master, tl.float16).to(tl.int16, bitcast=True)
+        return tl.where(rounded == parameter.to(tl.int16, bitcast=True), master, value)
+
+
+@triton.jit
+def float16_exponent(value):
+    """The biased float32 exponent of ``value``'s last place in float16."""
+    return tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 14) - 10
+
+
+@triton.jit
+def float16_ulp(value):
+    return (float16_exponent(value) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def float16_units(value, BITS: tl.constexpr):
+    """2^BITS over ``float16_ulp``: what to multiply by in place of dividing."""
+    return (254 + BITS - float16_exponent(value) << 23).to(tl.float32, bitcast=True)
+
+
+# Stochastic rounding
+
+
+@triton.jit
+def mixed(word):
+    """``mix`` of uint32."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def round_stochastically(value, dtype: tl.constexpr, random):
+    bits = value.to(tl.int32, bitcast=True)
+    if dtype == tl.int16:
+        rounds = bits & MAGNITUDE < 0x7F7F0000
+        return (tl.where(rounds, bits + random.to(tl.int32), bits) >> 16).to(tl.int16)
+    else:
+        units = tl.abs(value) * float16_units(value, 0)
+        whole = tl.floor(units)
+        up = random.to(tl.int32).to(tl.float32) * UNIT_OF_RANDOM < units - whole
+        magnitude = tl.where(up, whole + 1.0, whole) * float16_ulp(value)
+        rounded = magnitude.to(tl.int32, bitcast=True) | (bits & ~MAGNITUDE)
+        return tl.where(bits & MAGNITUDE < INFINITY, rounded, bits).to(tl.float32, bitcast=True).to(tl.float16)
+
+
+# 8-bit moments
+
+
+@triton.jit
+def encode_moments(m, root, random, EXACT: tl.constexpr):
+    root = tl.minimum(root, MAX_ROOT, tl.PropagateNan.ALL)
+    m_code, m_scale = encode_root(tl.abs(m), MAX_M, random & 0xFFFF, EXACT)
+    v_code, v_scale = encode_root(root, MAX_V, random >> 16, EXACT)
+    m_code = tl.where(m < 0.0, -m_code, m_code)
+    v_code = tl.where((root > 0.0) & (v_code < 1.0), 1.0, v_code)
+    return m_code.to(tl.int8), v_code.to(tl.uint8), m_scale, v_scale
+
+
+@triton.jit
+def encode_root(value, LARGEST: tl.constexpr, random, EXACT: tl.constexpr):
+    # As integers, NaNs are the largest of all.
+    largest = tl.max(value.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = largest * (1 / (LARGEST * LARGEST))
+    scale = tl.where(scale >= TINY, scale, 0.0)
+    inverse = tl.where(scale > 0.0, quotient(1.0, scale, EXACT), 0.0)
+    units = value * inverse
+    code = tl.floor(square_root(units, EXACT))
+    # Both are exact, fused or not.
+    width, rest = tl.fma(code, 2 * UNIT_OF_RANDOM, UNIT_OF_RANDOM), tl.fma(-code, code, units)
+    up = random.to(tl.int32).to(tl.float32) * width < rest
+    return tl.where(up & (code < LARGEST), code + 1.0, code), scale
+
+
+@triton.jit
+def decode_moments(m_code, v_code, m_scale, v_scale, bound):
+    m, c = m_code.to(tl.float32), v_code.to(tl.float32)
+    m = m * tl.abs(m) * m_scale
+    root = c * c * v_scale
+    is_bounded = bound < INFINITE
+    limit = tl.fma(root, tl.where(is_bounded, bound, 0.0), tl.where(is_bounded, 0.0, INFINITE))
+    m = tl.minimum(tl.maximum(m, -limit, tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
+    return m, root * root
