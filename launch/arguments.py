@@ -102,7 +102,9 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--width", type=positive, default=192, help="size of the residual stream")
     add("--heads", type=positive, default=3, help="attention heads; --width is a multiple of twice as many")
     add("--context", type=positive, default=128, help="bytes in a window")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters; sharded keeps fp32 masters for bf16")
+    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="how --optimizer sharded keeps moments")
+    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="and what is behind bf16 ones")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")

@@ -29,7 +29,7 @@ import data
 from arguments import DTYPES, Ranks, parse_arguments
 from model import Decoder, ModelConfig, generate, next_byte_loss
 from report import Report, Silence, megabytes
-from shardadam import ShardedAdamW
+from shardadam import Precision, ShardedAdamW
 
 BETAS = (0.9, 0.95)
 
@@ -45,6 +45,7 @@ class Sharded:
             betas=BETAS,
             max_grad_norm=args.clip or None,
             gradient_sync=args.gradient_sync,
+            precision=Precision(moments=args.moments, master=args.master, seed=args.seed),
         )
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -88,7 +88,7 @@ class ShardedAdam(Optimizer):
         precision: number formats of state and wire.
         bucket_mb: size of a bucket, in MiB of parameters.
         transport: ``"auto"`` or ``"collective"``: torch.distributed; or a Transport, for this optimizer alone.
-        foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always torch's
+        foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always a
             fused one.
         differentiable: True is refused.
 
@@ -535,7 +535,8 @@ class ShardedAdam(Optimizer):
         """This rank's part of the state, in torch's form. Local; every rank must save its own.
 
         State tensors are the rank's elements of the parameter in memory order, one-dimensional, and share memory with
-        the optimizer. Loads on the same rank of the same number of ranks with the same ``bucket_mb``.
+        the optimizer. Loads on the same rank of the same number of ranks with the same ``bucket_mb``; into another
+        precision it is converted.
         """
         state_dict = super().state_dict()
         state_dict[checkpoint.SHARD_KEY] = self._shard_key()
