@@ -302,3 +302,26 @@ def test_extreme_values_are_what_the_reference_makes_of_them(format: Format) -> 
         finite = expected.isfinite()
         wrong = (found[finite] - expected[finite]).abs() > 1e-5 * expected[finite].abs().clamp(min=1e-3)
         assert wrong.float().mean() <= (1e-3 if format.is_random else 0.0)
+
+
+@pytest.mark.parametrize("master", ["split", "fp32", "none"])
+def test_moments_that_exact_adam_cannot_have_are_bounded_as_in_the_reference(master: Any) -> None:
+    """Codes drawn at random: most of m is far beyond what v allows."""
+    ours, truth = (build(Format(BFLOAT16, "int8", master)) for _ in range(2))
+    for arena in (ours, truth):
+        generator = torch.Generator().manual_seed(4)
+        stored, numel = arena.stored(), arena.bucket.numel
+        stored["exp_avg"].copy_(torch.randint(-127, 128, (numel,), generator=generator))
+        stored["exp_avg_sq"].copy_(torch.randint(0, 256, (numel,), generator=generator))
+        stored["exp_avg_scale"].fill_(1.0)
+        stored["exp_avg_sq_scale"].fill_(1e-6)
+        arena.shard.gradient.mul_(1e-3)
+    before = formats.read_moments(ours.stored())[0].clone()
+    ours.step(hyperparameters())
+    step_reference(truth, hyperparameters())
+    for found, expected in zip(exact_state(ours), exact_state(truth), strict=True):
+        close = (found - expected).abs() <= 1e-5 * expected.abs().clamp(min=1e-3)
+        assert close.float().mean() > 0.999
+    after = formats.read_moments(ours.stored())[0]
+    taken = ours.shard.blocks.repeat_interleave(128) != UNUSED
+    assert after[taken].abs().max() < 0.01 * before.abs().max()
