@@ -186,6 +186,7 @@ def test_writes_from_outside_are_where_the_next_step_starts(
             assert ((exact - after.float()).abs() <= unit).all()
 
 
+@pytest.mark.sweep(10)
 @every_format
 def test_an_ema_swap_and_back_changes_nothing(dtype: str, moments: str, master: str) -> None:
     results = []
