@@ -214,6 +214,16 @@ def test_an_infinite_v_saturates_and_leaves_its_block_finite() -> None:
     assert m.isfinite().all() and v.isfinite().all() and v[0] > 1e37
 
 
+def test_a_bound_past_float32_is_none() -> None:
+    """A finite bound that overflows float32 once made m NaN wherever v was zero (betas 0.99, 0.9, at step 2135)."""
+    bound = reference.bound_squared_at(2200.0, (0.99, 0.9))
+    assert 3.5e38**2 < bound < math.inf
+    codes = torch.full((128,), 5, dtype=torch.int8)
+    zeros, one = torch.zeros(128, dtype=torch.uint8), torch.ones(1)
+    m, v = reference.decode_moments(codes, zeros, one, one, bound)
+    assert (m == 25.0).all() and (v == 0).all()
+
+
 BETAS = [(0.9, 0.95), (0.9, 0.999), (0.99, 0.5), (0.0, 0.9), (0.5, 0.25)]
 
 

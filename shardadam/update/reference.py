@@ -275,7 +275,7 @@ def decode_moments(
     m, c = m_codes.float().view(-1, BLOCK_NUMEL), v_codes.float().view(-1, BLOCK_NUMEL)
     m = m * m.abs() * m_scale[:, None]
     root = c * c * v_scale[:, None]
-    if math.isfinite(bound_squared):
+    if math.sqrt(bound_squared) <= torch.finfo(torch.float32).max:  # else there is no bound, and 0 times it no number
         limit = math.sqrt(bound_squared) * root
         m = m.clamp(-limit, limit)
     return m.flatten(), (root * root).flatten()

@@ -3,8 +3,8 @@
 # mypy: disable-error-code="untyped-decorator,import-untyped"
 """The update as one Triton kernel a shard: every format of ``update/reference.py``, bit for bit.
 
-Device functions bear the names of the reference's and do its operations in its order. A prologue, one program, advances
-the counters and leaves what the kernel must know in device memory, so the host waits for nothing. Imports Triton.
+Device functions bear the names of the reference's and do its operations in its order. A prologue advances the
+counters and leaves what the kernel must know in device memory, so the host waits for nothing. Imports Triton.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TritonUpdate:
         kept_bound = 0.0 if beta1 == 0 else beta1**2 / beta2 if beta2 > 0 else math.inf
         decoupled = bool(hyperparameters["decoupled_weight_decay"])
         with torch.cuda.device_of(counters.steps):
-            prologue[(1,)](
+            prologue[(triton.cdiv(counters.steps.numel(), PROLOGUE_LANES),)](
                 counters.steps,
                 counters.bounds,
                 counters.places,
@@ -185,7 +185,10 @@ def prologue(
     MAXIMIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Advances the counters of the parameters that take part, and writes the table of this step, in float64."""
+    """Advances the counters of the parameters that take part, and writes the table of this step, in float64.
+
+    Every program writes row 0, and all the same.
+    """
     rate = as_float64(lr_bits)
     if lr is not None:
         rate = tl.load(lr).to(tl.float64)
@@ -201,29 +204,28 @@ def prologue(
     tl.store(table + EPS, as_float64(eps).to(tl.float32))
     tl.store(table + DECAY, (1.0 - rate * decay).to(tl.float32) if DECOUPLED else 1.0)
     tl.store(table + L2, 0.0 if DECOUPLED else decay.to(tl.float32))
-    for first in range(0, count, LANES):
-        index = first + tl.arange(0, LANES)
-        inside = index < count
-        taken = inside & (tl.load(used + index, mask=inside, other=0) != 0)
-        taken &= tl.load(found_inf + 0 * index) == 0.0  # a scalar would become float32 in the interpreter
-        step = tl.load(steps + index, mask=taken, other=0.0) + 1.0
-        bound = tl.load(bounds + index, mask=taken, other=0.0)
-        kept = as_float64(kept_bound) * bound
-        kept = tl.where(kept == kept, kept, 0.0)  # 0 times infinity: nothing of m, or no m, is kept
-        tl.store(steps + index, step, mask=taken)
-        tl.store(bounds + index, kept + as_float64(new_bound), mask=taken)
+    index = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = index < count
+    taken = inside & (tl.load(used + index, mask=inside, other=0) != 0)
+    taken &= tl.load(found_inf + 0 * index) == 0.0  # a scalar would become float32 in the interpreter
+    step = tl.load(steps + index, mask=taken, other=0.0) + 1.0
+    bound = tl.load(bounds + index, mask=taken, other=0.0)
+    kept = as_float64(kept_bound) * bound
+    kept = tl.where(kept == kept, kept, 0.0)  # 0 times infinity: nothing of m, or no m, is kept
+    tl.store(steps + index, step, mask=taken)
+    tl.store(bounds + index, kept + as_float64(new_bound), mask=taken)
 
-        t = step.to(tl.int32)
-        place = tl.load(places + index, mask=inside, other=0).to(tl.uint32)
-        first_block = tl.load(first_blocks + index, mask=inside, other=0).to(tl.int32)
-        of_step = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
-        row = table + (1 + index) * COLUMNS
-        tl.store(row + TAKEN, taken.to(tl.float32), mask=inside)
-        tl.store(row + STEP_SIZE, (rate / (1.0 - power(b1, t))).to(tl.float32), mask=taken)
-        tl.store(row + CORRECTION, (1.0 / tl.sqrt(1.0 - power(b2, t))).to(tl.float32), mask=taken)
-        tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
-        tl.store(row + KEY, mixed(of_step + place).to(tl.float32, bitcast=True), mask=taken)
-        tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
+    t = step.to(tl.int32)
+    place = tl.load(places + index, mask=inside, other=0).to(tl.uint32)
+    first_block = tl.load(first_blocks + index, mask=inside, other=0).to(tl.int32)
+    of_step = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
+    row = table + (1 + index) * COLUMNS
+    tl.store(row + TAKEN, taken.to(tl.float32), mask=inside)
+    tl.store(row + STEP_SIZE, (rate / (1.0 - power(b1, t))).to(tl.float32), mask=taken)
+    tl.store(row + CORRECTION, (1.0 / tl.sqrt(1.0 - power(b2, t))).to(tl.float32), mask=taken)
+    tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
+    tl.store(row + KEY, mixed(of_step + place).to(tl.float32, bitcast=True), mask=taken)
+    tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
 
 
 @triton.jit
