@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -33,20 +33,36 @@ class ParameterGatherer:
 
 
 @torch.no_grad()
-def gather_shards(member: Member, shard_of: Callable[[FlatBucket], Tensor], transport: Transport) -> Tensor:
-    """One parameter's whole tensor out of the shards that ``shard_of`` takes from each of its buckets. Collective.
+def gather_shards(
+    buckets: Sequence[FlatBucket],
+    shard_of: Callable[[FlatBucket], Tensor],
+    transport: Transport,
+    *,
+    keep: Set[int],
+    device: torch.device | str,
+) -> dict[int, Tensor]:
+    """Whole tensors of parameters out of the shards that ``shard_of`` takes from each of ``buckets``. Collective.
+
+    Args:
+        keep: ordinals of the parameters wanted on this rank, all of whose buckets are there.
+        device: where they are wanted.
 
     Returns:
-        A new tensor of the parameter's shape and strides, in the dtype of the shards.
+        By ordinal, new tensors of the parameters' shapes and strides, in the dtype of the shards.
     """
-    parameter = member.parameter
-    dtype = shard_of(member.buckets[0]).dtype
-    flat = torch.empty(parameter.numel(), dtype=dtype, device=parameter.device)
-    for bucket in member.buckets:
-        whole = torch.zeros(bucket.numel, dtype=dtype, device=parameter.device)
-        own_slice(whole, transport.rank, transport.world_size).copy_(shard_of(bucket))
+    flat: dict[int, Tensor] = {}
+    members = {member.ordinal: member for bucket in buckets for member, _ in bucket.pieces if member.ordinal in keep}
+    for bucket in buckets:
+        shard = shard_of(bucket)
+        whole = torch.zeros(bucket.numel, dtype=shard.dtype, device=shard.device)
+        own_slice(whole, transport.rank, transport.world_size).copy_(shard)
         transport.all_gather(whole).wait()
-        for owner, piece in bucket.pieces:
-            if owner is member:
-                flat[piece.start : piece.start + piece.numel] = whole[piece.offset : piece.offset + piece.numel]
-    return flat.as_strided(parameter.shape, parameter.stride())
+        for member, piece in bucket.pieces:
+            if member.ordinal in members:
+                if member.ordinal not in flat:
+                    flat[member.ordinal] = torch.empty(member.parameter.numel(), dtype=shard.dtype, device=device)
+                target = flat[member.ordinal][piece.start : piece.start + piece.numel]
+                target.copy_(whole[piece.offset : piece.offset + piece.numel])
+    return {
+        ordinal: tensor.as_strided(members[ordinal].shape, members[ordinal].stride) for ordinal, tensor in flat.items()
+    }

@@ -15,6 +15,9 @@ ALIGNMENT_NUMEL = 128
 """Every parameter starts at a multiple of this, and every shard is a multiple of it long: a block of 128 elements never
 straddles two parameters or two ranks, and every slice is 16-byte aligned in every dtype."""
 
+ITEM_BYTES = 4 * 2**20
+"""Checkpoints cut every tensor at multiples of this: what a rank reads and verifies at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
@@ -203,6 +206,14 @@ class _ArenaBuilder:
         self.buckets.append(Bucket(self.arena, self.end, numel, self.world_size, tuple(self.pieces)))
         self.end += numel
         self.pieces, self.used = [], 0
+
+
+def cut(start: int, stop: int, every: int) -> Iterator[tuple[int, int]]:
+    """Cuts ``start : stop`` at the multiples of ``every``."""
+    while start < stop:
+        end = min(stop, (start // every + 1) * every)
+        yield start, end
+        start = end
 
 
 def _round_up(numel: int, multiple: int) -> int:

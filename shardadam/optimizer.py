@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from shardadam import agreement, checkpoint, intake
+from shardadam import agreement, intake, state
 from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
@@ -179,6 +180,7 @@ class ShardedAdam(Optimizer):
         device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._take_in(named)
+        self._consolidated: dict[str, Any] | None = None
         self._is_built = True
         weakref.finalize(self, _release, self._reducer, self._transport).atexit = False
 
@@ -229,6 +231,7 @@ class ShardedAdam(Optimizer):
             self.grad_norm = seen.norm * self._inverse_scale
         self._forget_gradients()
         self._peers_may_be_ahead = False
+        self._consolidated = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -434,7 +437,7 @@ class ShardedAdam(Optimizer):
         self._frozen += frozen
         self._reducer.add(members, buckets)
         for member in members:
-            self.state[member.parameter] = checkpoint.local_state(member)
+            self.state[member.parameter] = state.local_state(member)
 
     def _take_in_unfrozen(self) -> None:
         """Makes members of parameters that were frozen when they came and are not any more. Collective if there are
@@ -487,7 +490,7 @@ class ShardedAdam(Optimizer):
         seen = self._look(with_norm=self._options.max_grad_norm is not None)
         if not bool(seen.used[member.ordinal]):
             return None
-        gradient = gather_shards(member, attrgetter("shard.gradient"), self._transport)
+        gradient = self._gather(member, attrgetter("shard.gradient"))
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -498,11 +501,15 @@ class ShardedAdam(Optimizer):
         """
         self._take_in_unfrozen()
         member = self._member(parameter)
-        state = {"step": self.state[parameter]["step"].clone()}
-        names = [*formats.MOMENTS, *(["master"] if member.arena.format.master in ("fp32", "split") else [])]
-        for name in names:
-            state[name] = gather_shards(member, methodcaller("exact_state", name), self._transport)
-        return state
+        whole = {"step": self.state[parameter]["step"].clone()}
+        for name in _exact_names(member.arena):
+            whole[name] = self._gather(member, methodcaller("exact_state", name))
+        return whole
+
+    def _gather(self, member: Member, shard_of: Callable[[FlatBucket], Tensor]) -> Tensor:
+        device = member.parameter.device
+        keep = {member.ordinal}
+        return gather_shards(member.buckets, shard_of, self._transport, keep=keep, device=device)[member.ordinal]
 
     def _member(self, parameter: Tensor) -> Member:
         for member in self._members:
@@ -532,19 +539,83 @@ class ShardedAdam(Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, in torch's form. Local; every rank must save its own.
+        """The state in torch's form, with this rank's shard of every tensor. Local.
 
-        State tensors are the rank's elements of the parameter in memory order, one-dimensional, and share memory with
-        the optimizer. Loads on the same rank of the same number of ranks with the same ``bucket_mb``; into another
-        precision it is converted.
+        On several ranks, tensors are ``FlatShard``: of the parameter's shape, with this rank's elements alone, in the
+        format they are stored in and in the optimizer's own memory. torch.distributed.checkpoint saves them, and loads
+        them on any number of ranks; pickling one is refused. On one rank they are ordinary tensors. After
+        ``consolidate_state_dict``, and until the next step, it is the whole one on the rank that was named there.
         """
-        state_dict = super().state_dict()
-        state_dict[checkpoint.SHARD_KEY] = self._shard_key()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        if self._consolidated is not None:
+            state_dict = self._consolidated
+        else:
+            members = {id(member.parameter): member for member in self._members}
+            entries = {
+                index: state.saved_state(members[id(parameter)], world_size=self._transport.world_size)
+                for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
+                if id(parameter) in members
+            }
+            state_dict = {"state": entries, "param_groups": self._packed_groups()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """The param groups, with positions in place of parameters."""
+        groups, count = [], 0
+        for group in self.param_groups:
+            positions = list(range(count, count + len(group["params"])))
+            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": positions})
+            count += len(positions)
+        return groups
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole state as a plain torch.optim.Adam/AdamW has it, on rank 0; an empty dict elsewhere. Collective.
+
+        Tensors are new, on the CPU, of the parameters' shapes, and float32 (float64 for float64 parameters) whatever
+        they are stored in. Parameters below float32 with a master also have ``master``, which torch's optimizers keep
+        and do not use.
+        """
+        return self._full_state_dict(to=0) or {}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gathers the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
+
+        ZeroRedundancyOptimizer's spelling of ``full_state_dict``.
+
+        Args:
+            to: rank in the optimizer's process group.
+        """
+        self._consolidated = self._full_state_dict(to=to)
+
+    def _full_state_dict(self, *, to: int) -> dict[str, Any] | None:
+        if not 0 <= to < self._transport.world_size:
+            raise ValueError(f"to: found {to!r}, expected a rank from 0 to {self._transport.world_size - 1}")
+        is_here = self._transport.rank == to
+        self._take_in_unfrozen()
+        positions = {
+            id(parameter): index
+            for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
+        }
+        entries: dict[int, dict[str, Tensor]] = {
+            positions[id(member.parameter)]: {"step": self.state[member.parameter]["step"].cpu().clone()}
+            for member in sorted(self._members, key=lambda member: positions[id(member.parameter)])
+        }
+        for arena in self._arenas:
+            for name in _exact_names(arena):
+                keep = {member.ordinal for member in arena.members} if is_here else set()
+                shard_of = methodcaller("exact_state", name)
+                gathered = gather_shards(arena.buckets, shard_of, self._transport, keep=keep, device="cpu")
+                for member in arena.members:
+                    if is_here:
+                        entries[positions[id(member.parameter)]][name] = gathered[member.ordinal]
+        return {"state": entries, "param_groups": deepcopy(self._packed_groups())} if is_here else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this rank's ``state_dict()``, or the whole one of a torch.optim.Adam/AdamW, of which it keeps its
+        """Loads a ``state_dict()`` of this rank's, or a whole one of a torch.optim.Adam/AdamW, of which it keeps its
         shard.
 
         Local. Hyperparameters of the param groups are loaded too, as in torch. Master weights that ``state_dict`` does
@@ -558,18 +629,15 @@ class ShardedAdam(Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
             intake.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
-        checkpoint.load_local(self.param_groups, self.state, self._members, state_dict, self._shard_key())
-        for arena in self._arenas:
-            arena.update.reload()
+        state.load_local(self.param_groups, self.state, self._members, state_dict)
+        self._state_was_loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _shard_key(self) -> dict[str, Any]:
-        return {
-            "rank": self._transport.rank,
-            "world_size": self._transport.world_size,
-            "bucket_mb": self._options.bucket_mb,
-        }
+    def _state_was_loaded(self) -> None:
+        self._consolidated = None
+        for arena in self._arenas:
+            arena.update.reload()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -624,6 +692,11 @@ class ShardedAdamW(ShardedAdam):
             bucket_mb=bucket_mb,
             transport=transport,
         )
+
+
+def _exact_names(arena: FlatArena) -> list[str]:
+    """What ``FlatBucket.exact_state`` can give of an arena."""
+    return [*formats.MOMENTS, *(["master"] if arena.format.master in ("fp32", "split") else [])]
 
 
 def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:

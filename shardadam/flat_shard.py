@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tensor of a parameter's shape of which this rank holds some stretches: the form that torch.distributed.checkpoint
+(DCP) saves and reshards.
+
+Holds no optimizer and moves nothing between ranks. DCP speaks of boxes (offsets and sizes, one number a dimension), the
+optimizer of stretches in memory order: ``boxes`` translates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from shardadam.layout import ITEM_BYTES, cut
+
+_aten = torch.ops.aten
+
+
+class Span(NamedTuple):
+    """``tensor[start : start + numel]``, counted in memory order."""
+
+    start: int
+    numel: int
+
+
+class Box(NamedTuple):
+    """A hyper-rectangle of a tensor, whose elements are ``start : stop`` of it in memory order."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Cuts the stretch ``start : stop`` of a row-major tensor into at most ``2 * len(shape) - 1`` boxes, in order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield Box((start,) if shape else (), (stop - start,) if shape else (), start, stop)
+        return
+    row_numel = math.prod(shape[1:])
+    first, last = -(-start // row_numel), stop // row_numel  # the whole rows
+    if first > last:  # inside one row
+        yield from _boxes_in_row(shape, last, start, stop)
+        return
+    if start < first * row_numel:
+        yield from _boxes_in_row(shape, first - 1, start, first * row_numel)
+    if first < last:
+        rest = tuple(shape[1:])
+        yield Box((first, *(0,) * len(rest)), (last - first, *rest), first * row_numel, last * row_numel)
+    if last * row_numel < stop:
+        yield from _boxes_in_row(shape, last, last * row_numel, stop)
+
+
+def _boxes_in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
+    begin = row * math.prod(shape[1:])
+    for box in boxes(shape[1:], start - begin, stop - begin):
+        yield Box((row, *box.offsets), (1, *box.sizes), begin + box.start, begin + box.stop)
+
+
+def dimension_order(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions of a dense tensor from the outermost to the innermost in memory; equal for equal orders of
+    elements, whatever the strides of dimensions of size 1.
+    """
+    strides = tensor.stride()
+    long = sorted((dim for dim in range(tensor.ndim) if tensor.shape[dim] != 1), key=lambda dim: -strides[dim])
+    if tensor.numel() == 0 or long == sorted(long):
+        return tuple(range(tensor.ndim))
+    return (*(dim for dim in range(tensor.ndim) if tensor.shape[dim] == 1), *long)
+
+
+class FlatShard(Tensor):
+    """A tensor of ``shape`` of which this rank holds ``spans``, one after the other in ``local``.
+
+    It knows shape, dtype and device, and what DCP asks for; it has no arithmetic. ``local`` is 1-D and shares memory
+    with whoever made it, so what DCP loads into a ``FlatShard`` is loaded in place.
+
+    Args:
+        local: 1-D, as many elements as ``spans`` have.
+        spans: stretches in memory order, ascending.
+        shape: of the whole tensor.
+        order: its dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
+    """
+
+    __slots__ = ["local", "order", "spans"]
+
+    local: Tensor
+    spans: tuple[Span, ...]
+    order: tuple[int, ...]
+
+    @staticmethod
+    def __new__(
+        cls: type[FlatShard], local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int]
+    ) -> FlatShard:
+        whole: FlatShard = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
+        whole.local, whole.spans, whole.order = local, tuple(spans), tuple(order)
+        return whole
+
+    def _parts(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
+        """Every box of this rank's and the view of ``local`` that holds it, in the tensor's own order of dimensions."""
+        in_memory = [self.shape[dim] for dim in self.order]
+        logical = sorted(range(self.ndim), key=lambda position: self.order[position])
+        begin = 0
+        for span in self.spans:
+            for start, stop in cut(span.start, span.start + span.numel, ITEM_BYTES // self.dtype.itemsize):
+                for box in boxes(in_memory, start, stop):
+                    first = begin + box.start - span.start
+                    part = self.local[first : first + box.stop - box.start].view(box.sizes).permute(logical)
+                    offsets = torch.Size([box.offsets[position] for position in logical])
+                    yield ChunkStorageMetadata(offsets, part.shape), part
+            begin += span.numel
+
+    # torch.distributed._checkpointable
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [chunk for chunk, _ in self._parts()]
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for chunk, part in self._parts():
+            if chunk.offsets == index.offset:
+                return part
+        raise ValueError(f"{index} is not on this rank")
+
+    # What copies a state dict calls (deepcopy, DCP's stagers), and nothing else
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, first = kwargs or {}, args[0]
+        if function in (_aten.detach.default, _aten.clone.default, _aten._to_copy.default):
+            return first._with(function(first.local, **kwargs))
+        if function is _aten.new_empty.default:
+            return first._with(first.local.new_empty(first.local.shape, **kwargs))
+        raise NotImplementedError(
+            f"{function}: this is one rank's shard of a tensor, in optimizer.state_dict(), and has no arithmetic. Use "
+            "optimizer.full_state(p) for whole tensors."
+        )
+
+    def _with(self, local: Tensor) -> FlatShard:
+        return FlatShard(local, self.spans, self.shape, self.order)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatShard:
+        memo[id(self)] = copied = self._with(self.local.clone())
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "optimizer.state_dict() holds one rank's shards; a pickle of them would look whole and lose the rest. Save "
+            "with shardadam.save(directory, model=model, optimizer=optimizer, step=step), or with "
+            "torch.distributed.checkpoint.save, or pickle optimizer.full_state_dict() (collective; whole on rank 0)."
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        held = ", ".join(f"{span.start}:{span.start + span.numel}" for span in self.spans)
+        return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, held=[{held}])"

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of an optimizer as torch's dict of tensors: this rank's shards of it, and back.
+
+Local: nothing here moves anything between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.buckets import Member, memory_order
+from shardadam.flat_shard import FlatShard, Span, dimension_order
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.update import formats, reference
+
+
+def local_state(member: Member) -> dict[str, Tensor]:
+    """What torch keeps in ``optimizer.state[p]``, as views of the arena: this rank's elements of the parameter, in
+    memory order, in one dimension, in the format they are stored in.
+    """
+    arena = member.arena
+    state = {"step": arena.counters.steps[member.index]}
+    for name, flat in arena.state.items():
+        state[name] = flat[member.block_slice if name in formats.SCALES else member.state_slice]
+    if arena.format.moments == "int8":
+        state["bound"] = arena.counters.bounds[member.index]
+    return state
+
+
+def saved_state(member: Member, *, world_size: int) -> dict[str, Tensor]:
+    """What ``optimizer.state_dict()`` holds of the parameter: tensors of its shape, of which this rank has its spans.
+
+    They share memory with the optimizer, but for ``master``, which is made anew where a remainder is stored.
+    """
+    saved: dict[str, Tensor] = {}
+    for name, tensor in local_state(member).items():
+        if name in ("step", "bound"):
+            saved[name] = tensor
+        elif name in formats.SCALES:
+            saved[name] = _whole_or_shard(tensor, block_spans(member), (block_count(member),), (0,), world_size)
+        else:
+            if name == "remainder":
+                name, tensor = "master", reference.join(own_elements(member, member.parameter.detach()), tensor)
+            order = dimension_order(member.parameter)
+            saved[name] = _whole_or_shard(tensor, spans_of(member), member.shape, order, world_size)
+    return saved
+
+
+def _whole_or_shard(
+    local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int], world_size: int
+) -> Tensor:
+    """On one rank, and of an empty parameter, a shard is the whole: an ordinary tensor, as torch has it."""
+    if world_size > 1 and torch.Size(shape).numel() > 0:
+        return FlatShard(local, spans, shape, order)
+    logical = sorted(range(len(shape)), key=lambda position: order[position])
+    return local.view([shape[dim] for dim in order]).permute(logical)
+
+
+def spans_of(member: Member) -> list[Span]:
+    """The stretches of the parameter that lie in this rank's shards, adjacent ones joined."""
+    joined: list[Span] = []
+    for span in member.spans:
+        if joined and sum(joined[-1]) == span.start:
+            joined[-1] = Span(joined[-1].start, joined[-1].numel + span.numel)
+        else:
+            joined.append(Span(span.start, span.numel))
+    return joined
+
+
+def block_spans(member: Member) -> list[Span]:
+    """The same in units of ``ALIGNMENT_NUMEL`` elements; spans start at multiples of it."""
+    return [Span(span.start // ALIGNMENT_NUMEL, -(-span.numel // ALIGNMENT_NUMEL)) for span in spans_of(member)]
+
+
+def block_count(member: Member) -> int:
+    return -(-member.shape.numel() // ALIGNMENT_NUMEL)
+
+
+def load_local(
+    param_groups: list[dict[str, Any]],
+    state: MutableMapping[Tensor, dict[str, Tensor]],
+    members: Sequence[Member],
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Copies ``state_dict`` into the views of ``state`` and the dicts of ``param_groups``, after checking all of it."""
+    saved_groups = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in param_groups]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has param groups of {saved_sizes} parameters, expected {sizes}. Build the optimizer over the "
+            "same model and groups as the one that was saved."
+        )
+    indices = [index for group in saved_groups for index in group["params"]]
+    parameters = [parameter for group in param_groups for parameter in group["params"]]
+    saved = {
+        id(p): state_dict["state"][i] for p, i in zip(parameters, indices, strict=True) if i in state_dict["state"]
+    }
+    own = {id(member.parameter): _own(member, saved.get(id(member.parameter), {})) for member in members}
+    betas = {
+        id(parameter): saved_group.get("betas", group["betas"])
+        for group, saved_group in zip(param_groups, saved_groups, strict=True)
+        for parameter in group["params"]
+    }
+    for member in members:
+        key = id(member.parameter)
+        load_member_(member, state[member.parameter], own[key], betas=betas[key])
+    for group, saved_group in zip(param_groups, saved_groups, strict=True):
+        load_group_(group, saved_group)
+
+
+def load_group_(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Hyperparameters of a param group; whether it is Adam or AdamW stays as the optimizer was built."""
+    kept = ("params", "param_names", "decoupled_weight_decay")
+    group.update({key: deepcopy(value) for key, value in saved.items() if key not in kept})
+
+
+def _own(member: Member, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's elements of everything in ``saved``.
+
+    Raises:
+        ValueError: it does not fit the parameter.
+    """
+    if saved.get("max_exp_avg_sq") is not None:
+        raise ValueError(f"Parameter {member.name!r}: state_dict comes from amsgrad=True, which is not supported.")
+    missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if saved and name not in saved]
+    if missing:
+        raise ValueError(
+            f"Parameter {member.name!r}: state_dict has only {sorted(saved)} of it, {missing} are missing."
+        )
+    own = dict(saved)
+    for name in (*formats.MOMENTS, "master"):
+        if name in saved:
+            own[name] = _own_part(member, name, saved[name], member.shape, spans_of(member))
+    for name in formats.SCALES:
+        if name in saved:
+            own[name] = _own_part(member, name, saved[name], (block_count(member),), block_spans(member))
+    return own
+
+
+def _own_part(member: Member, name: str, saved: Tensor, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    if tuple(saved.shape) != tuple(shape):
+        raise ValueError(
+            f"Parameter {member.name!r}: {name} has shape {tuple(saved.shape)} in state_dict, expected {tuple(shape)}."
+        )
+    if isinstance(saved, FlatShard):
+        in_order = name in formats.SCALES or saved.order == dimension_order(member.parameter)
+        if saved.spans != tuple(spans) or not in_order:
+            raise ValueError(
+                f"Parameter {member.name!r}: state_dict holds the elements {_describe(saved.spans)} of {name}, this "
+                f"rank has {_describe(spans)}. It is another rank's, or was made on another number of ranks, at "
+                "another bucket_mb or in another memory format. To reshard, go through a file: shardadam.save and "
+                "shardadam.load, or torch.distributed.checkpoint."
+            )
+        return saved.local
+    if name in formats.SCALES:
+        return _take(saved, spans)
+    return own_elements(member, saved)
+
+
+def _describe(spans: Sequence[Span]) -> str:
+    return ", ".join(f"{span.start}:{span.start + span.numel}" for span in spans) or "none"
+
+
+def load_member_(
+    member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any], *, betas: tuple[float, float]
+) -> None:
+    """Writes this rank's elements into the views of ``state``, converted to the format they are in. A parameter that
+    ``saved`` has nothing of starts anew.
+
+    Args:
+        saved: 1-D tensors, in any format; ``step`` and ``bound`` are numbers.
+        betas: what the bound is made of where ``saved`` has none.
+    """
+    steps = float(saved.get("step", 0.0))
+    state["step"].fill_(steps)
+    member.arena.counters.bounds[member.index] = saved.get("bound", reference.bound_squared_at(steps, betas))
+    parameter = own_elements(member, member.parameter.detach())
+    names = (*formats.MOMENTS, *formats.SCALES)
+    if not saved:
+        for name in names:
+            if name in state:
+                state[name].zero_()
+    elif all(name in saved and saved[name].dtype == state[name].dtype for name in names if name in state):
+        for name in names:
+            if name in state:
+                state[name].copy_(saved[name])
+    else:
+        formats.write_moments_(state, *formats.read_moments(saved))
+    formats.write_master_(state, parameter, saved.get("master", parameter))
+
+
+def own_elements(member: Member, whole: Tensor) -> Tensor:
+    """This rank's elements of a tensor of the parameter's shape."""
+    return _take(memory_order(whole, member.parameter), spans_of(member))
+
+
+def _take(flat: Tensor, spans: Sequence[Span]) -> Tensor:
+    parts = [flat[span.start : span.start + span.numel] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat[:0]
