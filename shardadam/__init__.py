@@ -3,9 +3,22 @@
 ranks.
 """
 
+from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, load, save
 from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import Memory, ShardedAdam, ShardedAdamW
 from shardadam.precision import Precision
+from shardadam.version import __version__
 
-__all__ = ["GradScaler", "Memory", "Precision", "ShardedAdam", "ShardedAdamW"]
-__version__ = "0.1.0"
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "GradScaler",
+    "Memory",
+    "Precision",
+    "ShardedAdam",
+    "ShardedAdamW",
+    "__version__",
+    "has_checkpoint",
+    "load",
+    "save",
+]

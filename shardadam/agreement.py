@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do all ranks hold the same? Compared before anything is laid out, with an error on every rank where they do not."""
+"""Do all ranks hold the same, and are all of them there? With an error on every rank where not."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -94,3 +95,107 @@ def _name_ranks(ranks: Sequence[int]) -> str:
             stretches.append([rank])
     named = ", ".join("-".join(map(str, stretch)) for stretch in stretches)
     return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
+
+
+# Meetings
+
+
+class Meeting:
+    """Where ranks exchange short texts without a collective, through the store that they met by at the beginning.
+
+    A rank that does not come is named within a time limit, on all that came, and nothing is left behind that a later
+    collective could be mixed up with. May be used in a thread beside training.
+
+    Note: rounds of a meeting
+        In a round every rank leaves a text; the round succeeds when all are there. The first rank whose patience ends
+        closes it instead, by a verdict that names who is missing: it is written once (compare-and-set), so all ranks
+        see the same one. A rank that comes late to a closed round goes on to the next that is open.
+
+    Args:
+        store: None for one rank.
+        rank: this rank's position among ``ranks``.
+        ranks: what the ranks are called in messages.
+    """
+
+    def __init__(self, store: dist.distributed_c10d.Store | None, rank: int, ranks: Sequence[int]) -> None:
+        self.rank = rank
+        self.ranks = list(ranks)
+        self._store = store
+        self._round = 0
+        self._last_beat = 0.0
+
+    def exchange(self, text: str, *, what: str, timeout_s: float) -> list[str]:
+        """The texts of all ranks, in rank order. All ranks must call it.
+
+        Args:
+            what: what the ranks are there for, for the message.
+            timeout_s: how long to wait, in seconds, for a rank that gives no sign of life (``beat``).
+
+        Raises:
+            TimeoutError: names the ranks that did not come.
+            RuntimeError: the store is gone.
+        """
+        if self._store is None:
+            return [text]
+        try:
+            return self._exchange(self._store, text, what, timeout_s)
+        except dist.DistError as error:
+            raise RuntimeError(
+                f"{what}: the store through which ranks meet cannot be reached any more; the process that holds it "
+                f"(rank 0, or torchrun's agent) has probably ended. ({error})"
+            ) from error
+
+    def beat(self) -> None:
+        """A sign of life, for others that wait while this rank works; at most one a second is sent."""
+        now = time.monotonic()
+        if self._store is not None and now - self._last_beat >= 1:
+            self._last_beat = now
+            self._store.add(f"beats/{self.rank}", 1)
+
+    def _exchange(self, store: dist.distributed_c10d.Store, text: str, what: str, timeout_s: float) -> list[str]:
+        while store.check([self._key("verdict")]):  # closed without this rank
+            self._round += 1
+        everybody = [self._key(rank) for rank in range(len(self.ranks))]
+        store.set(everybody[self.rank], "=" + text)
+        verdict = self._await_verdict(store, everybody, timeout_s)
+        this_round, self._round = self._round, self._round + 1
+        if verdict != "complete":
+            missing = [int(rank) for rank in verdict.split()]
+            if self.rank in missing:  # the verdict came while this rank was coming
+                return self._exchange(store, text, what, timeout_s)
+            raise TimeoutError(
+                f"{what}: {_name_ranks([self.ranks[rank] for rank in missing])} did not come within {timeout_s:g} s. "
+                "All ranks of the optimizer's process group must make this call; see what kept the missing ones."
+            )
+        extended = store.has_extended_api()  # type: ignore[attr-defined]
+        texts = store.multi_get(everybody) if extended else [store.get(key) for key in everybody]
+        if this_round > 0:  # whoever is in this round has read the one before
+            store.delete_key(self._key(self.rank, this_round - 1))
+            if self.rank == 0:
+                store.delete_key(self._key("verdict", this_round - 1))
+        return [bytes(text).decode()[1:] for text in texts]
+
+    def _await_verdict(self, store: dist.distributed_c10d.Store, everybody: Sequence[str], timeout_s: float) -> str:
+        """``complete``, or the positions of the ranks that are missing."""
+        verdict_key = self._key("verdict")
+        beats: list[int] = []
+        alive = looked = time.monotonic()
+        pause = 0.001
+        while not store.check([verdict_key]):
+            if store.check(list(everybody)):
+                return bytes(store.compare_set(verdict_key, "", "complete")).decode()
+            now = time.monotonic()
+            if now - looked >= min(1.0, timeout_s / 4):
+                looked, before = now, beats
+                missing = [rank for rank, key in enumerate(everybody) if not store.check([key])]
+                beats = [store.add(f"beats/{rank}", 0) for rank in missing]
+                if before and len(before) == len(beats) and before != beats:
+                    alive = now
+                if missing and now - alive >= timeout_s:
+                    return bytes(store.compare_set(verdict_key, "", " ".join(map(str, missing)))).decode()
+            time.sleep(pause)
+            pause = min(0.05, pause * 1.5)
+        return bytes(store.get(verdict_key)).decode()
+
+    def _key(self, what: object, round: int | None = None) -> str:
+        return f"{self._round if round is None else round}/{what}"

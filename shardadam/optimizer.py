@@ -181,6 +181,7 @@ class ShardedAdam(Optimizer):
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._take_in(named)
         self._consolidated: dict[str, Any] | None = None
+        self._refusal: str | None = None
         self._is_built = True
         weakref.finalize(self, _release, self._reducer, self._transport).atexit = False
 
@@ -212,6 +213,8 @@ class ShardedAdam(Optimizer):
                 "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
                 "Use that one, and drop this one."
             )
+        if self._refusal is not None:
+            raise RuntimeError(f"The optimizer cannot step: {self._refusal}. Load another checkpoint into it.")
         self._refuse_torchs_grad_scaler()
         rebind_moved(self._members)
         max_norm = self._options.max_grad_norm
@@ -634,10 +637,22 @@ class ShardedAdam(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _state_was_loaded(self) -> None:
+    def _state_was_loaded(self, *, parameters: bool = False) -> None:
+        """Takes notice of what was written into the state, and with ``parameters`` into this rank's shards of the
+        parameters; those are gathered then, which is collective.
+        """
         self._consolidated = None
+        self._refusal = None
         for arena in self._arenas:
             arena.update.reload()
+        if parameters:
+            for bucket in self._buckets:
+                self._gatherer.dispatch(bucket)
+            self._gatherer.wait(self._members)
+
+    def _refuse_to_go_on(self, reason: str) -> None:
+        """Until state is loaded, ``step`` raises."""
+        self._refusal = reason
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

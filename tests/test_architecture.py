@@ -19,12 +19,13 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 # From the top down; a room imports only rooms of lower tiers, and itself where it is a package.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("grad_scaler",),
+    ("grad_scaler", "checkpoint"),
     ("optimizer",),
-    ("reduction", "gathering", "clipping", "checkpoint", "intake"),
+    ("reduction", "gathering", "clipping", "state", "intake"),
     ("buckets",),
-    ("update", "transport", "agreement"),
-    ("layout", "precision", "chunks"),
+    ("update", "transport"),
+    ("agreement", "flat_shard"),
+    ("layout", "precision", "chunks", "version"),
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardadam.agreement import Meeting
 from shardadam.chunks import chunks
 
 
@@ -60,6 +61,7 @@ class Transport(ABC):
     rank: int
     world_size: int
     control: dist.ProcessGroup | None = None  # for what ranks must agree on; None for one rank
+    meeting: Meeting = Meeting(None, 0, [0])
 
     def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocates a zeroed flat buffer that parameters will be views of."""

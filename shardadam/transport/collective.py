@@ -42,6 +42,7 @@ class CollectiveTransport(Transport):
     def __init__(self, lease: Lease, *, exact_sums: bool = False) -> None:
         group = lease.training
         self.control = lease.control
+        self.meeting = lease.pool.meeting
         self._lease = lease
         self._exact_sums = exact_sums
         self._group = group

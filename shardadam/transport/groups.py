@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardadam.agreement import Meeting
+
 
 @dataclass(eq=False)
 class Lease:
@@ -44,6 +46,7 @@ class GroupPool:
     """The groups of ours over the ranks of one group of the user's. ``free`` is what this rank knows to be so."""
 
     control: dist.ProcessGroup
+    meeting: Meeting
     training: list[dist.ProcessGroup] = field(default_factory=list)
     free: set[int] = field(default_factory=set)
 
@@ -66,9 +69,7 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
     users = _resolve(process_group)
     if users is None or dist.get_world_size(users) == 1:
         return None
-    if users not in _pools:
-        _pools[users] = GroupPool(_new_group(users, "gloo" if dist.is_gloo_available() else _backend_name(users)))
-    pool = _pools[users]
+    pool = _pool_of(users)
     everybody: list[set[int]] = [set()] * dist.get_world_size(users)
     dist.all_gather_object(everybody, pool.free, group=pool.control)
     free_everywhere = set.intersection(*everybody)
@@ -79,6 +80,24 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
         slot = len(pool.training)
         pool.training.append(_new_group(users, _backend_name(users)))
     return Lease(pool.control, pool.training[slot], pool, slot)
+
+
+def meeting_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> Meeting | None:
+    """Where the ranks of ``process_group`` meet; None where this process is alone. Collective at the first call."""
+    users = _resolve(process_group)
+    return None if users is None or dist.get_world_size(users) == 1 else _pool_of(users).meeting
+
+
+def _pool_of(users: dist.ProcessGroup) -> GroupPool:
+    if users not in _pools:
+        control = _new_group(users, "gloo" if dist.is_gloo_available() else _backend_name(users))
+        ranks = dist.get_process_group_ranks(users)
+        # torch tells the store of a group to nobody but its own modules. The name of the new group is its alone.
+        store = dist.distributed_c10d.PrefixStore(
+            f"shardadam/{control.group_name}", dist.distributed_c10d._get_default_store()
+        )
+        _pools[users] = GroupPool(control, Meeting(store, dist.get_rank(control), ranks))
+    return _pools[users]
 
 
 def _resolve(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

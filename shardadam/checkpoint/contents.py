@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint holds, and what each thing is called in it.
+
+Keys: ``model.NAME`` as in ``model.state_dict()``; ``optimizer.state.NAME.exp_avg`` and so on, by the parameter's name
+in the model (the optimizer's own name for it where it is not in the model). Wrappers leave no trace in names.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardadam.buckets import Member, is_dense
+from shardadam.checkpoint.files import CheckpointError, TensorSpec
+from shardadam.flat_shard import dimension_order
+from shardadam.optimizer import ShardedAdam
+from shardadam.state import block_count, local_state
+from shardadam.update import formats
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+PARAM_GROUPS = "optimizer.param_groups"
+SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedParameter:
+    """A parameter whose state is sharded, by its name in the checkpoint."""
+
+    name: str
+    member: Member
+    in_model: bool
+
+    @property
+    def model_key(self) -> str:
+        return f"model.{self.name}"
+
+    def state_key(self, kind: str) -> str:
+        return f"optimizer.state.{self.name}.{kind}"
+
+
+@dataclass(slots=True)
+class Contents:
+    """The things of this process that a checkpoint is made of, or loaded into.
+
+    Args:
+        owned: every trainable parameter of the optimizer.
+        replicated: tensors of the model that are whole on every rank and that the optimizer does not update.
+        aliases: further names of tensors that the model has under several.
+        objects: what of ``model.state_dict()`` is no tensor.
+        groups: of the optimizer, the names of all parameters.
+    """
+
+    model: nn.Module | None
+    optimizer: ShardedAdam | None
+    owned: list[OwnedParameter] = field(default_factory=list)
+    replicated: dict[str, Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+
+    @property
+    def model_keys(self) -> set[str]:
+        in_model = {parameter.model_key for parameter in self.owned if parameter.in_model}
+        return in_model | self.replicated.keys() | self.aliases.keys()
+
+
+def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Contents:
+    """Local.
+
+    Raises:
+        CheckpointError, TypeError: something cannot be saved or loaded.
+    """
+    if optimizer is not None and not isinstance(optimizer, ShardedAdam):
+        raise TypeError(
+            f"optimizer: found {type(optimizer).__name__}, expected a ShardedAdam or ShardedAdamW. Save another one's "
+            "state with torch.save or torch.distributed.checkpoint."
+        )
+    contents = Contents(model, optimizer)
+    names: dict[int, str] = {}
+    if model is not None:
+        for key, value in _unwrap(model).state_dict(keep_vars=True).items():
+            name = _clean(key)
+            if not isinstance(value, Tensor):
+                contents.objects[f"model.{name}"] = value
+            elif id(value) in names:
+                contents.aliases[f"model.{name}"] = f"model.{names[id(value)]}"
+            else:
+                names[id(value)] = name
+                contents.replicated[f"model.{name}"] = value
+    if optimizer is None:
+        return contents
+    members = {id(member.parameter): member for member in optimizer._members}
+    given = {id(p): name for group in optimizer.param_groups for p, name in _given_names(group)}
+    position = 0
+    for group in optimizer.param_groups:
+        contents.groups.append([])
+        for parameter in group["params"]:
+            name = names.get(id(parameter)) or given.get(id(parameter)) or f"parameters.{position}"
+            contents.groups[-1].append(name)
+            if id(parameter) in members:
+                in_model = id(parameter) in names
+                contents.owned.append(OwnedParameter(name, members[id(parameter)], in_model))
+                contents.replicated.pop(f"model.{name}", None)
+            position += 1
+    _check_distinct([name for group in contents.groups for name in group])
+    return contents
+
+
+def _given_names(group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    for parameter, name in zip(group["params"], group.get("param_names") or (), strict=False):
+        yield parameter, _clean(name)
+
+
+def _check_distinct(names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise CheckpointError(
+            f"Several parameters of the optimizer are called {repeated[0]!r}. Pass the model that holds them all, or "
+            "give them names of their own (model.named_parameters())."
+        )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def load_objects(contents: Contents, objects: dict[str, Any]) -> None:
+    """Gives the model what is no tensor (``set_extra_state``)."""
+    if objects:
+        assert contents.model is not None
+        model = _unwrap(contents.model)
+        own_keys = {f"model.{_clean(key)}": key for key in model.state_dict(keep_vars=True)}
+        model.load_state_dict({own_keys[key]: value for key, value in objects.items()}, strict=False)
+
+
+# What tensors are in storage
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    order = dimension_order(tensor) if is_dense(tensor) else tuple(range(tensor.ndim))
+    return TensorSpec(tensor.dtype, tuple(tensor.shape), order)
+
+
+def state_specs(member: Member) -> dict[str, TensorSpec]:
+    """The tensors of a parameter's state in storage; a remainder is stored as the float32 master it makes."""
+    of_parameter = spec_of(member.parameter)
+    specs = {}
+    for kind, tensor in local_state(member).items():
+        if kind in formats.SCALES:
+            specs[kind] = TensorSpec(tensor.dtype, (block_count(member),), (0,))
+        elif kind == "remainder":
+            specs["master"] = TensorSpec(torch.float32, of_parameter.shape, of_parameter.order)
+        elif kind not in ("step", "bound"):
+            specs[kind] = TensorSpec(tensor.dtype, of_parameter.shape, of_parameter.order)
+    return specs
+
+
+# Random number generators
+
+
+def random_state() -> dict[str, Any]:
+    """Of torch on the CPU and on the current CUDA device, of Python, and of NumPy where somebody uses it."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (name, keys.tolist(), *rest)
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One checkpoint as files: ``rank-00000.bin`` and so on, which hold bytes and nothing else, and ``checkpoint.json``,
+which says what they are.
+
+Every tensor is cut into items of at most ``ITEM_BYTES``, by positions in the tensor in memory order, each with a
+checksum of its own. Nothing is ever unpickled but objects, by torch.load with ``weights_only=True``, which imports
+nothing. Knows neither optimizers nor ranks other than as numbers of files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardadam.layout import ITEM_BYTES, cut
+
+MANIFEST = "checkpoint.json"
+FORMAT, VERSION = "shardadam checkpoint", 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or read, or that does not fit what it is loaded into."""
+
+
+class Item(NamedTuple):
+    """``tensor[start : start + numel]`` lies at ``offset`` of file number ``file``."""
+
+    start: int
+    numel: int
+    file: int
+    offset: int
+    crc32: int
+
+
+class StoredObject(NamedTuple):
+    """``nbytes`` at ``offset`` of file number ``file`` hold a pickle for ``torch.load``."""
+
+    file: int
+    offset: int
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A whole tensor; ``order`` has its dimensions from the outermost to the innermost in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    spec: TensorSpec
+    items: list[Item]
+    starts: list[int] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.numel * self.spec.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Index:
+    """What one rank has written, or all of them."""
+
+    files: list[tuple[str, int]] = field(default_factory=list)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    objects: dict[str, StoredObject] = field(default_factory=dict)
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.bin"
+
+
+# Writing
+
+
+class PartWriter:
+    """Writes one rank's file of a checkpoint.
+
+    Args:
+        progress: called after every item.
+    """
+
+    def __init__(self, directory: Path, rank: int, progress: Callable[[], None] = lambda: None) -> None:
+        self._path = directory / file_name(rank)
+        self._rank = rank
+        self._progress = progress
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._offset = 0
+        self.index = Index()
+
+    def add_tensor(self, key: str, spec: TensorSpec) -> None:
+        """Names a tensor; each rank names all that it has written a part of, and empty ones."""
+        known = self.index.tensors.setdefault(key, StoredTensor(spec, []))
+        if known.spec != spec:
+            raise CheckpointError(f"Two different tensors are called {key!r}: {known.spec} and {spec}")
+
+    def write(self, key: str, spec: TensorSpec, start: int, flat: Tensor) -> None:
+        """Writes ``flat``, 1-D, contiguous and on the CPU, as the elements from ``start`` on."""
+        self.add_tensor(key, spec)
+        items = self.index.tensors[key].items
+        for low, high in cut(start, start + flat.numel(), ITEM_BYTES // spec.dtype.itemsize):
+            offset, crc32 = self._append(memory_of(flat[low - start : high - start]))
+            items.append(Item(low, high - low, self._rank, offset, crc32))
+
+    def write_object(self, key: str, value: Any) -> None:
+        """Writes what ``torch.load`` can read again without importing anything: tensors, numbers, texts, and lists,
+        tuples, sets and dicts of them.
+        """
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        try:
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{key} holds something that could only be loaded by running code, so it is not saved: "
+                f"{_unpicklers_reason(error)}. Keep tensors, numbers, texts, lists, tuples and dicts in it."
+            ) from error
+        content = buffer.getbuffer()
+        offset, crc32 = self._append(content)
+        self.index.objects[key] = StoredObject(self._rank, offset, len(content), crc32)
+
+    def close(self) -> Index:
+        """Returns when everything is on the disk."""
+        os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        self.index.files = [(self._path.name, self._offset)]
+        return self.index
+
+    def abandon(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _append(self, content: memoryview) -> tuple[int, int]:
+        offset, crc32 = self._offset, zlib.crc32(content)
+        written = 0
+        while written < len(content):
+            written += os.write(self._file, content[written:])
+        self._offset += len(content)
+        self._progress()
+        return offset, crc32
+
+
+def memory_of(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy; the tensor must outlive them."""
+    nbytes = flat.numel() * flat.element_size()
+    if nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * nbytes).from_address(flat.data_ptr())).cast("B")
+
+
+def merge(parts: Sequence[Index]) -> Index:
+    """All ranks' parts as one.
+
+    Raises:
+        CheckpointError: they do not make up whole tensors.
+    """
+    merged = Index()
+    for part in parts:
+        merged.files += part.files
+        merged.objects.update(part.objects)
+        for key, tensor in part.tensors.items():
+            known = merged.tensors.setdefault(key, StoredTensor(tensor.spec, []))
+            if known.spec != tensor.spec:
+                raise CheckpointError(f"{key} is {known.spec} on one rank and {tensor.spec} on another.")
+            known.items += tensor.items
+    for key, tensor in merged.tensors.items():
+        tensor.items.sort()
+        _check_whole(key, tensor)
+    return merged
+
+
+def _check_whole(key: str, tensor: StoredTensor) -> None:
+    end = 0
+    for item in tensor.items:
+        if item.start != end or item.numel < 1:
+            raise CheckpointError(f"{key}: found an item at element {item.start}, expected one at {end}")
+        end += item.numel
+    if end != tensor.spec.numel:
+        raise CheckpointError(f"{key}: found items up to element {end}, expected {tensor.spec.numel}")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces the file by one with this text, or leaves it as it was, whatever happens meanwhile."""
+    aside = path.with_name(f".{path.name}.saving")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def manifest_text(content: Mapping[str, Any]) -> str:
+    content = json.loads(json.dumps(content))  # as a reader will find it: no tuples, all keys are texts
+    return json.dumps(
+        {"format": FORMAT, "version": VERSION, "sha256": _digest(content), "content": content}, separators=(",", ":")
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
+def index_to_json(index: Index) -> dict[str, Any]:
+    return {
+        "files": index.files,
+        "tensors": {
+            key: {
+                "dtype": str(tensor.spec.dtype).removeprefix("torch."),
+                "shape": tensor.spec.shape,
+                "order": tensor.spec.order,
+                "items": tensor.items,
+            }
+            for key, tensor in index.tensors.items()
+        },
+        "objects": index.objects,
+    }
+
+
+def index_from_json(found: Any) -> Index:
+    """Raises KeyError, TypeError or ValueError where it is not what ``index_to_json`` makes."""
+    files = [(_name(name), _count(nbytes)) for name, nbytes in found["files"]]
+    tensors = {}
+    for key, entry in found["tensors"].items():
+        dtype = getattr(torch, entry["dtype"])
+        shape, order = tuple(map(_count, entry["shape"])), tuple(map(_count, entry["order"]))
+        if not isinstance(dtype, torch.dtype) or sorted(order) != list(range(len(shape))):
+            raise ValueError(f"{key}: dtype {entry['dtype']}, shape {shape}, order {order}")
+        items = [Item(*map(_count, item)) for item in entry["items"]]
+        tensors[key] = StoredTensor(TensorSpec(dtype, shape, order), items, [item.start for item in items])
+    objects = {key: StoredObject(*map(_count, entry)) for key, entry in found["objects"].items()}
+    return Index(files, tensors, objects)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"found {value!r}, expected a whole number")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"rank-\d{5,}\.bin", value):
+        raise ValueError(f"found the file name {value!r}")
+    return value
+
+
+# Reading
+
+
+class Reader:
+    """Reads one checkpoint, and verifies what it reads.
+
+    Args:
+        path: the directory that holds ``checkpoint.json``.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or not a whole one.
+
+    ``content`` is what the manifest says beside the index; ``bytes_read`` counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+        self._descriptors: dict[int, int] = {}
+        self._buffer = bytearray()
+        self.content = self._read_manifest()
+        try:
+            self.index = index_from_json(self.content["index"])
+            for key, tensor in self.index.tensors.items():
+                _check_whole(key, tensor)
+                for item in tensor.items:
+                    self._check_extent(key, item.file, item.offset, item.numel * tensor.spec.dtype.itemsize)
+            for key, stored in self.index.objects.items():
+                self._check_extent(key, stored.file, stored.offset, stored.nbytes)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path / MANIFEST} is damaged: {error}. {self._remedy()}") from error
+        self._check_files()
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def read_(self, key: str, start: int, target: Tensor) -> None:
+        """Fills ``target`` with the elements from ``start`` on; 1-D, contiguous, on the CPU, of the stored dtype."""
+        tensor = self.index.tensors[key]
+        itemsize = tensor.spec.dtype.itemsize
+        memory, stop = memory_of(target), start + target.numel()
+        position = bisect_right(tensor.starts, start) - 1
+        while start < stop:
+            item = tensor.items[position]
+            end = min(stop, item.start + item.numel)
+            into = memory[: (end - start) * itemsize]
+            if end - start == item.numel:
+                self._read_item(key, item, itemsize, into)
+            else:
+                whole = self._scratch(item.numel * itemsize)
+                self._read_item(key, item, itemsize, whole)
+                begin = (start - item.start) * itemsize
+                into[:] = whole[begin : begin + len(into)]
+            memory, start, position = memory[len(into) :], end, position + 1
+
+    def read_object(self, key: str) -> Any:
+        stored = self.index.objects[key]
+        content = memoryview(bytearray(stored.nbytes))
+        self._read_verified(key, stored.file, stored.offset, stored.crc32, content)
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path}: {key} holds something that could only be loaded by running code: "
+                f"{_unpicklers_reason(error)}. It is not loaded; whoever wrote this checkpoint can run code on "
+                "machines that load it otherwise."
+            ) from error
+
+    def verify(self) -> Iterator[tuple[str, int]]:
+        """Reads everything; yields the key and size of each item. Raises at the first damage."""
+        for key, tensor in self.index.tensors.items():
+            for item in tensor.items:
+                nbytes = item.numel * tensor.spec.dtype.itemsize
+                self._read_item(key, item, tensor.spec.dtype.itemsize, self._scratch(nbytes))
+                yield key, nbytes
+        for key, stored in self.index.objects.items():
+            self.read_object(key)
+            yield key, stored.nbytes
+
+    def _read_item(self, key: str, item: Item, itemsize: int, into: memoryview) -> None:
+        self._read_verified(f"{key}, from element {item.start}", item.file, item.offset, item.crc32, into)
+
+    def _read_verified(self, what: str, file: int, offset: int, crc32: int, into: memoryview) -> None:
+        name = self.index.files[file][0]
+        if file not in self._descriptors:
+            if len(self._descriptors) >= 64:
+                self.close()
+            self._descriptors[file] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path / name} ends within {what}. {self._remedy()}")
+            done += count
+        self.bytes_read += len(into)
+        if zlib.crc32(into) != crc32:
+            raise CheckpointError(
+                f"{self.path / name} is damaged: the {len(into)} bytes at {offset} ({what}) are not what was written. "
+                f"{self._remedy()}"
+            )
+
+    def _scratch(self, nbytes: int) -> memoryview:
+        if len(self._buffer) < nbytes:
+            self._buffer = bytearray(nbytes)
+        return memoryview(self._buffer)[:nbytes]
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        try:
+            found = json.loads(path.read_bytes())
+            if found["format"] != FORMAT or found["sha256"] != _digest(found["content"]):
+                raise ValueError("its checksum is another")
+            if found["version"] != VERSION:
+                raise CheckpointError(
+                    f"{path} is of version {found['version']}, this shardadam reads {VERSION}. Update shardadam."
+                )
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{self.path} is no whole checkpoint: it has no {MANIFEST}. {self._remedy()}"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}. {self._remedy()}") from error
+        content: dict[str, Any] = found["content"]
+        return content
+
+    def _check_extent(self, key: str, file: int, offset: int, nbytes: int) -> None:
+        if file >= len(self.index.files) or offset + nbytes > self.index.files[file][1]:
+            raise ValueError(f"{key} lies outside its file")
+
+    def _check_files(self) -> None:
+        for name, nbytes in self.index.files:
+            try:
+                found = os.stat(self.path / name).st_size
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path} is not whole: {name} cannot be read ({error.strerror}). {self._remedy()}"
+                ) from error
+            if found != nbytes:
+                raise CheckpointError(
+                    f"{self.path / name} is damaged: found {found} bytes, expected {nbytes}. {self._remedy()}"
+                )
+
+    def _remedy(self) -> str:
+        return "Copy it anew from where it is whole, or load another checkpoint by its own directory."
+
+
+def _unpicklers_reason(error: BaseException) -> str:
+    """What torch.load's restricted unpickler has against it, without its advice to unpickle without restrictions."""
+    text = str(error)
+    found = re.search(
+        r"Unsupported (?:global|class|operand)[^.\n]*\S*|GLOBAL \S+|[A-Z_]+ \S+ was not an allowed[^.\n]*", text
+    )
+    return found.group(0) if found else next((line for line in text.splitlines() if line.strip()), repr(error))

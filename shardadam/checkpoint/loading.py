@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``load``: every rank reads what lies in its own shards, on however many ranks it was saved; parameters are gathered.
+
+Everything that can be checked without reading the data is checked before anything is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardadam.buckets import Member, memory_order
+from shardadam.checkpoint import contents as things
+from shardadam.checkpoint import directory as directories
+from shardadam.checkpoint.contents import Contents, OwnedParameter, contents_of
+from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
+from shardadam.checkpoint.saving import exchange, meeting_for, settle_background
+from shardadam.flat_shard import dimension_order
+from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
+from shardadam.optimizer import ShardedAdam
+from shardadam.state import load_group_, local_state, spans_of
+from shardadam.update import formats, reference
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What ``load`` has loaded, beside model and optimizer.
+
+    Args:
+        path: the directory of this checkpoint.
+        step: how many steps had been taken.
+        world_size: on how many ranks it was saved.
+        extra: what this rank had passed as ``extra``; None on a rank that was not there.
+        extras: what each rank had passed, in rank order.
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    extra: Any
+    extras: list[Any]
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    optimizer: ShardedAdam | None = None,
+    scheduler: Any = None,
+    timeout_s: float = 60.0,
+) -> Checkpoint:
+    """Loads the newest checkpoint in ``directory``, or ``directory`` itself if it is one, in place.
+
+    Collective, on any number of ranks, at any ``bucket_mb``; state that is stored in another ``Precision`` is
+    converted, state in the same one is loaded bit for bit. Never runs code that a checkpoint holds.
+
+    Random number generators are restored on the ranks that there were when it was saved.
+
+    Args:
+        directory: what was given to ``save``, or one of the checkpoints in it.
+        model, optimizer, scheduler: as given to ``save``; what is None is not loaded.
+        timeout_s: how long to wait, in seconds, for ranks that give no sign of life.
+
+    Raises:
+        TimeoutError: names ranks that have not called it.
+        CheckpointError: there is no checkpoint, or it is not whole, or does not fit. Nothing has been changed then,
+            unless the message says so: damage within a file is met only when it is read.
+    """
+    settle_background()
+    directory = Path(directory).absolute()
+    meeting = meeting_for(optimizer)
+    what = f"load from {directory}"
+
+    def agree(failure: Exception | None, value: Any = None) -> list[Any]:
+        return exchange(meeting, failure, value, what=what, timeout_s=timeout_s)
+
+    failure: Exception | None = None
+    path = ""
+    try:
+        path = str(directories.newest(directory)) if meeting.rank == 0 else ""
+    except Exception as error:
+        failure = error
+    path = agree(failure, path)[0]
+
+    reader: Reader | None = None
+    try:
+        reader = Reader(Path(path))
+        contents = contents_of(model, optimizer)
+        _check_fit(contents, reader, scheduler)
+        objects = _read_objects(contents, reader, scheduler, meeting.rank)
+    except Exception as error:
+        failure = error
+    try:
+        agree(failure)
+        assert reader is not None
+        try:
+            with torch.no_grad():
+                for _ in _read_tensors(contents, reader):
+                    meeting.beat()
+        except Exception as error:
+            failure = error
+        if failure is not None and optimizer is not None:
+            optimizer._refuse_to_go_on(f"loading {path} has failed halfway")
+        try:
+            agree(failure)
+        except CheckpointError as error:
+            if optimizer is not None:
+                optimizer._refuse_to_go_on(f"loading {path} has failed halfway")
+            raise CheckpointError(
+                f"{error} What it was to be loaded into holds a part of it now: load another one before going on."
+            ) from error
+    finally:
+        if reader is not None:
+            reader.close()
+    return _finish(contents, reader, objects, scheduler, meeting.rank)
+
+
+# What must fit
+
+
+def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
+    """Raises unless everything asked for is there, in the right shapes, and nothing is left over."""
+    tensors = reader.index.tensors
+    aliases: Mapping[str, str] = reader.content["aliases"]
+    if contents.model is not None:
+        found = {key for key in tensors if key.startswith("model.")} | aliases.keys()
+        found |= {key for key in reader.index.objects if key.startswith("model.")}
+        expected = contents.model_keys | contents.objects.keys()
+        if not found and expected:
+            raise CheckpointError(f"{reader.path} holds no model: it was saved without. Leave model out.")
+        _check_names("the model", reader, expected=expected, found=found)
+        shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
+        shapes |= {p.model_key: tuple(p.member.shape) for p in contents.owned if p.in_model}
+        _check_shapes(reader, {aliases.get(key, key): shape for key, shape in shapes.items()})
+    if contents.optimizer is not None:
+        saved = reader.content.get("optimizer")
+        if saved is None:
+            raise CheckpointError(f"{reader.path} holds no optimizer: it was saved without. Leave optimizer out.")
+        _check_groups(contents, reader, saved["groups"])
+        for parameter in contents.owned:
+            if parameter.name in saved["parameters"]:
+                numel = torch.Size(parameter.member.shape).numel()
+                blocks = (-(-numel // ALIGNMENT_NUMEL),)
+                shapes = {
+                    key: blocks if kind in formats.SCALES else tuple(parameter.member.shape)
+                    for kind in (*formats.MOMENTS, *formats.SCALES, "master")
+                    for key in (parameter.state_key(kind),)
+                    if key in tensors or kind in formats.MOMENTS
+                }
+                _check_names("the optimizer", reader, expected=shapes.keys(), found=shapes.keys() & tensors.keys())
+                _check_shapes(reader, shapes)
+    if scheduler is not None and things.SCHEDULER not in reader.index.objects:
+        raise CheckpointError(f"{reader.path} holds no scheduler: it was saved without. Leave scheduler out.")
+
+
+def _check_names(whose: str, reader: Reader, *, expected: Collection[str], found: Collection[str]) -> None:
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only there: "
+            f"{_some(unexpected)}. Build the model that was saved."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "nothing"
+
+
+def _check_shapes(reader: Reader, expected: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [
+        f"{key} has shape {reader.index.tensors[key].spec.shape}, expected {shape}"
+        for key, shape in expected.items()
+        if key in reader.index.tensors and reader.index.tensors[key].spec.shape != shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{reader.path} does not fit: {'; '.join(wrong[:3])}{more}. Build the model that was saved."
+        )
+
+
+def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[str]]) -> None:
+    mine = contents.groups
+    found, expected = {name for group in saved for name in group}, {name for group in mine for name in group}
+    _check_names("the optimizer", reader, expected=expected, found=found)
+    if [set(group) for group in mine] != [set(group) for group in saved]:
+        sizes, saved_sizes = [len(group) for group in mine], [len(group) for group in saved]
+        raise CheckpointError(
+            f"{reader.path} does not fit the optimizer: its param groups have {saved_sizes} parameters, expected "
+            f"{sizes} and the same ones in each. Build the optimizer over the same groups."
+        )
+
+
+# Reading
+
+
+def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int) -> dict[str, Any]:
+    wanted = [f"rng.{rank}"]
+    if contents.model is not None:
+        wanted += contents.objects
+    if contents.optimizer is not None:
+        wanted.append(things.PARAM_GROUPS)
+    if scheduler is not None:
+        wanted.append(things.SCHEDULER)
+    return {key: reader.read_object(key) for key in wanted if key in reader.index.objects}
+
+
+def _read_tensors(contents: Contents, reader: Reader) -> Iterator[None]:
+    """Reads in place; yields now and then."""
+    aliases: Mapping[str, str] = reader.content["aliases"]
+    for key, tensor in contents.replicated.items():
+        _read_whole(tensor, reader, aliases.get(key, key))
+        yield
+    saved = reader.content.get("optimizer") or {"parameters": {}}
+    for parameter in contents.owned:
+        source = _Source(reader, parameter, aliases)
+        for low, high, elements in _stretches(parameter.member):
+            if contents.model is not None and parameter.in_model:
+                _read_parameter(parameter.member, source, low, high)
+            if parameter.name in saved["parameters"]:
+                _read_state(parameter.member, source, low, high, elements)
+            yield
+
+
+def _stretches(member: Member) -> Iterator[tuple[int, int, slice]]:
+    """This rank's spans, cut so that what is converted stays small; and where they lie in its part of the state."""
+    begin = 0
+    for span in spans_of(member):
+        for low, high in cut(span.start, span.start + span.numel, 4 * ITEM_BYTES):
+            yield low, high, slice(begin + low - span.start, begin + high - span.start)
+        begin += span.numel
+
+
+class _Source:
+    """What a checkpoint holds of one parameter, in the memory order that the parameter has here."""
+
+    def __init__(self, reader: Reader, parameter: OwnedParameter, aliases: Mapping[str, str]) -> None:
+        self._reader = reader
+        self._keys = {kind: parameter.state_key(kind) for kind in (*formats.MOMENTS, *formats.SCALES, "master")}
+        self._keys["parameter"] = aliases.get(parameter.model_key, parameter.model_key)
+        self._keys = {kind: key for kind, key in self._keys.items() if key in reader.index.tensors}
+        self._order = dimension_order(parameter.member.parameter)
+        self._reordered: dict[str, Tensor] = {}
+        if any(self._spec(kind).order != self._order for kind in self._keys if kind not in formats.SCALES):
+            self._reorder(parameter.member)
+
+    def dtype(self, kind: str) -> torch.dtype | None:
+        if self._reordered:
+            return self._reordered[kind].dtype if kind in self._reordered else None
+        return self._spec(kind).dtype if kind in self._keys else None
+
+    def read(self, kind: str, low: int, high: int, into: Tensor | None = None) -> Tensor:
+        """Elements ``low : high`` (blocks of them for scales), into ``into`` where it can be written directly."""
+        if kind in formats.SCALES:
+            low, high = low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL)
+        if self._reordered:
+            return self._reordered[kind][low:high]
+        dtype = self._spec(kind).dtype
+        direct = into is not None and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
+        flat = into if direct and into is not None else torch.empty(high - low, dtype=dtype)
+        self._reader.read_(self._keys[kind], low, flat)
+        return flat
+
+    def _spec(self, kind: str) -> TensorSpec:
+        return self._reader.index.tensors[self._keys[kind]].spec
+
+    def _reorder(self, member: Member) -> None:
+        """Positions in memory mean other elements here than there: the whole tensors have to be turned."""
+        raw = {}
+        for kind in self._keys:
+            raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype)
+            self._reader.read_(self._keys[kind], 0, raw[kind])
+        if formats.MOMENTS[0] in raw:
+            raw.update(zip(formats.MOMENTS, formats.read_moments(raw), strict=True))
+        for kind, flat in raw.items():
+            if kind not in formats.SCALES:
+                self._reordered[kind] = memory_order(in_shape(flat, self._spec(kind)), member.parameter)
+
+
+def in_shape(flat: Tensor, spec: TensorSpec) -> Tensor:
+    """A flat tensor in memory order, in its shape; a view."""
+    logical = sorted(range(len(spec.shape)), key=lambda position: spec.order[position])
+    return flat.view([spec.shape[dim] for dim in spec.order]).permute(logical)
+
+
+def _read_parameter(member: Member, source: _Source, low: int, high: int) -> None:
+    parameter = memory_order(member.parameter.detach(), member.parameter)[low:high]
+    stored = source.dtype("parameter")
+    if stored == parameter.dtype:
+        _copy_(parameter, source.read("parameter", low, high, parameter))
+    else:
+        exact = source.read("parameter" if source.dtype("master") is None else "master", low, high)
+        narrow = exact.dtype == torch.float32 and parameter.dtype in (torch.bfloat16, torch.float16)
+        parameter.copy_(reference.round_half_away(exact, parameter.dtype) if narrow else exact)
+
+
+def _read_state(member: Member, source: _Source, low: int, high: int, elements: slice) -> None:
+    blocks = slice(elements.start // ALIGNMENT_NUMEL, -(-elements.stop // ALIGNMENT_NUMEL))
+    state = {
+        kind: tensor[blocks if kind in formats.SCALES else elements]
+        for kind, tensor in local_state(member).items()
+        if kind not in ("step", "bound")
+    }
+    kinds = (*formats.MOMENTS, *formats.SCALES)
+    own = [kind for kind in kinds if kind in state]
+    if all(source.dtype(kind) == state[kind].dtype for kind in own):
+        for kind in own:
+            _copy_(state[kind], source.read(kind, low, high, state[kind]))
+    else:
+        device = state[formats.MOMENTS[0]].device
+        saved = {kind: source.read(kind, low, high).to(device) for kind in kinds if source.dtype(kind) is not None}
+        formats.write_moments_(state, *formats.read_moments(saved))
+    if "master" in state or "remainder" in state:
+        parameter = memory_order(member.parameter.detach(), member.parameter)[low:high]
+        master = parameter
+        if source.dtype("master") is not None:
+            master = source.read("master", low, high).to(parameter.device)
+        elif source.dtype("parameter") == torch.float32:
+            master = source.read("parameter", low, high).to(parameter.device)
+        formats.write_master_(state, parameter, master)
+
+
+def _copy_(target: Tensor, value: Tensor) -> None:
+    if value is not target:
+        target.copy_(value)
+
+
+def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
+    spec = reader.index.tensors[key].spec
+    flat = torch.empty(spec.numel, dtype=spec.dtype)
+    reader.read_(key, 0, flat)
+    tensor.detach().copy_(in_shape(flat, spec))
+
+
+# After
+
+
+@torch.no_grad()
+def _finish(contents: Contents, reader: Reader, objects: dict[str, Any], scheduler: Any, rank: int) -> Checkpoint:
+    """Nothing here can fail for what a checkpoint holds. Collective."""
+    optimizer = contents.optimizer
+    if optimizer is not None:
+        _set_scalars(contents, reader.content["optimizer"])
+        for group, saved in zip(optimizer.param_groups, objects[things.PARAM_GROUPS], strict=True):
+            load_group_(group, saved)
+        optimizer._state_was_loaded(parameters=contents.model is not None)
+    things.load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
+    if scheduler is not None:
+        scheduler.load_state_dict(objects[things.SCHEDULER])
+    if f"rng.{rank}" in objects:
+        things.set_random_state(objects[f"rng.{rank}"])
+    extras = reader.content["extras"]
+    extra = extras[rank] if rank < len(extras) else None
+    return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
+
+
+def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
+    assert contents.optimizer is not None
+    contents.optimizer.skipped_steps.fill_(saved["skipped_steps"])
+    groups = contents.optimizer.param_groups
+    for parameter in contents.owned:
+        member, entry = parameter.member, saved["parameters"].get(parameter.name)
+        counters, state = member.arena.counters, local_state(member)
+        if entry is None:  # it was frozen then, and starts anew
+            for kind in (*formats.MOMENTS, *formats.SCALES):
+                if kind in state:
+                    state[kind].zero_()
+            own = memory_order(member.parameter.detach(), member.parameter)
+            for low, high, elements in _stretches(member):
+                at = {kind: state[kind][elements] for kind in formats.MASTERS if kind in state}
+                formats.write_master_(at, own[low:high], own[low:high])
+        steps = 0.0 if entry is None else entry["step"]
+        counters.steps[member.index] = steps
+        betas = groups[member.arena.group_index]["betas"]
+        known = entry is not None and "bound" in entry
+        bound = float.fromhex(entry["bound"]) if known else reference.bound_squared_at(steps, betas)
+        counters.bounds[member.index] = bound

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``save``: every rank writes its own shards to a file of its own, and rank 0 publishes them together."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from shardadam.agreement import Meeting
+from shardadam.buckets import Member, memory_order
+from shardadam.checkpoint import contents as things
+from shardadam.checkpoint import directory as directories
+from shardadam.checkpoint.contents import Contents, contents_of
+from shardadam.checkpoint.files import (
+    MANIFEST,
+    CheckpointError,
+    PartWriter,
+    TensorSpec,
+    index_from_json,
+    index_to_json,
+    manifest_text,
+    merge,
+    write_durably,
+)
+from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
+from shardadam.optimizer import ShardedAdam
+from shardadam.state import local_state, spans_of
+from shardadam.transport.groups import meeting_of
+from shardadam.update import formats, reference
+from shardadam.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements from ``start`` on of a stored tensor; ``read`` gives them, 1-D and in memory order, where they lie."""
+
+    key: str
+    spec: TensorSpec
+    start: int
+    read: Callable[[], Tensor]
+
+
+@dataclass(slots=True)
+class Part:
+    """What one rank writes, with all there is to know of the checkpoint as a whole."""
+
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    stretches: list[Stretch] = field(default_factory=list)
+    objects: dict[str, Any] = field(default_factory=dict)
+    extra: Any = None
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+@overload
+def save(
+    directory: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module | None = None,
+    optimizer: ShardedAdam | None = None,
+    scheduler: Any = None,
+    extra: Any = None,
+    keep: int | None = None,
+    asynchronous: Literal[False] = False,
+    timeout_s: float = 60.0,
+) -> Path: ...
+
+
+@overload
+def save(
+    directory: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module | None = None,
+    optimizer: ShardedAdam | None = None,
+    scheduler: Any = None,
+    extra: Any = None,
+    keep: int | None = None,
+    asynchronous: Literal[True],
+    timeout_s: float = 60.0,
+) -> Future[Path]: ...
+
+
+def save(
+    directory: str | os.PathLike[str],
+    *,
+    step: int,
+    model: nn.Module | None = None,
+    optimizer: ShardedAdam | None = None,
+    scheduler: Any = None,
+    extra: Any = None,
+    keep: int | None = None,
+    asynchronous: bool = False,
+    timeout_s: float = 60.0,
+) -> Path | Future[Path]:
+    """Writes a checkpoint of step ``step`` into ``directory``, from which ``load`` resumes on any number of ranks.
+
+    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
+    The checkpoint appears at once and whole, or not at all; a crash at any moment leaves the ones before. Each rank
+    writes its 1/N of everything that is sharded or equal on all ranks; of the model's buffers, rank 0's are saved.
+    Gradients are not saved: save between steps.
+
+    Args:
+        directory: made if need be; all ranks must see the same one (a shared file system).
+        step: how many steps have been taken; names the checkpoint.
+        model: its ``state_dict()`` is saved.
+        optimizer: moments, masters, steps and hyperparameters.
+        scheduler: anything with ``state_dict()``, the same on all ranks.
+        extra: of this rank, anything ``json.dumps`` takes: its position in the data, for example.
+        keep: how many checkpoints stay in ``directory``; None: all.
+        asynchronous: return as soon as everything has been copied into memory of the CPU, and write while training goes
+            on. The next call of ``save`` or ``load`` waits for it, and raises what it failed with.
+        timeout_s: how long to wait, in seconds, for ranks that give no sign of life.
+
+    Returns:
+        The directory of the checkpoint, or a future of it.
+
+    Raises:
+        TimeoutError: names ranks that have not called it.
+        CheckpointError: it could not be written, on any rank; nothing has changed then.
+
+    The states of torch's, Python's and NumPy's random number generators are saved on each rank, too.
+    """
+    settle_background()
+    directory = Path(directory).absolute()
+    meeting = meeting_for(optimizer)
+    part: Part | None = None
+    name = ""
+    failure: Exception | None = None
+    try:
+        _check_arguments(step, keep)
+        part = _collect(contents_of(model, optimizer), meeting, scheduler, extra, step)
+        if meeting.rank == 0:
+            name = directories.prepare(directory, step)
+    except Exception as error:
+        failure = error
+    what = f"save to {directory}"
+    try:
+        answers = exchange(meeting, failure, {"step": step, "name": name}, what=what, timeout_s=timeout_s)
+        steps = sorted({answer["step"] for answer in answers})
+        if len(steps) > 1:
+            raise CheckpointError(f"{what}: ranks disagree on the step, found {steps}.")
+    except BaseException:
+        if name:
+            directories.discard(directory, name)
+        raise
+    name = answers[0]["name"]
+    assert part is not None
+    if not asynchronous:
+        return _write(directory, name, part, meeting, keep=keep, timeout_s=timeout_s)
+    staged: Part | Exception
+    try:
+        staged = _staged(part)
+    except Exception as error:  # no memory, probably; the others learn it from the thread
+        staged = error
+    return _in_background(lambda: _write(directory, name, staged, meeting, keep=keep, timeout_s=timeout_s))
+
+
+def meeting_for(optimizer: ShardedAdam | None) -> Meeting:
+    if isinstance(optimizer, ShardedAdam):
+        return optimizer._transport.meeting
+    return meeting_of(None) or Meeting(None, 0, [0])
+
+
+def _check_arguments(step: int, keep: int | None) -> None:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step: found {step!r}, expected a whole number of 0 or more")
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ValueError(f"keep: found {keep!r}, expected None or a whole number of 1 or more")
+
+
+def exchange(meeting: Meeting, failure: Exception | None, value: Any, *, what: str, timeout_s: float) -> list[Any]:
+    """The values of all ranks. Raises on all of them if any brings a failure: its own there, a CheckpointError on the
+    others.
+    """
+    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    texts = meeting.exchange(json.dumps({"failure": message, "value": value}), what=what, timeout_s=timeout_s)
+    answers = [json.loads(text) for text in texts]
+    if failure is not None:
+        if isinstance(failure, OSError):
+            raise CheckpointError(f"{what}: {failure}. Nothing has been changed.") from failure
+        raise failure
+    for rank, answer in zip(meeting.ranks, answers, strict=True):
+        if answer["failure"] is not None:
+            raise CheckpointError(f"{what}: rank {rank} failed, so no rank goes on. There: {answer['failure']}")
+    return [answer["value"] for answer in answers]
+
+
+# What goes in
+
+
+def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, step: int) -> Part:
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"extra: found something that JSON cannot hold ({error}).") from error
+    rank, world_size = meeting.rank, len(meeting.ranks)
+    part = Part(extra=extra)
+    part.objects[f"rng.{rank}"] = things.random_state()
+    part.description = {
+        "step": step,
+        "world_size": world_size,
+        "shardadam": __version__,
+        "torch": torch.__version__,
+        "aliases": contents.aliases,
+    }
+    for parameter in contents.owned:
+        if parameter.in_model:
+            _add_shards(part, parameter.model_key, things.spec_of(parameter.member.parameter), parameter.member)
+    _add_replicated(part, contents.replicated, rank, world_size)
+    for parameter in contents.owned:
+        for kind, spec in things.state_specs(parameter.member).items():
+            _add_shards(part, parameter.state_key(kind), spec, parameter.member, kind)
+    if rank != 0:
+        return part
+    part.objects.update(contents.objects)
+    if scheduler is not None:
+        part.objects[things.SCHEDULER] = scheduler.state_dict()
+    optimizer = contents.optimizer
+    if optimizer is not None:
+        part.objects[things.PARAM_GROUPS] = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in optimizer.param_groups
+        ]
+        part.description["optimizer"] = {
+            "groups": contents.groups,
+            "skipped_steps": int(optimizer.skipped_steps),
+            "moments": optimizer._options.precision.moments,
+            "masters": sorted({arena.format.master for arena in optimizer._arenas}),
+            "parameters": {parameter.name: _scalars(local_state(parameter.member)) for parameter in contents.owned},
+        }
+    return part
+
+
+def _scalars(state: Mapping[str, Tensor]) -> dict[str, float | str]:
+    """JSON has no infinity; a bound may be."""
+    return {
+        kind: float(state[kind]) if kind == "step" else float(state[kind]).hex()
+        for kind in ("step", "bound")
+        if kind in state
+    }
+
+
+def _add_shards(part: Part, key: str, spec: TensorSpec, member: Member, kind: str | None = None) -> None:
+    """This rank's spans of the parameter (kind None) or of a tensor of its state."""
+    part.specs[key] = spec
+    unit = ALIGNMENT_NUMEL if kind in formats.SCALES else 1
+    begin = 0
+    for span in spans_of(member):
+        # Several at a time bounds what is made anew where a remainder becomes a master, or leaves a GPU.
+        for low, high in cut(span.start, span.start + span.numel, 4 * ITEM_BYTES):
+            elements = slice(low - span.start + begin, high - span.start + begin)
+            part.stretches.append(Stretch(key, spec, low // unit, _reading(member, kind, low, high, elements)))
+        begin += span.numel
+
+
+def _reading(member: Member, kind: str | None, low: int, high: int, elements: slice) -> Callable[[], Tensor]:
+    """Reads ``low : high`` of the parameter, which are ``elements`` of this rank's part of it."""
+
+    def read() -> Tensor:
+        parameter = memory_order(member.parameter.detach(), member.parameter)[low:high]
+        if kind is None:
+            return parameter
+        state = local_state(member)
+        if kind in formats.SCALES:
+            return state[kind][elements.start // ALIGNMENT_NUMEL : -(-elements.stop // ALIGNMENT_NUMEL)]
+        if kind == "master" and "remainder" in state:
+            return reference.join(parameter, state["remainder"][elements])
+        return state[kind][elements]
+
+    return read
+
+
+def _add_replicated(part: Part, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> None:
+    """Ranks take turns at parameters, which are the same on all of them. Buffers may differ: rank 0's are saved."""
+    turn = 0
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise CheckpointError(
+                f"{key} cannot be saved: found {tensor.layout} on {tensor.device}, expected an ordinary tensor."
+            )
+        spec = part.specs[key] = things.spec_of(tensor)
+        for low, high in cut(0, spec.numel, 4 * (ITEM_BYTES // spec.dtype.itemsize)):
+            writer = turn % world_size if isinstance(tensor, nn.Parameter) else 0
+            if writer == rank:
+                part.stretches.append(Stretch(key, spec, low, _reading_whole(tensor, spec, low, high)))
+            turn += 1
+
+
+def _reading_whole(tensor: Tensor, spec: TensorSpec, low: int, high: int) -> Callable[[], Tensor]:
+    return lambda: tensor.detach().permute(spec.order).reshape(-1)[low:high]
+
+
+@torch.no_grad()
+def _staged(part: Part) -> Part:
+    """The same with everything copied into memory of its own on the CPU."""
+    stretches = []
+    for stretch in part.stretches:
+        flat = stretch.read()
+        copied = torch.empty_like(flat, device="cpu")
+        copied.copy_(flat)
+        stretches.append(Stretch(stretch.key, stretch.spec, stretch.start, lambda copied=copied: copied))  # type: ignore[misc]
+    return Part(part.specs, stretches, part.objects, part.extra, part.description)
+
+
+# Writing
+
+
+@torch.no_grad()
+def _write(
+    directory: Path,
+    name: str,
+    part: Part | Exception,
+    meeting: Meeting,
+    *,
+    keep: int | None,
+    timeout_s: float,
+) -> Path:
+    """Collective, in whatever thread."""
+    what = f"save to {directory / name}"
+    aside = directories.aside(directory, name)
+    try:
+        failure: Exception | None = None
+        try:
+            if isinstance(part, Exception):
+                raise part
+            _write_part(aside, part, meeting)
+        except Exception as error:
+            failure = error
+        exchange(meeting, failure, None, what=what, timeout_s=timeout_s)
+        try:
+            if meeting.rank == 0:
+                assert isinstance(part, Part)
+                _write_manifest(aside, part, len(meeting.ranks))
+                directories.publish(directory, name, keep=keep)
+        except Exception as error:
+            failure = error
+        exchange(meeting, failure, None, what=what, timeout_s=timeout_s)
+    except BaseException:
+        if meeting.rank == 0:
+            directories.discard(directory, name)
+        raise
+    return directory / name
+
+
+def _part_name(rank: int) -> str:
+    return f"part-{rank:05d}.json"
+
+
+def _write_part(aside: Path, part: Part, meeting: Meeting) -> None:
+    writer = PartWriter(aside, meeting.rank, meeting.beat)
+    try:
+        for key, spec in part.specs.items():
+            writer.add_tensor(key, spec)
+        for stretch in part.stretches:
+            writer.write(stretch.key, stretch.spec, stretch.start, stretch.read().cpu().contiguous())
+        for key, value in part.objects.items():
+            writer.write_object(key, value)
+        index = writer.close()
+    finally:
+        writer.abandon()
+    content = {"index": index_to_json(index), "extra": part.extra}
+    (aside / _part_name(meeting.rank)).write_text(json.dumps(content, separators=(",", ":")))
+
+
+def _write_manifest(aside: Path, part: Part, world_size: int) -> None:
+    indices, extras = [], []
+    for rank in range(world_size):
+        path = aside / _part_name(rank)
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"Rank 0 does not see {path}, which rank {rank} has written. Save to a directory that all hosts share."
+            ) from error
+        indices.append(index_from_json(found["index"]))
+        extras.append(found["extra"])
+    content = {**part.description, "extras": extras, "index": index_to_json(merge(indices))}
+    write_durably(aside / MANIFEST, manifest_text(content))
+    for rank in range(world_size):
+        (aside / _part_name(rank)).unlink()
+
+
+# In the background
+
+
+_running: tuple[threading.Thread, Future[Path]] | None = None
+
+
+def _in_background(work: Callable[[], Path]) -> Future[Path]:
+    global _running
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="shardadam.save")
+    _running = (thread, future)
+    thread.start()
+    return future
+
+
+def settle_background() -> None:
+    """Waits for a save in the background, and raises what it failed with, once."""
+    global _running
+    if _running is not None:
+        (thread, future), _running = _running, None
+        thread.join()
+        error = future.exception()
+        if error is not None:
+            raise CheckpointError(f"The save in the background before this call has failed: {error}") from error
