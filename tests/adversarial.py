@@ -20,6 +20,7 @@ class AdversarialTransport(Transport):
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
         self.rank, self.world_size, self.control = inner.rank, inner.world_size, inner.control
+        self.meeting = inner.meeting
         self._late: list[_Late] = []
         self._shards: dict[int, Tensor] = {}  # by address: what a shard holds, or will hold once transfers have run
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 DEADLINE_S = 60.0
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
     ["torch", "torch.distributed", "torch.utils.checkpoint", "torch._dynamo", "shardadam"]
 )
 _pools: dict[int, Workers] = {}
@@ -47,6 +47,12 @@ def on_ranks(
         raise
 
 
+def restart(world_size: int) -> None:
+    """The next ``on_ranks`` starts new processes (with one rank, it runs here as ever)."""
+    if world_size in _pools:
+        _pools.pop(world_size).stop()
+
+
 def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -58,8 +64,8 @@ class Workers:
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            mine, theirs = _processes.Pipe()
-            process = _processes.Process(target=_work, args=(rank, world_size, store, theirs), daemon=True)
+            mine, theirs = processes.Pipe()
+            process = processes.Process(target=_work, args=(rank, world_size, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(mine)
