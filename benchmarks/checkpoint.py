@@ -6,9 +6,9 @@
 
 A model of float32 matrices with ShardedAdamW: 12 bytes a parameter go to the disk. In every round, in turn: `dd`
 writes as many bytes (conv=fsync), `shardadam.save`, `dcp.save` of the same model under FSDP2 with torch's AdamW (each
-rank holds 1/N of the parameters there), `shardadam.load`, `dcp.load`, and an asynchronous save, whose stall is what the
-call itself takes. Every form writes to new files; what a round wrote is removed outside the timings. Medians, and lowest
-to highest.
+rank holds 1/N of the parameters there), `shardadam.load`, `dcp.load`, and an asynchronous save, whose stall is what
+the call itself takes. Every form writes to new files; what a round wrote is removed outside the timings. Medians, and
+lowest to highest.
 """
 
 from __future__ import annotations

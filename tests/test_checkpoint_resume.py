@@ -179,3 +179,21 @@ def test_what_json_or_a_safe_pickle_cannot_hold_is_refused_before_anything_is_wr
     with pytest.raises(CheckpointError, match=r"scheduler holds something that could only be loaded by running code"):
         shardadam.save(tmp_path, step=0, model=run.model, scheduler=run.scheduler)
     assert list(tmp_path.iterdir()) == []
+
+
+def change_after_the_call(directory: str) -> list[Any]:
+    """A tensor lr and a scheduler go on changing in place while the file is written."""
+    parameter = torch.nn.Parameter(torch.ones(300))
+    optimizer = shardadam.ShardedAdamW([parameter], lr=torch.tensor(0.5))
+    future = shardadam.save(directory, step=0, optimizer=optimizer, asynchronous=True)
+    optimizer.param_groups[0]["lr"].fill_(9.0)
+    optimizer.state[parameter]["exp_avg"].fill_(9.0)
+    future.result(30)
+    shardadam.load(directory, optimizer=optimizer)
+    return [optimizer.param_groups[0]["lr"], optimizer.full_state(parameter)["exp_avg"]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_asynchronous_save_holds_what_was_there_at_the_call(tmp_path: Path, world_size: int) -> None:
+    for lr, exp_avg in on_ranks(world_size, change_after_the_call, str(tmp_path)):
+        assert lr == 0.5 and not exp_avg.any()

@@ -125,22 +125,10 @@ class PartWriter:
             offset, crc32 = self._append(memory_of(flat[low - start : high - start]))
             items.append(Item(low, high - low, self._rank, offset, crc32))
 
-    def write_object(self, key: str, value: Any) -> None:
-        """Writes what ``torch.load`` can read again without importing anything: tensors, numbers, texts, and lists,
-        tuples, sets and dicts of them.
-        """
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        try:
-            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{key} holds something that could only be loaded by running code, so it is not saved: "
-                f"{_unpicklers_reason(error)}. Keep tensors, numbers, texts, lists, tuples and dicts in it."
-            ) from error
-        content = buffer.getbuffer()
-        offset, crc32 = self._append(content)
-        self.index.objects[key] = StoredObject(self._rank, offset, len(content), crc32)
+    def write_object(self, key: str, pickled: bytes) -> None:
+        """Writes what ``safely_pickled`` has made."""
+        offset, crc32 = self._append(memoryview(pickled))
+        self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), crc32)
 
     def close(self) -> Index:
         """Returns when everything is on the disk."""
@@ -166,6 +154,25 @@ class PartWriter:
             self._on_its_way = self._offset
         self._progress()
         return offset, crc32
+
+
+def safely_pickled(key: str, value: Any) -> bytes:
+    """What ``torch.load`` can read again without importing anything: tensors, numbers, texts, and lists, tuples, sets
+    and dicts of them.
+
+    Raises:
+        CheckpointError: ``value`` holds something else.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{key} holds something that could only be loaded by running code, so it is not saved: "
+            f"{_unpicklers_reason(error)}. Keep tensors, numbers, texts, lists, tuples and dicts in it."
+        ) from error
+    return buffer.getvalue()
 
 
 def _start_writeback(descriptor: int, start: int, stop: int) -> None:

@@ -30,6 +30,7 @@ from shardadam.checkpoint.files import (
     index_to_json,
     manifest_text,
     merge,
+    safely_pickled,
     write_durably,
 )
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
@@ -56,7 +57,7 @@ class Part:
 
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     stretches: list[Stretch] = field(default_factory=list)
-    objects: dict[str, Any] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
     extra: Any = None
     description: dict[str, Any] = field(default_factory=dict)
 
@@ -207,7 +208,7 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
         raise CheckpointError(f"extra: found something that JSON cannot hold ({error}).") from error
     rank, world_size = meeting.rank, len(meeting.ranks)
     part = Part(extra=extra)
-    part.objects[f"rng.{rank}"] = things.random_state()
+    objects: dict[str, Any] = {f"rng.{rank}": things.random_state()}
     part.description = {
         "step": step,
         "world_size": world_size,
@@ -222,14 +223,13 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
     for parameter in contents.owned:
         for kind, spec in things.state_specs(parameter.member).items():
             _add_shards(part, parameter.state_key(kind), spec, parameter.member, kind)
-    if rank != 0:
-        return part
-    part.objects.update(contents.objects)
-    if scheduler is not None:
-        part.objects[things.SCHEDULER] = scheduler.state_dict()
     optimizer = contents.optimizer
-    if optimizer is not None:
-        part.objects[things.PARAM_GROUPS] = [
+    if rank == 0:
+        objects |= contents.objects
+    if rank == 0 and scheduler is not None:
+        objects[things.SCHEDULER] = scheduler.state_dict()
+    if rank == 0 and optimizer is not None:
+        objects[things.PARAM_GROUPS] = [
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in optimizer.param_groups
         ]
@@ -240,6 +240,7 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
             "masters": sorted({arena.format.master for arena in optimizer._arenas}),
             "parameters": {parameter.name: _scalars(local_state(parameter.member)) for parameter in contents.owned},
         }
+    part.objects = {key: safely_pickled(key, value) for key, value in objects.items()}  # as they are now
     return part
 
 
