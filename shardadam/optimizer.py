@@ -440,7 +440,7 @@ class ShardedAdam(Optimizer):
         self._frozen += frozen
         self._reducer.add(members, buckets)
         for member in members:
-            self.state[member.parameter] = state.local_state(member)
+            self.state[member.parameter] = state.torch_state(member)
 
     def _take_in_unfrozen(self) -> None:
         """Makes members of parameters that were frozen when they came and are not any more. Collective if there are
@@ -552,7 +552,10 @@ class ShardedAdam(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         if self._consolidated is not None:
-            state_dict = self._consolidated
+            state_dict = {  # callers may rename the keys of what they are given, as get_optimizer_state_dict does
+                "state": {index: {**entry} for index, entry in self._consolidated["state"].items()},
+                "param_groups": [{**group} for group in self._consolidated["param_groups"]],
+            }
         else:
             members = {id(member.parameter): member for member in self._members}
             entries = {
@@ -632,7 +635,7 @@ class ShardedAdam(Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
             intake.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
-        state.load_local(self.param_groups, self.state, self._members, state_dict)
+        state.load_local(self.param_groups, self._members, state_dict)
         self._state_was_loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -6,7 +6,7 @@ Local: nothing here moves anything between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,10 +18,13 @@ from shardadam.flat_shard import FlatShard, Span, dimension_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.update import formats, reference
 
+_CODES = {"exp_avg": "exp_avg_code", "exp_avg_sq": "exp_avg_sq_code"}
+_NAMES = {code: name for name, code in _CODES.items()}
+
 
 def local_state(member: Member) -> dict[str, Tensor]:
-    """What torch keeps in ``optimizer.state[p]``, as views of the arena: this rank's elements of the parameter, in
-    memory order, in one dimension, in the format they are stored in.
+    """Everything of the parameter in its arena's state, as views: this rank's elements, in memory order, in one
+    dimension, in the format they are stored in.
     """
     arena = member.arena
     state = {"step": arena.counters.steps[member.index]}
@@ -32,6 +35,25 @@ def local_state(member: Member) -> dict[str, Tensor]:
     return state
 
 
+def saved_name(name: str, member: Member) -> str:
+    """What a part of the state is called where torch sees it.
+
+    Codes have a name of their own: DCP and torch's optimizers convert dtypes, and would take codes for moments. A
+    remainder is saved as the master it makes.
+    """
+    if name == "remainder":
+        return "master"
+    return _CODES.get(name, name) if member.arena.format.moments == "int8" else name
+
+
+def torch_state(member: Member) -> dict[str, Tensor]:
+    """What torch keeps in ``optimizer.state[p]``: the local state, with the very keys of ``saved_state``, because
+    set_optimizer_state_dict takes of a flattened dict what is named there, and drops the rest. A remainder is there as
+    it is stored.
+    """
+    return {saved_name(name, member): tensor for name, tensor in local_state(member).items()}
+
+
 def saved_state(member: Member, *, world_size: int) -> dict[str, Tensor]:
     """What ``optimizer.state_dict()`` holds of the parameter: tensors of its shape, of which this rank has its spans.
 
@@ -39,15 +61,16 @@ def saved_state(member: Member, *, world_size: int) -> dict[str, Tensor]:
     """
     saved: dict[str, Tensor] = {}
     for name, tensor in local_state(member).items():
+        key = saved_name(name, member)
         if name in ("step", "bound"):
-            saved[name] = tensor
+            saved[key] = tensor
         elif name in formats.SCALES:
-            saved[name] = _whole_or_shard(tensor, block_spans(member), (block_count(member),), (0,), world_size)
+            saved[key] = _whole_or_shard(tensor, block_spans(member), (block_count(member),), (0,), world_size)
         else:
             if name == "remainder":
-                name, tensor = "master", reference.join(own_elements(member, member.parameter.detach()), tensor)
+                tensor = reference.join(own_elements(member, member.parameter.detach()), tensor)
             order = dimension_order(member.parameter)
-            saved[name] = _whole_or_shard(tensor, spans_of(member), member.shape, order, world_size)
+            saved[key] = _whole_or_shard(tensor, spans_of(member), member.shape, order, world_size)
     return saved
 
 
@@ -81,13 +104,8 @@ def block_count(member: Member) -> int:
     return -(-member.shape.numel() // ALIGNMENT_NUMEL)
 
 
-def load_local(
-    param_groups: list[dict[str, Any]],
-    state: MutableMapping[Tensor, dict[str, Tensor]],
-    members: Sequence[Member],
-    state_dict: Mapping[str, Any],
-) -> None:
-    """Copies ``state_dict`` into the views of ``state`` and the dicts of ``param_groups``, after checking all of it."""
+def load_local(param_groups: list[dict[str, Any]], members: Sequence[Member], state_dict: Mapping[str, Any]) -> None:
+    """Copies ``state_dict`` into the members' state and the dicts of ``param_groups``, after checking all of it."""
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in param_groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
@@ -109,7 +127,7 @@ def load_local(
     }
     for member in members:
         key = id(member.parameter)
-        load_member_(member, state[member.parameter], own[key], betas=betas[key])
+        load_member_(member, own[key], betas=betas[key])
     for group, saved_group in zip(param_groups, saved_groups, strict=True):
         load_group_(group, saved_group)
 
@@ -128,18 +146,20 @@ def _own(member: Member, saved: Mapping[str, Any]) -> dict[str, Any]:
     """
     if saved.get("max_exp_avg_sq") is not None:
         raise ValueError(f"Parameter {member.name!r}: state_dict comes from amsgrad=True, which is not supported.")
-    missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if saved and name not in saved]
+    # set_optimizer_state_dict gives an empty dict for what a flattened one does not have
+    own = {_NAMES.get(name, name): value for name, value in saved.items() if not isinstance(value, Mapping)}
+    expected = ["step", *formats.MOMENTS, *(formats.SCALES if saved.keys() & _NAMES.keys() else ())]
+    missing = [name for name in expected if saved and name not in own]
     if missing:
         raise ValueError(
             f"Parameter {member.name!r}: state_dict has only {sorted(saved)} of it, {missing} are missing."
         )
-    own = dict(saved)
     for name in (*formats.MOMENTS, "master"):
-        if name in saved:
-            own[name] = _own_part(member, name, saved[name], member.shape, spans_of(member))
+        if name in own:
+            own[name] = _own_part(member, name, own[name], member.shape, spans_of(member))
     for name in formats.SCALES:
-        if name in saved:
-            own[name] = _own_part(member, name, saved[name], (block_count(member),), block_spans(member))
+        if name in own:
+            own[name] = _own_part(member, name, own[name], (block_count(member),), block_spans(member))
     return own
 
 
@@ -167,16 +187,15 @@ def _describe(spans: Sequence[Span]) -> str:
     return ", ".join(f"{span.start}:{span.start + span.numel}" for span in spans) or "none"
 
 
-def load_member_(
-    member: Member, state: Mapping[str, Tensor], saved: Mapping[str, Any], *, betas: tuple[float, float]
-) -> None:
-    """Writes this rank's elements into the views of ``state``, converted to the format they are in. A parameter that
+def load_member_(member: Member, saved: Mapping[str, Any], *, betas: tuple[float, float]) -> None:
+    """Writes this rank's elements into the state, converted to the format they are in. A parameter that
     ``saved`` has nothing of starts anew.
 
     Args:
         saved: 1-D tensors, in any format; ``step`` and ``bound`` are numbers.
         betas: what the bound is made of where ``saved`` has none.
     """
+    state = local_state(member)
     steps = float(saved.get("step", 0.0))
     state["step"].fill_(steps)
     member.arena.counters.bounds[member.index] = saved.get("bound", reference.bound_squared_at(steps, betas))

@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``state_dict`` and ``load_state_dict``: resuming is exact, torch's AdamW state loads, and what does not fit is
-refused with nothing changed."""
+"""``state_dict``, ``full_state_dict`` and ``load_state_dict``: resuming is exact, torch's AdamW state loads, torch's
+AdamW goes on from ours, and what does not fit is refused with nothing changed."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils._pytree import tree_map
 
-from shardadam import ShardedAdam, ShardedAdamW
+from shardadam import Precision, ShardedAdam, ShardedAdamW
+from shardadam.flat_shard import FlatShard, Span
 from tests.ranks import on_ranks, rank_and_size
 from tests.twins import LR, assert_close, build_parameters, clones, quadratic
 
@@ -55,6 +66,11 @@ def through_a_file(saved: Any, weights_only: bool = True) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
+def kept(saved: Any) -> Any:
+    """A copy that further steps do not change: through a file where one rank has the whole."""
+    return through_a_file(saved) if rank_and_size()[1] == 1 else copy.deepcopy(saved)
+
+
 def everything(optimizer: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
     """Parameters and state."""
     return clones([*parameters, *(t for p in parameters for _, t in sorted(optimizer.state[p].items()))])
@@ -74,7 +90,7 @@ def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tenso
     parameters = build(dtype)
     optimizer = sharded(parameters, lr=lr)
     train(optimizer, parameters, range(STEPS), [rank], unused)
-    saved = through_a_file({"model": nn.ParameterList(parameters).state_dict(), "optimizer": optimizer.state_dict()})
+    saved = kept({"model": nn.ParameterList(parameters).state_dict(), "optimizer": optimizer.state_dict()})
     train(optimizer, parameters, range(STEPS, 2 * STEPS), [rank], unused)
 
     resumed = build(dtype)
@@ -87,6 +103,7 @@ def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tenso
     return [everything(optimizer, parameters), everything(second, resumed)]
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -105,11 +122,11 @@ def load_and_go_on(by: str) -> list[Any]:
     train(source, first, range(3), [rank], False)
     saved = copy.deepcopy(source.state_dict()) if by == "copy" else source.state_dict()
     target.load_state_dict(saved)
-    kept = everything(target, second)
+    loaded = everything(target, second)
     loaded_lr = target.param_groups[0]["lr"].clone()
     source.param_groups[0]["lr"].fill_(5.0)
     train(source, first, range(3, 5), [rank], False)
-    return [unchanged(kept, everything(target, second)), loaded_lr, target.param_groups[0]["lr"].clone()]
+    return [unchanged(loaded, everything(target, second)), loaded_lr, target.param_groups[0]["lr"].clone()]
 
 
 @pytest.mark.parametrize("by", ["copy", "reference"])
@@ -143,7 +160,7 @@ def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> l
     return clones(parameters)
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("bucket_mb", [0.0001, 0.001, 32])
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -187,6 +204,19 @@ def test_a_parameter_that_torch_has_no_state_of_starts_anew() -> None:
     assert [float(optimizer.state[p]["step"]) for p in fresh] == [2.0] * 3 + [0.0] * 4
     assert not any(optimizer.state[p][name].any() for p in fresh[3:] for name in ("exp_avg", "exp_avg_sq"))
     assert optimizer.state[fresh[2]]["exp_avg"].any()
+
+
+def test_a_flattened_state_without_masters_loads() -> None:
+    """set_optimizer_state_dict made an empty dict of the master that torch's optimizer does not have."""
+    model, other = nn.Linear(3, 2, dtype=torch.bfloat16), nn.Linear(3, 2, dtype=torch.bfloat16)
+    plain, optimizer = torch.optim.AdamW(model.parameters(), lr=LR), ShardedAdamW(other.parameters(), lr=1.0)
+    train(plain, list(model.parameters()), range(2), [0], False)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(model, plain, options=flat)
+    set_optimizer_state_dict(other, optimizer, saved, options=flat)
+    state = optimizer.full_state(other.weight)
+    assert torch.equal(state["exp_avg"], plain.state[model.weight]["exp_avg"].float())
+    assert torch.equal(state["master"], other.weight.float())
 
 
 def test_masters_that_a_state_does_not_hold_are_taken_from_the_parameters() -> None:
@@ -252,7 +282,7 @@ def schedule_across_a_load(tensor_lr: bool) -> list[list[Tensor]]:
 
     parameters, optimizer, scheduler = start()
     go(parameters, optimizer, scheduler, range(STEPS))
-    saved = through_a_file([nn.ParameterList(parameters).state_dict(), optimizer.state_dict(), scheduler.state_dict()])
+    saved = kept([nn.ParameterList(parameters).state_dict(), optimizer.state_dict(), scheduler.state_dict()])
     rates = go(parameters, optimizer, scheduler, range(STEPS, 2 * STEPS))
 
     resumed, second, second_scheduler = start()
@@ -286,8 +316,33 @@ def refusal(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple
         optimizer.load_state_dict(saved)
     except Exception as error:
         kind, words = type(error).__name__, str(error)
-    kept = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == groups
-    return kind, words, kept and unchanged(before, everything(optimizer, parameters))
+    same_groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == groups
+    return kind, words, same_groups and unchanged(before, everything(optimizer, parameters))
+
+
+class Packed(NamedTuple):
+    """A ``FlatShard`` on its way to another process, which pickling refuses."""
+
+    local: Tensor
+    spans: tuple[Span, ...]
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def packed(saved: Any) -> Any:
+    def pack(leaf: Any) -> Any:
+        is_shard = isinstance(leaf, FlatShard)
+        return Packed(leaf.local.clone(), leaf.spans, tuple(leaf.shape), leaf.order) if is_shard else leaf
+
+    return tree_map(pack, saved)
+
+
+def unpacked(saved: Any) -> Any:
+    return tree_map(
+        lambda leaf: FlatShard(*leaf) if isinstance(leaf, Packed) else leaf,
+        saved,
+        is_leaf=lambda leaf: isinstance(leaf, Packed),
+    )
 
 
 def save_part(bucket_mb: float) -> dict[str, Any]:
@@ -295,7 +350,7 @@ def save_part(bucket_mb: float) -> dict[str, Any]:
     parameters = build()
     optimizer = sharded(parameters, bucket_mb=bucket_mb)
     train(optimizer, parameters, range(2), [rank], False)
-    return through_a_file(optimizer.state_dict())
+    return packed(optimizer.state_dict())
 
 
 def load_part(parts: list[Any], shift: int) -> list[Any]:
@@ -304,34 +359,57 @@ def load_part(parts: list[Any], shift: int) -> list[Any]:
     parameters = build()
     optimizer = sharded(parameters, lr=0.5)
     train(optimizer, parameters, range(3), [rank], False)
-    answer = refusal(optimizer, parameters, parts[(rank + shift) % len(parts)])
+    answer = refusal(optimizer, parameters, unpacked(parts[(rank + shift) % len(parts)]))
     train(optimizer, parameters, range(3, 5), [rank], False)
     return [*answer, clones(parameters)]
 
 
+def elements(words: str) -> tuple[str, str]:
+    """Those that the refused state dict holds and those that the rank has."""
+    found = re.search(r"holds the elements (\S[^a-z]*|none) of exp_avg, this rank has (\S[^a-z]*|none)\. ", words)
+    assert found is not None, words
+    return found[1], found[2]
+
+
 def test_another_ranks_part_is_refused() -> None:
     parts = on_ranks(2, save_part, BUCKET_MB)
-    for rank, (kind, words, is_unchanged, _) in enumerate(on_ranks(2, load_part, parts, 1)):
+    results = on_ranks(2, load_part, parts, 1)
+    for kind, words, is_unchanged, _ in results:
         assert kind == "ValueError" and is_unchanged
-        assert f"'rank': {1 - rank}" in words and f"'rank': {rank}" in words
-        assert "torch.optim.AdamW" in words
+        assert "shardadam.save" in words and "torch.distributed.checkpoint" in words
+    assert elements(results[0][1]) == elements(results[1][1])[::-1]
     for kind, *_ in on_ranks(2, load_part, parts, 0):
         assert kind == "nothing"
 
 
-def test_a_part_of_another_world_size_is_refused() -> None:
-    for saved_on, loaded_on in ((1, 2), (2, 1), (3, 2)):
-        parts = on_ranks(saved_on, save_part, BUCKET_MB)
-        for kind, words, is_unchanged, _ in on_ranks(loaded_on, load_part, parts, 0):
-            assert kind == "ValueError" and is_unchanged
-            assert f"'world_size': {saved_on}" in words and f"'world_size': {loaded_on}" in words
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 1), (3, 2), (2, 3)])
+def test_a_part_of_another_world_size_is_refused(saved_on: int, loaded_on: int) -> None:
+    parts = on_ranks(saved_on, save_part, BUCKET_MB)
+    results = on_ranks(loaded_on, load_part, parts, 0)
+    for kind, words, is_unchanged, parameters in results:
+        assert kind == "ValueError" and is_unchanged
+        held, own = elements(words)
+        assert held != own
+        assert unchanged(parameters, results[0][3])
 
 
 def test_a_part_of_another_bucket_size_is_refused() -> None:
     parts = on_ranks(2, save_part, 2 * BUCKET_MB)
     for kind, words, is_unchanged, _ in on_ranks(2, load_part, parts, 0):
         assert kind == "ValueError" and is_unchanged
-        assert f"'bucket_mb': {2 * BUCKET_MB}" in words and f"'bucket_mb': {BUCKET_MB}" in words
+        held, own = elements(words)
+        assert held != own
+
+
+def test_a_part_of_another_memory_format_is_refused() -> None:
+    for kind, words, is_unchanged in on_ranks(2, load_part_of_another_order):
+        assert kind == "ValueError" and is_unchanged and "memory format" in words
+
+
+def load_part_of_another_order() -> list[Any]:
+    parameters, turned = build_parameters([(4, 3, 5, 2)]), build_parameters([(4, 3, 5, 2)])
+    turned[0].data = turned[0].data.to(memory_format=torch.channels_last)
+    return list(refusal(ShardedAdamW(parameters), parameters, ShardedAdamW(turned).state_dict()))
 
 
 def plain_state(optimizer_class: Any = torch.optim.AdamW, **options: Any) -> dict[str, Any]:
@@ -404,6 +482,27 @@ def test_what_does_not_fit_is_refused_with_nothing_changed(how: str) -> None:
         assert word in words
 
 
+@pytest.mark.parametrize("missing", ["exp_avg_code", "exp_avg_sq_scale"])
+def test_codes_that_are_not_whole_are_refused(missing: str) -> None:
+    parameters = build()
+    optimizer = sharded(parameters, precision=Precision(moments="int8"))
+    train(optimizer, parameters, range(2), [0], False)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][4][missing]
+    train(optimizer, parameters, range(2, 3), [0], False)
+    kind, words, is_unchanged = refusal(optimizer, parameters, saved)
+    assert kind == "ValueError" and is_unchanged and f"['{missing.removesuffix('_code')}'] are missing" in words
+
+
+def test_torchs_adamw_does_not_take_codes_for_moments() -> None:
+    parameters = build()
+    saved = sharded(parameters, precision=Precision(moments="int8")).state_dict()
+    plain = torch.optim.AdamW(groups_of(parameters), lr=LR)
+    plain.load_state_dict(saved)
+    with pytest.raises(KeyError, match="exp_avg"):
+        train(plain, parameters, range(1), [0], False)
+
+
 def load_state_of_a_smaller_model() -> list[Any]:
     """Parameters half as long as ours: as long as our part of them."""
     small = build_parameters([(256,)])
@@ -430,7 +529,7 @@ def unfreeze_and_resume() -> list[Any]:
     second.requires_grad_(True)
     train(optimizer, [first, second], range(2, 4), [rank], False)
     whole = [optimizer.full_state(p)["exp_avg"] for p in (first, second)]
-    saved = through_a_file(optimizer.state_dict())
+    saved = kept(optimizer.state_dict())
     fresh = build_parameters([(600,), (700,)])
     other = ShardedAdamW(fresh, lr=LR)
     kind, words, is_unchanged = refusal(other, fresh, saved)
@@ -447,8 +546,8 @@ def test_the_part_of_another_layout_is_loaded_rightly_or_refused_by_all(world_si
 
 
 @pytest.mark.parametrize("make", [ShardedAdam, ShardedAdamW])
-def test_the_whole_state_of_the_one_process_form_loads_into_torch(make: Callable[..., Any]) -> None:
-    """On one rank, and apart from shapes, state_dict has torch's form: the same keys and the same numbers."""
+def test_on_one_rank_state_dict_has_torchs_form(make: Callable[..., Any]) -> None:
+    """The same keys, shapes, strides and numbers."""
     ours, theirs = build(), build()
     optimizer = make(groups_of(ours), lr=LR)
     plain = (torch.optim.AdamW if make is ShardedAdamW else torch.optim.Adam)(groups_of(theirs), lr=LR)
@@ -460,10 +559,10 @@ def test_the_whole_state_of_the_one_process_form_loads_into_torch(make: Callable
     assert set(saved["state"]) == set(expected["state"])
     for index, state in expected["state"].items():
         assert set(saved["state"][index]) == set(state)
-        assert saved["state"][index]["step"] == state["step"]
-        for name in ("exp_avg", "exp_avg_sq"):
-            memory = state[name].permute(0, 2, 3, 1) if index == 5 else state[name]
-            torch.testing.assert_close(saved["state"][index][name], memory.reshape(-1), rtol=1e-6, atol=1e-7)
+        for name, value in state.items():
+            assert type(saved["state"][index][name]) is Tensor
+            assert index == 5 or saved["state"][index][name].stride() == value.stride()
+            torch.testing.assert_close(saved["state"][index][name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_adamw_stays_adamw_whatever_it_loads() -> None:
@@ -473,3 +572,225 @@ def test_adamw_stays_adamw_whatever_it_loads() -> None:
     optimizer = ShardedAdamW([parameter])
     optimizer.load_state_dict(adam.state_dict())
     assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+
+
+# Whole state
+
+
+def train_low(plain: Any, masters: list[nn.Parameter], low: list[nn.Parameter], steps: range, world_size: int) -> None:
+    """Averages of low-precision gradients into exact masters; ``low`` are the masters rounded."""
+    for step in steps:
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        for rank in range(world_size):
+            gradients = torch.autograd.grad(quadratic(low, rank, step), low)
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad += gradient.to(master.dtype) / world_size  # type: ignore[operator]
+        plain.step()
+        with torch.no_grad():
+            for master, parameter in zip(masters, low, strict=True):
+                parameter.copy_(master)
+
+
+def give_the_whole(dtype: torch.dtype, master: Any) -> list[Any]:
+    """The whole state and parameters half way, and the exact parameters at the end."""
+    rank, _ = rank_and_size()
+    parameters = build(dtype)
+    optimizer = sharded(parameters, precision=Precision(master=master))
+    train(optimizer, parameters, range(STEPS), [rank], False)
+    whole, half_way = optimizer.full_state_dict(), clones(parameters)
+    train(optimizer, parameters, range(STEPS, STEPS + 5), [rank], False)
+    return [whole, half_way, [optimizer.full_state(p).get("master", p.detach().clone()) for p in parameters]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "master"), [(torch.float32, "auto"), (torch.bfloat16, "fp32"), (torch.bfloat16, "split")], ids=str
+)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_torchs_adamw_goes_on_from_the_whole_state(world_size: int, dtype: torch.dtype, master: str) -> None:
+    results = on_ranks(world_size, give_the_whole, dtype, master)
+    whole, half_way, _ = results[0]
+    whole = through_a_file(whole)
+    assert [result[0] for result in results[1:]] == [{}] * (world_size - 1)
+    assert all(("master" in state) == (dtype != torch.float32) for state in whole["state"].values())
+    masters = [
+        nn.Parameter(whole["state"][i].pop("master", p).clone(memory_format=torch.preserve_format))
+        for i, p in enumerate(half_way)
+    ]
+    plain = torch.optim.AdamW(groups_of(masters), lr=1.0)
+    plain.load_state_dict(whole)
+    low = [nn.Parameter(p.clone()) for p in half_way]
+    assert unchanged(clones(low), [m.detach().to(dtype) for m in masters])
+    train_low(plain, masters, low, range(STEPS, STEPS + 5), world_size)
+    assert_close([exact for *_, exact in results], masters)
+
+
+def consolidate() -> list[Any]:
+    """What ``state_dict()`` is before, after, after a step and after a load, and whether the whole one is right."""
+    rank, _ = rank_and_size()
+    parameters = build()
+    optimizer = sharded(parameters)
+    train(optimizer, parameters, range(2), [rank], False)
+
+    def kind() -> str:
+        return type(optimizer.state_dict()["state"][4]["exp_avg"]).__name__
+
+    kinds = [kind()]
+    local = copy.deepcopy(optimizer.state_dict())
+    optimizer.consolidate_state_dict(to=1)
+    kinds.append(kind())
+    whole = [optimizer.full_state(p) for p in parameters]
+    is_right = True
+    if rank == 1:
+        saved = through_a_file(optimizer.state_dict())["state"]
+        is_right = all(torch.equal(saved[i][name], state[name]) for i, state in enumerate(whole) for name in state)
+    train(optimizer, parameters, range(2, 3), [rank], False)
+    kinds.append(kind())
+    optimizer.consolidate_state_dict(to=1)
+    optimizer.load_state_dict(local)
+    kinds.append(kind())
+    return [kinds, is_right]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_state_dict_is_whole_on_the_rank_it_was_consolidated_to_until_the_next_step(world_size: int) -> None:
+    for rank, (kinds, is_right) in enumerate(on_ranks(world_size, consolidate)):
+        assert kinds == ["FlatShard", "Tensor" if rank == 1 else "FlatShard", "FlatShard", "FlatShard"]
+        assert is_right
+
+
+def test_a_consolidated_state_dict_is_given_out_more_than_once() -> None:
+    """get_optimizer_state_dict renames the keys of the dicts it is given: the second call found them renamed."""
+    model = nn.Linear(3, 2)
+    optimizer = ShardedAdamW(model.parameters())
+    optimizer.consolidate_state_dict()
+    for _ in range(2):
+        assert set(get_optimizer_state_dict(model, optimizer)["state"]) == {"weight", "bias"}
+    assert set(optimizer.state_dict()["state"]) == {0, 1}
+
+
+def refused_rank() -> str:
+    optimizer = sharded(build())
+    try:
+        optimizer.consolidate_state_dict(to=2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_does_not_exist_is_refused() -> None:
+    for words in on_ranks(2, refused_rank):
+        assert "found 2" in words and "from 0 to 1" in words
+
+
+def pickle_parts() -> list[str]:
+    saved = sharded(build()).state_dict()
+    words = []
+    for write in (lambda: torch.save(saved, io.BytesIO()), lambda: pickle.dumps(saved["state"][4]["exp_avg"])):
+        try:
+            write()
+        except TypeError as error:
+            words.append(str(error))
+    return words
+
+
+def test_pickling_a_part_is_refused_and_names_what_to_do() -> None:
+    for words in on_ranks(2, pickle_parts):
+        assert len(words) == 2
+        for said in words:
+            assert all(way in said for way in ("shardadam.save", "torch.distributed.checkpoint", "full_state_dict"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, Tensor.clone, Tensor.double], ids=["deepcopy", "clone", "cast"])
+def test_a_copy_of_a_part_is_a_part_with_memory_of_its_own(copied: Callable[[Tensor], Any]) -> None:
+    part = FlatShard(torch.arange(6.0), [Span(2, 4), Span(10, 2)], (4, 3), (1, 0))
+    found = copied(part)
+    part.local.zero_()
+    assert (type(found), found.shape, found.spans, found.order) == (FlatShard, part.shape, part.spans, part.order)
+    assert found.local.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and found.dtype == found.local.dtype
+
+
+def test_arithmetic_on_a_part_is_refused() -> None:
+    part = FlatShard(torch.arange(6.0), [Span(2, 6)], (4, 3), (0, 1))
+    with pytest.raises(NotImplementedError, match="full_state"):
+        part + 1
+
+
+def save_whole(dtype: torch.dtype, moments: Any, master: Any) -> dict[str, Any]:
+    parameters = build(dtype)
+    optimizer = sharded(parameters, precision=Precision(moments=moments, master=master))
+    train(optimizer, parameters, range(3), [0], False)
+    return {
+        "model": nn.ParameterList(parameters).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "exact": [optimizer.full_state(p) for p in parameters],
+    }
+
+
+def load_whole(saved: dict[str, Any], dtype: torch.dtype, moments: Any, master: Any) -> list[dict[str, Tensor]]:
+    parameters = build(dtype)
+    optimizer = sharded(parameters, precision=Precision(moments=moments, master=master), bucket_mb=0.0001)
+    nn.ParameterList(parameters).load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return [optimizer.full_state(p) for p in parameters]
+
+
+@pytest.mark.sweep(7)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "format",
+    [
+        (torch.float32, "bf16", "auto"),
+        (torch.float32, "int8", "auto"),
+        (torch.bfloat16, "int8", "split"),
+        (torch.bfloat16, "fp32", "fp32"),
+    ],
+    ids=str,
+)
+def test_what_one_rank_saved_loads_on_any(world_size: int, format: Any) -> None:
+    saved = through_a_file(save_whole(*format))
+    for loaded in on_ranks(world_size, load_whole, saved, *format):
+        for found, expected in zip(loaded, saved["exact"], strict=True):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def go_on_from_zero_redundancy() -> list[Tensor]:
+    """From ZeroRedundancyOptimizer, whose state rank 0 gives to all."""
+    rank, world_size = rank_and_size()
+    parameters = build()
+    zero = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=LR, weight_decay=0.1)
+    train(zero, parameters, range(STEPS), list(range(world_size)), False)
+    zero.consolidate_state_dict(to=0)
+    given = [zero.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(given, src=0)
+    ours = [nn.Parameter(p.detach().clone()) for p in parameters]
+    optimizer = ShardedAdamW(ours, lr=1.0, bucket_mb=BUCKET_MB)
+    optimizer.load_state_dict(given[0])  # type: ignore[arg-type]
+    train(optimizer, ours, range(STEPS, 2 * STEPS), [rank], False)
+    return clones(ours)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_state_of_zero_redundancy_optimizer_is_gone_on_from(world_size: int) -> None:
+    parameters = build()
+    plain = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.1)
+    train(plain, parameters, range(2 * STEPS), list(range(world_size)), False)
+    assert_close(on_ranks(world_size, go_on_from_zero_redundancy), parameters)
+
+
+def test_hooks_run() -> None:
+    parameters = build_parameters([(3,)])
+    optimizer = ShardedAdamW(parameters, lr=LR)
+    seen: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "own": "kept"})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, saved: {**saved, "param_groups": [{**saved["param_groups"][0], "lr": 0.5}]}
+    )
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("after loading"))
+    saved = optimizer.state_dict()
+    assert saved["own"] == "kept" and seen == ["before saving"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and seen == ["before saving", "after loading"]
+    assert saved["param_groups"][0]["lr"] == LR
