@@ -61,6 +61,13 @@ class Parser(argparse.ArgumentParser):
             time.sleep(2)  # torchrun ends the other ranks as soon as one has ended: let the message come first
         sys.exit(2)
 
+    def failure(self, message: str) -> NoReturn:
+        """Ends this rank for what went wrong later. Where local rank 0 is the one that hangs, the others speak."""
+        if self.ranks.local_rank != 0:
+            time.sleep(2)  # by then local rank 0 has spoken, and torchrun has ended this rank
+        print(f"pretrain.py: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
 
 def positive(text: str) -> int:
     value = int(text)
@@ -119,6 +126,14 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--log-every", type=positive, default=10, help="steps between metrics")
     add("--log-dir", default=None, help="where TensorBoard metrics go; None: nowhere")
     add("--json", default=None, metavar="PATH", help="a file for the final numbers")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--save-dir", default=None, metavar="DIR", help="where checkpoints go; all machines must share it")
+    add("--save-every", type=not_negative, default=0, metavar="N", help="steps between, and at the end; 0: never")
+    add("--keep", type=positive, default=2, metavar="K", help="how many of them stay")
+    add("--save-async", action="store_true", help="write them while training goes on")
+    add("--resume", action="store_true", help="go on from the newest, on any number of ranks; none: begin")
+    add("--stop-after", type=not_negative, default=0, metavar="N", help="steps of this process, then save; 0: all")
     return parser
 
 
@@ -142,9 +157,33 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
         )
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its directory does not exist; make it, or choose another")
+    check_checkpoint_options(args, parser)
     if args.prompt is None:
         args.prompt = "" if args.data else "def "
     return args, parser, choose_device(args.device, ranks, parser)
+
+
+def check_checkpoint_options(args: argparse.Namespace, parser: Parser) -> None:
+    used = [
+        option
+        for option, value in (
+            (f"--save-every {args.save_every}", args.save_every),
+            (f"--stop-after {args.stop_after}", args.stop_after),
+            ("--resume", args.resume),
+        )
+        if value
+    ]
+    if used and args.optimizer != "sharded":
+        parser.error(
+            f"{used[0]} with --optimizer {args.optimizer}: only --optimizer sharded saves and resumes; choose that, "
+            f"or leave {' and '.join(option.split()[0] for option in used)} out"
+        )
+    if used and not args.save_dir:
+        parser.error(f"{used[0]} without --save-dir: say with --save-dir DIR where the checkpoints are")
+    if args.save_dir and not used:
+        parser.error(f"--save-dir {args.save_dir} alone saves nothing; add --save-every N, or leave it out")
+    if args.save_dir and Path(args.save_dir).exists() and not Path(args.save_dir).is_dir():
+        parser.error(f"--save-dir {args.save_dir}: found a file, expected a directory; choose another")
 
 
 def choose_device(wanted: str, ranks: Ranks, parser: Parser) -> torch.device:

@@ -3,6 +3,7 @@
 
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py            # two ranks on this machine
     python launch/pretrain.py --steps 50 --data book.txt                   # one process, your own text
+    ... --save-dir runs/a --save-every 100 --resume                        # go on where it was, on any number of ranks
 
 Both optimizers see the same model, data and schedule for one `--seed`, whatever the number of ranks.
 """
@@ -27,9 +28,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import data
 from arguments import DTYPES, Ranks, parse_arguments
+from checkpoints import CannotResume, Saver, identity_of, starting_point
 from model import Decoder, ModelConfig, generate, next_byte_loss
 from report import Report, Silence, megabytes
-from shardadam import Precision, ShardedAdamW
+from shardadam import CheckpointError, Precision, ShardedAdamW
 
 BETAS = (0.9, 0.95)
 
@@ -47,6 +49,7 @@ class Sharded:
             gradient_sync=args.gradient_sync,
             precision=Precision(moments=args.moments, master=args.master, seed=args.seed),
         )
+        self.schedule = make_schedule(self.optimizer, args)
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.optimizer.no_sync()
@@ -70,6 +73,7 @@ class Replicated:
             self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         groups = parameter_groups(model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+        self.schedule = make_schedule(self.optimizer, args)
         self.clip = args.clip
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -102,6 +106,10 @@ def warmup_and_cosine(step: int, *, warmup: int, steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
+def make_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: warmup_and_cosine(step, warmup=args.warmup, steps=args.steps))
+
+
 @dataclass(frozen=True)
 class Timings:
     """Seconds of each step, without those of the first few, in which buffers are allocated."""
@@ -109,13 +117,18 @@ class Timings:
     forward_backward: list[float]
     optimizer: list[float]
 
-    def medians(self) -> tuple[float, float]:
+    def medians(self) -> tuple[float, float] | tuple[None, None]:
+        """None where no step was left to take."""
+        if not self.optimizer:
+            return None, None
         skip = min(5, len(self.optimizer) // 2)
         return statistics.median(self.forward_backward[skip:]), statistics.median(self.optimizer[skip:])
 
 
 def train(
     run: Sharded | Replicated,
+    saver: Saver,
+    span: range,
     model: Decoder,
     corpus: data.Corpus,
     args: argparse.Namespace,
@@ -123,11 +136,13 @@ def train(
     device: torch.device,
     report: Silence,
 ) -> Timings:
-    """Collective: every rank trains on its part of each global batch. Ranks meet outside the optimizer only to log."""
-    schedule = LambdaLR(run.optimizer, lambda step: warmup_and_cosine(step, warmup=args.warmup, steps=args.steps))
+    """Collective: every rank trains on its part of each global batch of the steps in `span`.
+
+    Ranks meet outside the optimizer only to log and to save.
+    """
     timings = Timings([], [])
-    last_log, last_step = time.perf_counter(), 0
-    for step in range(1, args.steps + 1):
+    last_log, last_step = time.perf_counter(), span.start - 1
+    for step in span:
         started = time.perf_counter()
         loss = torch.zeros((), device=device)
         batches = local_batch(corpus.training, step, args, ranks).to(device).chunk(args.accumulate)
@@ -144,12 +159,12 @@ def train(
         timings.forward_backward.append(backward_done - started)
         timings.optimizer.append(step_done - backward_done)
 
-        if step == 1 or step % args.log_every == 0 or step == args.steps:
+        if step in (span[0], span[-1]) or step % args.log_every == 0:
             loss = average(loss, ranks)
             now = time.perf_counter()
             values = {
                 "loss": loss.item(),
-                "lr": schedule.get_last_lr()[0],
+                "lr": run.schedule.get_last_lr()[0],
                 "tokens_per_s": (step - last_step) * args.batch * args.context / (now - last_log),
             }
             if grad_norm is not None:
@@ -157,9 +172,11 @@ def train(
             report.metrics(step, values, run.state_bytes())
             last_log, last_step = now, step
         report.step_done(step)
-        schedule.step()
-        if args.validate_every and step % args.validate_every == 0 and step < args.steps:
+        run.schedule.step()
+        saver.step_done(step)
+        if args.validate_every and step % args.validate_every == 0 and step < span[-1]:
             report.validation(step, validation_loss(model, corpus.validation, args, ranks, device))
+    saver.finish(span.stop - 1)
     return timings
 
 
@@ -197,12 +214,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def fingerprint(corpus: data.Corpus) -> list[int]:
+    """The number of training bytes, and checksums of both texts."""
+    return [len(corpus.training), zlib.crc32(corpus.training.numpy()), zlib.crc32(corpus.validation.numpy())]
+
+
 def check_same_text(corpus: data.Corpus, device: torch.device) -> None:
     """Collective: raises on all ranks if their machines hold different files."""
     if not dist.is_initialized():
         return
-    found = [len(corpus.training), zlib.crc32(corpus.training.numpy()), zlib.crc32(corpus.validation.numpy())]
-    low = torch.tensor(found, device=device)
+    low = torch.tensor(fingerprint(corpus), device=device)
     high = low.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
@@ -218,9 +239,18 @@ def unsharded_state_bytes(model: Decoder) -> int:
     return sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in model.parameters())
 
 
+def steps_to_take(args: argparse.Namespace, taken: int) -> range:
+    """Steps count from 1; all that are left, or --stop-after of them."""
+    last = min(args.steps, taken + args.stop_after) if args.stop_after else args.steps
+    return range(taken + 1, last + 1)
+
+
 def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device: torch.device) -> None:
-    """Collective: builds, trains, validates, and shows on rank 0 what came of it."""
+    """Collective: builds or resumes, trains, validates, and shows on rank 0 what came of it."""
     check_same_text(corpus, device)
+    identity = identity_of(args, fingerprint(corpus))
+    start = starting_point(args, identity)
+    span = steps_to_take(args, start.step if start else 0)
     torch.manual_seed(args.seed)  # the same model on every rank
     model = Decoder(ModelConfig(args.layers, args.width, args.heads, args.context)).to(device, DTYPES[args.dtype])
     run = (Sharded if args.optimizer == "sharded" else Replicated)(model, args)
@@ -231,11 +261,15 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
             f"{numel:,} {args.dtype} parameters, {args.optimizer} on {ranks.world_size} x {device.type}; "
             f"{len(corpus.training):,} bytes to train on: {corpus.source}"
         )
+        saver = Saver(args, identity, run, report)
+        saver.begin(start)
         started = time.perf_counter()
-        timings = train(run, model, corpus, args, ranks, device, report)
+        timings = train(run, saver, span, model, corpus, args, ranks, device, report)
         total_seconds = time.perf_counter() - started
         loss = validation_loss(model, corpus.validation, args, ranks, device)
-        report.validation(args.steps, loss)
+        report.validation(span.stop - 1, loss)
+        if span.stop <= args.steps:
+            report.say(f"stopped after step {span.stop - 1} of {args.steps}; --resume goes on")
     if ranks.rank != 0:
         return
 
@@ -246,6 +280,8 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
         "device": device.type,
         "dtype": args.dtype,
         "steps": args.steps,
+        "first_step": span.start,
+        "last_step": span.stop - 1,
         "parameters": numel,
         "validation_loss": loss,
         "state_bytes": run.state_bytes(),
@@ -253,7 +289,9 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
         "forward_backward_s": forward_backward,
         "optimizer_s": optimizer,
         "total_s": total_seconds,
-        "tokens_per_s": args.steps * args.batch * args.context / total_seconds,
+        "saves": saver.count,
+        "save_s": saver.seconds,
+        "tokens_per_s": len(span) * args.batch * args.context / total_seconds,
     }
     prompt = args.prompt.encode()
     sample = generate(model, data.SEPARATOR + prompt, args.sample_bytes, seed=args.seed)
@@ -268,12 +306,20 @@ def table_rows(results: dict) -> dict[str, str]:
         "validation loss, nats a byte": f"{results['validation_loss']:.4f}",
         "optimizer state a rank": megabytes(state),
         "AdamW would hold": f"{megabytes(unsharded)} ({unsharded / state:.2f} x)",
-        "forward and backward, median step": f"{results['forward_backward_s'] * 1e3:.1f} ms",
-        "optimizer, median step": f"{results['optimizer_s'] * 1e3:.1f} ms",
-        "training, total": f"{results['total_s']:.1f} s, {results['tokens_per_s']:,.0f} tokens/s",
     }
     if results["optimizer"] == "adamw":
         del rows["AdamW would hold"]
+    if results["last_step"] >= results["first_step"]:
+        rows["forward and backward, median step"] = f"{results['forward_backward_s'] * 1e3:.1f} ms"
+        rows["optimizer, median step"] = f"{results['optimizer_s'] * 1e3:.1f} ms"
+        rows["training, total"] = f"{results['total_s']:.1f} s, {results['tokens_per_s']:,.0f} tokens/s"
+        rows["steps of this process"] = f"{results['first_step']} to {results['last_step']}"
+    else:
+        rows["steps of this process"] = "none was left"
+    if results["last_step"] - results["first_step"] + 1 == results["steps"]:
+        del rows["steps of this process"]
+    if results["saves"]:
+        rows["training waited for saves"] = f"{results['save_s']:.2f} s, {results['saves']} of them"
     return rows
 
 
@@ -292,6 +338,10 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         pretrain(args, corpus, ranks, device)
+    except CannotResume as error:
+        parser.error(str(error))
+    except (CheckpointError, TimeoutError) as error:
+        parser.failure(str(error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # Gloo aborts at exit without

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``launch/pretrain.py`` under torchrun: sharded training ends where DDP with torch's AdamW does, on less memory."""
+"""``launch/pretrain.py`` under torchrun: sharded training ends where DDP with torch's AdamW does, on less memory, and
+stopped and resumed where it would have ended anyhow.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import shardadam
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"steps": 25, "layers": 2, "width": 64, "heads": 2, "context": 64, "validation-windows": 16, "sample-bytes": 20}
@@ -18,18 +24,22 @@ SMALL = {"steps": 25, "layers": 2, "width": 64, "heads": 2, "context": 64, "vali
 
 def pretrain(directory: Path, *arguments: str, ranks: int = 2) -> tuple[dict[str, Any], str]:
     results = directory / f"{len(list(directory.iterdir()))}.json"
+    run = launch("--json", str(results), *arguments, ranks=ranks)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(results.read_text()), run.stdout
+
+
+def launch(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     options = [f"--{name}={value}" for name, value in SMALL.items()]
-    script = [str(ROOT / "launch" / "pretrain.py"), *options, "--json", str(results), *arguments]
-    run = subprocess.run(
+    script = [str(ROOT / "launch" / "pretrain.py"), *options, *arguments]
+    return subprocess.run(
         [*(launcher if ranks > 1 else [sys.executable]), *script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
         capture_output=True,
         text=True,
         timeout=100,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(results.read_text()), run.stdout
 
 
 @pytest.mark.parametrize(
@@ -63,3 +73,110 @@ def test_metrics_go_to_tensorboard(tmp_path: Path) -> None:
 def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"no-such-file"):
         pretrain(tmp_path, "--data", str(tmp_path / "no-such-file"), ranks=1)
+
+
+# Checkpoints
+
+RESUMED = ["--steps=12", "--batch=12", "--save-every=4"]  # a batch for 1, 2 and 3 ranks
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a run on 2 ranks that was stopped halfway, written in the background."""
+    directory = tmp_path_factory.mktemp("stopped")
+    options = ["--save-dir", str(directory / "saved"), "--save-async", "--keep=1", "--stop-after=6", "--resume"]
+    result, output = pretrain(directory, *RESUMED, *options)
+    assert result["last_step"] == 6 and result["saves"] == 2
+    assert f"starts from the beginning: {directory / 'saved'} holds no checkpoint" in output
+    assert {path.name for path in (directory / "saved").iterdir()} == {"latest", "step-00000006"}
+    return directory / "saved"
+
+
+def test_a_stopped_run_ends_where_it_would_have_on_any_number_of_ranks(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, output = pretrain(tmp_path, *RESUMED, "--save-dir", str(tmp_path / "straight"))
+    assert f"step 12: saved {tmp_path / 'straight' / 'step-00000012'}" in output
+    assert straight["saves"] == 3
+    for ranks in (1, 2, 3):
+        saved = tmp_path / f"on-{ranks}"
+        shutil.copytree(stopped, saved)
+        resumed, output = pretrain(tmp_path, *RESUMED, "--save-dir", str(saved), "--resume", ranks=ranks)
+        assert f"went on from step 6 of {saved / 'step-00000006'}, saved on 2 ranks" in output
+        assert (resumed["first_step"], resumed["last_step"], resumed["saves"]) == (7, 12, 2)
+        assert resumed["validation_loss"] == pytest.approx(straight["validation_loss"], abs=1e-4)
+        if ranks == 2:
+            assert resumed["validation_loss"] == straight["validation_loss"]
+
+    again, _ = pretrain(tmp_path, *RESUMED, "--save-dir", str(tmp_path / "on-1"), "--resume", ranks=1)
+    assert (again["first_step"], again["last_step"], again["saves"]) == (13, 12, 0)  # nothing is left to do
+    assert again["validation_loss"] == pytest.approx(straight["validation_loss"], abs=1e-4)
+
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    uninterrupted, interrupted = parameters(tmp_path / "straight"), parameters(tmp_path / "on-2")
+    assert all(torch.equal(uninterrupted[name], interrupted[name]) for name in uninterrupted)
+    before = parameters(stopped)
+    assert not any(torch.equal(uninterrupted[name], before[name]) for name in uninterrupted)
+
+
+def parameters(directory: Path) -> dict[str, torch.Tensor]:
+    from model import Decoder, ModelConfig
+
+    decoder = Decoder(ModelConfig(SMALL["layers"], SMALL["width"], SMALL["heads"], SMALL["context"]))
+    shardadam.load(directory, model=decoder)
+    return decoder.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--resume", "--steps=20", "--width=32"],
+            ["has --steps 20 --width 32 --warmup 2", "give --steps 12 --width 64"],
+        ),
+        (["--resume", "--data", str(ROOT / "launch")], ["the same --data"]),
+        ([], ["checkpoints of an earlier run", "--resume"]),
+    ],
+    ids=["options", "text", "begin"],
+)
+def test_checkpoints_of_another_run_are_refused(stopped: Path, options: list[str], expected: list[str]) -> None:
+    run = launch(*RESUMED, "--save-dir", str(stopped), *options, ranks=1)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert all(text in run.stderr for text in expected), run.stderr
+    assert {path.name for path in stopped.iterdir()} == {"latest", "step-00000006"}
+
+
+def test_a_damaged_checkpoint_ends_in_one_message(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "saved")
+    file = tmp_path / "saved" / "step-00000006" / "rank-00001.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run = launch(*RESUMED, "--save-dir", str(tmp_path / "saved"), "--resume", ranks=2)
+    assert run.returncode != 0
+    assert run.stderr.count("rank-00001.bin is damaged") == 1, run.stderr
+    assert 'pretrain.py", line' not in run.stderr  # a traceback that is there is torchrun's own
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--save-every=5"], "--save-dir DIR"),
+        (["--resume"], "--save-dir DIR"),
+        (["--save-dir=saved"], "add --save-every N"),
+        (["--save-dir=saved", "--save-every=5", "--optimizer=adamw"], "only --optimizer sharded"),
+        (["--save-dir=saved", "--resume", "--optimizer=adamw"], "only --optimizer sharded"),
+        (["--save-dir", __file__, "--save-every=5"], "expected a directory"),
+    ],
+)
+def test_options_that_cannot_work_together_are_refused(
+    options: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    from arguments import Ranks, parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *options])
+    with pytest.raises(SystemExit) as exit:
+        parse_arguments(Ranks(0, 1, 0, 1, launched=False))
+    assert exit.value.code == 2
+    assert expected in capsys.readouterr().err
