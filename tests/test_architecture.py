@@ -18,7 +18,7 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 
 # From the top down; a room imports only rooms of lower tiers, and itself where it is a package.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("__init__",),
+    ("__init__", "cli"),
     ("grad_scaler", "checkpoint"),
     ("optimizer",),
     ("reduction", "gathering", "clipping", "state", "intake"),

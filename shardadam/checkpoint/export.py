@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as files that need no shardadam: what torch.load or safetensors reads.
+
+Streams: no tensor is ever whole in memory, but one that has to be turned into row-major order. Everything read is
+verified; files appear when all of them are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from torch import Tensor
+
+from shardadam.checkpoint.directory import newest, sync_directory
+from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec, memory_of
+from shardadam.checkpoint.loading import in_shape
+from shardadam.checkpoint.values import Values
+
+Format = Literal["torch", "safetensors"]
+FORMATS: tuple[Format, ...] = ("torch", "safetensors")
+
+
+def export(
+    directory: str | os.PathLike[str], *, format: Format, output: str | os.PathLike[str] | None = None
+) -> list[Path]:
+    """Writes the newest checkpoint in ``directory``, or ``directory`` itself if it is one, as plain files. Local.
+
+    ``torch``: ``model.pt``, for ``model.load_state_dict``, and ``optimizer.pt``, for
+    ``torch.optim.AdamW.load_state_dict``; both load with ``torch.load(weights_only=True)``. ``safetensors``:
+    ``model.safetensors`` and ``optimizer.safetensors``, which has tensors ``state.NAME.exp_avg`` and so on, and
+    ``param_groups`` and ``steps`` as JSON in its metadata. Model or optimizer is left out where the checkpoint has
+    none.
+
+    Shapes are the parameters', moments and masters float32 (float64 for float64 parameters) whatever they are stored
+    in. Strides are kept in ``torch``'s files; safetensors knows row-major tensors alone. Tied tensors share memory in
+    ``torch``'s files; in safetensors, they are there once, and ``aliases`` in the metadata has their other names.
+
+    Args:
+        output: directory for the files, made if need be. Default: ``NAME-FORMAT``, by the name of the checkpoint, in
+            the current directory.
+
+    Returns:
+        What it has written.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged, or there are such files already, or they cannot be
+            written. Nothing is left of them then.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: found {format!r}, expected one of {FORMATS}")
+    path = newest(Path(directory).absolute())
+    output = Path(f"{path.name}-{format}" if output is None else output).absolute()
+    with Reader(path) as reader:
+        values = Values(reader)
+        write = _write_torch if format == "torch" else _write_safetensors
+        try:
+            with _published(output) as files:
+                write(values, files)
+            return files.paths
+        except OSError as error:
+            raise CheckpointError(f"{output}: {error}. Nothing has been exported.") from error
+
+
+class _Files:
+    """Opens files under other names; ``_published`` gives them their own at the end."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self.paths: list[Path] = []
+
+    def new(self, name: str) -> IO[bytes]:
+        path = self._output / name
+        if path.exists():
+            raise CheckpointError(f"{path} exists already. Remove it, or export to another directory.")
+        self.paths.append(path)
+        return _aside(path).open("wb")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.exporting")
+
+
+@contextmanager
+def _published(output: Path) -> Iterator[_Files]:
+    """All files that are opened within, or none."""
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    files = _Files(output)
+    published: list[Path] = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield files
+        for path in files.paths:
+            os.replace(_aside(path), path)
+            published.append(path)
+        sync_directory(output)
+    except BaseException:
+        for path in (*published, *map(_aside, files.paths)):
+            path.unlink(missing_ok=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _finish(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# torch.save's format: a zip file of a pickle and the bytes of each tensor
+
+
+ALIGNMENT_BYTES = 64
+_ZIP64_FROM_BYTES = 2**30
+
+
+@dataclass(eq=False, slots=True)
+class _Record:
+    """A tensor yet to be read. The same one in two places of an object is one tensor there after loading, too."""
+
+    spec: TensorSpec
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.numel * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """Stands for a tensor's memory in a pickle."""
+
+    identifier: tuple[Any, ...]
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles ``_Record``s and tensors as torch.save does tensors; ``records`` are numbered as it meets them."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, protocol=2)  # what torch's restricted unpickler knows
+        self.records: list[_Record] = []
+
+    def persistent_id(self, thing: Any) -> Any:
+        return thing.identifier if isinstance(thing, _Storage) else None
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            thing = _record_of(thing)
+        if not isinstance(thing, _Record):
+            return NotImplemented
+        key, spec = str(len(self.records)), thing.spec
+        self.records.append(thing)
+        arguments: tuple[Any, ...] = (0, spec.shape, _strides(spec), False, OrderedDict())
+        legacy = torch.storage._dtype_to_storage_type_map().get(spec.dtype)
+        if legacy is not None:
+            storage = _Storage(("storage", getattr(torch, legacy), key, "cpu", spec.numel))
+            return torch._utils._rebuild_tensor_v2, (storage, *arguments)
+        storage = _Storage(("storage", torch.UntypedStorage, key, "cpu", thing.nbytes))
+        return torch._utils._rebuild_tensor_v3, (storage, *arguments, spec.dtype)
+
+
+def _record_of(tensor: Tensor) -> _Record:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return _Record(TensorSpec(tensor.dtype, tuple(tensor.shape), tuple(range(tensor.ndim))), lambda: [flat])
+
+
+def _strides(spec: TensorSpec) -> tuple[int, ...]:
+    return in_shape(torch.empty(spec.numel, device="meta"), spec).stride()
+
+
+def _write_torch(values: Values, files: _Files) -> None:
+    keys = [key for key in values.specs if key.startswith("model.")]
+    objects = values.model_objects()
+    if keys or objects:
+        records = {key: _stored(values, key) for key in keys}
+        aliases = {alias: records[key] for alias, key in values.aliases.items()}
+        named = {**records, **aliases, **objects}
+        with files.new("model.pt") as file:
+            _save(file, {key.removeprefix("model."): value for key, value in named.items()})
+    groups = values.param_groups()
+    if groups:
+        with files.new("optimizer.pt") as file:
+            _save(file, _adamw_state(values, groups))
+
+
+def _stored(values: Values, key: str) -> _Record:
+    return _Record(values.specs[key], lambda: values.pieces(key))
+
+
+def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, Any] = {}
+    position, packed = 0, []
+    for names, group in zip(values.groups, groups, strict=True):
+        packed.append({**group, "params": list(range(position, position + len(names)))})
+        for index, name in enumerate(names, position):
+            if name in values.steps:
+                state[index] = {"step": torch.tensor(values.steps[name], dtype=torch.float32)}
+                state[index] |= {kind: _stored(values, key) for kind, key in values.state_of(name).items()}
+        position += len(names)
+    return {"state": state, "param_groups": packed}
+
+
+def _save(file: IO[bytes], thing: Any) -> None:
+    """What ``torch.save(thing, file)`` would do if its ``_Record``s were tensors."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        info = _aligned("data.pkl", file.tell(), 0)
+        with archive.open(info, "w") as entry:
+            pickler = _Pickler(entry)
+            pickler.dump(thing)
+        _add_record(archive, file, "byteorder", [memoryview(sys.byteorder.encode())])
+        for key, record in enumerate(pickler.records):
+            parts = (memory_of(piece.contiguous()) for piece in record.pieces())
+            _add_record(archive, file, f"data/{key}", parts, record.nbytes)
+        _add_record(archive, file, "version", [memoryview(b"3\n")])
+    _finish(file)
+
+
+def _add_record(
+    archive: zipfile.ZipFile, file: IO[bytes], name: str, parts: Iterable[memoryview], nbytes: int = 0
+) -> None:
+    info = _aligned(name, file.tell(), nbytes)
+    with archive.open(info, "w", force_zip64=nbytes >= _ZIP64_FROM_BYTES) as entry:
+        for part in parts:
+            entry.write(part)
+
+
+def _aligned(name: str, offset: int, nbytes: int) -> zipfile.ZipInfo:
+    """An entry whose bytes begin at a multiple of ``ALIGNMENT_BYTES``, for those who map the file into memory."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    header_bytes = 30 + len(info.filename) + (20 if nbytes >= _ZIP64_FROM_BYTES else 0) + 4
+    padding = -(offset + header_bytes) % ALIGNMENT_BYTES
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    return info
+
+
+# safetensors: the length of a header, the header, the bytes of each tensor
+
+
+SAFETENSORS_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}
+
+
+def _write_safetensors(values: Values, files: _Files) -> None:
+    objects = list(values.model_objects())
+    if objects:
+        raise CheckpointError(
+            f"{objects[0]} is no tensor, and safetensors holds nothing else. Export it with format torch."
+        )
+    keys = [key for key in values.specs if key.startswith("model.")]
+    if keys:
+        model = {key.removeprefix("model."): key for key in keys}
+        aliases = {a.removeprefix("model."): key.removeprefix("model.") for a, key in values.aliases.items()}
+        _write_file(values, files, "model.safetensors", model, {"aliases": aliases} if aliases else {})
+    groups = values.param_groups()
+    if groups:
+        state = {
+            f"state.{name}.{kind}": key for name in values.parameters for kind, key in values.state_of(name).items()
+        }
+        named = [{**group, "params": names} for names, group in zip(values.groups, groups, strict=True)]
+        _write_file(values, files, "optimizer.safetensors", state, {"param_groups": named, "steps": values.steps})
+
+
+def _write_file(
+    values: Values, files: _Files, file_name: str, keys: Mapping[str, str], metadata: Mapping[str, Any]
+) -> None:
+    """Of ``keys``, the values are the checkpoint's."""
+    texts = {name: json.dumps(value, default=_to_json) for name, value in metadata.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **texts}}
+    end = 0
+    # Descending sizes of elements align every tensor to its own.
+    names = sorted(keys, key=lambda name: -values.specs[keys[name]].dtype.itemsize)
+    for name in names:
+        spec = values.specs[keys[name]]
+        if spec.dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{keys[name]} is {spec.dtype}, which safetensors has not. Export with format torch.")
+        begin, end = end, end + spec.numel * spec.dtype.itemsize
+        dtype = SAFETENSORS_DTYPES[spec.dtype]
+        header[name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with files.new(file_name) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            for piece in _row_major(values, keys[name]):
+                file.write(memory_of(piece.contiguous()))
+        _finish(file)
+
+
+def _row_major(values: Values, key: str) -> Iterator[Tensor]:
+    spec = values.specs[key]
+    if spec.order == tuple(range(len(spec.shape))):
+        yield from values.pieces(key)
+    else:
+        flat = torch.empty(math.prod(spec.shape), dtype=spec.dtype)
+        start = 0
+        for piece in values.pieces(key):
+            flat[start : start + piece.numel()] = piece
+            start += piece.numel()
+        yield in_shape(flat, spec).contiguous().view(-1)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise CheckpointError(f"A param group holds {type(value).__name__}, which JSON has not. Export with format torch.")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's tensors as everybody else knows them, read a stretch at a time: moments are numbers, not codes.
+
+For ``export`` and ``dcp``. Holds one item of one tensor at once, whatever the size of the tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.checkpoint.contents import PARAM_GROUPS
+from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
+from shardadam.layout import ALIGNMENT_NUMEL, cut
+from shardadam.update import formats
+
+PIECE_NUMEL = 2**17
+"""What ``Values.pieces`` yields at once: a multiple of ``ALIGNMENT_NUMEL``."""
+
+STATE = (*formats.MOMENTS, "master")
+Reading = Callable[[int, int], Tensor]
+
+
+class Values:
+    """What the tensors of a checkpoint mean.
+
+    Args:
+        reader: stays open as long as anything is read.
+
+    Raises:
+        CheckpointError: moments are codes, and there are no scales for them.
+
+    ``specs`` has the keys and specs of all tensors: those of the checkpoint without scales, and moments in float32
+    (float64 where they are). ``parameters`` are the names that have state.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        tensors = reader.index.tensors
+        optimizer = reader.content.get("optimizer") or {"groups": [], "parameters": {}}
+        self.groups: list[list[str]] = optimizer["groups"]
+        self.parameters: list[str] = [n for group in self.groups for n in group if n in optimizer["parameters"]]
+        self.steps: dict[str, float] = {name: optimizer["parameters"][name]["step"] for name in self.parameters}
+        self.aliases: dict[str, str] = reader.content["aliases"]
+        self._scale_of: dict[str, str] = {}
+        self.specs = {key: tensor.spec for key, tensor in tensors.items()}
+        for name in self.parameters:
+            for kind, scale in zip(formats.MOMENTS, formats.SCALES, strict=True):
+                key, scale_key = f"optimizer.state.{name}.{kind}", f"optimizer.state.{name}.{scale}"
+                spec = self.specs[key]
+                if not spec.dtype.is_floating_point:
+                    self._scale_of[key] = self._checked_scale(key, scale_key)
+                self.specs.pop(scale_key, None)
+                self.specs[key] = TensorSpec(torch.promote_types(spec.dtype, torch.float32), spec.shape, spec.order)
+
+    def state_of(self, name: str) -> dict[str, str]:
+        """The kinds of state that a parameter has (of ``STATE``), and their keys."""
+        keys = {kind: f"optimizer.state.{name}.{kind}" for kind in STATE}
+        return {kind: key for kind, key in keys.items() if key in self.specs}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Hyperparameters of each group, all that torch.optim.AdamW has; without ``params``."""
+        if PARAM_GROUPS not in self._reader.index.objects:
+            return []
+        defaults = inspect.signature(torch.optim.AdamW.__init__).parameters.values()
+        expected = {p.name: p.default for p in defaults if p.default is not p.empty} | {"decoupled_weight_decay": True}
+        return [expected | group for group in self._reader.read_object(PARAM_GROUPS)]
+
+    def model_objects(self) -> dict[str, Any]:
+        """What of the model's state is no tensor, by key."""
+        keys = [key for key in self._reader.index.objects if key.startswith("model.")]
+        return {key: self._reader.read_object(key) for key in keys}
+
+    def opened(self, key: str) -> Reading:
+        """A function that gives elements ``start : stop`` in memory order: 1-D, on the CPU, verified. Each item is read
+        once if stretches are asked for in ascending order.
+        """
+        stored = _Items(self._reader, key).read
+        if key in self._scale_of:
+            return _decoding(key, self.specs[key].numel, stored, _Items(self._reader, self._scale_of[key]).read)
+        dtype = self.specs[key].dtype
+        return lambda start, stop: stored(start, stop).to(dtype)
+
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        """The whole tensor, in memory order."""
+        read = self.opened(key)
+        for start, stop in cut(0, self.specs[key].numel, PIECE_NUMEL):
+            yield read(start, stop)
+
+    def _checked_scale(self, key: str, scale_key: str) -> str:
+        blocks = -(-self.specs[key].numel // ALIGNMENT_NUMEL)
+        scale = self.specs.get(scale_key)
+        if scale is None or scale.shape != (blocks,):
+            found = "none" if scale is None else f"shape {scale.shape}"
+            raise CheckpointError(
+                f"{self._reader.path}: {key} is stored in codes, and of their scales {found} was found, expected "
+                f"{scale_key} of shape ({blocks},). Load another checkpoint by its own directory."
+            )
+        return scale_key
+
+
+class _Items:
+    """Reads a stored tensor, and holds the item it has read last."""
+
+    def __init__(self, reader: Reader, key: str) -> None:
+        self._reader = reader
+        self._key = key
+        self._stored = reader.index.tensors[key]
+        self._position = -1
+        self._held = torch.empty(0)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        parts = []
+        position = bisect_right(self._stored.starts, start) - 1
+        while start < stop:
+            item = self._stored.items[position]
+            if position != self._position:
+                self._held = torch.empty(item.numel, dtype=self._stored.spec.dtype)
+                self._reader.read_(self._key, item.start, self._held)
+                self._position = position
+            end = min(stop, item.start + item.numel)
+            parts.append(self._held[start - item.start : end - item.start])
+            start, position = end, position + 1
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self._held[:0]
+
+
+def _decoding(key: str, numel: int, codes: Reading, scales: Reading) -> Reading:
+    kind = key.rpartition(".")[2]
+    scale = formats.SCALES[formats.MOMENTS.index(kind)]
+
+    def read(start: int, stop: int) -> Tensor:
+        low = start // ALIGNMENT_NUMEL * ALIGNMENT_NUMEL
+        high = min(-(-stop // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL, numel)
+        zeros = torch.zeros(high - low, dtype=torch.int8)
+        own_scales = scales(low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL))
+        state = dict.fromkeys(formats.MOMENTS, zeros) | dict.fromkeys(formats.SCALES, own_scales)  # of the other one, 0
+        state |= {kind: codes(low, high), scale: own_scales}
+        values = formats.read_moments(state)[formats.MOMENTS.index(kind)]
+        return values[start - low : stop - low]
+
+    return read

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shardadam export`` and ``shardadam inspect``: checkpoints from a shell, in one process, without a GPU.
+
+Prints, and gives exit codes: 0, all is well; 1, a checkpoint is not whole, or something cannot be done; 2, wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.export import FORMATS, export
+from shardadam.checkpoint.files import MANIFEST, CheckpointError, Reader
+from shardadam.update import formats
+from shardadam.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Local.
+
+    Args:
+        arguments: default: the process's.
+
+    Returns:
+        The exit code. Wrong usage exits with 2 at once.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CheckpointError, OSError) as error:
+        print(f"shardadam: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardadam", description="Checkpoints that shardadam.save has written.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    directory: dict[str, Any] = dict(
+        metavar="DIR",
+        type=Path,
+        help="what was given to shardadam.save (the newest checkpoint counts), or a checkpoint",
+    )
+
+    command = commands.add_parser(
+        "export",
+        help="write a checkpoint as files that need no shardadam",
+        description="Writes a checkpoint as plain files: model.pt and optimizer.pt, for load_state_dict of the model "
+        "and of torch.optim.AdamW, or model.safetensors and optimizer.safetensors. Takes little memory, whatever the "
+        "size.",
+    )
+    command.add_argument("directory", **directory)
+    command.add_argument("--format", required=True, choices=FORMATS)
+    command.add_argument("--output", metavar="OUT", type=Path, help="directory for the files; default: ./NAME-FORMAT")
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint holds, and whether it is whole",
+        description="Says what a checkpoint holds, and reads all of it to see whether it is whole. Exit code 1: not.",
+    )
+    command.add_argument("directory", **directory)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--no-verify", action="store_true", help="look at the sizes of files, and do not read them")
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    for path in export(options.directory, format=options.format, output=options.output):
+        print(f"{path}  {_size(path.stat().st_size)}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    found: dict[str, Any] = {"path": str(options.directory), "whole": False}
+    try:
+        path = newest(options.directory.absolute())
+        found["path"] = str(path)
+        with Reader(path) as reader:
+            found |= _summary(reader)
+            if not options.no_verify:
+                for _ in reader.verify():
+                    pass
+        found |= {"whole": True, "verified": "sizes" if options.no_verify else "checksums"}
+    except (CheckpointError, OSError) as error:
+        found["error"] = str(error)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    elif "step" in found:
+        print(_text(found))
+    if "error" in found:
+        print(f"shardadam: {found['error']}", file=sys.stderr)
+    return 0 if found["whole"] else 1
+
+
+def _summary(reader: Reader) -> dict[str, Any]:
+    content, index = reader.content, reader.index
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for key, tensor in index.tensors.items():
+        dtype = str(tensor.spec.dtype).removeprefix("torch.")
+        counts = kinds.setdefault((_kind(key), dtype), [0, 0, 0])
+        counts[:] = counts[0] + 1, counts[1] + tensor.spec.numel, counts[2] + tensor.nbytes
+    optimizer = content.get("optimizer")
+    trained = list(optimizer["parameters"]) if optimizer else []
+    numel = sum(index.tensors[f"optimizer.state.{name}.exp_avg"].spec.numel for name in trained)
+    parent = reader.path.parent
+    return {
+        "step": content["step"],
+        "world_size": content["world_size"],
+        "shardadam": content["shardadam"],
+        "torch": content["torch"],
+        "parameters": {"tensors": len(trained), "elements": numel},
+        "tensors": [
+            {"kind": kind, "dtype": dtype, "tensors": count, "elements": elements, "bytes": nbytes}
+            for (kind, dtype), (count, elements, nbytes) in sorted(kinds.items(), key=lambda entry: _rank(*entry[0]))
+        ],
+        "objects": {"number": len(index.objects), "bytes": sum(stored.nbytes for stored in index.objects.values())},
+        "bytes": sum(nbytes for _, nbytes in index.files),
+        "files": [{"name": name, "bytes": nbytes} for name, nbytes in index.files],
+        "others": sorted(other.name for other in parent.iterdir() if other != reader.path and _is_checkpoint(other)),
+    }
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return not path.name.startswith(".") and (path / MANIFEST).exists()
+
+
+KINDS = ("model", *formats.MOMENTS, "scales", "master")
+
+
+def _kind(key: str) -> str:
+    if key.startswith("model."):
+        return "model"
+    kind = key.rpartition(".")[2]
+    return "scales" if kind in formats.SCALES else kind
+
+
+def _rank(kind: str, dtype: str) -> tuple[int, str, str]:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS), kind, dtype
+
+
+# As text
+
+
+def _text(found: dict[str, Any]) -> str:
+    whole = "no" if not found["whole"] else "yes" if found["verified"] == "checksums" else "sizes only"
+    parameters = found["parameters"]
+    facts = [
+        ("checkpoint", found["path"]),
+        ("step", str(found["step"])),
+        ("saved on", f"{found['world_size']} rank{'s' if found['world_size'] != 1 else ''}"),
+        ("versions", f"shardadam {found['shardadam']}, torch {found['torch']}"),
+        ("parameters", f"{parameters['elements']:,} in {parameters['tensors']:,} trained tensors"),
+        ("bytes", f"{found['bytes']:,} ({_size(found['bytes'])})"),
+        ("others here", ", ".join(found["others"]) or "none"),
+        ("whole", whole),
+    ]
+    kinds = [
+        (entry["kind"], entry["dtype"], f"{entry['elements']:,}", f"{entry['bytes']:,}") for entry in found["tensors"]
+    ]
+    kinds.append(("other", "", f"{found['objects']['number']:,}", f"{found['objects']['bytes']:,}"))
+    files = [(entry["name"], f"{entry['bytes']:,}") for entry in found["files"]]
+    return "\n\n".join(
+        [
+            _table(facts, right=()),
+            _table([("tensors", "dtype", "elements", "bytes"), *kinds], right=(2, 3)),
+            _table([("file", "bytes"), *files], right=(1,)),
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
+    """Columns aligned, those of ``right`` to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
