@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -122,14 +124,15 @@ class Meeting:
         self.ranks = list(ranks)
         self._store = store
         self._round = 0
-        self._last_beat = 0.0
 
-    def exchange(self, text: str, *, what: str, timeout_s: float) -> list[str]:
+    def exchange(self, text: str, *, what: str, timeout_s: float, linger: bool = False) -> list[str]:
         """The texts of all ranks, in rank order. All ranks must call it.
 
         Args:
             what: what the ranks are there for, for the message.
-            timeout_s: how long to wait, in seconds, for a rank that gives no sign of life (``beat``).
+            timeout_s: how long to wait, in seconds, for a rank that gives no sign of life.
+            linger: rank 0, whose process may hold the store, returns only when the others have what they came for, or
+                after 5 s: it may end after this.
 
         Raises:
             TimeoutError: names the ranks that did not come.
@@ -138,19 +141,41 @@ class Meeting:
         if self._store is None:
             return [text]
         try:
-            return self._exchange(self._store, text, what, timeout_s)
+            texts = self._exchange(self._store, text, what, timeout_s)
+            read = f"{self._round - 1}/read"
+            self._store.add(read, 1)
+            deadline = time.monotonic() + (5 if linger and self.rank == 0 else 0)
+            while time.monotonic() < deadline and self._store.add(read, 0) < len(self.ranks):
+                time.sleep(0.001)
+            return texts
         except dist.DistError as error:
             raise RuntimeError(
                 f"{what}: the store through which ranks meet cannot be reached any more; the process that holds it "
                 f"(rank 0, or torchrun's agent) has probably ended. ({error})"
             ) from error
 
-    def beat(self) -> None:
-        """A sign of life, for others that wait while this rank works; at most one a second is sent."""
-        now = time.monotonic()
-        if self._store is not None and now - self._last_beat >= 1:
-            self._last_beat = now
-            self._store.add(f"beats/{self.rank}", 1)
+    @contextmanager
+    def signs_of_life(self) -> Iterator[None]:
+        """Inside, this rank works on something that may take longer than others have patience; they are told."""
+        store, done = self._store, threading.Event()
+        if store is None:
+            yield
+            return
+
+        def beat() -> None:
+            while not done.wait(0.5):
+                try:
+                    store.add(f"beats/{self.rank}", 1)
+                except dist.DistError:
+                    return
+
+        thread = threading.Thread(target=beat, name="shardadam.signs_of_life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _exchange(self, store: dist.distributed_c10d.Store, text: str, what: str, timeout_s: float) -> list[str]:
         while store.check([self._key("verdict")]):  # closed without this rank
@@ -173,6 +198,7 @@ class Meeting:
             store.delete_key(self._key(self.rank, this_round - 1))
             if self.rank == 0:
                 store.delete_key(self._key("verdict", this_round - 1))
+                store.delete_key(self._key("read", this_round - 1))
         return [bytes(text).decode()[1:] for text in texts]
 
     def _await_verdict(self, store: dist.distributed_c10d.Store, everybody: Sequence[str], timeout_s: float) -> str:

@@ -135,7 +135,11 @@ def load_local(param_groups: list[dict[str, Any]], members: Sequence[Member], st
 def load_group_(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
     """Hyperparameters of a param group; whether it is Adam or AdamW stays as the optimizer was built."""
     kept = ("params", "param_names", "decoupled_weight_decay")
-    group.update({key: deepcopy(value) for key, value in saved.items() if key not in kept})
+    for key, value in saved.items():
+        if key not in kept:
+            before, value = group.get(key), deepcopy(value)
+            both = isinstance(before, Tensor) and isinstance(value, Tensor)
+            group[key] = value.to(before.device) if both else value  # type: ignore[union-attr]
 
 
 def _own(member: Member, saved: Mapping[str, Any]) -> dict[str, Any]:

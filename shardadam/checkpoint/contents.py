@@ -23,7 +23,7 @@ from shardadam.optimizer import ShardedAdam
 from shardadam.state import block_count, local_state
 from shardadam.update import formats
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 PARAM_GROUPS = "optimizer.param_groups"
 SCHEDULER = "scheduler"
 
@@ -37,8 +37,9 @@ class OwnedParameter:
     in_model: bool
 
     @property
-    def model_key(self) -> str:
-        return f"model.{self.name}"
+    def value_key(self) -> str:
+        """Of the parameter itself; not every optimizer's parameters are all in one model."""
+        return f"model.{self.name}" if self.in_model else f"optimizer.parameter.{self.name}"
 
     def state_key(self, kind: str) -> str:
         return f"optimizer.state.{self.name}.{kind}"
@@ -52,7 +53,7 @@ class Contents:
         owned: every trainable parameter of the optimizer.
         replicated: tensors of the model that are whole on every rank and that the optimizer does not update.
         aliases: further names of tensors that the model has under several.
-        objects: what of ``model.state_dict()`` is no tensor.
+        objects: what of ``model.state_dict()`` is no parameter and no buffer of the model's, but made for it.
         groups: of the optimizer, the names of all parameters.
     """
 
@@ -66,7 +67,7 @@ class Contents:
 
     @property
     def model_keys(self) -> set[str]:
-        in_model = {parameter.model_key for parameter in self.owned if parameter.in_model}
+        in_model = {parameter.value_key for parameter in self.owned if parameter.in_model}
         return in_model | self.replicated.keys() | self.aliases.keys()
 
 
@@ -84,10 +85,16 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
     contents = Contents(model, optimizer)
     names: dict[int, str] = {}
     if model is not None:
-        for key, value in _unwrap(model).state_dict(keep_vars=True).items():
+        model = _unwrap(model)
+        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        seen: set[str] = set()
+        for key, value in model.state_dict(keep_vars=True).items():
             name = _clean(key)
-            if not isinstance(value, Tensor):
-                contents.objects[f"model.{name}"] = value
+            if name in seen:
+                raise CheckpointError(f"Two entries of model.state_dict() are called {name!r} without their wrappers.")
+            seen.add(name)
+            if id(value) not in own:
+                contents.objects[f"model.{name}"] = value.detach() if isinstance(value, Tensor) else value
             elif id(value) in names:
                 contents.aliases[f"model.{name}"] = f"model.{names[id(value)]}"
             else:
@@ -106,7 +113,8 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
             if id(parameter) in members:
                 in_model = id(parameter) in names
                 contents.owned.append(OwnedParameter(name, members[id(parameter)], in_model))
-                contents.replicated.pop(f"model.{name}", None)
+                if in_model:
+                    del contents.replicated[f"model.{name}"]
             position += 1
     _check_distinct([name for group in contents.groups for name in group])
     return contents
@@ -137,13 +145,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def load_objects(contents: Contents, objects: dict[str, Any]) -> None:
-    """Gives the model what is no tensor (``set_extra_state``)."""
+    """Gives the model what it makes for ``state_dict`` (``get_extra_state``, hooks), by ``load_state_dict``."""
     if objects:
         assert contents.model is not None
         model = _unwrap(contents.model)

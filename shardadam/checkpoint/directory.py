@@ -29,7 +29,7 @@ def newest(directory: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (directory / MANIFEST).exists() or _NAME.fullmatch(directory.name):
+    if (directory / MANIFEST).exists():
         return directory
     if not directory.is_dir():
         found = "not a directory" if directory.exists() else "no such directory"
@@ -38,6 +38,8 @@ def newest(directory: Path) -> Path:
     names = history or sorted((p.name for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=_age, reverse=True)
     if names:
         return directory / names[0]
+    if _NAME.fullmatch(directory.name):  # one that lacks its manifest
+        return directory
     if (directory / ".metadata").exists():
         raise CheckpointError(
             f"{directory} was written by torch.distributed.checkpoint, not by shardadam.save. Load it with "
@@ -82,10 +84,12 @@ def prepare(directory: Path, step: int) -> str:
     Returns:
         Its name: another than those that are there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    if not directory.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(directory.parent)
     for path in directory.iterdir():
         if path.name.startswith((_SAVING, _DELETING)):
-            shutil.rmtree(path)
+            _remove(path)
     (directory / f".{LATEST}.saving").unlink(missing_ok=True)
     name, count = f"step-{step:08d}", 1
     while (directory / name).exists():
@@ -104,23 +108,32 @@ def discard(directory: Path, name: str) -> None:
     shutil.rmtree(aside(directory, name), ignore_errors=True)
 
 
-def publish(directory: Path, name: str, *, keep: int | None) -> None:
-    """See the note on publishing.
-
-    Args:
-        keep: how many checkpoints stay, this one included, of those that ``latest`` lists; None: all.
-    """
+def publish(directory: Path, name: str) -> None:
+    """See the note on publishing."""
     history = [older for older in read_history(directory) if (directory / older).is_dir()]
     unlisted = [p.name for p in directory.iterdir() if _NAME.fullmatch(p.name) and p.name not in history]
     history = history or sorted(unlisted, key=_age, reverse=True)
-    listed = [name, *history] if keep is None else [name, *history[: max(keep, 1)]]
+    listed = [name, *history]
     sync_directory(aside(directory, name))
     write_durably(directory / LATEST, "\n".join([*listed, _checksum(listed)]) + "\n")
     os.rename(aside(directory, name), directory / name)
     sync_directory(directory)
-    for older in history[keep - 1 :] if keep is not None else []:
+
+
+def retire(directory: Path, keep: int) -> None:
+    """Removes all checkpoints but the ``keep`` newest, of those that ``latest`` lists."""
+    there = [name for name in read_history(directory) if (directory / name).is_dir()]
+    for older in there[keep:]:
         os.rename(directory / older, directory / (_DELETING + older))
-        shutil.rmtree(directory / (_DELETING + older), ignore_errors=True)
+        _remove(directory / (_DELETING + older))
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint may have been moved elsewhere, and a link left in its place."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def sync_directory(path: Path) -> None:

@@ -18,7 +18,7 @@ import pickle
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,16 +96,11 @@ def file_name(rank: int) -> str:
 
 
 class PartWriter:
-    """Writes one rank's file of a checkpoint.
+    """Writes one rank's file of a checkpoint."""
 
-    Args:
-        progress: called after every item.
-    """
-
-    def __init__(self, directory: Path, rank: int, progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, directory: Path, rank: int) -> None:
         self._path = directory / file_name(rank)
         self._rank = rank
-        self._progress = progress
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._offset = 0
         self._on_its_way = 0
@@ -152,7 +147,6 @@ class PartWriter:
         if self._offset - self._on_its_way >= ITEM_BYTES:
             _start_writeback(self._file, self._on_its_way, self._offset)
             self._on_its_way = self._offset
-        self._progress()
         return offset, crc32
 
 
@@ -278,6 +272,17 @@ def index_from_json(found: Any) -> Index:
     return Index(files, tensors, objects)
 
 
+def _check_content(content: Mapping[str, Any]) -> None:
+    for name, kind in {"step": int, "world_size": int, "aliases": dict, "extras": list}.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"found {content[name]!r} as {name}")
+    optimizer = content.get("optimizer")
+    if optimizer is not None:
+        for name, kind in {"groups": list, "skipped_steps": int, "parameters": dict}.items():
+            if not isinstance(optimizer[name], kind):
+                raise ValueError(f"found {optimizer[name]!r} as {name}")
+
+
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"found {value!r}, expected a whole number")
@@ -313,6 +318,7 @@ class Reader:
         self.content = self._read_manifest()
         try:
             self.index = index_from_json(self.content["index"])
+            _check_content(self.content)
             for key, tensor in self.index.tensors.items():
                 _check_whole(key, tensor)
                 for item in tensor.items:
@@ -381,16 +387,19 @@ class Reader:
 
     def _read_verified(self, what: str, file: int, offset: int, crc32: int, into: memoryview) -> None:
         name = self.index.files[file][0]
-        if file not in self._descriptors:
-            if len(self._descriptors) >= 64:
-                self.close()
-            self._descriptors[file] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
         done = 0
-        while done < len(into):
-            count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self.path / name} ends within {what}. {self._remedy()}")
-            done += count
+        try:
+            if file not in self._descriptors:
+                if len(self._descriptors) >= 64:
+                    self.close()
+                self._descriptors[file] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            while done < len(into):
+                count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.path / name} ends within {what}. {self._remedy()}")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} cannot be read: {error.strerror}.") from error
         self.bytes_read += len(into)
         if zlib.crc32(into) != crc32:
             raise CheckpointError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.buckets import Member, memory_order
+from shardadam.buckets import Member, memory_order, rebind_moved
 from shardadam.checkpoint import contents as things
 from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.contents import Contents, OwnedParameter, contents_of
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
-from shardadam.checkpoint.saving import exchange, meeting_for, settle_background
+from shardadam.checkpoint.saving import ARRIVAL, exchange, meeting_for, settle_background
 from shardadam.flat_shard import dimension_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
@@ -77,8 +78,10 @@ def load(
     meeting = meeting_for(optimizer)
     what = f"load from {directory}"
 
-    def agree(failure: Exception | None, value: Any = None) -> list[Any]:
-        return exchange(meeting, failure, value, what=what, timeout_s=timeout_s)
+    def agree(failure: Exception | None, phase: str, value: Any = None, *, is_last: bool = False) -> list[Any]:
+        return exchange(
+            meeting, failure, value, call="load", phase=phase, what=what, timeout_s=timeout_s, is_last=is_last
+        )
 
     failure: Exception | None = None
     path = ""
@@ -86,39 +89,54 @@ def load(
         path = str(directories.newest(directory)) if meeting.rank == 0 else ""
     except Exception as error:
         failure = error
-    path = agree(failure, path)[0]
+    path = agree(failure, ARRIVAL, path)[0]
+    if isinstance(optimizer, ShardedAdam):
+        optimizer._take_in_unfrozen()
 
-    reader: Reader | None = None
-    try:
-        reader = Reader(Path(path))
-        contents = contents_of(model, optimizer)
-        _check_fit(contents, reader, scheduler)
-        objects = _read_objects(contents, reader, scheduler, meeting.rank)
-    except Exception as error:
-        failure = error
-    try:
-        agree(failure)
-        assert reader is not None
+    with ExitStack() as opened:
         try:
-            with torch.no_grad():
-                for _ in _read_tensors(contents, reader):
-                    meeting.beat()
+            reader = opened.enter_context(Reader(Path(path)))
+            contents = contents_of(model, optimizer)
+            if optimizer is not None:
+                rebind_moved(optimizer._members)
+            _check_fit(contents, reader, scheduler)
+            objects = _read_objects(contents, reader, scheduler, meeting.rank)
         except Exception as error:
             failure = error
-        if failure is not None and optimizer is not None:
-            optimizer._refuse_to_go_on(f"loading {path} has failed halfway")
-        try:
-            agree(failure)
-        except CheckpointError as error:
+        agree(failure, "checked")
+        with _halfway(path, optimizer):
+            try:
+                with torch.no_grad(), meeting.signs_of_life():
+                    _read_tensors(contents, reader)
+            except Exception as error:
+                failure = error
+            agree(failure, "read")
             if optimizer is not None:
-                optimizer._refuse_to_go_on(f"loading {path} has failed halfway")
-            raise CheckpointError(
-                f"{error} What it was to be loaded into holds a part of it now: load another one before going on."
-            ) from error
-    finally:
-        if reader is not None:
-            reader.close()
-    return _finish(contents, reader, objects, scheduler, meeting.rank)
+                _set_scalars(contents, reader.content["optimizer"])
+                optimizer._state_was_loaded(parameters=model is not None)
+            try:
+                _set_objects(contents, objects, scheduler, meeting.rank)
+            except Exception as error:
+                failure = error
+            agree(failure, "done", is_last=True)
+        extras = reader.content["extras"]
+        extra = extras[meeting.rank] if meeting.rank < len(extras) else None
+        return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
+
+
+@contextmanager
+def _halfway(path: str, optimizer: ShardedAdam | None) -> Iterator[None]:
+    """Whoever fails inside leaves model and optimizer with a part of the checkpoint."""
+    try:
+        yield
+    except BaseException as error:
+        if optimizer is not None:
+            optimizer._refuse_to_go_on(f"loading {path} has failed halfway")
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"{error} What it was to be loaded into holds a part of it now: load another one before going on."
+        ) from error
 
 
 # What must fit
@@ -130,19 +148,25 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
     aliases: Mapping[str, str] = reader.content["aliases"]
     if contents.model is not None:
         found = {key for key in tensors if key.startswith("model.")} | aliases.keys()
-        found |= {key for key in reader.index.objects if key.startswith("model.")}
-        expected = contents.model_keys | contents.objects.keys()
-        if not found and expected:
+        objects = {key for key in reader.index.objects if key.startswith("model.")}
+        if not found | objects and contents.model_keys:
             raise CheckpointError(f"{reader.path} holds no model: it was saved without. Leave model out.")
-        _check_names("the model", reader, expected=expected, found=found)
+        _check_names("the model", reader, expected=contents.model_keys, found=found)
+        _check_names("the model", reader, expected=contents.objects.keys(), found=objects)
         shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
-        shapes |= {p.model_key: tuple(p.member.shape) for p in contents.owned if p.in_model}
+        shapes |= {p.value_key: tuple(p.member.shape) for p in contents.owned}
         _check_shapes(reader, {aliases.get(key, key): shape for key, shape in shapes.items()})
     if contents.optimizer is not None:
         saved = reader.content.get("optimizer")
         if saved is None:
             raise CheckpointError(f"{reader.path} holds no optimizer: it was saved without. Leave optimizer out.")
         _check_groups(contents, reader, saved["groups"])
+        frozen = sorted(set(saved["parameters"]) - {parameter.name for parameter in contents.owned})
+        if frozen:
+            raise CheckpointError(
+                f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad "
+                "before loading; what is frozen afterwards keeps its state."
+            )
         for parameter in contents.owned:
             if parameter.name in saved["parameters"]:
                 numel = torch.Size(parameter.member.shape).numel()
@@ -212,21 +236,19 @@ def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int)
     return {key: reader.read_object(key) for key in wanted if key in reader.index.objects}
 
 
-def _read_tensors(contents: Contents, reader: Reader) -> Iterator[None]:
-    """Reads in place; yields now and then."""
+def _read_tensors(contents: Contents, reader: Reader) -> None:
+    """In place: this rank's shards of what is sharded, and all that is not."""
     aliases: Mapping[str, str] = reader.content["aliases"]
     for key, tensor in contents.replicated.items():
         _read_whole(tensor, reader, aliases.get(key, key))
-        yield
     saved = reader.content.get("optimizer") or {"parameters": {}}
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
         for low, high, elements in _stretches(parameter.member):
-            if contents.model is not None and parameter.in_model:
+            if contents.model is not None and source.dtype("parameter") is not None:
                 _read_parameter(parameter.member, source, low, high)
             if parameter.name in saved["parameters"]:
                 _read_state(parameter.member, source, low, high, elements)
-            yield
 
 
 def _stretches(member: Member) -> Iterator[tuple[int, int, slice]]:
@@ -244,7 +266,7 @@ class _Source:
     def __init__(self, reader: Reader, parameter: OwnedParameter, aliases: Mapping[str, str]) -> None:
         self._reader = reader
         self._keys = {kind: parameter.state_key(kind) for kind in (*formats.MOMENTS, *formats.SCALES, "master")}
-        self._keys["parameter"] = aliases.get(parameter.model_key, parameter.model_key)
+        self._keys["parameter"] = aliases.get(parameter.value_key, parameter.value_key)
         self._keys = {kind: key for kind, key in self._keys.items() if key in reader.index.tensors}
         self._order = dimension_order(parameter.member.parameter)
         self._reordered: dict[str, Tensor] = {}
@@ -339,28 +361,21 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
     tensor.detach().copy_(in_shape(flat, spec))
 
 
-# After
+# What is no tensor
 
 
-@torch.no_grad()
-def _finish(contents: Contents, reader: Reader, objects: dict[str, Any], scheduler: Any, rank: int) -> Checkpoint:
-    """Nothing here can fail for what a checkpoint holds. Collective."""
-    optimizer = contents.optimizer
-    if optimizer is not None:
-        _set_scalars(contents, reader.content["optimizer"])
-        for group, saved in zip(optimizer.param_groups, objects[things.PARAM_GROUPS], strict=True):
+def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any, rank: int) -> None:
+    if contents.optimizer is not None:
+        for group, saved in zip(contents.optimizer.param_groups, objects[things.PARAM_GROUPS], strict=True):
             load_group_(group, saved)
-        optimizer._state_was_loaded(parameters=contents.model is not None)
     things.load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
     if scheduler is not None:
         scheduler.load_state_dict(objects[things.SCHEDULER])
     if f"rng.{rank}" in objects:
         things.set_random_state(objects[f"rng.{rank}"])
-    extras = reader.content["extras"]
-    extra = extras[rank] if rank < len(extras) else None
-    return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
 
 
+@torch.no_grad()
 def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
     assert contents.optimizer is not None
     contents.optimizer.skipped_steps.fill_(saved["skipped_steps"])

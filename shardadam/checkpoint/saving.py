@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardadam.agreement import Meeting
-from shardadam.buckets import Member, memory_order
+from shardadam.buckets import Member, is_dense, memory_order, rebind_moved
 from shardadam.checkpoint import contents as things
 from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.contents import Contents, contents_of
@@ -148,7 +149,8 @@ def save(
         failure = error
     what = f"save to {directory}"
     try:
-        answers = exchange(meeting, failure, {"step": step, "name": name}, what=what, timeout_s=timeout_s)
+        arrival = {"step": step, "name": name}
+        answers = exchange(meeting, failure, arrival, call="save", phase=ARRIVAL, what=what, timeout_s=timeout_s)
         steps = sorted({answer["step"] for answer in answers})
         if len(steps) > 1:
             raise CheckpointError(f"{what}: ranks disagree on the step, found {steps}.")
@@ -181,16 +183,47 @@ def _check_arguments(step: int, keep: int | None) -> None:
         raise ValueError(f"keep: found {keep!r}, expected None or a whole number of 1 or more")
 
 
-def exchange(meeting: Meeting, failure: Exception | None, value: Any, *, what: str, timeout_s: float) -> list[Any]:
+ARRIVAL = "arrival"
+"""The phase that a call begins with."""
+
+
+def exchange(
+    meeting: Meeting,
+    failure: Exception | None,
+    value: Any = None,
+    *,
+    call: str,
+    phase: str,
+    what: str,
+    timeout_s: float,
+    is_last: bool = False,
+) -> list[Any]:
     """The values of all ranks. Raises on all of them if any brings a failure: its own there, a CheckpointError on the
     others.
+
+    Note: late ranks
+        A rank that was given up as missing may come after all, with its word on a call that the others have left, and
+        meet them at the beginning of another. It is told so and leaves; they go on waiting.
+
+    Args:
+        call, phase: what ranks are in the middle of; equal on all of them, or somebody is lost.
     """
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    texts = meeting.exchange(json.dumps({"failure": message, "value": value}), what=what, timeout_s=timeout_s)
-    answers = [json.loads(text) for text in texts]
+    mine = {"call": call, "phase": phase, "failure": message, "value": value}
+    while True:
+        texts = meeting.exchange(json.dumps(mine), what=what, timeout_s=timeout_s, linger=is_last)
+        answers = [json.loads(text) for text in texts]
+        phases = {answer["phase"] for answer in answers}
+        calls = sorted({answer["call"] for answer in answers})
+        if len(phases) == len(calls) == 1:
+            break
+        if phase != ARRIVAL:
+            raise CheckpointError(f"{what}: this rank came so late that the others have given it up; call it again.")
+        if phases == {ARRIVAL}:
+            raise CheckpointError(f"{what}: ranks make different calls, found {' and '.join(calls)}.")
     if failure is not None:
         if isinstance(failure, OSError):
-            raise CheckpointError(f"{what}: {failure}. Nothing has been changed.") from failure
+            raise CheckpointError(f"{what}: {failure}.") from failure
         raise failure
     for rank, answer in zip(meeting.ranks, answers, strict=True):
         if answer["failure"] is not None:
@@ -203,9 +236,11 @@ def exchange(meeting: Meeting, failure: Exception | None, value: Any, *, what: s
 
 def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, step: int) -> Part:
     try:
-        json.dumps(extra)
+        extra = json.loads(json.dumps(extra))  # as it is now
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"extra: found something that JSON cannot hold ({error}).") from error
+    if contents.optimizer is not None:
+        rebind_moved(contents.optimizer._members)
     rank, world_size = meeting.rank, len(meeting.ranks)
     part = Part(extra=extra)
     objects: dict[str, Any] = {f"rng.{rank}": things.random_state()}
@@ -217,8 +252,8 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
         "aliases": contents.aliases,
     }
     for parameter in contents.owned:
-        if parameter.in_model:
-            _add_shards(part, parameter.model_key, things.spec_of(parameter.member.parameter), parameter.member)
+        if contents.model is not None:
+            _add_shards(part, parameter.value_key, things.spec_of(parameter.member.parameter), parameter.member)
     _add_replicated(part, contents.replicated, rank, world_size)
     for parameter in contents.owned:
         for kind, spec in things.state_specs(parameter.member).items():
@@ -287,20 +322,26 @@ def _add_replicated(part: Part, tensors: Mapping[str, Tensor], rank: int, world_
     """Ranks take turns at parameters, which are the same on all of them. Buffers may differ: rank 0's are saved."""
     turn = 0
     for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if rank != 0 and not is_parameter:
+            continue
+        repeats = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or repeats:
+            found = "an expanded tensor" if repeats else f"{tensor.layout} on {tensor.device}"
             raise CheckpointError(
-                f"{key} cannot be saved: found {tensor.layout} on {tensor.device}, expected an ordinary tensor."
+                f"{key} cannot be saved: found {found}, expected an ordinary tensor. Give the module one of its own "
+                "(clone()), or register the buffer with persistent=False."
             )
         spec = part.specs[key] = things.spec_of(tensor)
-        for low, high in cut(0, spec.numel, 4 * (ITEM_BYTES // spec.dtype.itemsize)):
-            writer = turn % world_size if isinstance(tensor, nn.Parameter) else 0
-            if writer == rank:
+        stretch = 4 * (ITEM_BYTES // spec.dtype.itemsize) if is_dense(tensor) else max(1, spec.numel)
+        for low, high in cut(0, spec.numel, stretch):
+            if rank == (turn % world_size if is_parameter else 0):
                 part.stretches.append(Stretch(key, spec, low, _reading_whole(tensor, spec, low, high)))
-            turn += 1
+            turn += int(is_parameter)
 
 
 def _reading_whole(tensor: Tensor, spec: TensorSpec, low: int, high: int) -> Callable[[], Tensor]:
-    return lambda: tensor.detach().permute(spec.order).reshape(-1)[low:high]
+    return lambda: tensor.detach().permute(spec.order).reshape(-1)[low:high].resolve_conj().resolve_neg()
 
 
 _staging: dict[tuple[str, int], Tensor] = {}
@@ -342,29 +383,40 @@ def _write(
     timeout_s: float,
 ) -> Path:
     """Collective, in whatever thread."""
-    what = f"save to {directory / name}"
     aside = directories.aside(directory, name)
+
+    def agree(failure: Exception | None, phase: str, *, is_last: bool = False) -> None:
+        what = f"save to {directory / name}"
+        exchange(meeting, failure, call=name, phase=phase, what=what, timeout_s=timeout_s, is_last=is_last)
+
     try:
         failure: Exception | None = None
         try:
             if isinstance(part, Exception):
                 raise part
-            _write_part(aside, part, meeting)
+            with meeting.signs_of_life():
+                _write_part(aside, part, meeting.rank)
         except Exception as error:
             failure = error
-        exchange(meeting, failure, None, what=what, timeout_s=timeout_s)
+        agree(failure, "written")
         try:
             if meeting.rank == 0:
                 assert isinstance(part, Part)
-                _write_manifest(aside, part, len(meeting.ranks))
-                directories.publish(directory, name, keep=keep)
+                with meeting.signs_of_life():
+                    _write_manifest(aside, part, len(meeting.ranks))
+                    directories.publish(directory, name)
         except Exception as error:
             failure = error
-        exchange(meeting, failure, None, what=what, timeout_s=timeout_s)
+        agree(failure, "published", is_last=True)
     except BaseException:
         if meeting.rank == 0:
             directories.discard(directory, name)
         raise
+    if meeting.rank == 0 and keep is not None:
+        try:
+            directories.retire(directory, keep)
+        except OSError as error:
+            warnings.warn(f"Older checkpoints than {directory / name} could not be removed: {error}", stacklevel=1)
     return directory / name
 
 
@@ -372,8 +424,8 @@ def _part_name(rank: int) -> str:
     return f"part-{rank:05d}.json"
 
 
-def _write_part(aside: Path, part: Part, meeting: Meeting) -> None:
-    writer = PartWriter(aside, meeting.rank, meeting.beat)
+def _write_part(aside: Path, part: Part, rank: int) -> None:
+    writer = PartWriter(aside, rank)
     try:
         for key, spec in part.specs.items():
             writer.add_tensor(key, spec)
@@ -385,7 +437,7 @@ def _write_part(aside: Path, part: Part, meeting: Meeting) -> None:
     finally:
         writer.abandon()
     content = {"index": index_to_json(index), "extra": part.extra}
-    (aside / _part_name(meeting.rank)).write_text(json.dumps(content, separators=(",", ":")))
+    (aside / _part_name(rank)).write_text(json.dumps(content, separators=(",", ":")))
 
 
 def _write_manifest(aside: Path, part: Part, world_size: int) -> None:
@@ -415,6 +467,7 @@ _running: tuple[threading.Thread, Future[Path]] | None = None
 def _in_background(work: Callable[[], Path]) -> Future[Path]:
     global _running
     future: Future[Path] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
@@ -432,8 +485,9 @@ def settle_background() -> None:
     """Waits for a save in the background, and raises what it failed with, once."""
     global _running
     if _running is not None:
-        (thread, future), _running = _running, None
+        thread, future = _running
         thread.join()
+        _running = None
         error = future.exception()
         if error is not None:
             raise CheckpointError(f"The save in the background before this call has failed: {error}") from error

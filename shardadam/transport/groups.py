@@ -52,6 +52,7 @@ class GroupPool:
 
 
 _pools: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupPool] = weakref.WeakKeyDictionary()
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
 
 
 def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease | None:
@@ -83,20 +84,24 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
 
 
 def meeting_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> Meeting | None:
-    """Where the ranks of ``process_group`` meet; None where this process is alone. Collective at the first call."""
+    """Where the ranks of ``process_group`` meet; None where this process is alone. Local."""
     users = _resolve(process_group)
-    return None if users is None or dist.get_world_size(users) == 1 else _pool_of(users).meeting
+    return None if users is None or dist.get_world_size(users) == 1 else _meeting_of(users)
+
+
+def _meeting_of(users: dist.ProcessGroup) -> Meeting:
+    if users not in _meetings:
+        # torch tells the store of a group to nobody but its own modules. Groups have names that are theirs alone.
+        everybodys = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d.PrefixStore(f"shardadam/{users.group_name}", everybodys)
+        _meetings[users] = Meeting(store, dist.get_rank(users), dist.get_process_group_ranks(users))
+    return _meetings[users]
 
 
 def _pool_of(users: dist.ProcessGroup) -> GroupPool:
     if users not in _pools:
         control = _new_group(users, "gloo" if dist.is_gloo_available() else _backend_name(users))
-        ranks = dist.get_process_group_ranks(users)
-        # torch tells the store of a group to nobody but its own modules. The name of the new group is its alone.
-        store = dist.distributed_c10d.PrefixStore(
-            f"shardadam/{control.group_name}", dist.distributed_c10d._get_default_store()
-        )
-        _pools[users] = GroupPool(control, Meeting(store, dist.get_rank(control), ranks))
+        _pools[users] = GroupPool(control, _meeting_of(users))
     return _pools[users]
 
 
