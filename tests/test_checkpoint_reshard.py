@@ -254,3 +254,15 @@ def test_another_memory_format_is_turned(tmp_path: Path) -> None:
     assert torch.equal(one.weight, other.weight) and one.weight.stride() != other.weight.stride()
     for kind, value in saved.full_state(one.weight).items():
         assert torch.equal(value, loaded.full_state(other.weight)[kind])
+
+
+def test_exact_ties_round_away_from_zero_as_the_update_rounds_them(tmp_path: Path) -> None:
+    """Rounded to even they would not be what their masters round to, and the masters would be forgotten."""
+    tie = torch.tensor([1 + 2.0**-8, -1 - 2.0**-8, 1 + 3 * 2.0**-8])
+    exact = nn.Linear(3, 1, bias=False)
+    exact.weight.detach().copy_(tie)
+    shardadam.save(tmp_path, step=0, model=exact, optimizer=ShardedAdamW(exact.parameters()))
+    narrow = nn.Linear(3, 1, bias=False).bfloat16()
+    optimizer = ShardedAdamW(narrow.parameters(), precision=Precision(master="split"))
+    shardadam.load(tmp_path, model=narrow, optimizer=optimizer)
+    assert torch.equal(optimizer.full_state(narrow.weight)["master"].flatten(), tie)

@@ -310,3 +310,20 @@ def test_latest_missing_or_dangling_gives_the_newest(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     assert newest() == "step-00000010"
     assert shardadam.has_checkpoint(tmp_path)
+
+
+def test_a_digit_changed_in_latest_does_not_lead_to_an_older_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 3):
+        save_run(str(tmp_path), step)
+    latest = tmp_path / "latest"
+    latest.write_text(latest.read_text().replace("step-00000003", "step-00000001", 1))
+    assert directories.newest(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.parametrize("change", [('"step":3', '"step":4'), ('"world_size":1', '"world_size":2')])
+def test_a_digit_changed_in_the_manifest_is_noticed(tmp_path: Path, change: tuple[str, str]) -> None:
+    save_run(str(tmp_path))
+    manifest = tmp_path / "step-00000003" / MANIFEST
+    assert change[0] in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(*change, 1))
+    assert f"{manifest} is damaged" in refusal(tmp_path)
