@@ -197,3 +197,19 @@ def change_after_the_call(directory: str) -> list[Any]:
 def test_an_asynchronous_save_holds_what_was_there_at_the_call(tmp_path: Path, world_size: int) -> None:
     for lr, exp_avg in on_ranks(world_size, change_after_the_call, str(tmp_path)):
         assert lr == 0.5 and not exp_avg.any()
+
+
+def test_the_bound_of_int8_moments_is_what_it_was_under_changing_betas(tmp_path: Path) -> None:
+    def make() -> tuple[Any, Any]:
+        parameter = torch.nn.Parameter(torch.ones(300))
+        return parameter, shardadam.ShardedAdamW([parameter], precision=shardadam.Precision(moments="int8"))
+
+    parameter, optimizer = make()
+    for betas in ((0.5, 0.6), (0.9, 0.999), (0.9, 0.95)):
+        optimizer.param_groups[0]["betas"] = betas
+        parameter.sum().backward()
+        optimizer.step()
+    shardadam.save(tmp_path, step=3, optimizer=optimizer)
+    other, loaded = make()
+    shardadam.load(tmp_path, optimizer=loaded)
+    assert loaded.state[other]["bound"] == optimizer.state[parameter]["bound"] > 0
