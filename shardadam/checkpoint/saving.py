@@ -129,8 +129,8 @@ def save(
         The directory of the checkpoint, or a future of it.
 
     Raises:
-        TimeoutError: names ranks that have not called it.
-        CheckpointError: it could not be written, on any rank; nothing has changed then.
+        TimeoutError: names ranks that have not called it, or that died in it.
+        CheckpointError: it could not be written, on any rank; the checkpoints before it are as they were.
 
     The states of torch's, Python's and NumPy's random number generators are saved on each rank, too.
     """
@@ -144,7 +144,8 @@ def save(
         _check_arguments(step, keep)
         part = _collect(contents_of(model, optimizer), meeting, scheduler, extra, step)
         if meeting.rank == 0:
-            name = directories.prepare(directory, step)
+            with meeting.signs_of_life():  # it may have much to remove that a crash has left
+                name = directories.prepare(directory, step)
     except Exception as error:
         failure = error
     what = f"save to {directory}"
