@@ -7,7 +7,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -142,17 +142,18 @@ class Meeting:
             return [text]
         try:
             texts = self._exchange(self._store, text, what, timeout_s)
-            read = f"{self._round - 1}/read"
-            self._store.add(read, 1)
-            deadline = time.monotonic() + (5 if linger and self.rank == 0 else 0)
-            while time.monotonic() < deadline and self._store.add(read, 0) < len(self.ranks):
-                time.sleep(0.001)
-            return texts
         except dist.DistError as error:
             raise RuntimeError(
                 f"{what}: the store through which ranks meet cannot be reached any more; the process that holds it "
                 f"(rank 0, or torchrun's agent) has probably ended. ({error})"
             ) from error
+        with suppress(dist.DistError):  # this rank has what it came for
+            read = f"{self._round - 1}/read"
+            self._store.add(read, 1)
+            deadline = time.monotonic() + (5 if linger and self.rank == 0 else 0)
+            while time.monotonic() < deadline and self._store.add(read, 0) < len(self.ranks):
+                time.sleep(0.001)
+        return texts
 
     @contextmanager
     def signs_of_life(self) -> Iterator[None]:

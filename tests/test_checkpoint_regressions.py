@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import shardadam
 from shardadam import CheckpointError, ShardedAdamW
 from shardadam.checkpoint import directory as directories
-from tests.ranks import on_ranks, rank_and_size
+from tests.ranks import on_ranks, processes, rank_and_size
 from tests.runs import build, differences
 
 
@@ -260,6 +261,38 @@ def save_on_a_slow_disk(directory: str) -> str:
 
 def test_a_slow_disk_is_a_sign_of_life(tmp_path: Path) -> None:
     assert on_ranks(2, save_on_a_slow_disk, str(tmp_path)) == ["step-00000001"] * 2
+
+
+def save_and_end_at_once(rank: int, port: int, directory: str, pipe: Any) -> None:
+    """Rank 0's process holds the store, and is gone as soon as ``save`` has returned."""
+    store = dist.TCPStore("localhost", port, 2, is_master=rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    if rank == 1:  # slower to look whether the others are there
+        pause = time.sleep
+        time.sleep = lambda seconds: pause(seconds + 0.1)
+    run = build(width=40)
+    try:
+        pipe.send(shardadam.save(directory, step=1, model=run.model, optimizer=run.optimizer).name)
+    except Exception as error:
+        pipe.send(repr(error))
+    os._exit(0)
+
+
+def test_rank_0_may_end_as_soon_as_it_has_saved(tmp_path: Path) -> None:
+    """The store went with it, before the others had read there that all was well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pipes = []
+    for rank in range(2):
+        mine, theirs = processes.Pipe()
+        process = processes.Process(target=save_and_end_at_once, args=(rank, port, str(tmp_path), theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+    for pipe in pipes:
+        assert pipe.poll(30)
+        assert pipe.recv() == "step-00000001"
 
 
 class Stubborn(torch.optim.lr_scheduler.ConstantLR):
