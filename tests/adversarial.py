@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from shardadam.transport import Pending, Staging, Transport
+from shardadam.transport import Pending, Staging, Transport, Visit
 from shardadam.transport.base import own_slice
 
 
@@ -29,14 +29,23 @@ class AdversarialTransport(Transport):
         staging.send.fill_(math.nan)
         return staging
 
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
+    def reduce_scatter(
+        self,
+        staging: Staging,
+        numel: int,
+        shard: Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        visit: Visit | None = None,
+    ) -> Pending:
         address = shard.data_ptr()
         self._shards.setdefault(address, shard.clone())
         shard.fill_(math.nan)
 
         def run() -> None:
             shard.copy_(self._shards.pop(address))
-            self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate).wait()
+            self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit).wait()
             staging.send.fill_(math.nan)
             if any(late.address == address for late in self._late):
                 self._shards[address] = shard.clone()

@@ -24,8 +24,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("reduction", "gathering", "clipping", "state", "intake"),
     ("buckets",),
     ("update", "transport"),
-    ("agreement", "flat_shard"),
-    ("layout", "precision", "chunks", "version"),
+    ("agreement", "flat_shard", "gauge"),
+    ("layout", "precision", "chunks", "tracing", "version"),
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam.transport.base import Pending, Staging, Transport
+from shardadam.transport.base import Pending, Staging, Transport, Visit
 from shardadam.transport.collective import CollectiveTransport
 from shardadam.transport.groups import lease_groups
 from shardadam.transport.single import SingleProcessTransport
@@ -21,6 +21,7 @@ __all__ = [
     "SingleProcessTransport",
     "Staging",
     "Transport",
+    "Visit",
     "connect",
 ]
 

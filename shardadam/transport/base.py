@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,13 @@ class Pending(ABC):
     """A transfer under way. Its buffers belong to the transport until ``wait`` has returned.
 
     ``wait`` is called once. Where transfers run on a device's stream it makes the current stream wait and returns at
-    once; where the host takes part in them (Gloo) it blocks until the peers have come.
+    once; where the host takes part in them (Gloo, shared memory) it blocks until the peers have come.
+
+    Args:
+        on_host: whether ``wait`` is work of the host, which may as well be done as soon as it is ``done``.
     """
+
+    on_host = True
 
     @abstractmethod
     def done(self) -> bool:
@@ -29,6 +34,10 @@ class Pending(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Completes the transfer; its results are valid on the current stream afterwards."""
+
+    def is_released(self) -> bool:
+        """After ``wait``: whether what this rank has sent may be written again; peers may be reading it still."""
+        return True
 
 
 class Finished(Pending):
@@ -55,11 +64,20 @@ class Staging:
         return self.send.nbytes + (0 if self.receive is None else self.receive.nbytes)
 
 
+Visit = Callable[[Tensor], None]
+"""Called with stretches of a shard one after the other, on the transfer's stream, as soon as they are what they will
+be: on the CPU they are still in the cache then."""
+
+
 class Transport(ABC):
-    """Moves flat buffers among the ranks of one process group, for one optimizer."""
+    """Moves flat buffers among the ranks of one process group, for one optimizer.
+
+    ``rank`` and ``world_size`` are those of the shard group; ``replicas`` of them hold the same.
+    """
 
     rank: int
     world_size: int
+    replicas: int = 1
     control: dist.ProcessGroup | None = None  # for what ranks must agree on; None for one rank
     meeting: Meeting = Meeting(None, 0, [0])
 
@@ -68,17 +86,44 @@ class Transport(ABC):
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
-        """Allocates room for a bucket of up to ``numel`` elements."""
+        """Allocates room for a bucket of up to ``numel`` elements. Local."""
         return Staging(torch.empty(numel, dtype=dtype, device=device), None)
 
+    def discard(self, staging: Staging) -> None:
+        """Gives a staging buffer back, whose transfers are over and released. Local."""
+        return None
+
+    def gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Allocates a zeroed flat buffer of gradients that peers read where they lie; None where there is no such
+        thing.
+        """
+        return None
+
+    def sources(self, flat: Tensor) -> list[Tensor]:
+        """Of a slice of such a buffer: this rank's slices of it on all ranks, in rank order, where they lie. Local.
+
+        What peers have written before a ``fence``, or before an ``all_reduce``, is there after it.
+        """
+        raise NotImplementedError
+
     @abstractmethod
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
+    def reduce_scatter(
+        self,
+        staging: Staging,
+        numel: int,
+        shard: Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        visit: Visit | None = None,
+    ) -> Pending:
         """Sums ``staging.send[:numel]`` over ranks; ``scale`` times this rank's slice of the sum goes to ``shard``.
 
         Args:
             numel: a multiple of the world size.
             shard: ``numel / world_size`` elements, float32 or float64, whatever travels. Not valid before ``wait``.
             accumulate: add to what ``shard`` holds, instead of overwriting it.
+            visit: sees what ``shard`` holds in the end.
         """
 
     @abstractmethod
@@ -93,6 +138,16 @@ class Transport(ABC):
     def broadcast(self, tensor: Tensor) -> Pending:
         """In place: what rank 0 of the group holds. ``tensor`` must be dense in memory; its memory is what travels."""
 
+    def fence(self) -> None:
+        """Returns when all ranks have come here."""
+        self.all_reduce(torch.zeros(1)).wait()
+
+    def settle(self) -> None:
+        """Waits until no peer reads this rank's buffers any more; transfers that are not finished have nothing to do
+        with it.
+        """
+        return None
+
     def close(self, *, clean: bool) -> None:
         """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective.
 
@@ -102,22 +157,31 @@ class Transport(ABC):
         return None
 
 
-def sum_sources_(shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool) -> None:
+def sum_sources_(
+    shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, visit: Visit | None = None
+) -> None:
     """``scale`` times the sum of ``sources``, in their order and in the dtype of ``shard``, into or onto ``shard``."""
     for chunk in chunks(0, shard.numel(), shard.device):
         part = shard[chunk]
         total = torch.empty_like(part) if accumulate else part
-        first, *others = (source[chunk] for source in sources)
-        if others and first.dtype == others[0].dtype == total.dtype:
-            torch.add(first, others.pop(0), out=total)
-        else:
-            total.copy_(first)
-        for other in others:
-            total.add_(other)
-        if scale != 1:
-            total.mul_(scale)
+        sum_chunk_(total, [source[chunk] for source in sources], scale=scale)
         if accumulate:
             part.add_(total)
+        if visit is not None:
+            visit(part)
+
+
+def sum_chunk_(total: Tensor, sources: Sequence[Tensor], *, scale: float) -> None:
+    """``scale`` times the sum of ``sources``, in their order and in the dtype of ``total``, which it goes to."""
+    first, *others = sources
+    if others and first.dtype == others[0].dtype == total.dtype:
+        torch.add(first, others.pop(0), out=total)
+    else:
+        total.copy_(first)
+    for other in others:
+        total.add_(other)
+    if scale != 1:
+        total.mul_(scale)
 
 
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.transport.base import Pending, Staging, Transport, own_slice, sum_sources_
+from shardadam.transport.base import Pending, Staging, Transport, Visit, own_slice, sum_sources_
 from shardadam.transport.groups import Lease, backend_of_device
 
 # torch 2.13 has new names for two collectives and warns of the old ones.
@@ -56,23 +56,32 @@ class CollectiveTransport(Transport):
         reduces_itself = self._is_native(device) and not self._exact_sums
         return Staging(send, None if reduces_itself else torch.empty_like(send))
 
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
+    def reduce_scatter(
+        self,
+        staging: Staging,
+        numel: int,
+        shard: Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        visit: Visit | None = None,
+    ) -> Pending:
         send = staging.send[:numel]
         if staging.receive is None:
             with self._on_stream(send.device) as stream:
                 own = own_slice(send, self.rank, self.world_size)
                 _reduce_scatter(own, send, group=self._group)
-                sum_sources_(shard, [own], scale=scale, accumulate=accumulate)
+                sum_sources_(shard, [own], scale=scale, accumulate=accumulate, visit=visit)
             return _OnStream(stream)
         receive = staging.receive[:numel]
         sources = list(receive.chunk(self.world_size))
         if self._is_native(send.device):
             with self._on_stream(send.device) as stream:
                 dist.all_to_all_single(receive, send, group=self._group)
-                sum_sources_(shard, sources, scale=scale, accumulate=accumulate)
+                sum_sources_(shard, sources, scale=scale, accumulate=accumulate, visit=visit)
             return _OnStream(stream)
         work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
-        return _OnHost(work, partial(sum_sources_, shard, sources, scale=scale, accumulate=accumulate))
+        return _OnHost(work, partial(sum_sources_, shard, sources, scale=scale, accumulate=accumulate, visit=visit))
 
     def all_gather(self, flat: Tensor) -> Pending:
         return self._start(_all_gather, flat, flat, own_slice(flat, self.rank, self.world_size))
@@ -140,6 +149,8 @@ class _CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
 
 class _OnStream(Pending):
     """All that ``stream`` holds now; to wait is to enqueue a wait on the current stream."""
+
+    on_host = False
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream

@@ -5,15 +5,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardadam.transport.base import Finished, Pending, Staging, Transport, sum_sources_
+from shardadam.transport.base import Finished, Pending, Staging, Transport, Visit, sum_sources_
 
 
 class SingleProcessTransport(Transport):
     rank = 0
     world_size = 1
 
-    def reduce_scatter(self, staging: Staging, numel: int, shard: Tensor, *, scale: float, accumulate: bool) -> Pending:
-        sum_sources_(shard, [staging.send[:numel]], scale=scale, accumulate=accumulate)
+    def reduce_scatter(
+        self,
+        staging: Staging,
+        numel: int,
+        shard: Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        visit: Visit | None = None,
+    ) -> Pending:
+        sum_sources_(shard, [staging.send[:numel]], scale=scale, accumulate=accumulate, visit=visit)
         return Finished()
 
     def all_gather(self, flat: Tensor) -> Pending:
