@@ -38,11 +38,11 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None) -> None:
     """
     if group is None:
         return
-    digests = _exchange(hashlib.sha256(repr(claims).encode()).hexdigest(), group)
+    digests = exchange(hashlib.sha256(repr(claims).encode()).hexdigest(), group)
     _raise_failure_of_another(digests, group)
     if len(set(digests)) == 1:
         return
-    everybody = _exchange(list(claims), group)
+    everybody = exchange(list(claims), group)
     for row in zip_longest(*everybody):
         if len(set(row)) > 1:
             raise ValueError(_describe_difference(row, dist.get_process_group_ranks(group)))
@@ -50,16 +50,17 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None) -> None:
 
 def largest(value: int, group: dist.ProcessGroup | None) -> int:
     """Collective: the largest ``value`` of all ranks."""
-    return value if group is None else max(_exchange(value, group))
+    return value if group is None else max(exchange(value, group))
 
 
 def announce_failure(error: Exception, group: dist.ProcessGroup | None) -> None:
     """Collective, called in place of ``require``: the other ranks raise too, instead of waiting for this one."""
     if group is not None:
-        _exchange(_Failure(f"{type(error).__name__}: {error}"), group)
+        exchange(_Failure(f"{type(error).__name__}: {error}"), group)
 
 
-def _exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Collective: what every rank has passed, in rank order."""
     everybody: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everybody, mine, group=group)
     return everybody

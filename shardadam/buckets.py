@@ -17,6 +17,7 @@ from torch import Tensor
 from shardadam import layout, update
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
+from shardadam.tracing import span
 from shardadam.transport import Pending, Staging, Transport
 from shardadam.transport.base import own_slice
 from shardadam.update import Counters, Shard, Update, formats
@@ -246,20 +247,26 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
 
 
 def bind(member: Member) -> None:
-    """Copies the parameter into its arena and makes it a view of it; shape, strides and identity stay.
-
-    The view has a storage of its own that aliases the arena's memory: torch.save, safetensors and deepcopy then see an
-    ordinary parameter instead of a slice of something large.
-    """
-    parameter, flat = member.parameter, member.arena.parameters
+    """Copies the parameter into its arena and makes it a view of it; shape, strides and identity stay."""
+    parameter = member.parameter
     if parameter.numel() > 0:
-        begin = member.offset * flat.element_size()
-        storage = flat.untyped_storage()[begin : begin + parameter.numel() * flat.element_size()]
-        view = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        view.set_(storage, 0, parameter.shape, parameter.stride())
+        view = view_of(member.arena.parameters, member)
         view.copy_(parameter.detach())
         parameter.data = view
     member.address = parameter.data_ptr()
+
+
+def view_of(flat: Tensor, member: Member) -> Tensor:
+    """The parameter's place in a flat buffer of its arena's size.
+
+    The view has a storage of its own that aliases the buffer's memory: torch.save, safetensors and deepcopy then see an
+    ordinary tensor instead of a slice of something large, and writes to one do not count as writes to all.
+    """
+    parameter = member.parameter
+    begin = member.offset * flat.element_size()
+    storage = flat.untyped_storage()[begin : begin + parameter.numel() * flat.element_size()]
+    view = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    return view.set_(storage, 0, member.shape, member.stride)
 
 
 def rebind_moved(members: Sequence[Member]) -> None:
@@ -327,7 +334,7 @@ class StagingPool:
         Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer
         inside a backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the
         pool grows: the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in
-        ``drain``.
+        ``trim``.
     """
 
     SIZE = 2
@@ -337,30 +344,51 @@ class StagingPool:
         self._numel: dict[tuple[torch.dtype, torch.device], int] = {}
         self._free: dict[tuple[torch.dtype, torch.device], list[Staging]] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._unreleased: deque[InFlight] = deque()  # waited for here, but peers may still be reading them
 
     def reserve(self, bucket: FlatBucket) -> None:
         """Makes later buffers large enough for ``bucket``."""
         key = (bucket.wire_dtype, bucket.parameters.device)
         if bucket.numel > self._numel.get(key, 0):
             self._numel[key] = bucket.numel
+            for staging in self._free.get(key, []):
+                self._transport.discard(staging)
             self._free[key] = []
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
         """A free buffer for ``bucket``. With ``may_wait`` the pool waits for the oldest transfer instead of growing."""
         key = (bucket.wire_dtype, bucket.parameters.device)
         free = self._free[key]
-        while not free and len(self._in_flight) >= self.SIZE and (may_wait or self._in_flight[0].pending.done()):
+        self._take_back()
+        while not free and self._in_flight and self._count() >= self.SIZE:
+            if not (may_wait or self._in_flight[0].pending.done()):
+                break
             self._settle_oldest()
+            self._take_back()
+        if not free and may_wait and self._count() >= self.SIZE:
+            self._transport.settle()
+            self._take_back()
         return free.pop() if free else self._transport.staging(self._numel[key], *key)
 
     def launched(self, staging: Staging, pending: Pending) -> None:
         self._in_flight.append(InFlight(staging, pending))
 
+    def progress(self) -> None:
+        """Completes what waits for the host alone; never waits for a peer."""
+        while self._in_flight and self._in_flight[0].pending.on_host and self._in_flight[0].pending.done():
+            self._settle_oldest()
+
     def drain(self) -> None:
-        """Waits for all transfers, in order, and gives back what the pool has grown by."""
+        """Waits for all transfers, in order."""
         while self._in_flight:
             self._settle_oldest()
+
+    def trim(self) -> None:
+        """Gives back what the pool has grown by, as far as peers have done with it."""
+        self._take_back()
         for free in self._free.values():
+            for staging in free[self.SIZE :]:
+                self._transport.discard(staging)
             del free[self.SIZE :]
 
     @property
@@ -370,13 +398,24 @@ class StagingPool:
     def buffers(self) -> Iterator[Staging]:
         for free in self._free.values():
             yield from free
-        for in_flight in self._in_flight:
+        for in_flight in (*self._in_flight, *self._unreleased):
             yield in_flight.staging
+
+    def _count(self) -> int:
+        return len(self._in_flight) + len(self._unreleased)
 
     def _settle_oldest(self) -> None:
         # Always in order: the sums of two rounds are added into one shard, and must be added the same way every time.
         in_flight = self._in_flight.popleft()
-        in_flight.pending.wait()
-        send = in_flight.staging.send
-        if send.numel() == self._numel[send.dtype, send.device]:
-            self._free[send.dtype, send.device].append(in_flight.staging)
+        with span("reduce_scatter"):
+            in_flight.pending.wait()
+        self._unreleased.append(in_flight)
+
+    def _take_back(self) -> None:
+        while self._unreleased and self._unreleased[0].pending.is_released():
+            staging = self._unreleased.popleft().staging
+            send = staging.send
+            if send.numel() == self._numel[send.dtype, send.device]:
+                self._free[send.dtype, send.device].append(staging)
+            else:
+                self._transport.discard(staging)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardadam.buckets import FlatBucket
-from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.gauge import Gauge
 from shardadam.transport import Transport
 
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -38,20 +37,17 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(buckets: Sequence[FlatBucket], used: Sequence[bool], *, transport: Transport, with_norm: bool) -> Survey:
-    """Collective: looks at the gradient shards, which must be settled, and at this rank's used-bits."""
-    device = buckets[0].parameters.device
-    finite, squares = [], []
-    for bucket in buckets:
-        low, high = torch.aminmax(bucket.shard.gradient)  # both NaN if any is
-        finite.append((low.isfinite() & high.isfinite()).to(device))
-        if with_norm:
-            # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
-            norms = torch.linalg.vector_norm(bucket.shard.gradient.view(-1, ALIGNMENT_NUMEL), dim=1)
-            squares.append(norms.double().square().sum().to(device))
+def survey(
+    gauges: Sequence[Gauge], used: Sequence[bool], *, transport: Transport, with_norm: bool, device: torch.device
+) -> Survey:
+    """Collective: adds up what this rank's gauges have seen, and its used-bits."""
     block = torch.empty(2 + len(used), dtype=torch.float64, device=device)
-    block[0] = torch.stack(squares).sum() if with_norm else 0.0
-    block[1] = torch.stack(finite).all().logical_not()
+    if with_norm:
+        squares = torch.stack([gauge.squares().to(device) for gauge in gauges]).sum()
+        block[0] = squares / transport.replicas  # all of which add it
+    else:
+        block[0] = 0.0
+    block[1] = torch.stack([gauge.is_finite().to(device) for gauge in gauges]).all().logical_not()
     all_used = all(used)
     if all_used:
         block[2:] = 1.0

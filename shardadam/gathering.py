@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 from torch import Tensor
 
-from shardadam.buckets import FlatBucket, Member
+from shardadam.buckets import FlatBucket
+from shardadam.tracing import span
 from shardadam.transport import Pending, Transport
 from shardadam.transport.base import own_slice
 
@@ -18,18 +19,31 @@ class ParameterGatherer:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._pending: list[Pending] = []
+        self._pending: dict[int, Pending] = {}  # by index of the bucket, in the order of dispatch
 
     def dispatch(self, bucket: FlatBucket) -> None:
-        self._pending.append(self._transport.all_gather(bucket.parameters))
+        with span("all_gather"):
+            self._pending[bucket.index] = self._transport.all_gather(bucket.parameters)
 
-    def wait(self, updated: Sequence[Member]) -> None:
-        """Afterwards all parameters hold what their ranks have made of them; ``updated`` are those that took part."""
-        while self._pending:
-            self._pending.pop(0).wait()
-        # The writes went past autograd, by way of the flat buffers: without this, a graph built before the step would
-        # be differentiated with the new values and nobody would notice.
-        torch.autograd.graph.increment_version([member.parameter for member in updated])
+    def is_pending(self, bucket: FlatBucket) -> bool:
+        return bucket.index in self._pending
+
+    def wait_for(self, indices: Iterable[int]) -> None:
+        """Afterwards the parameters of these buckets are what their ranks have made of them."""
+        for index in indices:
+            pending = self._pending.pop(index, None)
+            if pending is not None:
+                with span("all_gather"):
+                    pending.wait()
+
+    def wait(self) -> None:
+        """Afterwards all parameters are what their ranks have made of them."""
+        self.wait_for(list(self._pending))
+
+    def finish(self) -> None:
+        """Afterwards nobody reads them any more, either, and they may be written. Collective."""
+        self.wait()
+        self._transport.settle()
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be known of gradients before they are used: whether they are finite, and how large. Measured as they pass."""
+"""What must be known of gradients before they are used, measured as they pass: are they finite, and how large."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class Gauge:
             # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
             norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), dim=1)
             self._squares.append(norms.double().square().sum())
+
+    def judge(self, is_finite: bool) -> None:
+        """Takes a verdict instead of a gradient."""
+        self._extremes.append(torch.tensor(0.0 if is_finite else torch.inf))
 
     def is_finite(self) -> Tensor:
         """0-dim bool, on the device of the gradients."""

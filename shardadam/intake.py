@@ -43,8 +43,10 @@ class Options:
             raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
         if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb) and self.bucket_bytes > 0):
             raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB, a byte at least")
-        if self.transport not in ("auto", "collective"):
-            raise ValueError(f"transport: found {self.transport!r}, expected 'auto', 'collective' or a Transport")
+        if self.transport not in ("auto", "collective", "shared_memory"):
+            raise ValueError(
+                f"transport: found {self.transport!r}, expected 'auto', 'collective', 'shared_memory' or a Transport"
+            )
 
     def claims(self) -> list[Claim]:
         return [Claim("the optimizer", field.name, repr(getattr(self, field.name))) for field in fields(self)]

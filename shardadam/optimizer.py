@@ -24,7 +24,8 @@ from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, all
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.precision import Precision
-from shardadam.reduction import ExternalGradients, GradientReducer
+from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
+from shardadam.tracing import span
 from shardadam.transport import Transport, connect
 from shardadam.update import formats
 
@@ -37,7 +38,9 @@ class Memory:
 
     Args:
         parameters: the flat buffers that trainable parameters are views of; whole on every rank.
-        gradient_shard: this rank's shard of the reduced gradients.
+        gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory.
+        gradient_shard: this rank's shard of the reduced gradients. Over shared memory with ``gradient_sync="step"``
+            there is none until the norm, or a full gradient, is wanted.
         staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the
             peers.
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
@@ -47,6 +50,7 @@ class Memory:
     """
 
     parameters: int
+    gradients: int
     gradient_shard: int
     staging: int
     moments: int
@@ -61,7 +65,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradient_shard + self.staging + self.state + self.tables
+        return self.parameters + self.gradients + self.gradient_shard + self.staging + self.state + self.tables
 
 
 class ShardedAdam(Optimizer):
@@ -80,7 +84,8 @@ class ShardedAdam(Optimizer):
         maximize: maximise the objective instead of minimising it.
         decoupled_weight_decay: decay as in AdamW.
         process_group: a ProcessGroup or a 1-D DeviceMesh to shard over; None: the default group, or this process alone
-            where none is initialised.
+            where none is initialised. A 2-D DeviceMesh (replicas, shards): state is split over its last dimension, and
+            the shards are the same along its first; gradients are averaged over both (hybrid sharding).
         gradient_sync: who averages gradients over ranks, and when. ``"backward"``: reduce-scatter while backward runs,
             full gradients freed (ZeRO-2); ``step`` consumes them. ``"step"``: they stay in ``p.grad`` and are reduced
             inside ``step`` (ZeRO-1). ``"external"``: ``p.grad`` is already averaged (DDP, Trainer), only state is
@@ -88,7 +93,9 @@ class ShardedAdam(Optimizer):
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
         precision: number formats of state and wire.
         bucket_mb: size of a bucket, in MiB of parameters.
-        transport: ``"auto"`` or ``"collective"``: torch.distributed; or a Transport, for this optimizer alone.
+        transport: ``"shared_memory"``: ranks of one host read each other's memory, for what is on the CPU;
+            ``"collective"``: torch.distributed; ``"auto"``: the first where it is possible, else the second; or a
+            Transport, for this optimizer alone.
         foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always a
             fused one.
         differentiable: True is refused.
@@ -122,7 +129,7 @@ class ShardedAdam(Optimizer):
         max_grad_norm: float | None = None,
         precision: Precision | None = None,
         bucket_mb: float = 32,
-        transport: Literal["auto", "collective"] | Transport = "auto",
+        transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -149,7 +156,7 @@ class ShardedAdam(Optimizer):
         self._transport = (
             transport
             if isinstance(transport, Transport)
-            else connect(process_group, exact_sums=getattr(precision, "accumulate", None) == "fp32")
+            else connect(process_group, kind=transport, exact_sums=getattr(precision, "accumulate", None) == "fp32")
         )
         with self._agreement() as claims:
             options.check()
@@ -162,11 +169,12 @@ class ShardedAdam(Optimizer):
         self._arenas: list[FlatArena] = []
         self._buckets: list[FlatBucket] = []
         self._frozen: list[NamedParameter] = []
-        self._reducer: GradientReducer | ExternalGradients
+        self._reducer: Reducer
         if gradient_sync == "external":
             self._reducer = ExternalGradients()
         else:
-            self._reducer = GradientReducer(self._transport, hooked=gradient_sync == "backward")
+            hooked = gradient_sync == "backward"
+            self._reducer = GradientReducer(self._transport, hooked=hooked, with_squares=max_grad_norm is not None)
         self._gatherer = ParameterGatherer(self._transport)
         self._survey: Survey | None = None
         self._surveyed_rounds = 0
@@ -224,9 +232,15 @@ class ShardedAdam(Optimizer):
         used = self._begin_update(seen)
         for index in reversed(self._reducer.order):
             bucket = self._buckets[index]
-            bucket.arena.update.update_(bucket.shard, bucket.plan)
+            with span("update"):
+                bucket.arena.update.update_(bucket.shard, bucket.plan, self._reducer.sources(bucket))
             self._gatherer.dispatch(bucket)
-        self._gatherer.wait([member for member in self._members if used is None or used[member.ordinal]])
+        self._gatherer.finish()
+        # The writes went past autograd, by way of the flat buffers: without this, a graph built before the step would
+        # be differentiated with the new values and nobody would notice.
+        torch.autograd.graph.increment_version(
+            [member.parameter for member in self._members if used is None or used[member.ordinal]]
+        )
         self._reducer.learn_order()
         if seen.norm is None or self._inverse_scale is None:
             self.grad_norm = seen.norm
@@ -280,8 +294,10 @@ class ShardedAdam(Optimizer):
         if rounds != self._surveyed_rounds and self._options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # these are other gradients than those that were clipped
         if seen is None or rounds != self._surveyed_rounds or (with_norm and seen.norm is None):
-            self._reducer.settle()
-            seen = survey(self._buckets, self._reducer.used, transport=self._transport, with_norm=with_norm)
+            with span("survey"):
+                gauges = self._reducer.gauges(with_squares=with_norm)
+                device = self._buckets[0].parameters.device
+                seen = survey(gauges, self._reducer.used, transport=self._transport, with_norm=with_norm, device=device)
             self._survey, self._surveyed_rounds = seen, rounds
         return seen
 
@@ -479,6 +495,7 @@ class ShardedAdam(Optimizer):
             pending.wait()
             if dense is not whole:
                 whole.copy_(dense)
+        self._transport.settle()
 
     # Looking inside
 
@@ -493,6 +510,7 @@ class ShardedAdam(Optimizer):
         seen = self._look(with_norm=self._options.max_grad_norm is not None)
         if not bool(seen.used[member.ordinal]):
             return None
+        self._reducer.sum_up()
         gradient = self._gather(member, attrgetter("shard.gradient"))
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
@@ -527,7 +545,8 @@ class ShardedAdam(Optimizer):
         arenas = self._arenas
         return Memory(
             parameters=sum(arena.parameters.nbytes for arena in arenas),
-            gradient_shard=sum(arena.gradient_shard.nbytes for arena in arenas),
+            gradients=self._reducer.gradient_bytes(),
+            gradient_shard=sum(arena.gradient_shard.untyped_storage().nbytes() for arena in arenas),
             staging=self._reducer.staging_bytes(),
             moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
             master=_nbytes(arenas, formats.MASTERS),
@@ -597,9 +616,10 @@ class ShardedAdam(Optimizer):
         self._consolidated = self._full_state_dict(to=to)
 
     def _full_state_dict(self, *, to: int) -> dict[str, Any] | None:
-        if not 0 <= to < self._transport.world_size:
-            raise ValueError(f"to: found {to!r}, expected a rank from 0 to {self._transport.world_size - 1}")
-        is_here = self._transport.rank == to
+        meeting = self._transport.meeting
+        if not 0 <= to < len(meeting.ranks):
+            raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(meeting.ranks) - 1}")
+        is_here = meeting.rank == to
         self._take_in_unfrozen()
         positions = {
             id(parameter): index
@@ -651,7 +671,8 @@ class ShardedAdam(Optimizer):
         if parameters:
             for bucket in self._buckets:
                 self._gatherer.dispatch(bucket)
-            self._gatherer.wait(self._members)
+            self._gatherer.finish()
+            torch.autograd.graph.increment_version([member.parameter for member in self._members])
 
     def _refuse_to_go_on(self, reason: str) -> None:
         """Until state is loaded, ``step`` raises."""
@@ -688,7 +709,7 @@ class ShardedAdamW(ShardedAdam):
         max_grad_norm: float | None = None,
         precision: Precision | None = None,
         bucket_mb: float = 32,
-        transport: Literal["auto", "collective"] | Transport = "auto",
+        transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
     ) -> None:
         super().__init__(
             params,
@@ -721,6 +742,6 @@ def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
     return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
 
 
-def _release(reducer: GradientReducer | ExternalGradients, transport: Transport) -> None:
+def _release(reducer: Reducer, transport: Transport) -> None:
     reducer.remove_hooks()
     transport.close(clean=reducer.is_idle)

@@ -19,7 +19,8 @@ from shardadam.transport.base import own_slice
 class AdversarialTransport(Transport):
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
-        self.rank, self.world_size, self.control = inner.rank, inner.world_size, inner.control
+        self.rank, self.world_size, self.replicas = inner.rank, inner.world_size, inner.replicas
+        self.control = inner.control
         self.meeting = inner.meeting
         self._late: list[_Late] = []
         self._shards: dict[int, Tensor] = {}  # by address: what a shard holds, or will hold once transfers have run
@@ -43,16 +44,18 @@ class AdversarialTransport(Transport):
         self._shards.setdefault(address, shard.clone())
         shard.fill_(math.nan)
 
-        def run() -> None:
+        def run() -> Pending:
             shard.copy_(self._shards.pop(address))
-            self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit).wait()
-            staging.send.fill_(math.nan)
+            inner = self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit)
+            inner.wait()
             if any(late.address == address for late in self._late):
                 self._shards[address] = shard.clone()
                 shard.fill_(math.nan)
+            return inner
 
         transfer = self._add(run)
         transfer.address = address
+        transfer.sent = staging.send
         return transfer
 
     def all_gather(self, flat: Tensor) -> Pending:
@@ -60,25 +63,42 @@ class AdversarialTransport(Transport):
         kept = own.clone()
         flat.fill_(math.nan)
         own.copy_(kept)
-        return self._add(lambda: self._inner.all_gather(flat).wait())
+        return self._add(lambda: _waited(self._inner.all_gather(flat)))
 
     def all_reduce(self, block: Tensor) -> Pending:
         kept = block.clone()
         block.fill_(math.nan)
 
-        def run() -> None:
+        def run() -> Pending:
             block.copy_(kept)
-            self._inner.all_reduce(block).wait()
+            return _waited(self._inner.all_reduce(block))
 
         return self._add(run)
 
     def broadcast(self, tensor: Tensor) -> Pending:
-        return self._add(lambda: self._inner.broadcast(tensor).wait())
+        return self._add(lambda: _waited(self._inner.broadcast(tensor)))
+
+    def discard(self, staging: Staging) -> None:
+        self._inner.discard(staging)
+
+    def gradients(self, *arguments: object) -> Tensor | None:
+        return self._inner.gradients(*arguments)  # type: ignore[arg-type]
+
+    def sources(self, flat: Tensor) -> list[Tensor]:
+        return self._inner.sources(flat)
+
+    def fence(self) -> None:
+        self._run_all()
+        self._inner.fence()
+
+    def settle(self) -> None:
+        self._run_all()
+        self._inner.settle()
 
     def close(self, *, clean: bool) -> None:
         self._inner.close(clean=clean)
 
-    def _add(self, run: Callable[[], None]) -> _Late:
+    def _add(self, run: Callable[[], Pending]) -> _Late:
         late = _Late(self, run)
         self._late.append(late)
         return late
@@ -87,19 +107,38 @@ class AdversarialTransport(Transport):
         """All ranks must run transfers in one order, whatever order they wait in."""
         while not last.is_run:
             late = self._late.pop(0)
-            late.run()
+            late.inner = late.run()
             late.is_run = True
+
+    def _run_all(self) -> None:
+        if self._late:
+            self.run_until(self._late[-1])
+
+
+def _waited(pending: Pending) -> Pending:
+    pending.wait()
+    return pending
 
 
 class _Late(Pending):
-    def __init__(self, transport: AdversarialTransport, run: Callable[[], None]) -> None:
+    def __init__(self, transport: AdversarialTransport, run: Callable[[], Pending]) -> None:
         self._transport = transport
         self.run = run
         self.is_run = False
+        self.inner: Pending | None = None
         self.address: int | None = None
+        self.sent: Tensor | None = None
 
     def done(self) -> bool:
         return self.is_run
 
     def wait(self) -> None:
         self._transport.run_until(self)
+
+    def is_released(self) -> bool:
+        assert self.inner is not None
+        if not self.inner.is_released():
+            return False
+        if self.sent is not None:
+            self.sent.fill_(math.nan)
+        return True

@@ -334,26 +334,38 @@ def build_on_a_mesh_of_rank_0() -> tuple[str, str]:
     return raised(lambda: ShardedAdamW([parameter(3)], process_group=mesh))
 
 
-def test_refuses_a_mesh_of_two_dimensions_and_takes_one_of_them() -> None:
-    for refused, taken in on_ranks(2, build_on_a_mesh_of_two_dimensions):
+def test_refuses_a_mesh_of_three_dimensions_and_takes_one_or_two_of_them() -> None:
+    for refused, *taken in on_ranks(2, build_on_a_mesh_of_three_dimensions):
         assert refused[0] == "ValueError"
-        assert "found a DeviceMesh of 2 dimensions, expected 1" in refused[1]
+        assert "found a DeviceMesh of 3 dimensions, expected 1 or 2" in refused[1]
         assert "mesh['name']" in refused[1]
-        assert taken == ("nothing", "")
+        assert taken == [("nothing", "")] * 2
 
 
-def build_on_a_mesh_of_two_dimensions() -> tuple[tuple[str, str], tuple[str, str]]:
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replica", "shard"))
-    return (
+def build_on_a_mesh_of_three_dimensions() -> list[tuple[str, str]]:
+    mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("replica", "shard", "tensor"))
+    return [
         raised(lambda: ShardedAdamW([parameter(3)], process_group=mesh)),
         raised(lambda: ShardedAdamW([parameter(3)], process_group=mesh["shard"])),
-    )
+        raised(lambda: ShardedAdamW([parameter(3)], process_group=mesh["replica", "shard"])),
+    ]
+
+
+def test_refuses_a_mesh_whose_replicas_would_hold_other_shards() -> None:
+    for kind, message in on_ranks(2, build_on_a_descending_mesh):
+        assert kind == "ValueError"
+        assert "found a DeviceMesh of ranks [[1, 0]], expected ranks in ascending order" in message
+
+
+def build_on_a_descending_mesh() -> tuple[str, str]:
+    mesh = DeviceMesh("cpu", [[1, 0]])
+    return raised(lambda: ShardedAdamW([parameter(3)], process_group=mesh))
 
 
 def test_refuses_something_else_for_a_process_group() -> None:
     for kind, message in on_ranks(2, build_on_a_name):
         assert kind == "TypeError"
-        assert message == "process_group: found str, expected a ProcessGroup, a 1-D DeviceMesh or None."
+        assert message == "process_group: found str, expected a ProcessGroup, a 1-D or 2-D DeviceMesh or None."
 
 
 def build_on_a_name() -> tuple[str, str]:

@@ -12,13 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardadam import ShardedAdamW
+from shardadam.transport import connect
+from shardadam.transport.base import own_slice
 from tests.ranks import on_ranks, rank_and_size
 
 BUCKET_MB = 0.004  # 1048 elements
 
 
 class RecordCollectives(TorchDispatchMode):
-    """Every collective that reaches torch's dispatcher: (name, bytes of its largest tensor, on the default group?)."""
+    """Every collective that reaches torch's dispatcher: (name, bytes of its tensors, on the default group?)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class RecordCollectives(TorchDispatchMode):
                 if isinstance(leaf, torch.ScriptObject) and is_group(leaf)
             ]
             on_default = any(group.group_name == dist.group.WORLD.group_name for group in groups)
-            self.calls.append((func._schema.name.removeprefix("c10d::"), max(sizes, default=0), on_default))
+            self.calls.append((func._schema.name.removeprefix("c10d::"), sum(sizes), on_default))
         return func(*args, **(kwargs or {}))
 
 
@@ -57,7 +59,11 @@ def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, 
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(
-        model.parameters(), bucket_mb=BUCKET_MB, gradient_sync=gradient_sync, max_grad_norm=1.0 if clip else None
+        model.parameters(),
+        bucket_mb=BUCKET_MB,
+        gradient_sync=gradient_sync,
+        max_grad_norm=1.0 if clip else None,
+        transport="collective",
     )
     for step in range(2):  # the launch order is learned in the first
         with RecordCollectives() as record:
@@ -81,17 +87,23 @@ def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, 
 def test_a_step_moves_each_bucket_once_there_and_once_back(
     world_size: int, gradient_sync: str, accumulate: int, clip: bool
 ) -> None:
-    """On Gloo the reduce-scatter is an all-to-all of the bucket (each rank sends each other its slice, nothing
-    more).
+    """On Gloo the reduce-scatter is two all-to-alls in which each rank sends each other its slice and nothing more; so
+    does the all-gather, from point to point.
     """
+    peers = world_size - 1
     results = on_ranks(world_size, record_a_step, gradient_sync, accumulate, clip)
     for result in results:
         bucket_bytes, order = result["bucket_bytes"], result["order"]
         assert len(bucket_bytes) > 3
         rounds = accumulate if gradient_sync == "backward" else 1
         block_bytes = 8 * (2 + result["parameters"])
-        there = [("alltoall_base_", bucket_bytes[index], False) for index in order] * rounds
-        back = [("_allgather_base_", bucket_bytes[index], False) for index in reversed(order)]
+        shard_bytes = {index: nbytes // world_size for index, nbytes in enumerate(bucket_bytes)}
+        there = [("alltoall_base_", peers * shard_bytes[index], False) for index in order for _ in range(2)] * rounds
+        back = [
+            (name, shard_bytes[index], False)
+            for index in reversed(order)
+            for name in peers * ["recv_"] + peers * ["send"]
+        ]
         assert result["calls"] == [*there, ("allreduce_", block_bytes, False), *back]
         assert result["in_backward"] == (len(there) if gradient_sync == "backward" else 0)
         assert result["calls"] == results[0]["calls"]
@@ -200,3 +212,40 @@ def test_equals_torchs_fused_kernel_bit_for_bit(world_size: int, adamw: bool) ->
     for pairs in on_ranks(world_size, step_against_the_fused_kernel, adamw):
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
         assert any(bool(ours.count_nonzero()) for ours, _ in pairs)
+
+
+def gather_in_any_order() -> list[torch.Tensor]:
+    """Starts gathers of unequal sizes and waits for them in an order of this rank's own."""
+    rank, world_size = rank_and_size()
+    transport = connect(None, kind="collective")
+    flats = [torch.full((numel * world_size,), -1.0) for numel in (1, 1000, 3, 70_000, 3)]
+    for index, flat in enumerate(flats):
+        own_slice(flat, rank, world_size).fill_(10 * index + rank)
+    pending = [transport.all_gather(flat) for flat in flats]
+    for index in range(len(flats)):
+        pending[(index * (rank + 1) + rank) % len(flats)].wait()
+    transport.close(clean=True)
+    return flats
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gathers_under_way_together_do_not_mix(world_size: int) -> None:
+    for flats in on_ranks(world_size, gather_in_any_order):
+        for index, flat in enumerate(flats):
+            assert [set(part.tolist()) for part in flat.chunk(world_size)] == [
+                {10.0 * index + rank} for rank in range(world_size)
+            ]
+
+
+def staging_of_a_bucket() -> tuple[int, int]:
+    transport = connect(None, kind="collective")
+    staging = transport.staging(1200, torch.float32, torch.device("cpu"))
+    assert staging.receive is not None
+    transport.close(clean=True)
+    return staging.send.nbytes, staging.receive.nbytes
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_there_is_room_to_receive_what_comes_from_peers_and_no_more(world_size: int) -> None:
+    expected = (4800, 4800 // world_size * (world_size - 1))
+    assert on_ranks(world_size, staging_of_a_bucket) == [expected] * world_size

@@ -252,14 +252,16 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
         "torch": torch.__version__,
         "aliases": contents.aliases,
     }
-    for parameter in contents.owned:
+    optimizer = contents.optimizer
+    # Replicas hold the same shards: the first of them writes.
+    written = contents.owned if optimizer is None or optimizer._transport.replica == 0 else []
+    for parameter in written:
         if contents.model is not None:
             _add_shards(part, parameter.value_key, things.spec_of(parameter.member.parameter), parameter.member)
     _add_replicated(part, contents.replicated, rank, world_size)
-    for parameter in contents.owned:
+    for parameter in written:
         for kind, spec in things.state_specs(parameter.member).items():
             _add_shards(part, parameter.state_key(kind), spec, parameter.member, kind)
-    optimizer = contents.optimizer
     if rank == 0:
         objects |= contents.objects
     if rank == 0 and scheduler is not None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.agreement import Meeting
-from shardadam.chunks import chunks
+from shardadam.chunks import Visit
 
 
 class Pending(ABC):
@@ -64,19 +63,16 @@ class Staging:
         return self.send.nbytes + (0 if self.receive is None else self.receive.nbytes)
 
 
-Visit = Callable[[Tensor], None]
-"""Called with stretches of a shard one after the other, on the transfer's stream, as soon as they are what they will
-be: on the CPU they are still in the cache then."""
-
-
 class Transport(ABC):
     """Moves flat buffers among the ranks of one process group, for one optimizer.
 
-    ``rank`` and ``world_size`` are those of the shard group; ``replicas`` of them hold the same.
+    ``rank`` and ``world_size`` are those of the shard group; ``replicas`` of them hold the same, and this rank is in
+    the ``replica``-th; ``control`` and ``meeting`` are of all.
     """
 
     rank: int
     world_size: int
+    replica: int = 0
     replicas: int = 1
     control: dist.ProcessGroup | None = None  # for what ranks must agree on; None for one rank
     meeting: Meeting = Meeting(None, 0, [0])
@@ -155,33 +151,6 @@ class Transport(ABC):
             clean: every transfer that has been started has been waited for.
         """
         return None
-
-
-def sum_sources_(
-    shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, visit: Visit | None = None
-) -> None:
-    """``scale`` times the sum of ``sources``, in their order and in the dtype of ``shard``, into or onto ``shard``."""
-    for chunk in chunks(0, shard.numel(), shard.device):
-        part = shard[chunk]
-        total = torch.empty_like(part) if accumulate else part
-        sum_chunk_(total, [source[chunk] for source in sources], scale=scale)
-        if accumulate:
-            part.add_(total)
-        if visit is not None:
-            visit(part)
-
-
-def sum_chunk_(total: Tensor, sources: Sequence[Tensor], *, scale: float) -> None:
-    """``scale`` times the sum of ``sources``, in their order and in the dtype of ``total``, which it goes to."""
-    first, *others = sources
-    if others and first.dtype == others[0].dtype == total.dtype:
-        torch.add(first, others.pop(0), out=total)
-    else:
-        total.copy_(first)
-    for other in others:
-        total.add_(other)
-    if scale != 1:
-        total.mul_(scale)
 
 
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:

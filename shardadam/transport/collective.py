@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any backend of torch.distributed: NCCL by its native collectives, the others by all-to-all and a sum of our own.
+"""Any backend of torch.distributed: NCCL by its native collectives, the others by exchanges and a sum of our own.
 
 Note: reduce-scatter without a reduction
     Gloo makes reduce-scatter of an all-reduce on a copy: twice the traffic, a temporary of the bucket's size, and a
     Work that never says that it is done. An all-to-all moves what a reduce-scatter must and no more, can be polled,
-    and leaves the sum to us: in rank order, in the shard's float32 whatever travels, the same bits every time
-    (``benchmarks/collectives.py`` compares them).
+    and leaves the sum to us: in rank order, in the shard's float32 whatever travels, the same bits every time. Two of
+    them, of what goes to the ranks before this one and of what goes to those after it, leave out its own slice, which
+    lies between: that is neither copied nor given room. The all-gather is made of point-to-point exchange, whose
+    Works cannot be polled, which nobody needs there (``benchmarks/collectives.py`` compares all of them).
 
 Note: streams
     NCCL's transfers are enqueued on a stream of our own with synchronous calls, which on NCCL return at once and keep
@@ -24,9 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.transport.base import Pending, Staging, Transport, Visit, own_slice, sum_sources_
+from shardadam.chunks import Visit, sum_sources_
+from shardadam.transport.base import Pending, Staging, Transport, own_slice
 from shardadam.transport.groups import Lease, backend_of_device
 
+_TAGS = 1 << 15  # as many as every backend has
 # torch 2.13 has new names for two collectives and warns of the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -50,9 +54,12 @@ class CollectiveTransport(Transport):
         self.world_size = dist.get_world_size(group)
         self._backends = backend_of_device(group)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._exchanges = 0  # that have been started; alike on all ranks
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         send = torch.empty(numel, dtype=dtype, device=device)
+        if device.type == "cpu":
+            return Staging(send, send.new_empty(numel - numel // self.world_size))
         reduces_itself = self._is_native(device) and not self._exact_sums
         return Staging(send, None if reduces_itself else torch.empty_like(send))
 
@@ -67,24 +74,48 @@ class CollectiveTransport(Transport):
         visit: Visit | None = None,
     ) -> Pending:
         send = staging.send[:numel]
+        own = own_slice(send, self.rank, self.world_size)
+        sum_up = partial(sum_sources_, shard, scale=scale, accumulate=accumulate, visit=visit)
         if staging.receive is None:
             with self._on_stream(send.device) as stream:
-                own = own_slice(send, self.rank, self.world_size)
                 _reduce_scatter(own, send, group=self._group)
-                sum_sources_(shard, [own], scale=scale, accumulate=accumulate, visit=visit)
-            return _OnStream(stream)
+                sum_up([own])
+            return OnStream(stream)
+        if send.device.type == "cpu":
+            works, received = self._exchange(send, staging.receive[: numel - own.numel()])
+            return _OnHost(works, partial(sum_up, [*received[: self.rank], own, *received[self.rank :]]))
         receive = staging.receive[:numel]
         sources = list(receive.chunk(self.world_size))
         if self._is_native(send.device):
             with self._on_stream(send.device) as stream:
                 dist.all_to_all_single(receive, send, group=self._group)
-                sum_sources_(shard, sources, scale=scale, accumulate=accumulate, visit=visit)
-            return _OnStream(stream)
+                sum_up(sources)
+            return OnStream(stream)
         work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
-        return _OnHost(work, partial(sum_sources_, shard, sources, scale=scale, accumulate=accumulate, visit=visit))
+        return _OnHost([work], partial(sum_up, sources))
+
+    def _exchange(self, send: Tensor, receive: Tensor) -> tuple[list[Any], list[Tensor]]:
+        """Sends every peer its slice of ``send``; returns where this rank's slices of theirs arrive, in rank order."""
+        shard_numel = send.numel() // self.world_size
+        before = [shard_numel if peer < self.rank else 0 for peer in range(self.world_size)]
+        after = [shard_numel if peer > self.rank else 0 for peer in range(self.world_size)]
+        start, stop = self.rank * shard_numel, (self.rank + 1) * shard_numel
+        works = [
+            dist.all_to_all_single(receive[start:], send[:start], after, before, group=self._group, async_op=True),
+            dist.all_to_all_single(receive[:start], send[stop:], before, after, group=self._group, async_op=True),
+        ]
+        return works, list(receive.chunk(self.world_size - 1))
 
     def all_gather(self, flat: Tensor) -> Pending:
-        return self._start(_all_gather, flat, flat, own_slice(flat, self.rank, self.world_size))
+        own = own_slice(flat, self.rank, self.world_size)
+        if flat.device.type != "cpu":
+            return self._start(_all_gather, flat, flat, own)
+        self._exchanges += 1
+        options: dict[str, Any] = dict(group=self._group, tag=self._exchanges % _TAGS)  # several are under way at once
+        peers = [peer for peer in range(self.world_size) if peer != self.rank]
+        slices = flat.chunk(self.world_size)
+        receives = [dist.irecv(slices[peer], group_src=peer, **options) for peer in peers]
+        return _OnHost([*receives, *(dist.isend(own, group_dst=peer, **options) for peer in peers)])
 
     def all_reduce(self, block: Tensor) -> Pending:
         return self._start(dist.all_reduce, block, block)
@@ -101,37 +132,37 @@ class CollectiveTransport(Transport):
         if self._is_native(buffer.device):
             with self._on_stream(buffer.device) as stream:
                 collective(*arguments, group=self._group, **options)
-            return _OnStream(stream)
-        return _OnHost(collective(*arguments, group=self._group, async_op=True, **options))
+            return OnStream(stream)
+        return _OnHost([collective(*arguments, group=self._group, async_op=True, **options)])
 
     def _is_native(self, device: torch.device) -> bool:
         """Whether transfers run on the device's stream."""
         return self._backends.get(device.type) == "nccl"
 
-    def _on_stream(self, device: torch.device) -> _CommunicationStream:
+    def _on_stream(self, device: torch.device) -> CommunicationStream:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        return _CommunicationStream(self._streams[device])
+        return CommunicationStream(self._streams[device])
 
 
 class _OnHost(Pending):
-    """A Work that the host completes, then ``finish``. Gloo's Works must be waited for once only, and dropped."""
+    """Works that the host completes, then ``finish``. Gloo's must be waited for once only, and dropped."""
 
-    def __init__(self, work: Any, finish: Callable[[], None] | None = None) -> None:
-        self._work = work
+    def __init__(self, works: list[Any], finish: Callable[[], None] | None = None) -> None:
+        self._works = works
         self._finish = finish
 
     def done(self) -> bool:
-        return bool(self._work.is_completed())
+        return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
-        work, self._work = self._work, None
-        work.wait()
+        while self._works:
+            self._works.pop(0).wait()
         if self._finish is not None:
             self._finish()
 
 
-class _CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
+class CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
     """Runs what is inside on ``stream``, after all that the current stream holds."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -147,13 +178,18 @@ class _CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
         self._inside.__exit__(*exception)
 
 
-class _OnStream(Pending):
-    """All that ``stream`` holds now; to wait is to enqueue a wait on the current stream."""
+class OnStream(Pending):
+    """All that ``stream`` holds now; to wait is to enqueue a wait on the current stream.
+
+    Args:
+        kept: a temporary that the stream uses, and that must live until the current stream has waited.
+    """
 
     on_host = False
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, stream: torch.cuda.Stream, kept: Tensor | None = None) -> None:
         self._stream = stream
+        self._kept = kept
         self._event = stream.record_event()
 
     def done(self) -> bool:

@@ -51,7 +51,25 @@ class GroupPool:
     free: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class MeshLease:
+    """Groups for hybrid sharding. ``shard`` and ``replica`` are None where they would be of this rank alone.
+
+    Args:
+        control, meeting: as of a ``Lease``, over all ranks of the mesh; None where this process is alone.
+    """
+
+    shard: Lease | None
+    replica: Lease | None
+    control: dist.ProcessGroup | None
+    meeting: Meeting | None
+
+
 _pools: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupPool] = weakref.WeakKeyDictionary()
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    weakref.WeakKeyDictionary()
+)
+"""By the default group of their time, and by ranks: groups over all ranks of a mesh, where the user has none."""
 _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
 
 
@@ -61,10 +79,11 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
     Collective: all ranks of ``process_group`` must call it.
 
     Args:
-        process_group: None for the default group, or for this process alone where none is initialised.
+        process_group: a ProcessGroup or a 1-D DeviceMesh; None for the default group, or for this process alone where
+            none is initialised.
 
     Raises:
-        ValueError: this rank is not in ``process_group``.
+        ValueError: this rank is not in ``process_group``, or it is a mesh of more dimensions.
         TypeError: ``process_group`` is something else.
     """
     users = _resolve(process_group)
@@ -81,6 +100,41 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
         slot = len(pool.training)
         pool.training.append(_new_group(users, _backend_name(users)))
     return Lease(pool.control, pool.training[slot], pool, slot)
+
+
+def lease_mesh(mesh: DeviceMesh) -> MeshLease:
+    """Groups of our own for hybrid sharding over a 2-D ``mesh``, whose rows are shard groups and whose columns are
+    replica groups. Collective: all ranks of ``mesh`` must call it.
+
+    Raises:
+        ValueError: this rank is not in ``mesh``, or a row of it is not in ascending order.
+    """
+    _check_is_in(mesh)
+    ranks: list[list[int]] = mesh.mesh.tolist()
+    if any(row != sorted(row) for row in ranks):
+        # Groups have their ranks in this order: a shard would have another place in each of its replicas.
+        raise ValueError(
+            f"process_group: found a DeviceMesh of ranks {ranks}, expected ranks in ascending order in every row (a "
+            "shard group). Build it with init_device_mesh."
+        )
+    shard, replica = lease_groups(mesh.get_group(1)), lease_groups(mesh.get_group(0))
+    if shard is None or replica is None:
+        alone = shard or replica
+        return MeshLease(shard, replica, *(None, None) if alone is None else (alone.control, alone.pool.meeting))
+    everybody = _pool_of(_group_over([rank for row in ranks for rank in row], like=mesh.get_group(1)))
+    return MeshLease(shard, replica, everybody.control, everybody.meeting)
+
+
+def _group_over(ranks: list[int], *, like: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The default group where it has these ranks, else one of our own. Collective over ``ranks``."""
+    default: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+    if len(ranks) == dist.get_world_size():
+        return default
+    groups = _groups.setdefault(default, {})
+    key = tuple(sorted(ranks))
+    if key not in groups:
+        groups[key] = _new_group(like, _control_backend(like), ranks)
+    return groups[key]
 
 
 def meeting_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> Meeting | None:
@@ -100,7 +154,7 @@ def _meeting_of(users: dist.ProcessGroup) -> Meeting:
 
 def _pool_of(users: dist.ProcessGroup) -> GroupPool:
     if users not in _pools:
-        control = _new_group(users, "gloo" if dist.is_gloo_available() else _backend_name(users))
+        control = _new_group(users, _control_backend(users))
         _pools[users] = GroupPool(control, _meeting_of(users))
     return _pools[users]
 
@@ -114,31 +168,41 @@ def _resolve(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
             "process_group: given, but torch.distributed is not initialised. Call init_process_group first, or start "
             "the script with torchrun."
         )
-    outside = f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
     if isinstance(process_group, DeviceMesh):
         if process_group.ndim != 1:
             raise ValueError(
-                f"process_group: found a DeviceMesh of {process_group.ndim} dimensions, expected 1. Pass "
-                "mesh['name'] for the dimension to shard over; hybrid sharding is not supported yet."
+                f"process_group: found a DeviceMesh of {process_group.ndim} dimensions, expected 1 or 2. Pass "
+                "mesh['name'] for the dimension to shard over, or mesh['replica', 'shard'], by your names, for hybrid "
+                "sharding."
             )
-        if process_group.get_coordinate() is None:
-            raise ValueError(outside)
+        _check_is_in(process_group)
         process_group = process_group.get_group()
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
-        raise ValueError(outside)
+        raise ValueError(_outside())
     if process_group is None:
         process_group = dist.group.WORLD
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group: found {type(process_group).__name__}, expected a ProcessGroup, a 1-D DeviceMesh or None."
+            f"process_group: found {type(process_group).__name__}, expected a ProcessGroup, a 1-D or 2-D DeviceMesh or "
+            "None."
         )
     if dist.get_rank() not in dist.get_process_group_ranks(process_group):
-        raise ValueError(outside)
+        raise ValueError(_outside())
     return process_group
 
 
-def _new_group(users: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    ranks = dist.get_process_group_ranks(users)
+def _check_is_in(mesh: DeviceMesh) -> None:
+    if mesh.get_coordinate() is None:
+        raise ValueError(_outside())
+
+
+def _outside() -> str:
+    return f"process_group: rank {dist.get_rank()} is not in it. Build the optimizer only on the ranks that are."
+
+
+def _new_group(users: dist.ProcessGroup, backend: str, ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """Over ``ranks``, or over those of ``users``, whose time limit it has."""
+    ranks = dist.get_process_group_ranks(users) if ranks is None else ranks
     group: dist.ProcessGroup = dist.new_group(
         ranks,
         backend=backend,
@@ -148,6 +212,10 @@ def _new_group(users: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
         group_desc="shardadam",
     )
     return group
+
+
+def _control_backend(users: dist.ProcessGroup) -> str:
+    return "gloo" if dist.is_gloo_available() else _backend_name(users)
 
 
 def backend_of_device(group: dist.ProcessGroup) -> dict[str, str]:
@@ -166,3 +234,9 @@ def _timeout(group: dist.ProcessGroup) -> timedelta | None:
     options = getattr(group._get_backend(torch.device(next(iter(backend_of_device(group))))), "options", None)
     timeout = getattr(options, "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else None
+
+
+def timeout_s(group: dist.ProcessGroup) -> float:
+    """How long the user lets collectives wait, in seconds."""
+    timeout = _timeout(group)
+    return (timeout or dist.default_pg_timeout).total_seconds()

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardadam.transport.base import Finished, Pending, Staging, Transport, Visit, sum_sources_
+from shardadam.chunks import Visit, sum_sources_
+from shardadam.transport.base import Finished, Pending, Staging, Transport
 
 
 class SingleProcessTransport(Transport):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shardadam.layout import Bucket
 from shardadam.update.fused import FusedUpdate
-from shardadam.update.shard import Counters, Shard
+from shardadam.update.shard import Counters, Shard, Sources
 
-__all__ = ["Counters", "Shard", "Update", "choose", "has_kernel"]
+__all__ = ["Counters", "Shard", "Sources", "Update", "choose", "has_kernel"]
 
 KERNEL_DEVICES = {"cuda"}
 
@@ -46,8 +46,10 @@ class Update(Protocol):
             hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
         """
 
-    def update_(self, shard: Shard, bucket: Bucket) -> None:
-        """One step on a bucket's shard, in place. Its gradient may be overwritten."""
+    def update_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+        """One step on a bucket's shard, in place. Its gradient may be overwritten; it is summed from ``sources`` as the
+        update goes, where there are any.
+        """
 
     def reload(self) -> None:
         """The counters have been written from outside."""

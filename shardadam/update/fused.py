@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.chunks import chunks
+from shardadam.chunks import chunks, sum_chunk_
 from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Run
 from shardadam.update import reference
 from shardadam.update.runs import RunTable
-from shardadam.update.shard import Counters, Shard
+from shardadam.update.shard import Counters, Shard, Sources
 
 _LARGEST_BFLOAT16 = 3.3895e38
 
@@ -69,9 +69,12 @@ class FusedUpdate:
     def reload(self) -> None:
         self._runs.load(zip(self._counters.steps.tolist(), self._counters.bounds.tolist(), strict=True))
 
-    def update_(self, shard: Shard, bucket: Bucket) -> None:
+    def update_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
         runs = self._runs.runs(bucket, self._host_used)
         if not runs or self._skip:
+            return
+        if sources is not None:
+            self._update_from_(sources, shard, runs)
             return
         if not shard.is_coded:
             flats = (shard.parameter, shard.gradient, shard.exp_avg, shard.exp_avg_sq)
@@ -81,6 +84,24 @@ class FusedUpdate:
         for run in runs:
             for chunk in chunks(run.start, run.stop, shard.parameter.device):
                 self._step_coded_(shard.part(chunk), run)
+
+    def _update_from_(self, sources: Sources, shard: Shard, runs: Sequence[Run]) -> None:
+        """Sums and steps a stretch at a time: the sum never leaves the cache."""
+        scale = None if self._coefficient is None else 1 / self._coefficient
+        scratch = shard.exp_avg.new_empty(0)
+        for run in runs:
+            for chunk in chunks(run.start, run.stop, shard.parameter.device):
+                numel = chunk.stop - chunk.start
+                if scratch.numel() < numel:
+                    scratch = torch.empty(numel, dtype=shard.gradient.dtype, device=shard.gradient.device)
+                gradient = scratch[:numel]
+                sum_chunk_(gradient, [source[chunk] for source in sources.slices], scale=sources.scale)
+                if shard.is_coded:
+                    self._step_coded_(shard.part(chunk, gradient), run)
+                else:
+                    flats = (shard.parameter, shard.exp_avg, shard.exp_avg_sq)
+                    weight, m, v = (flat[chunk] for flat in flats)
+                    self._adam_([weight], [gradient], [m], [v], runs=[run], grad_scale=scale)
 
     def _adam_(
         self,
@@ -149,7 +170,11 @@ class FusedUpdate:
         if dtype == weight.dtype:
             return
         if shard.remainder is not None:
-            parameter, remainder = _split(weight, dtype)
+            if self._found_inf is None and dtype == torch.bfloat16 and _is_finite(weight):
+                shard.parameter.copy_(_ties_away(weight))
+                shard.remainder.copy_(weight.view(torch.int32))
+                return
+            parameter, remainder = reference.split(weight, dtype)
             self._store_(shard.remainder, remainder)
         elif shard.master is not None:
             parameter = round_half_away(weight, dtype)
@@ -207,9 +232,8 @@ def _read_weight(shard: Shard) -> Tensor:
     if shard.remainder is None:
         return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
     if parameter.dtype == torch.bfloat16:
-        bits = parameter.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-        master = bits.add_(shard.remainder).view(torch.float32)
-        if _is_within(master, math.inf):
+        master = parameter.float().view(torch.int32).add_(shard.remainder).view(torch.float32)
+        if _is_finite(master):
             return master
     return reference.join(parameter, shard.remainder)
 
@@ -217,24 +241,21 @@ def _read_weight(shard: Shard) -> Tensor:
 def adopt_written_(master: Tensor, parameter: Tensor) -> None:
     """Where ``master`` does not round to ``parameter``, somebody has written the parameter: the parameter counts."""
     rounded = round_half_away(master, parameter.dtype)
-    if parameter.device.type == "cpu" and torch.equal(rounded, parameter):
+    # As whole words: torch.equal takes 1.2 ns an element of bfloat16, and 0.7 ns one of int64.
+    if parameter.device.type == "cpu" and torch.equal(rounded.view(torch.int64), parameter.view(torch.int64)):
         return
     torch.where(rounded != parameter, parameter.to(master.dtype), master, out=master)
 
 
 def round_half_away(master: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bfloat16 and _is_within(master, math.inf):
-        # In sign-magnitude bits, adding half a unit in the last place kept and cutting off rounds ties away from zero.
-        rounded = (master.view(torch.int32) + 0x8000).bitwise_right_shift_(16)
-        return rounded.to(torch.int16).view(dtype)
+    if dtype == torch.bfloat16 and _is_finite(master):
+        return _ties_away(master).to(dtype)
     return reference.round_half_away(master, dtype)
 
 
-def _split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if dtype == torch.bfloat16 and _is_within(master, math.inf):
-        bits = master.view(torch.int32)
-        return (bits + 0x8000).bitwise_right_shift_(16).to(torch.int16).view(dtype), bits.to(torch.int16)
-    return reference.split(master, dtype)
+def _ties_away(master: Tensor) -> Tensor:
+    """Finite ``master``, moved off the exact ties of bfloat16 such that torch's cast rounds them away from zero."""
+    return (master.view(torch.int32) | 1).view(torch.float32)
 
 
 def _mix_(words: Tensor) -> Tensor:
@@ -278,6 +299,13 @@ def _decode_moments(shard: Shard, limit: Tensor) -> tuple[Tensor, Tensor]:
         most = root * limit
         m.clamp_(-most, most)
     return m, root.square_()
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether the host knows that all of ``value`` is finite."""
+    if value.device.type != "cpu":
+        return False
+    return math.isfinite(float(value.sum())) or _is_within(value, math.inf)
 
 
 def _is_within(value: Tensor, limit: float) -> bool:

@@ -17,7 +17,8 @@ class Shard:
 
     Args:
         parameter: the parameters' slice, in their dtype.
-        gradient: averaged over ranks; float32, float64 for float64 parameters.
+        gradient: averaged over ranks; float32, float64 for float64 parameters. Its memory may not be there while there
+            are ``Sources`` to sum instead.
         exp_avg, exp_avg_sq: float32 (float64), bfloat16, or int8 and uint8 codes.
         exp_avg_scale, exp_avg_sq_scale: float32, one for every ``ALIGNMENT_NUMEL`` elements, with codes only.
         master: float32, or None.
@@ -50,16 +51,36 @@ class Shard:
         has_weight = self.parameter.dtype == exact or self.master is not None or self.remainder is not None
         return self.exp_avg.dtype != exact or not has_weight
 
-    def part(self, elements: slice) -> Shard:
-        """The elements from ``start`` to ``stop``, which are multiples of ``ALIGNMENT_NUMEL``."""
+    def part(self, elements: slice, gradient: Tensor | None = None) -> Shard:
+        """The elements from ``start`` to ``stop``, which are multiples of ``ALIGNMENT_NUMEL``.
+
+        Args:
+            gradient: theirs, if it is not the shard's.
+        """
         blocks = slice(elements.start // ALIGNMENT_NUMEL, elements.stop // ALIGNMENT_NUMEL)
         parts: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "gradient" and gradient is not None:
+                parts["gradient"] = gradient
+                continue
             of_blocks = field.name in ("exp_avg_scale", "exp_avg_sq_scale", "blocks")
             parts[field.name] = value[blocks if of_blocks else elements] if isinstance(value, Tensor) else value
         parts["first_block"] = self.first_block + blocks.start
         return Shard(**parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """Where the gradient of a shard comes from, if it has not been summed up: ``scale`` times the sum of ``slices``, in
+    their order and in float32 (float64).
+
+    Args:
+        slices: of every rank, as long as the shard, in the dtype of the parameters.
+    """
+
+    slices: list[Tensor]
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shardadam.chunks import sum_sources_
 from shardadam.layout import Bucket
 from shardadam.update.reference import BLOCK_NUMEL, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
-from shardadam.update.shard import Counters, Shard
+from shardadam.update.shard import Counters, Shard, Sources
 
 EXACT = True
 """Whether roots and quotients are correctly rounded and no multiplication is fused with an addition."""
@@ -105,10 +107,14 @@ class TritonUpdate:
                 enable_fp_fusion=False,
             )
 
-    def update_(self, shard: Shard, bucket: Bucket) -> None:
+    def update_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
         block_count = shard.blocks.numel()
         if block_count == 0:
             return
+        if sources is not None:  # of several devices: not in the kernel yet
+            gradient = torch.empty_like(shard.exp_avg, dtype=torch.float32)
+            sum_sources_(gradient, sources.slices, scale=sources.scale, accumulate=False)
+            shard = replace(shard, gradient=gradient)
         rows = INTERPRETED_ROWS if triton.knobs.runtime.interpret else ROWS
         with torch.cuda.device_of(shard.parameter):
             update[(triton.cdiv(block_count, rows),)](

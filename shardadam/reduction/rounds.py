@@ -20,53 +20,42 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardadam.buckets import FlatBucket, Member, StagingPool, memory_order
+from shardadam.chunks import sum_sources_
+from shardadam.gauge import Gauge
+from shardadam.reduction.base import Reducer, Snapshot, check_gradient, is_current, snapshot
+from shardadam.reduction.exposed import ExposedGradients
+from shardadam.tracing import span
 from shardadam.transport import Transport
-
-_reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Who brings a parameter's gradients to its optimizer: the newest. An older one may live on in a scheduler or a
-traceback, and would take them first.
-"""
+from shardadam.update import Sources
 
 
-def _take_over(members: list[Member], reducer: GradientReducer | ExternalGradients) -> None:
-    for member in members:
-        older = _reducers.get(member.parameter)  # type: ignore[no-untyped-call]
-        if older is not None and (superseded := older()) is not None:
-            superseded.is_superseded = True
-        _reducers[member.parameter] = weakref.ref(reducer)
-
-
-class GradientReducer:
-    """Brings the gradients of ``p.grad`` into the gradient shards of all buckets, as means over ranks.
-
+class GradientReducer(Reducer):
+    """
     Args:
         hooked: reduce while backward runs and free ``p.grad`` (``gradient_sync="backward"``). Otherwise everything
-            happens in ``close`` and ``p.grad`` stays.
-
-    ``used[ordinal]`` says whether this rank has had a gradient for a parameter since ``reset``; ``rounds`` counts.
+            happens in ``close`` and ``p.grad`` stays; where the transport has memory that neighbours read, it lies in
+            that, and the update sums gradients straight out of it.
+        with_squares: the norm will be wanted: measure it while sums are in the cache.
     """
 
-    def __init__(self, transport: Transport, *, hooked: bool) -> None:
+    def __init__(self, transport: Transport, *, hooked: bool, with_squares: bool) -> None:
+        super().__init__()
         self._pool = StagingPool(transport)
-        self.used: list[bool] = []
-        self.rounds = 0
-        self.is_superseded = False
+        self._exposed = ExposedGradients(transport)
+        self._with_squares = with_squares
         self._transport = transport
+        self._divisor = transport.world_size * transport.replicas
         self._hooked = hooked
-        self._members: list[Member] = []
-        self._buckets: list[FlatBucket] = []
         self._handles: list[Any] = []
         self._lock = threading.RLock()  # hooks of parameters on two devices run in two threads
-        # The launch order, as indices of buckets, and what this rank has seen of the order of completion.
-        self.order: list[int] = []
+        # What this rank has seen of the order in which buckets are completed.
         self._order_is_learned = False
         self._completed: list[int] = []
         self._synchronizing = True
@@ -79,34 +68,29 @@ class GradientReducer:
         self._held: dict[int, Tensor | None] = {}  # gradients of which some pieces have been launched, by ordinal
         # Since reset.
         self._launches: list[int] = []  # of each bucket
+        self._gauges: dict[int, Gauge] = {}  # of each bucket, on what its shard holds
         self._taken: list[Snapshot] = []  # not hooked: the gradients that the shards hold
         self._graph_task: int | None = None
         self._streams: dict[int, set[torch.cuda.Stream]] = {}
 
     def add(self, members: list[Member], buckets: list[FlatBucket]) -> None:
-        """Takes new parameters in. Between rounds only."""
-        first = len(self._buckets)
-        self._members += members
-        self._buckets += buckets
-        self.used += [False] * len(members)
+        super().add(members, buckets)
         self._launches += [0] * len(buckets)
-        self.order += range(first, len(self._buckets))
         self._order_is_learned = False
         self._completed.clear()
-        for index, bucket in enumerate(buckets, first):
-            bucket.index = index
-            self._pool.reserve(bucket)
-        _take_over(members, self)
-        if self._hooked:
-            this = weakref.ref(self)
-            for member in members:
-                hook = _hook(this, member.ordinal)
-                register = member.parameter.register_post_accumulate_grad_hook
-                self._handles.append(register(hook))  # type: ignore[no-untyped-call]
+        exposed = [] if self._hooked else self._exposed.add(members, buckets)
+        for bucket in buckets:
+            if self._exposed.holds(bucket):
+                _free(bucket.shard.gradient)
+            else:
+                self._pool.reserve(bucket)
+        for member in members if self._hooked else exposed:
+            hook = _hook(weakref.ref(self), member.ordinal)
+            register = member.parameter.register_post_accumulate_grad_hook
+            self._handles.append(register(hook))  # type: ignore[no-untyped-call]
 
     @property
     def is_idle(self) -> bool:
-        """Whether every transfer that was started has been completed."""
         return not self._open and self._pool.is_idle
 
     def remove_hooks(self) -> None:
@@ -117,9 +101,14 @@ class GradientReducer:
     # While backward runs
 
     def _on_gradient(self, member: Member) -> None:
+        if self.is_superseded:
+            return
+        if not self._hooked:
+            self._exposed.take(member)
+            return
         check_gradient(member)
         with self._lock:
-            if self.is_superseded or not self._synchronizing:
+            if not self._synchronizing:
                 return
             if self._open and self._ready[member.ordinal]:
                 self._close_round()
@@ -166,10 +155,6 @@ class GradientReducer:
     # Between backwards
 
     def close(self) -> None:
-        """Launches what has not been launched since ``reset``, zeros for gradients that are absent.
-
-        Collective: the ranks that have seen no gradient at all take part with zeros.
-        """
         with self._lock:
             if self._has_local and not self._open:
                 self._open_round()
@@ -179,18 +164,17 @@ class GradientReducer:
                 self.reset()
                 self.rounds += 1
                 self._taken = snapshot(self._members)
+                self._exposed.bring_in(self.used)
             for index in self.order:
-                if self._launches[index] == 0:
+                if self._launches[index] == 0 and not self._exposed.holds(self._buckets[index]):
                     self._launch(index, may_wait=True)
 
     def close_open_round(self) -> None:
-        """Launches what is left of a round that is open. Does nothing between rounds."""
         with self._lock:
             self._close_round(may_wait=True)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients gather in ``p.grad``; the next round takes them."""
         self.close_open_round()
         before, self._synchronizing = self._synchronizing, False
         try:
@@ -200,7 +184,6 @@ class GradientReducer:
             self._has_local = self._hooked
 
     def catch_up(self, count: int) -> None:
-        """Runs rounds of zeros until there have been ``count`` since ``reset``, as on the ranks that have run most."""
         with self._lock:
             self._close_round(may_wait=True)
             while self.rounds_since_reset < count:
@@ -209,33 +192,70 @@ class GradientReducer:
 
     @property
     def rounds_since_reset(self) -> int:
-        """How many rounds this rank has run or opened since ``reset``: the last bucket is launched once in each."""
         if not self.order:
             return 0
+        # The last bucket is launched once in each.
         return self._launches[self.order[-1]] + int(self._open and self._next < len(self.order))
 
     def settle(self) -> None:
-        """Waits for all transfers: the gradient shards hold the means."""
         self._pool.drain()
 
+    @torch.no_grad()
+    def sum_up(self) -> None:
+        self.settle()
+        left = [bucket for bucket in self._buckets if self._exposed.holds(bucket) and bucket.index not in self._gauges]
+        if not left:
+            return
+        self._transport.fence()  # all have brought theirs in
+        for bucket in left:
+            sources = self._exposed.sources(bucket)
+            _restore(bucket.arena.gradient_shard)
+            gauge = self._gauges[bucket.index] = Gauge(with_squares=self._with_squares)
+            with span("reduce_scatter"):
+                sum_sources_(
+                    bucket.shard.gradient, sources.slices, scale=sources.scale, accumulate=False, visit=gauge.look_at
+                )
+        self._transport.fence()  # nobody reads them any more
+
+    def sources(self, bucket: FlatBucket) -> Sources | None:
+        if not self._exposed.holds(bucket) or bucket.index in self._gauges:
+            return None
+        return self._exposed.sources(bucket)
+
+    def gauges(self, *, with_squares: bool) -> list[Gauge]:
+        if with_squares:
+            self.sum_up()
+        self.settle()
+        for bucket in self._buckets:
+            gauge = self._gauges.get(bucket.index)
+            if gauge is not None and with_squares and not gauge.with_squares:
+                gauge = self._gauges[bucket.index] = Gauge(with_squares=True)
+                gauge.look_at(bucket.shard.gradient)
+        gauges = list(self._gauges.values())
+        if len(gauges) < len(self._buckets):
+            gauges.append(Gauge(with_squares=False))
+            gauges[-1].judge(self._exposed.is_finite())
+        return gauges
+
     def reset(self) -> None:
-        """Forgets the reduced gradients: the next round overwrites the gradient shards. Waits for what is under way."""
         self.close_open_round()
         self.settle()
+        self._pool.trim()
         self._launches = [0] * len(self._buckets)
+        self._gauges.clear()
         self.used = [False] * len(self._members)
         self._has_local = False
         self._taken = []
+
+    def gradient_bytes(self) -> int:
+        return self._exposed.nbytes()
 
     def staging_bytes(self) -> int:
         return sum(staging.nbytes for staging in self._pool.buffers())
 
     def learn_order(self) -> None:
-        """Makes the order in which rank 0's last backward completed the buckets the launch order of all ranks.
-
-        Collective. Buckets that did not complete (unused parameters) go last. Until rank 0 has seen a gradient the
-        order of the layout serves.
-        """
+        # Buckets that did not complete (unused parameters) go last. Until rank 0 has seen a gradient the order of the
+        # layout serves.
         if self._order_is_learned or not self._hooked:
             return
         completed = set(self._completed)
@@ -263,16 +283,24 @@ class GradientReducer:
     def _launch(self, index: int, *, may_wait: bool) -> None:
         bucket = self._buckets[index]
         self._join_streams(index, bucket)
+        self._pool.progress()
         staging = self._pool.acquire(bucket, may_wait=may_wait)
         send = staging.send[: bucket.numel]
         self._fill(send, bucket)
-        scale = 1 / self._transport.world_size
+        scale = 1 / self._divisor
         if send.dtype == torch.float16:  # the sum of halves would overflow long before the mean does
             send.mul_(scale)
             scale = 1.0
-        pending = self._transport.reduce_scatter(
-            staging, bucket.numel, bucket.shard.gradient, scale=scale, accumulate=self._launches[index] > 0
-        )
+        gauge = self._gauges[index] = Gauge(with_squares=self._with_squares)
+        with span("reduce_scatter"):
+            pending = self._transport.reduce_scatter(
+                staging,
+                bucket.numel,
+                bucket.shard.gradient,
+                scale=scale,
+                accumulate=self._launches[index] > 0,
+                visit=gauge.look_at,
+            )
         self._launches[index] += 1
         self._pool.launched(staging, pending)
         if self._hooked:
@@ -316,113 +344,6 @@ class GradientReducer:
                 current.wait_stream(stream)
 
 
-class ExternalGradients:
-    """Gradients that somebody else has averaged (DDP, Trainer): each rank takes its segments out of ``p.grad``.
-
-    The same surface as ``GradientReducer``; nothing travels and nothing runs while backward does.
-    """
-
-    def __init__(self) -> None:
-        self.used: list[bool] = []
-        self.rounds = 0
-        self.is_superseded = False
-        self.order: list[int] = []
-        self._members: list[Member] = []
-        self._buckets: list[FlatBucket] = []
-        self._taken: list[Snapshot] = []
-
-    def add(self, members: list[Member], buckets: list[FlatBucket]) -> None:
-        _take_over(members, self)
-        self._members += members
-        for index, bucket in enumerate(buckets, len(self._buckets)):
-            bucket.index = index
-            self.order.append(index)
-        self._buckets += buckets
-        self.used += [False] * len(members)
-
-    is_idle = True
-
-    def remove_hooks(self) -> None:
-        return None
-
-    @torch.no_grad()
-    def close(self) -> None:
-        if is_current(self._taken, self._members):
-            return
-        self.rounds += 1
-        self._taken = snapshot(self._members)
-        for bucket in self._buckets:
-            for member, _ in bucket.pieces:
-                check_gradient(member)
-                self.used[member.ordinal] = member.parameter.grad is not None
-            bucket.shard.gradient.zero_()
-            targets, gradients = [], []
-            for member, segment in bucket.segments:
-                gradient = member.parameter.grad
-                if gradient is not None:
-                    ordered = memory_order(gradient, member.parameter)
-                    targets.append(bucket.shard.gradient[segment.offset : segment.offset + segment.numel])
-                    gradients.append(ordered[segment.start : segment.start + segment.numel])
-            if targets:
-                torch._foreach_copy_(targets, gradients)
-
-    def close_open_round(self) -> None:
-        return None
-
-    def catch_up(self, count: int) -> None:
-        return None
-
-    rounds_since_reset = 0
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def settle(self) -> None:
-        return None
-
-    def learn_order(self) -> None:
-        return None
-
-    def reset(self) -> None:
-        self._taken = []
-        self.used = [False] * len(self.used)
-
-    def staging_bytes(self) -> int:
-        return 0
-
-
-Snapshot = tuple[Tensor | None, int]
-
-
-def snapshot(members: list[Member]) -> list[Snapshot]:
-    """The gradients in ``p.grad``, such that ``is_current`` can tell whether they have been written since."""
-    return [(g, -1 if g is None else g._version) for g in (member.parameter.grad for member in members)]
-
-
-def is_current(taken: list[Snapshot], members: list[Member]) -> bool:
-    now = snapshot(members)
-    return len(now) == len(taken) and all(
-        g is before and version == version_before
-        for (g, version), (before, version_before) in zip(now, taken, strict=True)
-    )
-
-
-def check_gradient(member: Member) -> None:
-    gradient = member.parameter.grad
-    if gradient is None:
-        return
-    if gradient.layout != torch.strided:
-        raise RuntimeError(
-            f"Parameter {member.name!r} has a sparse gradient ({gradient.layout}), expected a dense one. Build the "
-            "embedding with sparse=False, or keep the parameter in an optimizer of its own (torch.optim.SparseAdam)."
-        )
-    if gradient.shape != member.shape:
-        raise RuntimeError(
-            f"Parameter {member.name!r} has a gradient of shape {tuple(gradient.shape)}, expected "
-            f"{tuple(member.shape)} as when the optimizer was built. Build it anew after changing a shape."
-        )
-
-
 def _hook(reducer: weakref.ref[GradientReducer], ordinal: int) -> Callable[[Tensor], None]:
     """A hook that does not keep the reducer alive."""
 
@@ -432,6 +353,17 @@ def _hook(reducer: weakref.ref[GradientReducer], ordinal: int) -> Callable[[Tens
             live._on_gradient(live._members[ordinal])
 
     return on_gradient
+
+
+def _free(flat: Tensor) -> None:
+    """Gives the memory behind ``flat`` and all that shares it back; the tensors stay."""
+    flat.untyped_storage().resize_(0)
+
+
+def _restore(flat: Tensor) -> None:
+    storage = flat.untyped_storage()
+    if storage.nbytes() == 0:
+        storage.resize_(flat.nbytes)
 
 
 def _inside_custom_backward() -> bool:

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `step.py` compares: ways to train one decoder on several ranks, each built from the same plain model.
+
+Every builder takes a model in the training dtype, which it may wrap and change, and returns a `Contender`. Peers are
+written as their own documentation has them, with torch's fused AdamW inside. Knows nothing of clocks or of memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+
+from shardadam import Precision, ShardedAdamW
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+from model import Decoder, ModelConfig, next_byte_loss
+
+LEARNING_RATE = 1e-3
+BATCHES = 4  # of each rank, taken in turn
+TOKENS = 16  # of a rank and step: few, so that the optimizer is what is measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all contenders of one run. `bucket_mb` is ours alone."""
+
+    dtype: torch.dtype
+    max_grad_norm: float | None = None
+    bucket_mb: float = 32
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One training loop, in parts. `update` clips, steps and clears gradients; `state_bytes` is this rank's."""
+
+    module: nn.Module
+    update: Callable[[], None]
+    state_bytes: Callable[[], int]
+    backward: Callable[[Tensor], Any] = Tensor.backward
+    close: Callable[[], None] = lambda: None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return next_byte_loss(self.module(tokens[:, :-1]), tokens)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a contender is called and built. `has_master`: a float32 value stands behind each bf16 parameter."""
+
+    label: str
+    build: Callable[[Decoder, Settings], Contender]
+    has_master: bool = False
+    is_ours: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    needs: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+
+def make_model(dtype: torch.dtype, *, width: int = 768, layers: int = 8) -> Decoder:
+    """The decoder, 56.8M parameters unless told; equal on all ranks."""
+    torch.manual_seed(0)
+    return Decoder(ModelConfig(layers=layers, width=width, heads=width // 64, context=TOKENS)).to(dtype)
+
+
+def make_data(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 + rank)
+    return [torch.randint(256, (1, TOKENS + 1), generator=generator) for _ in range(BATCHES)]
+
+
+# The peers
+
+
+def ddp(model: Decoder, settings: Settings, *, views: bool) -> Contender:
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=views)
+    optimizer = AdamW(wrapped.parameters(), lr=LEARNING_RATE, fused=True)
+    return Contender(wrapped, _torch_update(wrapped, optimizer, settings), lambda: _state_bytes(optimizer))
+
+
+def ddp_with_master(model: Decoder, settings: Settings) -> Contender:
+    """bf16 parameters under DDP, updated by way of float32 copies, as one writes it by hand."""
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parameters = list(model.parameters())
+    masters = [p.detach().float() for p in parameters]
+    optimizer = AdamW(masters, lr=LEARNING_RATE, fused=True)
+
+    @torch.no_grad()
+    def update() -> None:
+        for p, master in zip(parameters, masters, strict=True):
+            master.grad = p.grad.float()
+            p.grad = None
+        if settings.max_grad_norm is not None:
+            clip_grad_norm_(masters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_copy_(parameters, masters)
+
+    return Contender(wrapped, update, lambda: _state_bytes(optimizer) + _nbytes(masters))
+
+
+def zero_redundancy(model: Decoder, settings: Settings, *, views: bool) -> Contender:
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        wrapped.parameters(), AdamW, parameters_as_bucket_view=views, lr=LEARNING_RATE, fused=True
+    )
+    return Contender(wrapped, _torch_update(wrapped, optimizer, settings), lambda: _state_bytes(optimizer.optim))
+
+
+def fsdp2(model: Decoder, settings: Settings, *, reshard_after_forward: bool) -> Contender:
+    """Sharded block by block. bf16: float32 parameters, equal to the bf16 ones at first; bf16 arithmetic and wire."""
+    policy = MixedPrecisionPolicy()
+    if settings.dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+        for p in model.parameters():  # not model.float(): the rotary tables stay bf16, as they are for the others
+            p.data = p.data.float()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    options: dict[str, Any] = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    optimizer = AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def state_bytes() -> int:
+        return _state_bytes(optimizer) + (_nbytes(model.parameters()) if settings.dtype == torch.bfloat16 else 0)
+
+    return Contender(model, _torch_update(model, optimizer, settings), state_bytes)
+
+
+def fairscale_oss(model: Decoder, settings: Settings) -> Contender:
+    from fairscale.nn.data_parallel import ShardedDataParallel
+    from fairscale.optim.oss import OSS
+
+    optimizer = OSS(model.parameters(), AdamW, lr=LEARNING_RATE, fused=True)
+    wrapped = ShardedDataParallel(model, optimizer)
+
+    def update() -> None:
+        if settings.max_grad_norm is not None:
+            optimizer.clip_grad_norm(settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(wrapped, update, lambda: _state_bytes(optimizer.optim))
+
+
+def deepspeed_zero(model: Decoder, settings: Settings, *, stage: int) -> Contender:
+    import deepspeed
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": settings.max_grad_norm or 0.0,
+        "bf16": {"enabled": settings.dtype == torch.bfloat16},
+    }
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    optimizer = AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    engine, sharded, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def state_bytes() -> int:
+        return _state_bytes(sharded.optimizer) + _nbytes(sharded.single_partition_of_fp32_groups)
+
+    return Contender(engine, engine.step, state_bytes, backward=engine.backward, close=engine.destroy)
+
+
+# Ours
+
+
+def ours(model: Decoder, settings: Settings, *, precision: Precision | None = None, **options: Any) -> Contender:
+    optimizer = ShardedAdamW(
+        model.named_parameters(),
+        lr=LEARNING_RATE,
+        max_grad_norm=settings.max_grad_norm,
+        bucket_mb=settings.bucket_mb,
+        precision=precision,
+        **options,
+    )
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(model, update, lambda: optimizer.memory().state)
+
+
+# Not a contender: what the limit is made of
+
+
+def no_update(model: Decoder, settings: Settings) -> Contender:
+    """Forward and backward alone, on all ranks at once, without a word between them."""
+
+    def update() -> None:
+        model.zero_grad()
+
+    return Contender(model, update, lambda: 0)
+
+
+def _torch_update(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings) -> Callable[[], None]:
+    def update() -> None:
+        if settings.max_grad_norm is not None:
+            clip_grad_norm_(module.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return _nbytes(value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor))
+
+
+_BF16 = (torch.bfloat16,)
+_SPLIT, _INT8 = Precision(master="split"), Precision(master="split", moments="int8")
+
+ENTRIES: dict[str, Entry] = {
+    "ddp": Entry("DDP + AdamW", partial(ddp, views=False)),
+    "ddp-views": Entry("DDP + AdamW, gradient views", partial(ddp, views=True)),
+    "ddp-master": Entry("DDP + AdamW on fp32 copies", ddp_with_master, has_master=True, dtypes=_BF16),
+    "zero": Entry("ZeroRedundancyOptimizer", partial(zero_redundancy, views=False)),
+    "zero-views": Entry("ZeroRedundancyOptimizer, views", partial(zero_redundancy, views=True)),
+    "fsdp2-zero2": Entry("FSDP2, ZeRO-2", partial(fsdp2, reshard_after_forward=False), has_master=True),
+    "fsdp2-zero3": Entry("FSDP2, ZeRO-3", partial(fsdp2, reshard_after_forward=True), has_master=True),
+    "deepspeed-1": Entry("DeepSpeed ZeRO-1", partial(deepspeed_zero, stage=1), has_master=True, needs="deepspeed"),
+    "deepspeed-2": Entry("DeepSpeed ZeRO-2", partial(deepspeed_zero, stage=2), has_master=True, needs="deepspeed"),
+    "oss": Entry("fairscale OSS + ShardedDDP", fairscale_oss, needs="fairscale"),
+    **{
+        f"shardadam-{sync}-{transport}": Entry(
+            f"shardadam, {sync}, {transport}",
+            partial(ours, gradient_sync=sync, transport=transport),
+            has_master=True,
+            is_ours=True,
+        )
+        for transport in ("auto", "collective")
+        for sync in ("step", "backward")
+    },
+    **{
+        f"shardadam-{sync}-{name}": Entry(
+            f"shardadam, {sync}, auto, {name}",
+            partial(ours, gradient_sync=sync, precision=precision),
+            has_master=True,
+            is_ours=True,
+            dtypes=_BF16,
+        )
+        for sync in ("step", "backward")
+        for name, precision in (("split", _SPLIT), ("int8", _INT8))
+    },
+}

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three decoders' shapes, the bytes that a layout takes on a rank, and a model of a step's time. Nothing is measured.
+
+Note: the model of time
+    Sending n bytes over a link takes alpha + n beta: a latency, and the inverse of a bandwidth. A reduce-scatter, or
+    an all-gather, of n bytes over N ranks in H hosts of G then takes, after Thakur, Rabenseifner and Gropp 2005,
+    "Optimization of Collective Communication Operations in MPICH", with an alpha and a beta of each level of links:
+
+        ring     base + (N - H) alpha_intra + (H - 1) alpha_inter + (N - 1)/N n / bandwidth
+                 bandwidth: the slowest link's, the smaller of ``intra`` and ``G inter``, as G rings side by side use
+                 all G ports of a host (one host: N - 1 steps at ``intra``)
+        halving  base + log2(G) alpha_intra + log2(H) alpha_inter
+                 + (G - 1)/G n / intra + (H - 1)/H n/G / inter
+                 recursive halving (doubling for the all-gather) level by level
+
+    and an all-reduce is a reduce-scatter and an all-gather (the faster of the two forms). Hybrid sharding over groups
+    of S: a ring reduce-scatter in the group, then an all-reduce of the shard (1/S of the elements, in
+    ``replica_itemsize`` bytes) over the N/S replicas; the all-gather stays in the group.
+
+    A step with compute time C (6 FLOPs a parameter and token, at a share MFU of peak; backward is 2/3 of it) is a
+    queue: bucket i's gradients are complete after its share of backward, and its reduce-scatter starts when the one
+    before is through. What ends after backward is exposed. Then a small all-reduce (norm, flag, used-bits); the updates
+    one after the other, each ``launch`` plus the bytes it moves at ``memory``; and each bucket's all-gather behind
+    its update and the all-gather before. With ``overlap_gather`` the forward of a bucket waits for its all-gather only.
+    Contention, stragglers and skew are not in the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shardadam.layout import ALIGNMENT_NUMEL, Layout, ParameterSpec, build_layout
+
+KINDS = ("parameters", "gradient_shard", "staging", "moments", "master", "scalars", "tables")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    name: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocabulary: int
+
+    def shapes(self) -> Iterator[tuple[int, ...]]:
+        """In the order of registration: embedding, layers, norm, head (not tied)."""
+        kv = self.width // self.heads * self.kv_heads
+        yield (self.vocabulary, self.width)
+        for _ in range(self.layers):
+            yield from ((self.width, self.width), (kv, self.width), (kv, self.width), (self.width, self.width))
+            yield from ((self.ffn, self.width), (self.ffn, self.width), (self.width, self.ffn))
+            yield from ((self.width,), (self.width,))
+        yield (self.width,)
+        yield (self.vocabulary, self.width)
+
+    @property
+    def numels(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes()]
+
+    def layout(self, ranks: int, bucket_mb: float, itemsize: int = 2) -> Layout:
+        specs = [ParameterSpec(numel, itemsize, 0) for numel in self.numels]
+        return build_layout(specs, world_size=ranks, bucket_bytes=int(bucket_mb * 2**20))
+
+
+DECODERS = (
+    Decoder("7B", 32, 4096, 32, 32, 11008, 32000),  # Llama 2
+    Decoder("70B", 80, 8192, 64, 8, 28672, 32000),  # Llama 2
+    Decoder("405B", 126, 16384, 128, 8, 53248, 128256),  # Llama 3.1
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Formats of parameters, moments and master, as Precision names them; None: the parameter is its own master."""
+
+    name: str
+    itemsize: int
+    moments: str
+    master: str | None
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of both, scales included, an element."""
+        return {"fp32": 8, "bf16": 4, "int8": 2 + 8 / ALIGNMENT_NUMEL}[self.moments]
+
+    @property
+    def master_bytes(self) -> int:
+        return {"fp32": 4, "split": 2}.get(self.master or "", 0)
+
+    @property
+    def moved_bytes(self) -> float:
+        """By the update of one element: all state and the parameter read and written, the gradient read."""
+        return 2 * (self.itemsize + self.moment_bytes + self.master_bytes) + 4
+
+
+FORMS = (
+    Form("bf16, split, fp32", 2, "fp32", "split"),
+    Form("bf16, split, bf16", 2, "bf16", "split"),
+    Form("bf16, split, int8", 2, "int8", "split"),
+)
+UNSHARDED_BYTES = 16  # torch.optim.AdamW in float32: parameter, gradient and two moments
+
+
+def bytes_by_kind(layout: Layout, form: Form, *, kernel: bool, receives: bool) -> dict[str, int]:
+    """Bytes on every rank, as ``optimizer.memory()`` tells them before the first step; staging as after the first
+    backward.
+
+    Args:
+        kernel: the update is the Triton kernel (CUDA).
+        receives: the transport's staging has a receiving half (all but NCCL).
+    """
+    total = dict.fromkeys(KINDS, 0)
+    for index, arena in enumerate(layout.arenas):
+        count, numel = len(arena.parameters), arena.numel // layout.world_size
+        buckets = [bucket.numel for bucket in layout.buckets if bucket.arena == index]
+        blocks = numel // ALIGNMENT_NUMEL * (2 if count < 2**15 else 4) if kernel or form.moments != "fp32" else 0
+        total["parameters"] += arena.numel * arena.itemsize
+        total["gradient_shard"] += 4 * numel
+        total["staging"] += min(2, len(buckets)) * max(buckets) * arena.itemsize * (2 if receives else 1)
+        total["moments"] += int(numel * form.moment_bytes)
+        total["master"] += numel * form.master_bytes
+        total["scalars"] += 12 * count
+        total["tables"] += blocks + 16 * count + (32 * (1 + count) if kernel else 0)
+    return total
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Constants of a machine. Defaults: an H100 host with a 400 Gb/s port a GPU at 0.8 to 0.9 of nominal bandwidth;
+    latencies are those that NCCL's tuning table has for rings of its Simple protocol.
+    """
+
+    host_ranks: int = 8
+    intra_gbs: float = 360.0  # GB/s of a rank inside its host, one direction
+    inter_gbs: float = 45.0  # GB/s of a rank's own port between hosts
+    intra_us: float = 3.4
+    inter_us: float = 14.0
+    base_us: float = 8.4  # of each collective
+    peak_tflops: float = 989.0
+    mfu: float = 0.4
+    memory_gbs: float = 2700.0  # GB/s that the update reaches
+    launch_us: float = 5.0  # of each bucket's update
+    tokens: int = 8192  # a rank and step
+    replica_itemsize: int = 4  # of the shard that hybrid sharding all-reduces
+
+    def compute_s(self, parameters: int) -> float:
+        return 6 * parameters * self.tokens / (self.peak_tflops * 1e12 * self.mfu)
+
+    def _levels(self, ranks: int) -> tuple[int, int]:
+        inside = min(self.host_ranks, ranks)
+        return inside, ranks // inside
+
+    def ring_s(self, nbytes: float, ranks: int) -> float:
+        """A reduce-scatter or an all-gather over ``ranks`` that fill their hosts."""
+        if ranks == 1:
+            return 0.0
+        inside, hosts = self._levels(ranks)
+        inner_steps = ranks - 1 if hosts == 1 else ranks - hosts
+        bandwidth = self.intra_gbs if hosts == 1 else min(self.intra_gbs, inside * self.inter_gbs)
+        latency = self.base_us + inner_steps * self.intra_us + (hosts - 1) * self.inter_us
+        return latency * 1e-6 + (ranks - 1) / ranks * nbytes / (bandwidth * 1e9)
+
+    def halving_s(self, nbytes: float, ranks: int) -> float:
+        if ranks == 1:
+            return 0.0
+        inside, hosts = self._levels(ranks)
+        latency = self.base_us + math.log2(inside) * self.intra_us + math.log2(hosts) * self.inter_us
+        inner = (inside - 1) / inside * nbytes / self.intra_gbs
+        outer = (hosts - 1) / hosts * nbytes / inside / self.inter_gbs
+        return latency * 1e-6 + (inner + outer) * 1e-9
+
+    def all_reduce_s(self, nbytes: float, ranks: int) -> float:
+        return 2 * min(self.ring_s(nbytes, ranks), self.halving_s(nbytes, ranks))
+
+    def replica_reduce_s(self, nbytes: float, replicas: int) -> float:
+        """An all-reduce over ranks that lie in one host each."""
+        if replicas == 1:
+            return 0.0
+        steps = 2 * min(replicas - 1, math.log2(replicas))
+        travel = 2 * (replicas - 1) / replicas * nbytes / (self.inter_gbs * 1e9)
+        return (self.base_us + steps * self.inter_us) * 1e-6 + travel
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of a step beside forward and backward."""
+
+    reduce: float
+    survey: float
+    update: float
+    gather: float
+    compute: float
+
+    @property
+    def percent(self) -> float:
+        return 100 * (self.reduce + self.survey + self.update + self.gather) / self.compute
+
+
+def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: float) -> float:
+    """What of the reduce-scatters, in a queue behind backward, ends after it."""
+    done, ready, total = 0.0, 0.0, sum(numels)
+    for numel, seconds in zip(numels, times, strict=True):
+        ready += backward * numel / total
+        done = max(done, ready) + seconds
+    return max(0.0, done - backward)
+
+
+def exposed_gather(
+    numels: Sequence[int], updates: Sequence[float], times: Sequence[float], forward: float, overlap: bool
+) -> float:
+    """What the all-gathers add to the updates and, with ``overlap``, to the next forward."""
+    updated, done, total, computed = 0.0, 0.0, sum(numels), sum(updates)
+    for numel, update, seconds in zip(numels, updates, times, strict=True):
+        updated += update
+        done = max(done, updated) + seconds
+        computed = max(computed, done) + forward * numel / total
+    return max(0.0, computed - sum(updates) - forward if overlap else done - sum(updates))
+
+
+def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: Machine, overlap: bool) -> Overhead:
+    """One step of ``decoder`` on ``ranks``.
+
+    Args:
+        layout: over all ranks, or over a shard group for hybrid sharding.
+        scheme: "ring", "halving", "hybrid" or "ddp": all-reduces and an update that is not sharded.
+    """
+    group, form = layout.world_size, FORMS[0]
+    numels = [bucket.numel for bucket in layout.buckets]
+    collective = machine.halving_s if scheme == "halving" else machine.ring_s
+    reduce_of: dict[int, float] = {}
+    gather_of: dict[int, float] = {}
+    for numel in set(numels):
+        nbytes = numel * form.itemsize
+        if scheme == "ddp":
+            reduce_of[numel], gather_of[numel] = machine.all_reduce_s(nbytes, ranks), 0.0
+            continue
+        replicas = machine.replica_reduce_s(numel / group * machine.replica_itemsize, ranks // group)
+        reduce_of[numel] = collective(nbytes, group) + replicas
+        gather_of[numel] = collective(nbytes, group)
+    share = 1 if scheme == "ddp" else group
+    launch = 0.0 if scheme == "ddp" else machine.launch_us * 1e-6
+    updates = [launch + numel / share * form.moved_bytes / (machine.memory_gbs * 1e9) for numel in numels]
+    compute = machine.compute_s(sum(decoder.numels))
+    return Overhead(
+        reduce=exposed_reduce(numels, [reduce_of[n] for n in numels], compute * 2 / 3),
+        survey=0.0 if scheme == "ddp" else machine.all_reduce_s(8 * (2 + len(decoder.numels)), ranks),
+        update=sum(updates),
+        gather=exposed_gather(
+            numels[::-1], updates[::-1], [gather_of[n] for n in numels[::-1]], compute / 3, overlap and scheme != "ddp"
+        ),
+        compute=compute,
+    )

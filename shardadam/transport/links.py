@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unix-domain sockets between the ranks of one host: short records, and descriptors of memory, to and from every one.
+
+A record that has been received orders memory: what its sender wrote before is there (the system calls see to it, on
+every architecture). Nothing has a name in the file system, nothing spins, and a rank that ends is noticed at once.
+
+Note: who may connect
+    Names in the abstract namespace are open to every local user, and listed in /proc/net/unix. Both ends therefore look
+    at the user id that the kernel vouches for (SO_PEERCRED), and the connecting end shows a secret that only the ranks
+    know. It travelled over their process group.
+
+Note: an end-of-file is not enough
+    Processes forked by a rank (DataLoader workers) hold its sockets open after it has died. They are closed there by
+    ``os.register_at_fork``, and ranks also poll a pidfd of each neighbour, for processes that Python has not forked.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+RECORD = struct.Struct("=BxxxIQ")
+"""Kind, number and value; what they mean is the transport's business."""
+
+_PACKET_BYTES = 2048
+_MSG_CMSG_CLOEXEC = 0x40000000
+_CONNECT_TIMEOUT_S = 30.0
+
+OnRecord = Callable[[int, int, int, int, "int | None"], None]
+"""Called with (rank, kind, number, value, descriptor); the descriptor is the callee's to close."""
+
+
+def host_identity() -> str:
+    """Equal for two processes exactly if they can reach each other's abstract sockets: kernel and network namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()} without /proc"
+
+
+@dataclass(eq=False, slots=True)
+class Neighbour:
+    rank: int
+    socket: socket.socket
+    pid: int
+    pidfd: int | None
+    outbox: deque[tuple[bytes, int | None]] = field(default_factory=deque)
+    has_ended: bool = False
+
+
+class Links:
+    """This rank's ends of the sockets to all others. ``connect`` builds it.
+
+    Args:
+        name_of: what a rank is called in messages.
+        timeout_s: how long a rank that lives may keep this one waiting.
+    """
+
+    def __init__(self, rank: int, neighbours: Sequence[Neighbour], names: Sequence[int], timeout_s: float) -> None:
+        self.rank = rank
+        self.on_record: OnRecord = _refuse
+        self._neighbours = list(neighbours)
+        self._names = names
+        self._timeout_s = timeout_s
+        self._poll = select.poll()
+        self._by_fd: dict[int, Neighbour] = {}
+        for neighbour in neighbours:
+            for fd in (neighbour.socket.fileno(), neighbour.pidfd):
+                if fd is not None:
+                    self._by_fd[fd] = neighbour
+                    self._poll.register(fd, select.POLLIN)
+        self._is_open = True
+        _live.add(self)
+
+    def tell(self, kind: int, number: int, value: int = 0, descriptor: int | None = None) -> None:
+        """Sends a record to every neighbour, without waiting for any."""
+        record = RECORD.pack(kind, number, value)
+        for neighbour in self._neighbours:
+            if descriptor is not None:
+                neighbour.outbox.append((record, os.dup(descriptor)))
+            elif neighbour.outbox and neighbour.outbox[-1][1] is None and len(neighbour.outbox[-1][0]) < _PACKET_BYTES:
+                neighbour.outbox.append((neighbour.outbox.pop()[0] + record, None))
+            else:
+                neighbour.outbox.append((record, None))
+            self._send(neighbour)
+
+    def listen(self) -> None:
+        """Takes what has come, without waiting."""
+        self._handle(self._poll.poll(0))
+
+    def wait_for(self, has_come: Callable[[int], bool], what: str) -> None:
+        """Waits until ``has_come(rank)`` for all neighbours.
+
+        Raises:
+            RuntimeError: a rank that it waits for has ended.
+            TimeoutError: a rank has kept it waiting for longer than the process group's timeout.
+        """
+        late = [n for n in self._neighbours if not has_come(n.rank)]
+        if not late:
+            return
+        self._handle(self._poll.poll(0))
+        deadline = time.monotonic() + self._timeout_s
+        while late := [n for n in late if not has_come(n.rank)]:
+            if not self._is_open:
+                raise RuntimeError(
+                    f"{what}: the links to the other ranks are closed here. An optimizer works in the process that "
+                    "built it, not in its forked children."
+                )
+            for neighbour in late:
+                if neighbour.has_ended:
+                    raise RuntimeError(
+                        f"{what}: rank {self._names[neighbour.rank]} (process {neighbour.pid}) has ended, or has "
+                        "dropped its optimizer, while this rank was waiting for it. See its own output."
+                    )
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                ranks = ", ".join(f"{self._names[n.rank]} (process {n.pid})" for n in late)
+                raise TimeoutError(
+                    f"{what}: no answer from rank {ranks} within {self._timeout_s:g} s, though it lives. See what "
+                    "keeps it; the limit is the timeout of init_process_group."
+                )
+            self._handle(self._poll.poll(remaining * 1000))
+
+    def close(self) -> None:
+        """Local. Neighbours that wait for this rank see that it is gone."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        for neighbour in self._neighbours:
+            neighbour.socket.close()
+            if neighbour.pidfd is not None:
+                os.close(neighbour.pidfd)
+            for _, descriptor in neighbour.outbox:
+                if descriptor is not None:
+                    os.close(descriptor)
+            neighbour.outbox.clear()
+
+    def _handle(self, events: Sequence[tuple[int, int]]) -> None:
+        for fd, event in events:
+            neighbour = self._by_fd[fd]
+            if fd == neighbour.pidfd:
+                self._poll.unregister(fd)
+                self._receive(neighbour)  # what it said last
+                self._end(neighbour)
+                continue
+            if event & select.POLLOUT:
+                self._send(neighbour)
+            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                self._receive(neighbour)
+
+    def _receive(self, neighbour: Neighbour) -> None:
+        while not neighbour.has_ended:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(neighbour.socket, _PACKET_BYTES * 2, 1, _MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, descriptors = b"", []
+            if not data:
+                self._end(neighbour)
+                return
+            descriptor = descriptors[0] if descriptors else None
+            for kind, number, value in RECORD.iter_unpack(data):
+                self.on_record(neighbour.rank, kind, number, value, descriptor)
+
+    def _send(self, neighbour: Neighbour) -> None:
+        outbox = neighbour.outbox
+        while outbox:
+            record, descriptor = outbox[0]
+            try:
+                if descriptor is None:
+                    neighbour.socket.send(record, socket.MSG_NOSIGNAL)
+                else:
+                    socket.send_fds(neighbour.socket, [record], [descriptor], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._poll.modify(neighbour.socket.fileno(), select.POLLIN | select.POLLOUT)
+                return
+            except OSError:  # it is gone; whoever waits for it will be told
+                if neighbour.socket.fileno() < 0:
+                    return
+            if descriptor is not None:
+                os.close(descriptor)
+            outbox.popleft()
+            if not outbox and not neighbour.has_ended:
+                self._poll.modify(neighbour.socket.fileno(), select.POLLIN)
+
+    def _end(self, neighbour: Neighbour) -> None:
+        if not neighbour.has_ended:
+            neighbour.has_ended = True
+            with suppress(KeyError):
+                self._poll.unregister(neighbour.socket.fileno())
+
+
+def _refuse(*record: Any) -> None:
+    raise AssertionError("nobody listens yet")
+
+
+# Connecting
+
+
+def connect(
+    rank: int,
+    names: Sequence[int],
+    exchange: Callable[[Any], list[Any]],
+    timeout_s: float,
+) -> Links | str:
+    """Links to all other ranks, or why there are none: the same answer's kind on every rank. Collective.
+
+    Args:
+        rank: this rank's position among ``names``, which is what ranks are called in messages.
+        exchange: collective: everybody's values, in rank order.
+    """
+    neighbours: list[Neighbour] = []
+    problem = None
+    with _listener() as (listener, name, listening_problem):
+        secret = secrets.token_bytes(16)
+        everybody = exchange((host_identity(), name, secret, os.getpid(), listening_problem))
+        hosts = [host for host, *_ in everybody]
+        if len(set(hosts)) > 1:
+            problem = "the ranks are not on one host (or not in one network namespace)"
+        elif any(entry[-1] is not None for entry in everybody):
+            problem = next(f"rank {r}: {entry[-1]}" for r, entry in zip(names, everybody, strict=True) if entry[-1])
+        else:
+            assert listener is not None
+            try:
+                neighbours += _meet(rank, listener, everybody)
+            except OSError as error:
+                problem = f"rank {names[rank]} cannot connect: {error}"
+    problems = [found for found in exchange(problem) if found is not None]
+    if problems:
+        for neighbour in neighbours:
+            neighbour.socket.close()
+            if neighbour.pidfd is not None:
+                os.close(neighbour.pidfd)
+        return str(problems[0])
+    return Links(rank, neighbours, names, timeout_s)
+
+
+class _listener:
+    """A listening socket with a random name, for as long as the ranks connect."""
+
+    def __enter__(self) -> tuple[socket.socket | None, bytes, str | None]:
+        self._socket = None
+        name = b"\0shardadam-" + secrets.token_hex(16).encode()
+        try:
+            if not hasattr(os, "memfd_create"):
+                raise OSError("this system has no memfd_create")
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.bind(name)
+            self._socket.listen(socket.SOMAXCONN)
+        except OSError as error:
+            return None, name, str(error)
+        return self._socket, name, None
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _meet(rank: int, listener: socket.socket, everybody: Sequence[tuple[Any, ...]]) -> list[Neighbour]:
+    """Connects to the ranks before this one, and is connected to by those after it."""
+    found: dict[int, socket.socket] = {}
+    try:
+        for other in range(rank):
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            found[other] = link
+            link.settimeout(_CONNECT_TIMEOUT_S)
+            link.connect(everybody[other][1])
+            _check_user(link)
+            link.send(struct.pack("=I", rank) + everybody[other][2])
+        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+        while len(found) < len(everybody) - 1:
+            listener.settimeout(max(0.001, deadline - time.monotonic()))
+            link, _ = listener.accept()
+            link.settimeout(max(0.001, deadline - time.monotonic()))
+            who = _who(link, everybody[rank][2])
+            if who is None or not rank < who < len(everybody) or who in found:
+                link.close()  # somebody else's
+            else:
+                found[who] = link
+    except OSError:
+        for link in found.values():
+            link.close()
+        raise
+    for link in found.values():
+        link.setblocking(False)
+    return [
+        Neighbour(other, link, everybody[other][3], _pidfd(link, everybody[other][3]))
+        for other, link in sorted(found.items())
+    ]
+
+
+def _who(link: socket.socket, secret: bytes) -> int | None:
+    """The rank at the other end; None if it is none of ours."""
+    try:
+        _check_user(link)
+        hello = link.recv(64)
+    except OSError:
+        return None
+    if len(hello) != 4 + len(secret) or not secrets.compare_digest(hello[4:], secret):
+        return None
+    return int(struct.unpack("=I", hello[:4])[0])
+
+
+def _check_user(link: socket.socket) -> None:
+    uid = _credentials(link)[1]
+    if uid != os.geteuid():
+        raise PermissionError(f"the other end belongs to user {uid}, expected {os.geteuid()}")
+
+
+def _credentials(link: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end, as the kernel saw them when it connected."""
+    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, gid = struct.unpack("3i", credentials)
+    return pid, uid, gid
+
+
+def _pidfd(link: socket.socket, pid: int) -> int | None:
+    """None where the kernel has none, or the process is in a namespace of its own: an end-of-file must do then."""
+    try:
+        return os.pidfd_open(_credentials(link)[0])
+    except (AttributeError, OSError):
+        return None
+
+
+_live: weakref.WeakSet[Links] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for links in list(_live):
+        links.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks of one host, on the CPU: they read each other's memory. No bytes go through sockets but fences.
+
+Every rank's buffers are its own: nobody else may write them. Neighbours map them read-only and take what they need
+straight out of them, in one pass: a reduce-scatter sums this rank's slice of everybody's staging, in rank order; an
+all-gather copies everybody's slice out of their parameters. What is not in shared memory (tensors on other devices,
+or that others have allocated) goes the way of the transport within.
+
+Note: three things that a transfer waits for
+    Transfers are numbered, alike on all ranks. A rank says READY when its part of one may be read; whoever has read
+    everybody's says READ; a buffer may be written again when all others have said so (``is_released``, ``settle``).
+    Records follow each other in a socket, so one that is READY for a transfer is so for all before it.
+
+Note: memory without names
+    Buffers are anonymous memfds, whose descriptors go to the neighbours over the links. They are sealed: nobody can
+    resize them, and nobody who is sent one can map it for writing. The kernel frees them with the last process that
+    maps them, however it ends; parameters in them live as long as their tensors do. A forked child shares them with
+    its parent instead of copying them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.chunks import Visit, sum_sources_
+from shardadam.transport.base import Finished, Pending, Staging, Transport, own_slice
+from shardadam.transport.links import Links
+
+_F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
+_BOARD_BYTES = 1 << 16
+
+
+class _Kind(IntEnum):
+    READY = 0  # number: the transfer; value: the staging buffer that it lies in
+    READ = 1  # number: the transfer
+    SHARED = 2  # a descriptor; number: the how-manieth of those that all ranks allocate together; value: bytes
+    STAGING = 3  # a descriptor; number: its own; value: bytes
+    DISCARDED = 4  # number: of a staging buffer
+
+
+class SharedMemoryTransport(Transport):
+    """
+    Args:
+        inner: over the same ranks, for what is not in shared memory.
+        links: to the same ranks.
+    """
+
+    def __init__(self, inner: Transport, links: Links) -> None:
+        self.rank = inner.rank
+        self.world_size = inner.world_size
+        self.control = inner.control
+        self.meeting = inner.meeting
+        self._inner = inner
+        self._links = links
+        links.on_record = self._on_record
+        self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
+        self._last = 0  # the number of the last transfer
+        self._ready = [0] * self.world_size  # of each rank: the last transfer it is READY for
+        self._unread: list[set[int]] = [set() for _ in range(self.world_size)]  # transfers that a rank has not READ yet
+        self._shared: dict[int, dict[int, Tensor]] = {}  # all ranks' buffers, as bytes
+        self._shared_count = 0
+        self._staging: dict[tuple[int, int], Tensor] = {}  # by rank and number, as bytes
+        self._numbers: dict[int, int] = {}  # by address: of this rank's own staging
+        self._staging_count = 0
+        self._lies_in: dict[tuple[int, int], int] = {}  # by rank and transfer: the staging buffer
+        self._board: Tensor | None = None
+        self._blocks = 0  # how many have been all-reduced
+        self._places: dict[tuple[int, int], list[Tensor]] = {}
+
+    # Buffers
+
+    def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu" or numel == 0:
+            return self._inner.parameters(numel, dtype, device)
+        return self._share(numel * dtype.itemsize).view(dtype)
+
+    def gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        if device.type != "cpu" or numel == 0:
+            return None
+        return self._share(numel * dtype.itemsize).view(dtype)
+
+    def sources(self, flat: Tensor) -> list[Tensor]:
+        places = self._places_of(flat)
+        assert places is not None
+        return [own_slice(place, self.rank, self.world_size) for place in places]
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+        if device.type != "cpu":
+            return self._inner.staging(numel, dtype, device)
+        memory, descriptor = _allocate(numel * dtype.itemsize)
+        number = self._staging_count
+        self._staging_count += 1
+        self._numbers[memory.data_ptr()] = number
+        self._links.tell(_Kind.STAGING, number, memory.nbytes, descriptor)
+        os.close(descriptor)
+        return Staging(memory.view(dtype), None)
+
+    def discard(self, staging: Staging) -> None:
+        number = self._numbers.pop(staging.send.data_ptr(), None)
+        if number is not None:
+            self._links.tell(_Kind.DISCARDED, number)
+        else:
+            self._inner.discard(staging)
+
+    def _share(self, nbytes: int) -> Tensor:
+        """A buffer of each rank's, of one size. Collective."""
+        index = self._shared_count
+        self._shared_count += 1
+        memory, descriptor = _allocate(nbytes)
+        buffers = self._shared.setdefault(index, {})
+        buffers[self.rank] = memory
+        self._links.tell(_Kind.SHARED, index, nbytes, descriptor)
+        os.close(descriptor)
+        self._links.wait_for(buffers.__contains__, "Allocating shared memory")
+        return memory
+
+    def _places_of(self, flat: Tensor) -> list[Tensor] | None:
+        """The same place in the memory of all ranks, in rank order; None if ``flat`` is not in a shared buffer."""
+        key = (flat.data_ptr(), flat.nbytes)
+        if key not in self._places:
+            for buffers in list(self._shared.values()):
+                own = buffers[self.rank]
+                start = flat.data_ptr() - own.data_ptr()
+                if start >= 0 and start + flat.nbytes <= own.nbytes:
+                    self._places[key] = [
+                        buffers[rank][start : start + flat.nbytes].view(flat.dtype) for rank in range(self.world_size)
+                    ]
+                    break
+            else:
+                return None
+        return self._places[key]
+
+    # Transfers
+
+    def reduce_scatter(
+        self,
+        staging: Staging,
+        numel: int,
+        shard: Tensor,
+        *,
+        scale: float,
+        accumulate: bool,
+        visit: Visit | None = None,
+    ) -> Pending:
+        lies_in = self._numbers.get(staging.send.data_ptr())
+        if lies_in is None:
+            return self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit)
+        number = self._announce(lies_in)
+        dtype = staging.send.dtype
+
+        def read() -> None:
+            sources = []
+            for rank in range(self.world_size):
+                if rank == self.rank:
+                    whole = staging.send[:numel]
+                else:
+                    memory = self._staging[rank, self._lies_in.pop((rank, number))]
+                    whole = memory.view(dtype)[:numel]
+                sources.append(own_slice(whole, self.rank, self.world_size))
+            sum_sources_(shard, sources, scale=scale, accumulate=accumulate, visit=visit)
+
+        return _Read(self, number, read, "A reduce-scatter")
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        places = self._places_of(flat)
+        if places is None:
+            return self._inner.all_gather(flat)
+
+        def read() -> None:
+            for rank in self._peers:
+                target, source = (own_slice(whole, rank, self.world_size) for whole in (flat, places[rank]))
+                target.copy_(source)
+
+        return _Read(self, self._announce(), read, "An all-gather")
+
+    def broadcast(self, tensor: Tensor) -> Pending:
+        places = self._places_of(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+        if places is None:
+            return self._inner.broadcast(tensor)
+
+        def read() -> None:
+            if self.rank != 0:
+                tensor.copy_(places[0])
+
+        return _Read(self, self._announce(), read, "A broadcast")
+
+    def all_reduce(self, block: Tensor) -> Pending:
+        if block.device.type != "cpu" or not block.is_contiguous():
+            return self._inner.all_reduce(block)
+        if self._board is None or self._board.nbytes < 2 * block.nbytes:
+            self._board = self._share(max(_BOARD_BYTES, 4 * block.nbytes))
+        # Two halves in turn: whoever writes one again has seen all others begin with the other, and so end with this.
+        start = self._blocks % 2 * (self._board.nbytes // 2)
+        self._blocks += 1
+        places = self._places_of(self._board[start : start + block.nbytes])
+        assert places is not None
+        blocks = [place.view(block.dtype).view(block.shape) for place in places]
+        blocks[self.rank].copy_(block)
+        number = self._announce(is_read=False)
+        self.await_ready(number, "An all-reduce")
+        block.copy_(blocks[0])
+        for other in blocks[1:]:
+            block += other
+        return Finished()
+
+    def fence(self) -> None:
+        self.await_ready(self._announce(is_read=False), "A fence")
+
+    def settle(self) -> None:
+        self._links.wait_for(lambda rank: not self._unread[rank], "Waiting for the others to read")
+        self._inner.settle()
+
+    def close(self, *, clean: bool) -> None:
+        self._links.close()
+        self._inner.close(clean=clean)
+
+    # What transfers need
+
+    def _announce(self, lies_in: int | None = None, *, is_read: bool = True) -> int:
+        """Tells all that this rank is READY for its next transfer; ``is_read``: and that it waits for them to READ."""
+        self._last += 1
+        if is_read:
+            for rank in self._peers:
+                self._unread[rank].add(self._last)
+        self._links.tell(_Kind.READY, self._last, 0 if lies_in is None else lies_in + 1)
+        return self._last
+
+    def await_ready(self, number: int, what: str) -> None:
+        self._links.wait_for(lambda rank: self._ready[rank] >= number, what)
+
+    def is_ready(self, number: int) -> bool:
+        self._links.listen()
+        return all(self._ready[rank] >= number for rank in self._peers)
+
+    def has_read(self, number: int) -> None:
+        self._links.tell(_Kind.READ, number)
+
+    def is_released(self, number: int) -> bool:
+        self._links.listen()
+        return not any(number in self._unread[rank] for rank in self._peers)
+
+    def _on_record(self, rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
+        if kind == _Kind.READY:
+            self._ready[rank] = number
+            if value:
+                self._lies_in[rank, number] = value - 1
+        elif kind == _Kind.READ:
+            self._unread[rank].discard(number)
+        elif kind == _Kind.DISCARDED:
+            del self._staging[rank, number]
+        else:
+            assert descriptor is not None
+            memory = _map(descriptor, value, writable=False)
+            os.close(descriptor)
+            if kind == _Kind.SHARED:
+                self._shared.setdefault(number, {})[rank] = memory
+            else:
+                self._staging[rank, number] = memory
+
+
+class _Read(Pending):
+    """Reads from the neighbours when all of them are READY."""
+
+    def __init__(self, transport: SharedMemoryTransport, number: int, read: Callable[[], None], what: str) -> None:
+        self._transport = transport
+        self._number = number
+        self._read = read
+        self._what = what
+
+    def done(self) -> bool:
+        return self._transport.is_ready(self._number)
+
+    def wait(self) -> None:
+        self._transport.await_ready(self._number, self._what)
+        self._read()
+        self._transport.has_read(self._number)
+
+    def is_released(self) -> bool:
+        return self._transport.is_released(self._number)
+
+
+def _allocate(nbytes: int) -> tuple[Tensor, int]:
+    """Zeroed memory, as bytes, and a descriptor by which others can read it."""
+    descriptor = os.memfd_create("shardadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        memory = _map(descriptor, nbytes, writable=True)
+        with suppress(OSError):  # the kernel may be too old for it; the descriptor is opened for reading all the same
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+        return memory, os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(descriptor)
+
+
+def _map(descriptor: int, nbytes: int, *, writable: bool) -> Tensor:
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    # A mapping needs no descriptor; Python keeps one all the same where it is not told otherwise.
+    options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    memory = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED, prot=access, **options)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a read-only tensor had better not be written
+        return torch.frombuffer(memory, dtype=torch.uint8)
