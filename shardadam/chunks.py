@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-_CPU_NUMEL = 1 << 17  # of each thread: a few float32 stretches of it stay in cache
+_CPU_NUMEL = 1 << 18  # of each thread: a few float32 stretches of it stay in cache, and torch's calls cost little
 _GPU_NUMEL = 1 << 24  # only bounds the temporaries
 
 
