@@ -3,7 +3,7 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/step.py [--dtype bf16] [--json out.json]
 
-Every rank trains the same 56.8M-parameter decoder (`contenders.py`) on 16 tokens of its own, so that forward and
+Every rank trains the same 64.1M-parameter decoder (`contenders.py`) on 16 tokens of its own, so that forward and
 backward are short and the optimizer is what is measured.
 
 **Time.** In each of `--rounds` rounds every contender, in an order that moves on by one a round, is built anew from the

@@ -365,8 +365,8 @@ class StagingPool:
                 break
             self._settle_oldest()
             self._take_back()
-        if not free and may_wait and self._count() >= self.SIZE:
-            self._transport.settle()
+        if not free and may_wait and self._unreleased and self._count() >= self.SIZE:
+            self._unreleased[0].pending.await_release()
             self._take_back()
         return free.pop() if free else self._transport.staging(self._numel[key], *key)
 

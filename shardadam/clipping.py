@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardadam.gauge import Gauge
+from shardadam.gauge import Gauge, are_finite, sum_of_squares
 from shardadam.transport import Transport
 
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -43,11 +43,10 @@ def survey(
     """Collective: adds up what this rank's gauges have seen, and its used-bits."""
     block = torch.empty(2 + len(used), dtype=torch.float64, device=device)
     if with_norm:
-        squares = torch.stack([gauge.squares().to(device) for gauge in gauges]).sum()
-        block[0] = squares / transport.replicas  # all of which add it
+        block[0] = sum_of_squares(gauges, device) / transport.replicas  # all of which add it
     else:
         block[0] = 0.0
-    block[1] = torch.stack([gauge.is_finite().to(device) for gauge in gauges]).all().logical_not()
+    block[1] = are_finite(gauges, device).logical_not()
     all_used = all(used)
     if all_used:
         block[2:] = 1.0

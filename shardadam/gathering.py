@@ -20,13 +20,18 @@ class ParameterGatherer:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._pending: dict[int, Pending] = {}  # by index of the bucket, in the order of dispatch
+        self._unreleased: list[Pending] = []  # waited for here, but peers may still be reading
 
     def dispatch(self, bucket: FlatBucket) -> None:
         with span("all_gather"):
             self._pending[bucket.index] = self._transport.all_gather(bucket.parameters)
 
-    def is_pending(self, bucket: FlatBucket) -> bool:
-        return bucket.index in self._pending
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
+
+    def is_any_pending(self, indices: Iterable[int]) -> bool:
+        return any(index in self._pending for index in indices)
 
     def wait_for(self, indices: Iterable[int]) -> None:
         """Afterwards the parameters of these buckets are what their ranks have made of them."""
@@ -35,6 +40,7 @@ class ParameterGatherer:
             if pending is not None:
                 with span("all_gather"):
                     pending.wait()
+                self._unreleased.append(pending)
 
     def wait(self) -> None:
         """Afterwards all parameters are what their ranks have made of them."""
@@ -43,7 +49,9 @@ class ParameterGatherer:
     def finish(self) -> None:
         """Afterwards nobody reads them any more, either, and they may be written. Collective."""
         self.wait()
-        self._transport.settle()
+        for pending in self._unreleased:
+            pending.await_release()
+        self._unreleased.clear()
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,25 +20,28 @@ class Gauge:
 
     def __init__(self, *, with_squares: bool) -> None:
         self.with_squares = with_squares
-        self._extremes: list[Tensor] = []
-        self._squares: list[Tensor] = []
+        # Of each stretch, and on its device.
+        self.extremes: list[Tensor] = []
+        self.sums_of_squares: list[Tensor] = []
 
     def look_at(self, gradient: Tensor) -> None:
         """``gradient``: 1-D, float32 or float64, a multiple of ``ALIGNMENT_NUMEL`` long."""
-        self._extremes += torch.aminmax(gradient)  # both NaN if any is
+        self.extremes += torch.aminmax(gradient)  # both NaN if any is
         if self.with_squares:
             # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
             norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), dim=1)
-            self._squares.append(norms.double().square().sum())
+            self.sums_of_squares.append(norms.double().square().sum())
 
     def judge(self, is_finite: bool) -> None:
         """Takes a verdict instead of a gradient."""
-        self._extremes.append(torch.tensor(0.0 if is_finite else torch.inf))
+        self.extremes.append(torch.tensor(0.0 if is_finite else torch.inf))
 
-    def is_finite(self) -> Tensor:
-        """0-dim bool, on the device of the gradients."""
-        return torch.stack(self._extremes).isfinite().all()
 
-    def squares(self) -> Tensor:
-        """0-dim float64."""
-        return torch.stack(self._squares).sum()
+def are_finite(gauges: Sequence[Gauge], device: torch.device) -> Tensor:
+    """Whether all that they have seen is; 0-dim bool."""
+    return torch.stack([extreme.to(device) for gauge in gauges for extreme in gauge.extremes]).isfinite().all()
+
+
+def sum_of_squares(gauges: Sequence[Gauge], device: torch.device) -> Tensor:
+    """Of all that they have seen; 0-dim float64."""
+    return torch.stack([square.to(device) for gauge in gauges for square in gauge.sums_of_squares]).sum()

@@ -23,6 +23,7 @@ from shardadam import agreement, intake, state
 from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
+from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
 from shardadam.tracing import span
@@ -176,6 +177,7 @@ class ShardedAdam(Optimizer):
             hooked = gradient_sync == "backward"
             self._reducer = GradientReducer(self._transport, hooked=hooked, with_squares=max_grad_norm is not None)
         self._gatherer = ParameterGatherer(self._transport)
+        self._overlaps: list[OverlappedForward] = []
         self._survey: Survey | None = None
         self._surveyed_rounds = 0
         # At the first zero_grad after a step all ranks are level, as it is called right after the step or right before
@@ -224,6 +226,7 @@ class ShardedAdam(Optimizer):
         if self._refusal is not None:
             raise RuntimeError(f"The optimizer cannot step: {self._refusal}. Load another checkpoint into it.")
         self._refuse_torchs_grad_scaler()
+        self._gatherer.finish()
         rebind_moved(self._members)
         max_norm = self._options.max_grad_norm
         seen = self._look(with_norm=max_norm is not None)
@@ -235,7 +238,11 @@ class ShardedAdam(Optimizer):
             with span("update"):
                 bucket.arena.update.update_(bucket.shard, bucket.plan, self._reducer.sources(bucket))
             self._gatherer.dispatch(bucket)
-        self._gatherer.finish()
+        if self._overlaps:
+            self._gatherer.wait_for(uncovered(self._buckets, self._overlaps))
+            self._reducer.await_readers()
+        else:
+            self._gatherer.finish()
         # The writes went past autograd, by way of the flat buffers: without this, a graph built before the step would
         # be differentiated with the new values and nobody would notice.
         torch.autograd.graph.increment_version(
@@ -286,6 +293,27 @@ class ShardedAdam(Optimizer):
         if not self._members:
             return torch.zeros(())
         return self._clip(self._look(with_norm=True), max_norm)
+
+    def overlap_gather(self, model: torch.nn.Module) -> None:
+        """From now on ``step`` does not wait for its all-gathers; they run under the next forward of ``model``, each of
+        whose modules waits for its own parameters. Local; all ranks must call it.
+
+        Call it before torch.compile. The model's forward, ``state_dict`` and ``load_state_dict`` wait, and so do the
+        optimizer's methods. Before anything else reads or writes parameters after a step (copies, averages, writes by
+        hand, a submodule's parameters used without a forward), call ``synchronize``.
+
+        Raises:
+            RuntimeError: ``model`` has been compiled, and would not wait.
+            ValueError: it has none of the optimizer's parameters.
+        """
+        members = {id(member.parameter): member for member in self._members}
+        self._overlaps.append(OverlappedForward(model, members, self._gatherer))
+
+    def synchronize(self) -> None:
+        """Waits until all parameters are what the last step has made of them, and no other rank reads them any more.
+        Collective: all ranks must call it. Costs nothing without ``overlap_gather``.
+        """
+        self._gatherer.finish()
 
     def _look(self, *, with_norm: bool) -> Survey:
         """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step."""
@@ -434,6 +462,7 @@ class ShardedAdam(Optimizer):
         """Makes the trainable ones members, and gives all of them rank 0's values. Collective; ranks have agreed."""
         self._reducer.close_open_round()
         self._reducer.settle()
+        self._gatherer.finish()
         self._survey = None
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
@@ -478,6 +507,7 @@ class ShardedAdam(Optimizer):
 
         Collective. DDP's constructor does the same.
         """
+        self._gatherer.finish()
         seen = {id(p) for group in self.param_groups for p in group["params"]}
         tensors = [*module.parameters(), *module.buffers()]
         self._broadcast([tensor for tensor in tensors if id(tensor) not in seen])
@@ -495,7 +525,8 @@ class ShardedAdam(Optimizer):
             pending.wait()
             if dense is not whole:
                 whole.copy_(dense)
-        self._transport.settle()
+        for pending, _, _ in transfers:
+            pending.await_release()
 
     # Looking inside
 
@@ -521,6 +552,7 @@ class ShardedAdam(Optimizer):
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
         """
         self._take_in_unfrozen()
+        self._gatherer.finish()
         member = self._member(parameter)
         whole = {"step": self.state[parameter]["step"].clone()}
         for name in _exact_names(member.arena):
@@ -568,6 +600,7 @@ class ShardedAdam(Optimizer):
         them on any number of ranks; pickling one is refused. On one rank they are ordinary tensors. After
         ``consolidate_state_dict``, and until the next step, it is the whole one on the rank that was named there.
         """
+        self._gatherer.wait()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         if self._consolidated is not None:
@@ -621,6 +654,7 @@ class ShardedAdam(Optimizer):
             raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(meeting.ranks) - 1}")
         is_here = meeting.rank == to
         self._take_in_unfrozen()
+        self._gatherer.finish()
         positions = {
             id(parameter): index
             for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
@@ -650,6 +684,7 @@ class ShardedAdam(Optimizer):
         Raises:
             ValueError: it does not fit this optimizer. Nothing has been changed then.
         """
+        self._gatherer.wait()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict

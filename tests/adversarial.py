@@ -91,10 +91,6 @@ class AdversarialTransport(Transport):
         self._run_all()
         self._inner.fence()
 
-    def settle(self) -> None:
-        self._run_all()
-        self._inner.settle()
-
     def close(self, *, clean: bool) -> None:
         self._inner.close(clean=clean)
 
@@ -142,3 +138,8 @@ class _Late(Pending):
         if self.sent is not None:
             self.sent.fill_(math.nan)
         return True
+
+    def await_release(self) -> None:
+        assert self.inner is not None
+        self.inner.await_release()
+        assert self.is_released()

@@ -21,6 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli"),
     ("grad_scaler", "checkpoint"),
     ("optimizer",),
+    ("overlap",),
     ("reduction", "gathering", "clipping", "state", "intake"),
     ("buckets",),
     ("update", "transport"),

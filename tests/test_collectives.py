@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -138,6 +139,37 @@ def test_a_bucket_is_launched_by_the_hook_that_completes_it() -> None:
         before = timeline[:last_gradient].count("launch")
         assert before >= timeline.count("launch") - 1, timeline
         assert "launch" not in timeline[timeline.index("end of backward") :]
+
+
+def profile_a_step(transport: str) -> dict[str, list[tuple[float, float]]]:
+    """When things began and ended, in the profiler's microseconds, by the names they have there."""
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB, transport=transport)  # type: ignore[arg-type]
+    optimizer.overlap_gather(model)
+    for step in range(3):
+        with torch.profiler.profile() if step == 2 else nullcontext() as profiler:
+            with torch.profiler.record_function("forward"):
+                loss = model(batch(rank + step)).sum()
+            with torch.profiler.record_function("backward"):
+                loss.backward()
+            optimizer.step()
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in profiler.events():
+        spans.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
+    return {name: sorted(spans[name]) for name in spans if name in ("forward", "backward") or "shardadam" in name}
+
+
+@pytest.mark.parametrize("transport", ["collective", "shared_memory"])
+def test_the_profiler_shows_reductions_under_backward_and_gathers_under_forward(transport: str) -> None:
+    for spans in on_ranks(2, profile_a_step, transport):
+        backward_start, backward_end = spans["backward"][0]
+        reductions = spans["shardadam.reduce_scatter"]
+        assert len([start for start, _ in reductions if backward_start < start < backward_end]) >= 4
+        forward_start, forward_end = spans["forward"][0]
+        gathers = [start for start, _ in spans["shardadam.all_gather"] if forward_start < start < forward_end]
+        assert len(gathers) >= 4
+        assert all(start > backward_end for start, _ in spans["shardadam.update"])
 
 
 def train_with_and_without_traffic_of_the_users(traffic: bool) -> list[torch.Tensor]:

@@ -247,7 +247,7 @@ def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
         )
     for each in pending:
         each.wait()
-    transport.settle()
+    transport.fence()
     assert all(each.is_released() for each in pending)
     block = torch.tensor([1.0, rank], dtype=torch.float64)
     transport.all_reduce(block).wait()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shardadam import ShardedAdamW
 from shardadam.reduction import GradientReducer
 from shardadam.transport import SharedMemoryTransport
-from tests.ranks import on_ranks, rank_and_size
+from tests.ranks import on_ranks
 
 DTYPES = {
     "fp32": [torch.float32],
@@ -83,7 +83,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     exposed, gauges = set(), []
     if isinstance(reducer, GradientReducer):
         exposed = storages(list(reducer._exposed._flats.values()))
-        gauges = [t for gauge in reducer._gauges.values() for t in (*gauge._extremes, *gauge._squares)]
+        gauges = [t for gauge in reducer._gauges.values() for t in (*gauge.extremes, *gauge.sums_of_squares)]
     # What memory() does not count: skipped_steps, numbers known of each bucket, and the board of 64 KiB for small
     # all-reduces. What lies in neighbours is theirs.
     known = [flat, exposed, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
@@ -304,7 +304,6 @@ def test_between_steps_the_pool_keeps_no_more_than_two_buffers(world_size: int, 
 
 
 def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
-    _, world_size = rank_and_size()
     parameters = [nn.Parameter(torch.ones(256)) for _ in range(12)]
     optimizer = ShardedAdamW(parameters, gradient_sync=gradient_sync, bucket_mb=1024 / 2**20)  # type: ignore[arg-type]
     for _ in range(3):

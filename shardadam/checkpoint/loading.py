@@ -91,6 +91,7 @@ def load(
         failure = error
     path = agree(failure, ARRIVAL, path)[0]
     if isinstance(optimizer, ShardedAdam):
+        optimizer.synchronize()
         optimizer._take_in_unfrozen()
 
     with ExitStack() as opened:

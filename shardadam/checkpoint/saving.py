@@ -142,6 +142,8 @@ def save(
     failure: Exception | None = None
     try:
         _check_arguments(step, keep)
+        if isinstance(optimizer, ShardedAdam):
+            optimizer._gatherer.wait()
         part = _collect(contents_of(model, optimizer), meeting, scheduler, extra, step)
         if meeting.rank == 0:
             with meeting.signs_of_life():  # it may have much to remove that a crash has left

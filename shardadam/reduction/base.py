@@ -100,6 +100,10 @@ class Reducer(ABC):
         """What the mean of the bucket's shard is made of, where it has not been summed up; else None."""
         return None
 
+    def await_readers(self) -> None:
+        """Waits until no other rank reads ``p.grad`` any more. Collective."""
+        return None
+
     def gauges(self, *, with_squares: bool) -> list[Gauge]:
         """What is known of the settled gradients of this rank's shards, and, where they have not been summed up, of its
         gradients. Collective.
@@ -139,8 +143,10 @@ def snapshot(members: list[Member]) -> list[Snapshot]:
 
 
 def is_current(taken: list[Snapshot], members: list[Member]) -> bool:
+    if len(taken) != len(members):
+        return False
     now = snapshot(members)
-    return len(now) == len(taken) and all(
+    return all(
         g is before and version == version_before
         for (g, version), (before, version_before) in zip(now, taken, strict=True)
     )

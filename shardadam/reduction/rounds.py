@@ -222,6 +222,10 @@ class GradientReducer(Reducer):
             return None
         return self._exposed.sources(bucket)
 
+    def await_readers(self) -> None:
+        if self._exposed.nbytes() > 0:
+            self._transport.fence()
+
     def gauges(self, *, with_squares: bool) -> list[Gauge]:
         if with_squares:
             self.sum_up()

@@ -38,6 +38,10 @@ class Pending(ABC):
         """After ``wait``: whether what this rank has sent may be written again; peers may be reading it still."""
         return True
 
+    def await_release(self) -> None:
+        """Waits for that."""
+        return None
+
 
 class Finished(Pending):
     """A transfer that was complete when it was asked for."""
@@ -137,12 +141,6 @@ class Transport(ABC):
     def fence(self) -> None:
         """Returns when all ranks have come here."""
         self.all_reduce(torch.zeros(1)).wait()
-
-    def settle(self) -> None:
-        """Waits until no peer reads this rank's buffers any more; transfers that are not finished have nothing to do
-        with it.
-        """
-        return None
 
     def close(self, *, clean: bool) -> None:
         """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective.

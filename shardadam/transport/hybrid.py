@@ -105,9 +105,6 @@ class HybridTransport(Transport):
     def fence(self) -> None:
         self._shard.fence()
 
-    def settle(self) -> None:
-        self._shard.settle()
-
     def close(self, *, clean: bool) -> None:
         self._shard.close(clean=clean)
         self._replica.close(clean=clean)
@@ -181,6 +178,9 @@ class _ShardSum(Pending):
 
     def is_released(self) -> bool:
         return self._scattering.is_released()
+
+    def await_release(self) -> None:
+        self._scattering.await_release()
 
 
 def _finish(shard: Tensor, total: Tensor, accumulate: bool, visit: Visit | None) -> None:

@@ -16,6 +16,7 @@ Note: an end-of-file is not enough
 
 from __future__ import annotations
 
+import mmap
 import os
 import secrets
 import select
@@ -35,6 +36,8 @@ RECORD = struct.Struct("=BxxxIQ")
 _PACKET_BYTES = 2048
 _MSG_CMSG_CLOEXEC = 0x40000000
 _CONNECT_TIMEOUT_S = 30.0
+_HELLO_TIMEOUT_S = 2.0
+_LONGEST_POLL_S = 3600.0  # poll takes no more than 2^31 ms, and users ask for timeouts of months
 
 OnRecord = Callable[[int, int, int, int, "int | None"], None]
 """Called with (rank, kind, number, value, descriptor); the descriptor is the callee's to close."""
@@ -57,6 +60,12 @@ class Neighbour:
     pidfd: int | None
     outbox: deque[tuple[bytes, int | None]] = field(default_factory=deque)
     has_ended: bool = False
+
+    def forget_outbox(self) -> None:
+        while self.outbox:
+            _, descriptor = self.outbox.popleft()
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 class Links:
@@ -85,6 +94,7 @@ class Links:
 
     def tell(self, kind: int, number: int, value: int = 0, descriptor: int | None = None) -> None:
         """Sends a record to every neighbour, without waiting for any."""
+        self.check_open("Telling the other ranks")
         record = RECORD.pack(kind, number, value)
         for neighbour in self._neighbours:
             if descriptor is not None:
@@ -97,26 +107,39 @@ class Links:
 
     def listen(self) -> None:
         """Takes what has come, without waiting."""
-        self._handle(self._poll.poll(0))
+        if self._is_open:
+            self._handle(self._poll.poll(0))
 
-    def wait_for(self, has_come: Callable[[int], bool], what: str) -> None:
+    def check_open(self, what: str) -> None:
+        """Raises RuntimeError where the links are closed."""
+        if not self._is_open:
+            raise RuntimeError(
+                f"{what}: the links to the other ranks are closed here. An optimizer works in the process that "
+                "built it, not in its forked children."
+            )
+
+    def wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool = True) -> None:
         """Waits until ``has_come(rank)`` for all neighbours.
+
+        Args:
+            until_sent: also until all that this rank has told has left it. It may turn to something else then, or
+                end, while neighbours still wait for what it told. Only where all of them take in what has come so far.
 
         Raises:
             RuntimeError: a rank that it waits for has ended.
             TimeoutError: a rank has kept it waiting for longer than the process group's timeout.
         """
-        late = [n for n in self._neighbours if not has_come(n.rank)]
+
+        def is_late(neighbour: Neighbour) -> bool:
+            return not has_come(neighbour.rank) or (until_sent and bool(neighbour.outbox))
+
+        late = [n for n in self._neighbours if is_late(n)]
         if not late:
             return
+        self.check_open(what)
         self._handle(self._poll.poll(0))
         deadline = time.monotonic() + self._timeout_s
-        while late := [n for n in late if not has_come(n.rank)]:
-            if not self._is_open:
-                raise RuntimeError(
-                    f"{what}: the links to the other ranks are closed here. An optimizer works in the process that "
-                    "built it, not in its forked children."
-                )
+        while late := [n for n in late if is_late(n)]:
             for neighbour in late:
                 if neighbour.has_ended:
                     raise RuntimeError(
@@ -130,7 +153,7 @@ class Links:
                     f"{what}: no answer from rank {ranks} within {self._timeout_s:g} s, though it lives. See what "
                     "keeps it; the limit is the timeout of init_process_group."
                 )
-            self._handle(self._poll.poll(remaining * 1000))
+            self._handle(self._poll.poll(min(remaining, _LONGEST_POLL_S) * 1000))
 
     def close(self) -> None:
         """Local. Neighbours that wait for this rank see that it is gone."""
@@ -141,10 +164,7 @@ class Links:
             neighbour.socket.close()
             if neighbour.pidfd is not None:
                 os.close(neighbour.pidfd)
-            for _, descriptor in neighbour.outbox:
-                if descriptor is not None:
-                    os.close(descriptor)
-            neighbour.outbox.clear()
+            neighbour.forget_outbox()
 
     def _handle(self, events: Sequence[tuple[int, int]]) -> None:
         for fd, event in events:
@@ -175,6 +195,8 @@ class Links:
                 self.on_record(neighbour.rank, kind, number, value, descriptor)
 
     def _send(self, neighbour: Neighbour) -> None:
+        if neighbour.has_ended:  # a child that it forked may hold its socket open, and nobody reads from it
+            neighbour.forget_outbox()
         outbox = neighbour.outbox
         while outbox:
             record, descriptor = outbox[0]
@@ -187,8 +209,7 @@ class Links:
                 self._poll.modify(neighbour.socket.fileno(), select.POLLIN | select.POLLOUT)
                 return
             except OSError:  # it is gone; whoever waits for it will be told
-                if neighbour.socket.fileno() < 0:
-                    return
+                pass
             if descriptor is not None:
                 os.close(descriptor)
             outbox.popleft()
@@ -198,6 +219,7 @@ class Links:
     def _end(self, neighbour: Neighbour) -> None:
         if not neighbour.has_ended:
             neighbour.has_ended = True
+            neighbour.forget_outbox()
             with suppress(KeyError):
                 self._poll.unregister(neighbour.socket.fileno())
 
@@ -222,7 +244,7 @@ def connect(
         exchange: collective: everybody's values, in rank order.
     """
     neighbours: list[Neighbour] = []
-    problem = None
+    problem, waited_in_vain = None, False
     with _listener() as (listener, name, listening_problem):
         secret = secrets.token_bytes(16)
         everybody = exchange((host_identity(), name, secret, os.getpid(), listening_problem))
@@ -234,16 +256,17 @@ def connect(
         else:
             assert listener is not None
             try:
-                neighbours += _meet(rank, listener, everybody)
+                neighbours += _meet(rank, listener, everybody, min(_CONNECT_TIMEOUT_S, timeout_s / 2))
             except OSError as error:
                 problem = f"rank {names[rank]} cannot connect: {error}"
-    problems = [found for found in exchange(problem) if found is not None]
+                waited_in_vain = isinstance(error, TimeoutError)
+    problems = [found for found in exchange((waited_in_vain, problem)) if found[1] is not None]
     if problems:
         for neighbour in neighbours:
             neighbour.socket.close()
             if neighbour.pidfd is not None:
                 os.close(neighbour.pidfd)
-        return str(problems[0])
+        return str(min(problems)[1])  # rather what is wrong than who waited for it
     return Links(rank, neighbours, names, timeout_s)
 
 
@@ -254,8 +277,7 @@ class _listener:
         self._socket = None
         name = b"\0shardadam-" + secrets.token_hex(16).encode()
         try:
-            if not hasattr(os, "memfd_create"):
-                raise OSError("this system has no memfd_create")
+            _try_memory()
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._socket.bind(name)
             self._socket.listen(socket.SOMAXCONN)
@@ -268,22 +290,40 @@ class _listener:
             self._socket.close()
 
 
-def _meet(rank: int, listener: socket.socket, everybody: Sequence[tuple[Any, ...]]) -> list[Neighbour]:
+def _try_memory() -> None:
+    """Raises OSError where memory cannot be shared by its descriptor."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no memfd_create")
+    descriptor = os.memfd_create("shardadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        read_only = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            mmap.mmap(read_only, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ).close()
+        finally:
+            os.close(read_only)
+    finally:
+        os.close(descriptor)
+
+
+def _meet(
+    rank: int, listener: socket.socket, everybody: Sequence[tuple[Any, ...]], timeout_s: float
+) -> list[Neighbour]:
     """Connects to the ranks before this one, and is connected to by those after it."""
     found: dict[int, socket.socket] = {}
     try:
         for other in range(rank):
             link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             found[other] = link
-            link.settimeout(_CONNECT_TIMEOUT_S)
+            link.settimeout(timeout_s)
             link.connect(everybody[other][1])
             _check_user(link)
             link.send(struct.pack("=I", rank) + everybody[other][2])
-        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while len(found) < len(everybody) - 1:
             listener.settimeout(max(0.001, deadline - time.monotonic()))
             link, _ = listener.accept()
-            link.settimeout(max(0.001, deadline - time.monotonic()))
+            link.settimeout(min(_HELLO_TIMEOUT_S, timeout_s / 2))  # one of ours speaks at once
             who = _who(link, everybody[rank][2])
             if who is None or not rank < who < len(everybody) or who in found:
                 link.close()  # somebody else's

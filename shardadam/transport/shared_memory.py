@@ -8,8 +8,8 @@ or that others have allocated) goes the way of the transport within.
 
 Note: three things that a transfer waits for
     Transfers are numbered, alike on all ranks. A rank says READY when its part of one may be read; whoever has read
-    everybody's says READ; a buffer may be written again when all others have said so (``is_released``, ``settle``).
-    Records follow each other in a socket, so one that is READY for a transfer is so for all before it.
+    everybody's says READ; a buffer may be written again when all others have said so (``is_released``). Records follow
+    each other in a socket, so one that is READY for a transfer is so for all before it.
 
 Note: memory without names
     Buffers are anonymous memfds, whose descriptors go to the neighbours over the links. They are sealed: nobody can
@@ -76,7 +76,9 @@ class SharedMemoryTransport(Transport):
         self._lies_in: dict[tuple[int, int], int] = {}  # by rank and transfer: the staging buffer
         self._board: Tensor | None = None
         self._blocks = 0  # how many have been all-reduced
+        # By address and size.
         self._places: dict[tuple[int, int], list[Tensor]] = {}
+        self._slices: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     # Buffers
 
@@ -141,6 +143,19 @@ class SharedMemoryTransport(Transport):
                 return None
         return self._places[key]
 
+    def _slices_of(self, flat: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Every neighbour's slice of ``flat``: here, and in its own memory."""
+        key = (flat.data_ptr(), flat.nbytes)
+        if key not in self._slices:
+            places = self._places_of(flat)
+            if places is None:
+                return None
+            self._slices[key] = [
+                (own_slice(flat, rank, self.world_size), own_slice(places[rank], rank, self.world_size))
+                for rank in self._peers
+            ]
+        return self._slices[key]
+
     # Transfers
 
     def reduce_scatter(
@@ -173,13 +188,12 @@ class SharedMemoryTransport(Transport):
         return _Read(self, number, read, "A reduce-scatter")
 
     def all_gather(self, flat: Tensor) -> Pending:
-        places = self._places_of(flat)
-        if places is None:
+        slices = self._slices_of(flat)
+        if slices is None:
             return self._inner.all_gather(flat)
 
         def read() -> None:
-            for rank in self._peers:
-                target, source = (own_slice(whole, rank, self.world_size) for whole in (flat, places[rank]))
+            for target, source in slices:
                 target.copy_(source)
 
         return _Read(self, self._announce(), read, "An all-gather")
@@ -200,6 +214,7 @@ class SharedMemoryTransport(Transport):
             return self._inner.all_reduce(block)
         if self._board is None or self._board.nbytes < 2 * block.nbytes:
             self._board = self._share(max(_BOARD_BYTES, 4 * block.nbytes))
+        self._links.check_open("An all-reduce")  # a forked child would write its parent's board
         # Two halves in turn: whoever writes one again has seen all others begin with the other, and so end with this.
         start = self._blocks % 2 * (self._board.nbytes // 2)
         self._blocks += 1
@@ -217,10 +232,6 @@ class SharedMemoryTransport(Transport):
     def fence(self) -> None:
         self.await_ready(self._announce(is_read=False), "A fence")
 
-    def settle(self) -> None:
-        self._links.wait_for(lambda rank: not self._unread[rank], "Waiting for the others to read")
-        self._inner.settle()
-
     def close(self, *, clean: bool) -> None:
         self._links.close()
         self._inner.close(clean=clean)
@@ -236,8 +247,8 @@ class SharedMemoryTransport(Transport):
         self._links.tell(_Kind.READY, self._last, 0 if lies_in is None else lies_in + 1)
         return self._last
 
-    def await_ready(self, number: int, what: str) -> None:
-        self._links.wait_for(lambda rank: self._ready[rank] >= number, what)
+    def await_ready(self, number: int, what: str, *, until_sent: bool = True) -> None:
+        self._links.wait_for(lambda rank: self._ready[rank] >= number, what, until_sent=until_sent)
 
     def is_ready(self, number: int) -> bool:
         self._links.listen()
@@ -250,6 +261,9 @@ class SharedMemoryTransport(Transport):
         self._links.listen()
         return not any(number in self._unread[rank] for rank in self._peers)
 
+    def await_release(self, number: int) -> None:
+        self._links.wait_for(lambda rank: number not in self._unread[rank], "Waiting for the others to read")
+
     def _on_record(self, rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
         if kind == _Kind.READY:
             self._ready[rank] = number
@@ -261,8 +275,10 @@ class SharedMemoryTransport(Transport):
             del self._staging[rank, number]
         else:
             assert descriptor is not None
-            memory = _map(descriptor, value, writable=False)
-            os.close(descriptor)
+            try:
+                memory = _map(descriptor, value, writable=False)
+            finally:
+                os.close(descriptor)
             if kind == _Kind.SHARED:
                 self._shared.setdefault(number, {})[rank] = memory
             else:
@@ -282,12 +298,16 @@ class _Read(Pending):
         return self._transport.is_ready(self._number)
 
     def wait(self) -> None:
-        self._transport.await_ready(self._number, self._what)
+        # A neighbour that has all it needs for this one may not look at its socket before the next fence.
+        self._transport.await_ready(self._number, self._what, until_sent=False)
         self._read()
         self._transport.has_read(self._number)
 
     def is_released(self) -> bool:
         return self._transport.is_released(self._number)
+
+    def await_release(self) -> None:
+        self._transport.await_release(self._number)
 
 
 def _allocate(nbytes: int) -> tuple[Tensor, int]:

@@ -91,7 +91,10 @@ class FusedUpdate:
             return
         if sources is None and not shard.is_coded:
             flats = (shard.parameter, shard.gradient, shard.exp_avg, shard.exp_avg_sq)
-            lists = ([flat[run.start : run.stop] for run in runs] for flat in flats)
+            if runs[0].stop - runs[0].start == shard.parameter.numel():
+                lists = [[flat] for flat in flats]
+            else:
+                lists = [[flat[run.start : run.stop] for run in runs] for flat in flats]
             self._adam_(*lists, runs=runs)
             return
         step = self._step_coded_ if shard.is_coded else self._step_plain_

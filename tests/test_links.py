@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that share memory notice at once who has ended, and in time who keeps them waiting; nothing of them is left."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardadam import ShardedAdamW
+from shardadam.transport import SharedMemoryTransport, links, shared_memory
+from shardadam.transport.links import Links, Neighbour
+from tests.ranks import on_ranks, processes, rank_and_size
+from tests.twins import build_parameters, clones, quadratic
+
+TIMEOUT_S = 3.0
+DEADLINE_S = 20.0
+
+
+def build(**options: Any) -> ShardedAdamW:
+    optimizer = ShardedAdamW(build_parameters(), lr=1e-2, **{"bucket_mb": 0.001, **options})
+    assert isinstance(optimizer._transport, SharedMemoryTransport)
+    return optimizer
+
+
+def advance(optimizer: ShardedAdamW, steps: Sequence[int]) -> None:
+    rank, _ = rank_and_size()
+    for step in steps:
+        quadratic(optimizer.param_groups[0]["params"], rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def links_of(optimizer: ShardedAdamW) -> Links:
+    assert isinstance(optimizer._transport, SharedMemoryTransport)
+    return optimizer._transport._links
+
+
+# Processes of a test's own
+
+
+@dataclass
+class Ranks:
+    processes: list[Any]
+    pipes: list[Connection]
+
+    def hear(self, rank: int) -> Any:
+        assert self.pipes[rank].poll(DEADLINE_S), f"rank {rank} does not answer"
+        return self.pipes[rank].recv()
+
+
+Scenario = Callable[[int, Connection], None]
+
+
+@contextmanager
+def ranks_of(world_size: int, store: Path, scenario: Scenario, *, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+    ranks = Ranks([], [])
+    try:
+        for rank in range(world_size):
+            mine, theirs = processes.Pipe()
+            arguments = (rank, world_size, str(store), timeout_s, scenario, theirs)
+            ranks.processes.append(processes.Process(target=be_a_rank, args=arguments, daemon=True))
+            ranks.processes[-1].start()
+            theirs.close()
+            ranks.pipes.append(mine)
+        yield ranks
+    finally:
+        for process, pipe in zip(ranks.processes, ranks.pipes, strict=True):
+            process.kill()
+            process.join(5)
+            process.close()
+            pipe.close()
+
+
+def be_a_rank(rank: int, world_size: int, store: str, timeout_s: float, scenario: Scenario, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    scenario(rank, pipe)
+
+
+# Ranks that end, or stop
+
+VICTIM = 1
+
+
+def lose_a_rank(how: str, during: str, rank: int, pipe: Connection) -> None:
+    """Rank 1 does not come to the third step; the others tell what they are told, and when."""
+    optimizer: ShardedAdamW | None = build(gradient_sync="backward" if during == "backward" else "step")
+    assert optimizer is not None
+    advance(optimizer, range(2))
+    if rank == VICTIM:
+        child = 0
+        if "child" in how:
+            child = os.fork() if how == "child" else ctypes.PyDLL(None).fork()
+            if child == 0:
+                time.sleep(DEADLINE_S)
+                os._exit(0)
+        pipe.send(child)
+        pipe.recv()
+        assert how == "drops"
+        del optimizer
+        gc.collect()
+        pipe.send(time.monotonic())
+        time.sleep(DEADLINE_S)
+    pipe.send("ready")
+    try:
+        advance(optimizer, [2])
+        pipe.send(("nothing", "", time.monotonic()))
+    except Exception as error:
+        pipe.send((type(error).__name__, str(error), time.monotonic()))
+        for _ in range(0 if how == "stops" else 400):  # whoever tries again is told again, whatever gathers meanwhile
+            with pytest.raises(RuntimeError, match="has ended"):
+                optimizer.step()
+        pipe.send("told again")
+    time.sleep(DEADLINE_S)
+
+
+class Losing:
+    """``lose_a_rank`` with its first arguments, for another process."""
+
+    def __init__(self, how: str, during: str = "step") -> None:
+        self.how, self.during = how, during
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        lose_a_rank(self.how, self.during, rank, pipe)
+
+
+def lose(tmp_path: Path, how: str, during: str, world_size: int) -> list[tuple[str, str, float]]:
+    """What the others raise, and seconds since rank 1 was lost."""
+    with ranks_of(world_size, tmp_path / "store", Losing(how, during)) as ranks:
+        victim = ranks.processes[VICTIM]
+        child = ranks.hear(VICTIM)
+        others = [rank for rank in range(world_size) if rank != VICTIM]
+        try:
+            assert [ranks.hear(rank) for rank in others] == ["ready"] * len(others)
+            time.sleep(0.2)
+            if how == "drops":
+                ranks.pipes[VICTIM].send("drop")
+                since = ranks.hear(VICTIM)
+            else:
+                since = time.monotonic()
+                os.kill(victim.pid, signal.SIGSTOP if how == "stops" else signal.SIGKILL)
+            told = [ranks.hear(rank) for rank in others]
+            assert [ranks.hear(rank) for rank in others] == ["told again"] * len(others)
+        finally:
+            if child:
+                os.kill(child, signal.SIGKILL)
+            if how == "stops":
+                os.kill(victim.pid, signal.SIGCONT)
+        return [(kind, message, when - since) for kind, message, when in told]
+
+
+@pytest.mark.parametrize(
+    ("how", "during", "world_size"),
+    [
+        ("ends", "step", 3),
+        ("child", "step", 2),
+        ("child unseen by Python", "backward", 2),
+        ("drops", "step", 2),
+        pytest.param("ends", "backward", 3, marks=pytest.mark.long),
+        pytest.param("drops", "backward", 3, marks=pytest.mark.long),
+        pytest.param("child unseen by Python", "step", 3, marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_that_ends_is_named_at_once(tmp_path: Path, how: str, during: str, world_size: int) -> None:
+    for kind, message, seconds in lose(tmp_path, how, during, world_size):
+        assert kind == "RuntimeError" and "rank 1 (process" in message and "has ended" in message
+        assert seconds < 1.5
+
+
+def test_a_rank_that_stops_is_named_in_time(tmp_path: Path) -> None:
+    for kind, message, seconds in lose(tmp_path, "stops", "step", 3):
+        assert kind == "TimeoutError" and "no answer from rank 1 (process" in message and "within 3 s" in message
+        assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + 1
+
+
+def end_at_once(rank: int, pipe: Connection) -> None:
+    optimizer = build()
+    slowly(optimizer, rank)
+    advance(optimizer, range(3))
+    if rank == 0:
+        pipe.send("done")
+        os.kill(os.getpid(), signal.SIGKILL)  # harder than any end of a script
+    pipe.send("done")
+    time.sleep(DEADLINE_S)
+
+
+def slowly(optimizer: ShardedAdamW, rank: int) -> None:
+    """Others than rank 0 read late; sockets hold next to nothing."""
+    for neighbour in links_of(optimizer)._neighbours:
+        neighbour.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    if rank > 0:
+        wait_for = shared_memory._Read.wait
+
+        def wait_late(transfer: Any) -> None:
+            time.sleep(0.002)
+            wait_for(transfer)
+
+        shared_memory._Read.wait = wait_late  # type: ignore[method-assign]
+
+
+def test_a_rank_that_has_taken_its_last_step_may_end(tmp_path: Path) -> None:
+    with ranks_of(3, tmp_path / "store", end_at_once) as ranks:
+        assert [ranks.hear(rank) for rank in range(3)] == ["done"] * 3
+
+
+def turn_to_something_else() -> list[torch.Tensor]:
+    """Rank 0 waits in a collective of the user's after every call of ours, and looks at no socket meanwhile."""
+    rank, _ = rank_and_size()
+    wait_for = shared_memory._Read.wait
+    try:
+        parameters = [torch.nn.Parameter(torch.ones(128)) for _ in range(40)]
+        optimizer = ShardedAdamW(parameters, lr=0.1, bucket_mb=512 / 2**20)
+        slowly(optimizer, rank)
+        for step in range(3):
+            quadratic(parameters, rank, step).backward()
+            optimizer.clip_grad_norm_(1.0)
+            dist.barrier()
+            optimizer.step()
+            dist.barrier()
+            optimizer.zero_grad()
+        return clones(parameters)
+    finally:
+        shared_memory._Read.wait = wait_for  # type: ignore[method-assign]
+
+
+def test_a_rank_that_turns_to_something_else_has_told_everybody_all() -> None:
+    """Records that found a full socket waited for the next call of ours: both ranks then waited for each other."""
+    one, other = on_ranks(2, turn_to_something_else, deadline_s=DEADLINE_S)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# Nothing is left
+
+
+def memory_and_sockets() -> tuple[list[str], list[str]]:
+    """Inodes of this process's shared memory, and names of its sockets."""
+    with open("/proc/self/maps") as file:
+        inodes = [line.split()[4] for line in file if "memfd:shardadam" in line]
+    names = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            names.append(target[len("socket:[") : -1])
+    with open("/proc/net/unix") as file:
+        ours = [line.split()[-1] for line in file if "shardadam" in line and line.split()[6] in names]
+    return sorted(set(inodes)), ours
+
+
+def work_and_end(how: str, rank: int, pipe: Connection) -> None:
+    optimizer = build(gradient_sync="step" if how == "exits" else "backward")
+    advance(optimizer, range(3))
+    pipe.send(memory_and_sockets())
+    if how == "exits":
+        return
+    step = 3
+    while True:
+        advance(optimizer, [step])
+        step += 1
+
+
+class Working:
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        work_and_end(self.how, rank, pipe)
+
+
+def holders(inodes: Sequence[str]) -> list[str]:
+    """Processes that still map the shared memory of these inodes, or hold it open."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/maps") as file:
+                if any("memfd:shardadam" in line and line.split()[4] in inodes for line in file):
+                    found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.timeout(1500)
+def test_nothing_is_left_of_ranks_that_exit_or_are_killed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    shm = {name for name in os.listdir("/dev/shm") if "shardadam" in name}
+    for index in range(200 if request.config.getoption("--long") else 4):
+        how = ("exits", "is killed")[index % 2]
+        with ranks_of(2, tmp_path / f"store-{index}", Working(how), timeout_s=30) as ranks:
+            inodes, names = [], []
+            for rank in range(2):
+                more_inodes, more_names = ranks.hear(rank)
+                inodes += more_inodes
+                names += more_names
+            assert inodes and names
+            pids = [process.pid for process in ranks.processes]
+            if how == "is killed":
+                time.sleep(0.01 * (index % 7))
+                ranks.processes[index // 2 % 2].kill()
+            for process in ranks.processes:
+                process.join(DEADLINE_S)
+            codes = [process.exitcode for process in ranks.processes]
+            assert sorted(codes) == [0, 0] if how == "exits" else -signal.SIGKILL in codes and None not in codes, codes
+        with open("/proc/net/unix") as file:
+            left = file.read()
+        assert not [name for name in names if name in left]
+        assert holders(inodes) == []
+        assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    assert {name for name in os.listdir("/dev/shm") if "shardadam" in name} <= shm
+
+
+def build_and_drop(times: int) -> list[tuple[int, int]]:
+    counts = []
+    for index in range(times):
+        optimizer = build(gradient_sync=("step", "backward")[index % 2])
+        advance(optimizer, range(2))
+        del optimizer
+        gc.collect()
+        if index in (3, times - 1):
+            dist.barrier()
+            with open("/proc/self/maps") as file:
+                counts.append((len(os.listdir("/proc/self/fd")), sum("memfd:shardadam" in line for line in file)))
+    return counts
+
+
+def test_optimizers_that_are_dropped_leave_no_descriptor_and_no_mapping() -> None:
+    for early, late in on_ranks(2, build_and_drop, 30, deadline_s=DEADLINE_S):
+        assert early == late and early[1] == 0
+
+
+# Links by themselves
+
+
+def pair(timeout_s: float = 1.0) -> tuple[Links, Links]:
+    """Two ends in one process."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ends = []
+    for rank, end in enumerate((one, other)):
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        ends.append(Links(rank, [Neighbour(1 - rank, end, os.getpid(), None)], [0, 1], timeout_s))
+    return ends[0], ends[1]
+
+
+def test_records_and_descriptors_arrive_in_order_through_a_full_socket() -> None:
+    one, other = pair()
+    heard: list[tuple[int, str | None]] = []
+
+    def on_record(rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
+        content = None
+        if descriptor is not None:
+            content = os.pread(descriptor, 100, 0).decode()
+            os.close(descriptor)
+        heard.append((number, content))
+
+    other.on_record = on_record
+    open_before = len(os.listdir("/proc/self/fd"))
+    expected: list[tuple[int, str | None]] = []
+    for number in range(500):
+        if number % 7:
+            one.tell(0, number)
+            expected.append((number, None))
+        else:
+            descriptor = os.memfd_create("test")
+            os.write(descriptor, str(number).encode())
+            one.tell(0, number, descriptor=descriptor)
+            os.close(descriptor)
+            expected.append((number, str(number)))
+    assert one._neighbours[0].outbox
+    while len(heard) < len(expected):
+        other.listen()
+        one.listen()
+    assert heard == expected
+    assert not one._neighbours[0].outbox
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize("end", ["close", "neighbour"])
+def test_what_could_not_be_sent_is_forgotten_when_either_end_is_gone(end: str) -> None:
+    open_before = len(os.listdir("/proc/self/fd"))
+    one, other = pair()
+    other.on_record = lambda *record: None
+    for number in range(100):
+        descriptor = os.memfd_create("test")
+        one.tell(0, number, descriptor=descriptor)
+        os.close(descriptor)
+    if end == "neighbour":
+        other.close()
+        with pytest.raises(RuntimeError, match=r"rank 1 .* has ended"):
+            one.wait_for(lambda rank: False, "Waiting")
+        one.tell(0, 100)
+        one.wait_for(lambda rank: True, "Waiting")
+        assert not one._neighbours[0].outbox
+    one.close()
+    other.close()
+    del one, other
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_closed_links_say_so() -> None:
+    one, other = pair()
+    one.close()
+    one.listen()
+    for use in (lambda: one.tell(0, 1), lambda: one.wait_for(lambda rank: False, "Waiting")):
+        with pytest.raises(RuntimeError, match="closed here"):
+            use()
+    other.close()
+
+
+def test_a_timeout_of_years_is_one() -> None:
+    one, other = pair(timeout_s=timedelta(days=365).total_seconds())
+    came = []
+    one.on_record = lambda *record: came.append(record)  # type: ignore[assignment]
+    other.tell(0, 1)
+    one.wait_for(lambda rank: bool(came), "Waiting")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(links, "_LONGEST_POLL_S", 0.01)
+        other.close()
+        with pytest.raises(RuntimeError, match="has ended"):
+            one.wait_for(lambda rank: False, "Waiting")
+    one.close()

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All-gathers under the next forward change nothing but time: every reader of parameters waits for what it reads."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import shardadam
+from shardadam import Precision, ShardedAdamW
+from shardadam.transport import Transport, connect
+from tests.adversarial import AdversarialTransport
+from tests.ranks import on_ranks, rank_and_size
+
+TRANSPORTS: dict[str, Callable[[], Transport]] = {
+    "collective": lambda: connect(None, kind="collective"),
+    "shared memory": lambda: connect(None, kind="shared_memory"),
+    "adversarial": lambda: AdversarialTransport(connect(None, kind="collective")),
+    "adversarial, shared memory": lambda: AdversarialTransport(connect(None, kind="shared_memory")),
+}
+BUCKET_MB = 0.004
+
+
+class Net(nn.Module):
+    """Modules whose order changes from step to step, that are left out, called twice, tied, or never called although
+    their parameters are used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 24)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24)) for _ in range(4))
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)  # uses out_proj.weight without calling it
+        self.silent = nn.Linear(24, 24)
+        self.scale = nn.Parameter(torch.ones(24))
+
+    def forward(self, tokens: Tensor, step: int) -> Tensor:
+        x = self.embedding(tokens)
+        order = list(itertools.permutations(range(4)))[step % 24]
+        for index in order[: 3 + step % 2]:
+            x = x + self.blocks[index](x)
+        x = self.blocks[0](x) + self.attention(x, x, x, need_weights=False)[0]
+        x = F.linear(x, self.silent.weight, self.silent.bias) * self.scale
+        return F.linear(x, self.embedding.weight)
+
+
+def train(
+    transport: str, gradient_sync: str, dtype: torch.dtype, overlap: bool, compiled: bool = False, steps: int = 12
+) -> dict[str, Any]:
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    optimizer = ShardedAdamW(
+        model.named_parameters(),
+        lr=1e-2,
+        bucket_mb=BUCKET_MB,
+        gradient_sync=gradient_sync,  # type: ignore[arg-type]
+        transport=TRANSPORTS[transport](),
+        precision=Precision(),
+    )
+    if overlap:
+        optimizer.overlap_gather(model)
+    called: Any = torch.compile(model, backend="eager") if compiled else model
+    losses, pending = [], []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        tokens = torch.randint(40, (2, 7), generator=generator)
+        if step == 7:  # another forward in between, on one rank alone
+            with torch.no_grad():
+                if rank == 0:
+                    model.blocks[1](torch.ones(1, 24, dtype=dtype))
+        logits = called(tokens[:, :-1], step)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        pending.append(len(optimizer._gatherer._pending))
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = [optimizer.full_state(p)["exp_avg_sq"] for p in model.parameters()]
+    return {"tensors": [*losses, *state.values(), *moments], "pending": pending}
+
+
+@pytest.mark.sweep(14)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_overlap_changes_no_bit(world_size: int, transport: str, gradient_sync: str, dtype: torch.dtype) -> None:
+    without = on_ranks(world_size, train, transport, gradient_sync, dtype, False)
+    overlapped = on_ranks(world_size, train, transport, gradient_sync, dtype, True)
+    for one, other in zip(without, overlapped, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one["tensors"], other["tensors"], strict=True))
+        assert max(one["pending"]) == 0
+        assert min(other["pending"]) > 5
+
+
+def test_hooks_registered_before_compiling_are_not_compiled_away() -> None:
+    eager = on_ranks(2, train, "adversarial", "backward", torch.float32, False, False, 4)
+    compiled = on_ranks(2, train, "adversarial", "backward", torch.float32, True, True, 4)
+    for one, other in zip(eager, compiled, strict=True):
+        assert min(other["pending"]) > 5
+        for a, b in zip(one["tensors"], other["tensors"], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("compile_", [torch.compile, lambda model: model.compile() or model])
+def test_a_model_that_was_compiled_before_is_refused(compile_: Callable[[nn.Module], Any]) -> None:
+    model = Net()
+    optimizer = ShardedAdamW(model.named_parameters())
+    compiled = compile_(model)
+    with pytest.raises(RuntimeError, match=r"overlap_gather first and torch\.compile then"):
+        optimizer.overlap_gather(compiled)
+
+
+def test_a_model_without_the_optimizers_parameters_is_refused() -> None:
+    optimizer = ShardedAdamW(Net().named_parameters())
+    with pytest.raises(ValueError, match="none of the optimizer's parameters"):
+        optimizer.overlap_gather(Net())
+
+
+def use_a_parameter_past_the_hooks() -> str:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    transport = AdversarialTransport(connect(None, kind="collective"))
+    optimizer = ShardedAdamW(model.named_parameters(), bucket_mb=1e-5, transport=transport)
+    optimizer.overlap_gather(model)
+    for _ in range(2):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    try:
+        F.linear(torch.ones(1, 4), model[1].weight).sum().backward()
+    except RuntimeError as error:
+        optimizer.synchronize()
+        return str(error)
+    return "nothing was said"
+
+
+def test_a_parameter_used_past_the_hooks_is_named_in_backward() -> None:
+    for said in on_ranks(2, use_a_parameter_past_the_hooks):
+        assert "Parameter '1.weight' has been used before its all-gather was over" in said
+        assert "optimizer.synchronize()" in said
+
+
+def read_everything_after_a_step(directory: Path) -> list[bool]:
+    """Whether each way to read the parameters sees them whole, right after a step that has left gathers pending."""
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = Net()
+    transport = AdversarialTransport(connect(None, kind="shared_memory"))
+    optimizer = ShardedAdamW(model.named_parameters(), bucket_mb=BUCKET_MB, transport=transport)
+    optimizer.overlap_gather(model)
+    seen = []
+
+    def step() -> None:
+        tokens = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(rank))
+        model(tokens, 0).float().square().mean().backward()
+        optimizer.step()
+        assert optimizer._gatherer.has_pending
+
+    def whole(tensors: Any) -> bool:
+        return all(bool(t.isfinite().all()) for t in tensors)
+
+    step()
+    step()
+    seen.append(whole(model.state_dict().values()))
+    step()
+    seen.append(whole(model.blocks[2].state_dict().values()) and whole(model.state_dict().values()))
+    step()
+    with torch.no_grad():
+        seen.append(whole([model(torch.zeros(1, 3, dtype=torch.int64), 1)]))
+    step()
+    optimizer.synchronize()
+    seen.append(whole(model.parameters()))
+    step()
+    shardadam.save(directory, model=model, optimizer=optimizer, step=1)
+    saved = [p.detach().clone() for p in model.parameters()]
+    step()
+    shardadam.load(directory, model=model, optimizer=optimizer)
+    seen.append(all(torch.equal(a, b) for a, b in zip(saved, model.parameters(), strict=True)))
+    step()
+    kept = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+    step()
+    model.load_state_dict(kept)
+    seen.append(all(bool((p == 0.5).all()) for p in model.parameters()))
+    step()
+    seen.append(whole(optimizer.full_state(p)["exp_avg"] for p in model.parameters()))
+    step()
+    optimizer.sync_module(model)
+    seen.append(whole(model.parameters()))
+    return seen
+
+
+def test_every_reader_waits(tmp_path: Path) -> None:
+    for seen in on_ranks(2, read_everything_after_a_step, tmp_path):
+        assert seen == [True] * 8
+
+
+def test_copies_and_pickles_of_the_model_leave_the_hooks_behind() -> None:
+    model = Net()
+    optimizer = ShardedAdamW(model.named_parameters())
+    optimizer.overlap_gather(model)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    expected = model(tokens, 0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(tokens, 0), expected)
+        hooks = [hook for module in copied.modules() for hook in module._forward_pre_hooks.values()]
+        assert all(hook._call.__name__ == "_nothing" for hook in hooks)
+
+
+def test_the_model_outlives_its_optimizer() -> None:
+    model = Net()
+    optimizer = ShardedAdamW(model.named_parameters())
+    optimizer.overlap_gather(model)
+    del optimizer
+    model(torch.zeros(1, 3, dtype=torch.int64), 0).sum().backward()
+    model.state_dict()

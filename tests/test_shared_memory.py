@@ -1,0 +1,610 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared memory changes how gradients and parameters travel, and nothing else: the same bits, and everybody's own
+parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import mmap
+import os
+import random
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardadam import GradScaler, Precision, ShardedAdamW
+from shardadam import transport as transports
+from shardadam.transport import SharedMemoryTransport, links, shared_memory
+from tests import test_hybrid, test_parity
+from tests.ranks import on_ranks, rank_and_size
+from tests.twins import build_parameters, clones, quadratic
+
+DEADLINE_S = 20.0
+BUCKET_MB = 0.001
+
+
+def build(parameters: Sequence[Tensor] | None = None, **options: Any) -> ShardedAdamW:
+    options = {"lr": 1e-2, "bucket_mb": BUCKET_MB, **options}
+    return ShardedAdamW(build_parameters() if parameters is None else parameters, **options)
+
+
+def train(optimizer: ShardedAdamW, steps: Sequence[int]) -> list[Tensor]:
+    rank, _ = rank_and_size()
+    parameters = optimizer.param_groups[0]["params"]
+    for step in steps:
+        quadratic(parameters, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return clones(parameters)
+
+
+def transport_of(optimizer: ShardedAdamW) -> SharedMemoryTransport:
+    assert isinstance(optimizer._transport, SharedMemoryTransport)
+    return optimizer._transport
+
+
+# Which transport
+
+
+@contextmanager
+def broken(what: str) -> Iterator[None]:
+    """This rank cannot do something that shared memory needs."""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError("broken on purpose")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "host":
+            patch.setattr(links, "host_identity", lambda: "elsewhere")
+        elif what in ("bind", "connect"):
+            patch.setattr(socket.socket, what, fail)
+        elif what == "map":
+            patch.setattr(mmap, "mmap", fail)
+        elif what == "memfd":
+            patch.delattr(os, "memfd_create")
+        elif what == "user":
+            patch.setattr(links, "_credentials", lambda link: (os.getpid(), os.geteuid() + 1, 0))
+        yield
+
+
+REASONS = {
+    "host": "the ranks are not on one host",
+    "bind": "rank 1: broken on purpose",
+    "connect": "rank 1 cannot connect: broken on purpose",
+    "map": "rank 1: broken on purpose",
+    "memfd": "rank 1: this system has no memfd_create",
+    "user": f"rank 1 cannot connect: the other end belongs to user {os.geteuid() + 1}, expected {os.geteuid()}",
+}
+
+
+def try_to_build(what: str, transport: str) -> tuple[str, str]:
+    rank, _ = rank_and_size()
+    with pytest.MonkeyPatch.context() as patch, broken(what) if rank == 1 else nullcontext():
+        patch.setattr(links, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait for the one that cannot connect
+        try:
+            optimizer = build(transport=transport)
+            found = (type(optimizer._transport).__name__, "")
+            train(optimizer, range(2))
+        except RuntimeError as error:
+            found = ("RuntimeError", str(error))
+    return found
+
+
+def build_where_it_is_impossible(what: str) -> tuple[str, tuple[str, str], str]:
+    found = try_to_build(what, "auto")[0], try_to_build(what, "shared_memory")
+    optimizer = build()
+    train(optimizer, range(2))  # nothing is left that could be in the way
+    return (*found, type(optimizer._transport).__name__)
+
+
+@pytest.mark.parametrize("what", list(REASONS))
+def test_all_ranks_fall_back_or_raise_one_reason_if_one_cannot_share(what: str) -> None:
+    results = on_ranks(3, build_where_it_is_impossible, what, deadline_s=DEADLINE_S)
+    assert len(set(results)) == 1, results
+    fallback, (kind, message), later = results[0]
+    assert fallback == "CollectiveTransport" and later == "SharedMemoryTransport"
+    assert kind == "RuntimeError" and REASONS[what] in message and '"auto"' in message
+
+
+def build_collective() -> str:
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("attached")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "connect_links", refuse)
+        optimizer = build(transport="collective")
+        train(optimizer, range(2))
+        return type(optimizer._transport).__name__
+
+
+def test_collective_never_attaches() -> None:
+    assert on_ranks(2, build_collective) == ["CollectiveTransport"] * 2
+
+
+def build_unlike(kinds: Sequence[str]) -> str:
+    rank, _ = rank_and_size()
+    with pytest.raises(ValueError) as raised:
+        build(transport=kinds[rank])
+    train(build(), range(2))
+    return str(raised.value)
+
+
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize("kinds", list(combinations(("auto", "collective", "shared_memory"), 2)), ids="-".join)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_ranks_that_want_different_transports_are_told(kinds: tuple[str, ...], swapped: bool) -> None:
+    one, other = reversed(kinds) if swapped else kinds
+    results = on_ranks(3, build_unlike, (one, other, one), deadline_s=DEADLINE_S)
+    expected = f"Ranks disagree on the optimizer: transport {one!r} on ranks 0, 2, {other!r} on rank 1."
+    assert all(result.startswith(expected) for result in results)
+
+
+# The same bits
+
+
+@dataclass(frozen=True)
+class Case:
+    gradient_sync: str = "backward"
+    dtype: str = "float32"
+    moments: str = "fp32"
+    master: str = "auto"
+    clip: str = "none"  # "none" | "option" | "call"
+    accumulate: int = 1
+    no_sync: bool = False
+    unused: str = "none"
+    set_to_none: bool = True
+    edit: str = "none"  # of p.grad: "none" | "scale" | "replace" | "drop"
+    edit_late: bool = False  # after clipping, which makes it be reduced again
+    nan: bool = False
+    scaler: bool = False
+    full_grad: bool = False
+    world_size: int = 2
+
+    @property
+    def id(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(changed) or "default"
+
+
+def random_case(generator: random.Random) -> Case:
+    choose = generator.choice
+    gradient_sync = choose(("backward", "step", "step", "external"))
+    dtype = choose(("float32", "float32", "bfloat16", "float16"))
+    accumulate = choose((1, 3))
+    edits = gradient_sync == "step" and generator.random() < 0.5
+    return Case(
+        gradient_sync=gradient_sync,
+        dtype=dtype,
+        moments=choose(("fp32", "int8")),
+        master="auto" if dtype == "float32" else choose(("fp32", "split")),
+        clip=choose(("none", "option", "call")),
+        accumulate=accumulate,
+        no_sync=accumulate > 1 and choose((False, True)),
+        unused=choose(("none", "everywhere", "some ranks", "changing")) if accumulate == 1 else "some ranks",
+        set_to_none=choose((False, True)),
+        edit=choose(("scale", "replace", "drop")) if edits else "none",
+        edit_late=edits and choose((False, True)),
+        nan=choose((False, True)),
+        scaler=choose((False, True)),
+        full_grad=choose((False, True)),
+        world_size=choose((2, 2, 3, 4)),
+    )
+
+
+def edit(case: Case, parameters: Sequence[Tensor], rank: int, step: int) -> None:
+    for index, parameter in enumerate(parameters):
+        generator = random.Random(100 * step + 10 * rank + index)
+        if parameter.grad is None or generator.random() < 0.3:
+            continue
+        if case.edit == "scale":
+            parameter.grad.mul_(generator.random())
+        elif case.edit == "replace":
+            parameter.grad = torch.full_like(parameter, generator.random())
+        elif case.edit == "drop":
+            parameter.grad = None
+
+
+def run_case(case: Case, transport: str) -> dict[str, Any]:
+    rank, world_size = rank_and_size()
+    parity = test_parity.Case(unused=case.unused, accumulate=case.accumulate)
+    dtype = getattr(torch, case.dtype)
+    parameters = [nn.Parameter(p.detach().to(dtype)) for p in test_parity.build_parameters(parity)]
+    optimizer = build(
+        parameters,
+        gradient_sync=case.gradient_sync,
+        max_grad_norm=2.0 if case.clip == "option" else None,
+        precision=Precision(moments=case.moments, master=case.master),  # type: ignore[arg-type]
+        transport=transport,
+    )
+    scaler = GradScaler("cpu", init_scale=2.0**8, growth_interval=2, enabled=case.scaler)
+    found: dict[str, Any] = {}
+    for step in range(4):
+        for micro in range(case.accumulate):
+            loss = test_parity.loss_of(parity, parameters, rank, step, micro) / case.accumulate  # type: ignore[arg-type]
+            if case.nan and step == 2 and rank == 1:
+                loss = loss * float("nan")
+            if not loss.requires_grad:
+                continue
+            local = case.no_sync and micro < case.accumulate - 1
+            with optimizer.no_sync() if local else nullcontext():
+                scaler.scale(loss).backward()
+        if case.gradient_sync == "external":
+            for parameter in parameters:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(gradient)
+                parameter.grad = gradient.div_(world_size)
+        if not case.edit_late:
+            edit(case, parameters, rank, step)
+        if case.clip == "call":
+            if case.scaler and (case.gradient_sync == "backward" or dtype != torch.float16):
+                scaler.unscale_(optimizer)
+            found[f"norm {step}"] = optimizer.clip_grad_norm_(1.5)
+        if case.edit_late:
+            edit(case, parameters, rank, step)
+        if case.full_grad:
+            found[f"gradient {step}"] = optimizer.full_grad(parameters[3])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=case.set_to_none)
+    found["norm"] = optimizer.grad_norm
+    found["skipped"] = optimizer.skipped_steps
+    found["scale"] = torch.tensor(scaler.get_scale())
+    for index, parameter in enumerate(parameters):
+        found[f"parameter {index}"] = parameter.detach().clone()
+        found |= {f"{name} {index}": value for name, value in optimizer.full_state(parameter).items()}
+    found["kind"] = type(optimizer._transport).__name__
+    return found
+
+
+def compare_transports(case: Case) -> list[str]:
+    """What is not equal bit for bit."""
+    ours, reference = (run_case(case, transport) for transport in ("shared_memory", "collective"))
+    assert (ours.pop("kind"), reference.pop("kind")) == ("SharedMemoryTransport", "CollectiveTransport")
+    assert ours.keys() == reference.keys()
+    return [name for name, value in ours.items() if not is_same(value, reference[name])]
+
+
+def is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and torch.equal(as_bytes(one), as_bytes(other))  # NaN equals itself
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+FEATURES = [
+    Case(),
+    Case(gradient_sync="step"),
+    Case(gradient_sync="step", clip="option", world_size=3),
+    Case(gradient_sync="step", edit="drop", clip="call", edit_late=True, unused="changing"),
+    Case(gradient_sync="step", nan=True, scaler=True, dtype="float16", master="split", accumulate=3),
+    Case(gradient_sync="step", full_grad=True, clip="call", set_to_none=False, edit="replace"),
+    Case(accumulate=3, no_sync=True, unused="some ranks", clip="call", full_grad=True, world_size=4),
+    Case(dtype="bfloat16", master="split", moments="int8", unused="changing", world_size=3),
+    Case(gradient_sync="external", clip="option"),
+]
+CASES = [random_case(random.Random(seed)) for seed in range(300)]
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.id)
+def test_equals_collective_bit_for_bit_in_every_feature(case: Case) -> None:
+    assert on_ranks(case.world_size, compare_transports, case, deadline_s=DEADLINE_S) == [[]] * case.world_size
+
+
+@pytest.mark.sweep(10)
+@pytest.mark.parametrize("seed", range(len(CASES)))
+def test_equals_collective_bit_for_bit(seed: int) -> None:
+    case = CASES[seed]
+    assert on_ranks(case.world_size, compare_transports, case, deadline_s=DEADLINE_S) == [[]] * case.world_size, case
+
+
+@pytest.mark.parametrize("case", [test_hybrid.CASES[0], test_hybrid.CASES[4]], ids=lambda case: case.id)
+def test_hybrid_equals_collective_bit_for_bit(case: test_parity.Case) -> None:
+    ours, reference = (on_ranks(4, test_hybrid.train, case, (2, 2), kind) for kind in ("shared_memory", "collective"))
+    for one, other in zip(ours, reference, strict=True):
+        assert one["norms"] == other["norms"]
+        assert all(torch.equal(a, b) for a, b in zip(one["parameters"], other["parameters"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one["shard"][1], other["shard"][1], strict=True))
+
+
+# Everybody's own
+
+
+def swap_between_steps(gradient_sync: str, swaps: bool) -> list[Tensor]:
+    """Rank 0 evaluates with averaged parameters after every step; the others read slowly."""
+    rank, _ = rank_and_size()
+    generator = random.Random(rank)
+    parameters = build_parameters()
+    optimizer = build(parameters, gradient_sync=gradient_sync)
+    averages = clones(parameters)
+    wait = shared_memory._Read.wait
+
+    def wait_slowly(transfer: Any) -> None:
+        if rank > 0 and generator.random() < 0.3:
+            time.sleep(0.001)
+        wait(transfer)
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(shared_memory._Read, "wait", wait_slowly)
+        for step in range(20):
+            with torch.enable_grad():
+                quadratic(parameters, rank, step).backward()
+            optimizer.step()
+            if rank == 0 and swaps:
+                backup = clones(parameters)
+                torch._foreach_lerp_(averages, parameters, 0.1)
+                torch._foreach_copy_(parameters, averages)
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.fill_(1e9)
+                time.sleep(generator.choice((0, 0, 0.002)))
+                quadratic(parameters, 7, step)
+                torch._foreach_copy_(parameters, backup)
+            elif generator.random() < 0.3:
+                time.sleep(0.002)
+            seen += clones(parameters)
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+    return seen
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_one_rank_writes_between_steps_stays_its_own(gradient_sync: str, world_size: int) -> None:
+    expected = on_ranks(world_size, swap_between_steps, gradient_sync, False)[0]
+    for seen in on_ranks(world_size, swap_between_steps, gradient_sync, True):
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def try_to_write() -> list[str]:
+    """Ways to write a neighbour's memory, or to take it away, that have worked."""
+    received: list[tuple[int, int]] = []
+    map_memory = shared_memory._map
+
+    def keep(descriptor: int, nbytes: int, *, writable: bool) -> Tensor:
+        if not writable:
+            received.append((os.dup(descriptor), nbytes))
+        return map_memory(descriptor, nbytes, writable=writable)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "_map", keep)
+        optimizer = build(gradient_sync="step")
+    before = train(optimizer, range(2))
+    transport = transport_of(optimizer)
+    succeeded = []
+
+    def attempt(what: str, act: Any) -> None:
+        try:
+            act()
+            succeeded.append(what)
+        except (OSError, ValueError):
+            pass
+
+    def map_writable(descriptor: int, nbytes: int) -> None:
+        mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    for descriptor, nbytes in received:
+        reopened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # what is sealed stays so
+        for fd in (descriptor, reopened):
+            attempt("map", lambda fd=fd, nbytes=nbytes: map_writable(fd, nbytes))
+            attempt("shrink", lambda fd=fd: os.ftruncate(fd, 0))
+            attempt("grow", lambda fd=fd: os.ftruncate(fd, 1 << 20))
+            attempt("write", lambda fd=fd: os.pwrite(fd, b"x", 0))
+            os.close(fd)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for buffers in transport._shared.values():
+        for rank, memory in buffers.items():
+            if rank != transport.rank:
+                address, length = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
+                if libc.mprotect(address, length, mmap.PROT_READ | mmap.PROT_WRITE) == 0:
+                    succeeded.append("mprotect")
+    assert received and transport._shared
+    assert all(torch.equal(a, b) for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
+    return succeeded
+
+
+def test_neighbours_memory_cannot_be_written_nor_resized() -> None:
+    assert on_ranks(2, try_to_write) == [[], []]
+
+
+# Life beside the other ranks and after them
+
+
+def outlive(directory: str) -> bool:
+    rank, _ = rank_and_size()
+    parameters = build_parameters()
+    optimizer = build(parameters, gradient_sync="step")
+    train(optimizer, range(3))
+    expected = clones(parameters)
+    optimizer._transport.close(clean=True)
+    del optimizer
+    gc.collect()
+    dist.barrier()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += rank + 1
+    file = io.BytesIO()
+    torch.save(parameters, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    quadratic(parameters, rank, 0).backward()
+    return all(torch.equal(a, b + rank + 1) for a, b in zip(loaded, expected, strict=True))
+
+
+def test_parameters_live_on_without_their_optimizer() -> None:
+    assert on_ranks(2, outlive, "") == [True, True]
+
+
+def use_in_a_child(gradient_sync: str, forks: bool) -> tuple[str, list[Tensor]]:
+    parameters = build_parameters()
+    optimizer = build(parameters, gradient_sync=gradient_sync, max_grad_norm=1.0 if gradient_sync == "step" else None)
+    train(optimizer, range(2))
+    said = ""
+    if forks:
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            message = "nothing"
+            try:
+                optimizer.step()
+            except BaseException as error:
+                message = f"{type(error).__name__}: {error}"
+            os.write(write_end, message.encode())
+            os._exit(0)
+        os.close(write_end)
+        said = os.read(read_end, 4096).decode()
+        os.close(read_end)
+        os.waitpid(child, 0)
+    return said, train(optimizer, range(2, 5))
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+def test_a_forked_child_is_refused_and_its_parent_trains_on(gradient_sync: str) -> None:
+    expected = on_ranks(2, use_in_a_child, gradient_sync, False)
+    for (said, trained), (_, reference) in zip(
+        on_ranks(2, use_in_a_child, gradient_sync, True, deadline_s=DEADLINE_S), expected, strict=True
+    ):
+        assert said.startswith("RuntimeError") and "not in its forked children" in said
+        assert all(torch.equal(a, b) for a, b in zip(trained, reference, strict=True))
+
+
+# Staging
+
+
+def mappings() -> int:
+    with open("/proc/self/maps") as file:
+        return sum("memfd:shardadam" in line for line in file)
+
+
+def run_late(late: int) -> dict[str, Any]:
+    rank, _ = rank_and_size()
+    parameters = [nn.Parameter(torch.ones(512)) for _ in range(12)]
+    optimizer = build(parameters, bucket_mb=2048 / 2**20)
+    transport = transport_of(optimizer)
+    found: dict[str, Any] = {}
+    for step in range(3):
+        if step == 1 and rank == late:
+            time.sleep(0.3)
+        if step == 1:
+            start = time.monotonic()
+            quadratic(parameters, rank, step).backward()
+            found["seconds"] = time.monotonic() - start
+            found["grown"] = optimizer.memory().staging // optimizer._buckets[0].parameters.nbytes
+        else:
+            quadratic(parameters, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found[f"staging {step}"] = optimizer.memory().staging // optimizer._buckets[0].parameters.nbytes
+    dist.barrier()
+    transport._links.listen()
+    gc.collect()
+    found["neighbours"] = len(transport._staging)
+    found["mappings"] = mappings() - sum(len(buffers) for buffers in transport._shared.values())
+    return found
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_staging_grows_while_a_peer_is_late_and_shrinks_everywhere(late: int) -> None:
+    before = on_ranks(2, mappings_of_the_past)
+    results = on_ranks(2, run_late, late, deadline_s=DEADLINE_S)
+    early = results[1 - late]
+    assert early["grown"] > 6 and early["seconds"] < 0.25, results
+    for result, past in zip(results, before, strict=True):
+        assert result["staging 1"] == 2 and result["staging 2"] == 2
+        assert result["neighbours"] == 2
+        assert result["mappings"] - past == 4  # two of this rank's own, two of the neighbour's
+
+
+def mappings_of_the_past() -> int:
+    gc.collect()
+    return mappings()
+
+
+# Who may attach
+
+
+def attach_among_strangers() -> tuple[str, list[str]]:
+    meet = links._meet
+    strangers: list[socket.socket] = []
+
+    def meet_after_strangers(own: int, listener: socket.socket, everybody: Any, *rest: Any) -> Any:
+        name, secret = everybody[own][1], everybody[own][2]
+        hellos = [None, b"", b"x", struct.pack("=I", 2) + b"0" * 16, struct.pack("=I", 99) + secret]
+        for hello in [*hellos, struct.pack("=I", own) + secret] if own < 2 else []:
+            stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stranger.connect(name)
+            if hello:
+                stranger.send(hello)
+            elif hello is None:
+                stranger.close()
+                continue
+            strangers.append(stranger)
+        return meet(own, listener, everybody, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(links, "_meet", meet_after_strangers)
+        patch.setattr(links, "_HELLO_TIMEOUT_S", 0.1)  # one of them says nothing
+        optimizer = build()
+    train(optimizer, range(2))
+    heard = []
+    for stranger in strangers:
+        stranger.settimeout(1.0)
+        try:
+            heard.append("" if stranger.recv(4096) == b"" else "records")
+        except ConnectionResetError:
+            heard.append("")
+        except OSError as error:
+            heard.append(str(error))
+        stranger.close()
+    return type(optimizer._transport).__name__, heard
+
+
+def test_strangers_are_dropped_and_ranks_attach_all_the_same() -> None:
+    for rank, (kind, heard) in enumerate(on_ranks(3, attach_among_strangers, deadline_s=DEADLINE_S)):
+        assert kind == "SharedMemoryTransport"
+        assert heard == ([""] * 5 if rank < 2 else [])
+
+
+@pytest.mark.parametrize("uid", [os.geteuid(), os.geteuid() + 1])
+def test_the_secret_is_of_no_use_to_another_user(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.send(struct.pack("=I", 3) + b"s" * 16)
+    monkeypatch.setattr(links, "_credentials", lambda link: (os.getpid(), uid, 0))
+    with ours, theirs:
+        assert links._who(ours, b"s" * 16) == (3 if uid == os.geteuid() else None)
+
+
+def names_in_use() -> dict[str, Any]:
+    before = sorted(os.listdir("/dev/shm"))
+    optimizer = build(gradient_sync="step")
+    train(optimizer, range(2))
+    with open("/proc/net/unix") as file:
+        sockets = [line.split()[-1] for line in file if "shardadam" in line]
+    with open("/proc/self/maps") as file:
+        memory = {line.split(maxsplit=5)[-1].strip() for line in file if "shardadam" in line and ".so" not in line}
+    after = sorted(os.listdir("/dev/shm"))
+    dist.barrier()
+    new = [name for name in after if name not in before]
+    return {"sockets": sockets, "memory": memory, "new": [name for name in new if "shardadam" in name]}
+
+
+def test_nothing_has_a_name_in_the_file_system() -> None:
+    for found in on_ranks(2, names_in_use):
+        assert found["new"] == []
+        assert found["sockets"] and all(name.startswith("@shardadam-") for name in found["sockets"])
+        assert found["memory"] == {"/memfd:shardadam (deleted)"}
