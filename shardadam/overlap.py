@@ -49,13 +49,17 @@ class OverlappedForward:
             raise ValueError(
                 "overlap_gather: the model has none of the optimizer's parameters. Pass the model that they belong to."
             )
+        # Compiled code breaks off for them and waits. Not as decorators: importing torch's compiler takes seconds.
+        before_root, before, after_root = map(
+            torch.compiler.disable, (self._before_root, self._before, self._after_root)
+        )
         for module, indices in self._indices.items():
             if module is model or indices:
-                hook = self._before_root if module is model else self._before
+                hook = before_root if module is model else before
                 module.register_forward_pre_hook(_Hook(hook), prepend=True)
             module.register_state_dict_pre_hook(_Hook(self._before_state_dict))  # type: ignore[no-untyped-call]
             module.register_load_state_dict_pre_hook(_Hook(self._before_state_dict))  # type: ignore[no-untyped-call]
-        model.register_forward_hook(_Hook(self._after_root))
+        model.register_forward_hook(_Hook(after_root))
         for member in members.values():
             if member.ordinal in self._covered:
                 check = _gradient_check(weakref.ref(gatherer), member)
@@ -65,13 +69,11 @@ class OverlappedForward:
         """Whether a forward waits for all that is in ``bucket``."""
         return all(member.ordinal in self._covered for member, _ in bucket.pieces)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_root(self, module: nn.Module, *_: Any) -> None:
         if self._is_learning:
             self._called.clear()
         self._before(module)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, *_: Any) -> None:
         gatherer = self._gatherer()
         if gatherer is None:
@@ -83,7 +85,6 @@ class OverlappedForward:
             gatherer.wait_for(self._at_once)
             gatherer.wait_for(self._indices[module])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_root(self, *_: Any) -> None:
         if self._is_learning:
             self._is_learning = False
