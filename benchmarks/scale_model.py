@@ -111,7 +111,7 @@ def bytes_by_kind(layout: Layout, form: Form, *, kernel: bool, receives: bool) -
 
     Args:
         kernel: the update is the Triton kernel (CUDA).
-        receives: the transport's staging has a receiving half (all but NCCL).
+        receives: the transport's staging has room for what the peers send (Gloo).
     """
     total = dict.fromkeys(KINDS, 0)
     for index, arena in enumerate(layout.arenas):
@@ -120,7 +120,8 @@ def bytes_by_kind(layout: Layout, form: Form, *, kernel: bool, receives: bool) -
         blocks = numel // ALIGNMENT_NUMEL * (2 if count < 2**15 else 4) if kernel or form.moments != "fp32" else 0
         total["parameters"] += arena.numel * arena.itemsize
         total["gradient_shard"] += 4 * numel
-        total["staging"] += min(2, len(buckets)) * max(buckets) * arena.itemsize * (2 if receives else 1)
+        received = max(buckets) - max(buckets) // layout.world_size if receives else 0
+        total["staging"] += min(2, len(buckets)) * (max(buckets) + received) * arena.itemsize
         total["moments"] += int(numel * form.moment_bytes)
         total["master"] += numel * form.master_bytes
         total["scalars"] += 12 * count
