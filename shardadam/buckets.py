@@ -406,10 +406,9 @@ class StagingPool:
 
     def _settle_oldest(self) -> None:
         # Always in order: the sums of two rounds are added into one shard, and must be added the same way every time.
-        in_flight = self._in_flight.popleft()
         with span("reduce_scatter"):
-            in_flight.pending.wait()
-        self._unreleased.append(in_flight)
+            self._in_flight[0].pending.wait()
+        self._unreleased.append(self._in_flight.popleft())
 
     def _take_back(self) -> None:
         while self._unreleased and self._unreleased[0].pending.is_released():

@@ -36,11 +36,11 @@ class ParameterGatherer:
     def wait_for(self, indices: Iterable[int]) -> None:
         """Afterwards the parameters of these buckets are what their ranks have made of them."""
         for index in indices:
-            pending = self._pending.pop(index, None)
+            pending = self._pending.get(index)
             if pending is not None:
                 with span("all_gather"):
                     pending.wait()
-                self._unreleased.append(pending)
+                self._unreleased.append(self._pending.pop(index))
 
     def wait(self) -> None:
         """Afterwards all parameters are what their ranks have made of them."""

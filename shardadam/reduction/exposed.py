@@ -26,6 +26,7 @@ class ExposedGradients:
         self._flats: dict[FlatArena, Tensor] = {}
         self._members: list[Member] = []
         self._views: dict[int, Tensor] = {}  # by ordinal
+        self._owner_of: dict[int, int] = {}  # by id of the view: the ordinal
         self._checked: dict[int, int] = {}  # by ordinal: the version of the view that has been checked
         self._too_large: set[int] = set()  # ordinals of gradients that are not finite, or whose sum might not be
         self._cleared: set[int] = set()  # ordinals of views that are known to be zero
@@ -45,7 +46,8 @@ class ExposedGradients:
                 self._sources[bucket.index] = Sources(self._transport.sources(whole), 1 / self._divisor)
         exposed = [member for member in members if member.arena in self._flats]
         for member in exposed:
-            self._views[member.ordinal] = view_of(self._flats[member.arena], member)
+            view = self._views[member.ordinal] = view_of(self._flats[member.arena], member)
+            self._owner_of[id(view)] = member.ordinal
             self._cleared.add(member.ordinal)
         self._members += exposed
         return exposed
@@ -72,8 +74,9 @@ class ExposedGradients:
         Args:
             used: which members have a gradient, written here.
         """
-        for member in self._members:
-            ordinal, gradient = member.ordinal, member.parameter.grad
+        gradients = [self._gradient_of(member) for member in self._members]
+        for member, gradient in zip(self._members, gradients, strict=True):
+            ordinal = member.ordinal
             view = self._views[ordinal]
             used[ordinal] = gradient is not None
             if gradient is view:
@@ -88,6 +91,12 @@ class ExposedGradients:
                 self._cleared.add(ordinal)
                 self._too_large.discard(ordinal)
                 self._checked.pop(ordinal, None)
+
+    def _gradient_of(self, member: Member) -> Tensor | None:
+        gradient = member.parameter.grad
+        if gradient is not None and self._owner_of.get(id(gradient), member.ordinal) != member.ordinal:
+            return gradient.clone()  # it is in another parameter's place, which may be written before it is read
+        return gradient
 
     def is_finite(self) -> bool:
         """Whether no gradient of this rank can make a sum over ranks infinite or NaN."""

@@ -16,6 +16,7 @@ Note: nothing waits in a hook
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -51,6 +52,7 @@ class GradientReducer(Reducer):
         self._exposed = ExposedGradients(transport)
         self._with_squares = with_squares
         self._transport = transport
+        self._process = os.getpid()
         self._divisor = transport.world_size * transport.replicas
         self._hooked = hooked
         self._handles: list[Any] = []
@@ -103,6 +105,11 @@ class GradientReducer(Reducer):
     def _on_gradient(self, member: Member) -> None:
         if self.is_superseded:
             return
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "backward in a forked child of the process that built the optimizer: it would write into the parent's "
+                "memory. Build the model and the optimizer in the child."
+            )
         if not self._hooked:
             self._exposed.take(member)
             return

@@ -70,7 +70,7 @@ def _connect_group(lease: Lease | None, *, kind: str, exact_sums: bool) -> Trans
         return SingleProcessTransport()
     collective = CollectiveTransport(lease, exact_sums=exact_sums)
     # Ranks that want different things are told so later, when all that they must agree on is compared.
-    if kind == "collective" or any(other != kind for other in exchange(kind, lease.control)):
+    if set(exchange(kind, lease.control)) != {kind} or kind == "collective":
         return collective
     links: Links | str = "the process group has no backend for the CPU"
     if "cpu" in backend_of_device(lease.training):

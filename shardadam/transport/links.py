@@ -90,6 +90,7 @@ class Links:
                     self._by_fd[fd] = neighbour
                     self._poll.register(fd, select.POLLIN)
         self._is_open = True
+        self._failure: str | None = None  # why this rank has given up
         _live.add(self)
 
     def tell(self, kind: int, number: int, value: int = 0, descriptor: int | None = None) -> None:
@@ -112,6 +113,11 @@ class Links:
 
     def check_open(self, what: str) -> None:
         """Raises RuntimeError where the links are closed."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"{what}: the ranks have parted before, and cannot go on together: {self._failure} Start again, from "
+                "the last checkpoint."
+            )
         if not self._is_open:
             raise RuntimeError(
                 f"{what}: the links to the other ranks are closed here. An optimizer works in the process that "
@@ -128,8 +134,19 @@ class Links:
         Raises:
             RuntimeError: a rank that it waits for has ended.
             TimeoutError: a rank has kept it waiting for longer than the process group's timeout.
-        """
 
+        Whatever it raises, the links are closed: the others are told, and nobody takes what comes next for what this
+        rank has not waited for.
+        """
+        try:
+            self._wait_for(has_come, what, until_sent=until_sent)
+        except BaseException as error:
+            if self._is_open:
+                self._failure = str(error) or f"{type(error).__name__}."
+                self.close()
+            raise
+
+    def _wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool) -> None:
         def is_late(neighbour: Neighbour) -> bool:
             return not has_come(neighbour.rank) or (until_sent and bool(neighbour.outbox))
 
@@ -143,8 +160,8 @@ class Links:
             for neighbour in late:
                 if neighbour.has_ended:
                     raise RuntimeError(
-                        f"{what}: rank {self._names[neighbour.rank]} (process {neighbour.pid}) has ended, or has "
-                        "dropped its optimizer, while this rank was waiting for it. See its own output."
+                        f"{what}: rank {self._names[neighbour.rank]} (process {neighbour.pid}) has ended, has given up "
+                        "waiting, or has dropped its optimizer, while this rank was waiting for it. See its own output."
                     )
             remaining = deadline - time.monotonic()
             if remaining <= 0:
