@@ -6,6 +6,7 @@ Holds tensors where ``layout.py`` says; moves nothing between ranks and knows no
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,7 @@ def _allocate_arena(
         members=[],
         buckets=[],
         parameters=transport.parameters(plan.numel, dtype, device),
-        gradient_shard=torch.zeros(numel, dtype=format.exact_dtype, device=device),
+        gradient_shard=torch.empty(numel, dtype=format.exact_dtype, device=device),  # written before it is read
         state=formats.allocate(format, numel, device),
         blocks=torch.zeros(
             numel // ALIGNMENT_NUMEL if needs_blocks else 0,
@@ -334,10 +335,12 @@ class StagingPool:
         Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer
         inside a backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the
         pool grows: the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in
-        ``trim``.
+        ``trim``. Before it grows it looks out for the peers for a moment, which cannot be a deadlock: they are mostly
+        just behind.
     """
 
     SIZE = 2
+    PATIENCE_S = 0.05
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -367,6 +370,12 @@ class StagingPool:
             self._take_back()
         if not free and may_wait and self._unreleased and self._count() >= self.SIZE:
             self._unreleased[0].pending.await_release()
+            self._take_back()
+        end = time.monotonic() + self.PATIENCE_S
+        while not free and self._count() >= self.SIZE and (left := end - time.monotonic()) > 0:
+            if not self._transport.look_out(left):
+                break
+            self.progress()
             self._take_back()
         return free.pop() if free else self._transport.staging(self._numel[key], *key)
 

@@ -142,6 +142,10 @@ class Transport(ABC):
         """Returns when all ranks have come here."""
         self.all_reduce(torch.zeros(1)).wait()
 
+    def look_out(self, seconds: float) -> bool:
+        """Waits a moment for news of the peers; False, at once, where there is no way to. Local."""
+        return False
+
     def close(self, *, clean: bool) -> None:
         """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective.
 

@@ -105,6 +105,9 @@ class HybridTransport(Transport):
     def fence(self) -> None:
         self._shard.fence()
 
+    def look_out(self, seconds: float) -> bool:
+        return self._shard.look_out(seconds)
+
     def close(self, *, clean: bool) -> None:
         self._shard.close(clean=clean)
         self._replica.close(clean=clean)

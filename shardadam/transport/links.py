@@ -106,10 +106,10 @@ class Links:
                 neighbour.outbox.append((record, None))
             self._send(neighbour)
 
-    def listen(self) -> None:
-        """Takes what has come, without waiting."""
+    def listen(self, seconds: float = 0.0) -> None:
+        """Takes what has come, or waits so long for something to come."""
         if self._is_open:
-            self._handle(self._poll.poll(0))
+            self._handle(self._poll.poll(seconds * 1000))
 
     def check_open(self, what: str) -> None:
         """Raises RuntimeError where the links are closed."""

@@ -232,6 +232,10 @@ class SharedMemoryTransport(Transport):
     def fence(self) -> None:
         self.await_ready(self._announce(is_read=False), "A fence")
 
+    def look_out(self, seconds: float) -> bool:
+        self._links.listen(seconds)
+        return True
+
     def close(self, *, clean: bool) -> None:
         self._links.close()
         self._inner.close(clean=clean)
