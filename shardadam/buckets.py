@@ -347,6 +347,7 @@ class StagingPool:
         self._numel: dict[tuple[torch.dtype, torch.device], int] = {}
         self._free: dict[tuple[torch.dtype, torch.device], list[Staging]] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._is_patient = True
         self._unreleased: deque[InFlight] = deque()  # waited for here, but peers may still be reading them
 
     def reserve(self, bucket: FlatBucket) -> None:
@@ -371,12 +372,12 @@ class StagingPool:
         if not free and may_wait and self._unreleased and self._count() >= self.SIZE:
             self._unreleased[0].pending.await_release()
             self._take_back()
-        end = time.monotonic() + self.PATIENCE_S
-        while not free and self._count() >= self.SIZE and (left := end - time.monotonic()) > 0:
-            if not self._transport.look_out(left):
-                break
-            self.progress()
-            self._take_back()
+        if not free and self._count() >= self.SIZE and self._is_patient:
+            end = time.monotonic() + self.PATIENCE_S
+            while not free and (left := end - time.monotonic()) > 0 and self._transport.look_out(left):
+                self.progress()
+                self._take_back()
+            self._is_patient = bool(free)  # if not, not again until a peer has come
         return free.pop() if free else self._transport.staging(self._numel[key], *key)
 
     def launched(self, staging: Staging, pending: Pending) -> None:
@@ -417,6 +418,7 @@ class StagingPool:
         # Always in order: the sums of two rounds are added into one shard, and must be added the same way every time.
         with span("reduce_scatter"):
             self._in_flight[0].pending.wait()
+        self._is_patient = True
         self._unreleased.append(self._in_flight.popleft())
 
     def _take_back(self) -> None:

@@ -160,7 +160,7 @@ def gradients_and_norm(shape: Shape, gradient_sync: str, dtype: torch.dtype, tra
     return [optimizer.clip_grad_norm_(1.0), *(gradient for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
