@@ -61,7 +61,7 @@ def train(
     return [*(p.detach().clone() for p in parameters), *states]
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("master", ["split", "fp32", "none"])
 @pytest.mark.parametrize(("world_size", "bucket_mb"), [(1, 0.003), (2, 0.003), (2, 32), (4, 32), (3, 0.003)])
@@ -171,7 +171,7 @@ def write_and_step(dtype: str, moments: Any, master: Any, write: str) -> list[tu
     return list(zip(written, [p.detach() for p in parameters], exact, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(7)
 @every_format
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -186,7 +186,7 @@ def test_writes_from_outside_are_where_the_next_step_starts(
             assert ((exact - after.float()).abs() <= unit).all()
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(6)
 @every_format
 def test_an_ema_swap_and_back_changes_nothing(dtype: str, moments: str, master: str) -> None:
     results = []
@@ -328,7 +328,7 @@ def state_bytes(dtype: str, moments: Any, master: Any) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), memory.state
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "moments", "master"), BYTES)
 def test_state_takes_the_bytes_it_should(world_size: int, dtype: str, moments: str, master: str) -> None:

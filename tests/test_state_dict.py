@@ -103,7 +103,7 @@ def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tenso
     return [everything(optimizer, parameters), everything(second, resumed)]
 
 
-@pytest.mark.sweep(9)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
