@@ -11,7 +11,8 @@ Note: rounds
 
 Note: nothing waits in a hook
     While backward runs, a peer may be anywhere: its own backward may have raised, and it may sit in a collective of the
-    user's until we join it. Hooks and the end-of-backward callback therefore launch and never wait for a peer.
+    user's until we join it. Hooks and the end-of-backward callback therefore launch and never wait until a
+    peer comes; at most they look out for one for a moment (``StagingPool``).
 """
 
 from __future__ import annotations
