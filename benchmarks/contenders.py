@@ -42,7 +42,7 @@ class Settings:
 
     dtype: torch.dtype
     max_grad_norm: float | None = None
-    bucket_mb: float = 32
+    bucket_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,6 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 _BF16 = (torch.bfloat16,)
-_SPLIT, _INT8 = Precision(master="split"), Precision(master="split", moments="int8")
 
 ENTRIES: dict[str, Entry] = {
     "ddp": Entry("DDP + AdamW", partial(ddp, views=False)),
@@ -262,14 +261,13 @@ ENTRIES: dict[str, Entry] = {
         for sync in ("step", "backward")
     },
     **{
-        f"shardadam-{sync}-{name}": Entry(
-            f"shardadam, {sync}, auto, {name}",
-            partial(ours, gradient_sync=sync, precision=precision),
+        f"shardadam-{sync}-int8": Entry(
+            f"shardadam, {sync}, auto, int8",
+            partial(ours, gradient_sync=sync, precision=Precision(moments="int8")),
             has_master=True,
             is_ours=True,
             dtypes=_BF16,
         )
         for sync in ("step", "backward")
-        for name, precision in (("split", _SPLIT), ("int8", _INT8))
     },
 }

@@ -285,7 +285,7 @@ def main() -> None:
     timeline = commands.add_parser("timeline")
     timeline.add_argument("--out", type=Path, required=True)
     timeline.add_argument("--contender", default="shardadam-backward-auto")
-    timeline.add_argument("--bucket-mb", type=float, default=32)
+    timeline.add_argument("--bucket-mb", type=float, default=8)
     commands.add_parser("draw-timeline").add_argument("json", type=Path)
     args = parser.parse_args()
     if args.command == "step":

@@ -463,7 +463,7 @@ def main() -> None:
     parser.add_argument("--peers", help="of contenders.ENTRIES, with commas; the references run always; None: all")
     parser.add_argument("--ours", help="the same of ours")
     parser.add_argument("--max-grad-norm", type=float, help="clip, all contenders")
-    parser.add_argument("--bucket-mb", type=float, default=32, help="ours")
+    parser.add_argument("--bucket-mb", type=float, help="ours")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", help="where everything goes, raw")
     parser.add_argument("--measure-memory", metavar="NAME", help="of this contender alone; step.py calls itself so")

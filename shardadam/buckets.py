@@ -6,6 +6,8 @@ Holds tensors where ``layout.py`` says; moves nothing between ranks and knows no
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -150,7 +152,16 @@ def allocate(
                 _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype)
         first_ordinal += len(arena.members)
         arenas.append(arena)
+    if any(named.parameter.device.type == "cpu" for named in parameters):
+        _return_freed_memory()
     return arenas
+
+
+def _return_freed_memory() -> None:
+    """Lets go of the parameters' old memory: glibc keeps freed blocks of up to 32 MiB unless it is asked."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _allocate_arena(

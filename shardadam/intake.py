@@ -17,6 +17,8 @@ from shardadam.agreement import Claim
 from shardadam.buckets import NamedParameter, is_dense
 from shardadam.precision import Precision
 
+_CPU_BUCKET_BYTES = 8 * 2**20  # what ranks of a host read from each other had better come from their caches
+_GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes a rank for its full bandwidth
 _AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
@@ -27,11 +29,13 @@ class Options:
     gradient_sync: str
     max_grad_norm: float | None
     precision: Precision
-    bucket_mb: float
+    bucket_mb: float | None
     transport: str
 
-    @property
-    def bucket_bytes(self) -> int:
+    def bucket_bytes(self, parameters: Iterable[Tensor]) -> int:
+        """How large the buckets of ``parameters`` shall be."""
+        if self.bucket_mb is None:
+            return _CPU_BUCKET_BYTES if all(p.device.type == "cpu" for p in parameters) else _GPU_BUCKET_BYTES
         return round(self.bucket_mb * 2**20)
 
     def check(self) -> None:
@@ -41,8 +45,9 @@ class Options:
             raise ValueError(f"max_grad_norm: found {self.max_grad_norm!r}, expected None or a number of 0 or more")
         if not isinstance(self.precision, Precision):
             raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
-        if not (self.bucket_mb > 0 and math.isfinite(self.bucket_mb) and self.bucket_bytes > 0):
-            raise ValueError(f"bucket_mb: found {self.bucket_mb!r}, expected a positive number of MiB, a byte at least")
+        size = self.bucket_mb
+        if size is not None and not (size > 0 and math.isfinite(size) and self.bucket_bytes([]) > 0):
+            raise ValueError(f"bucket_mb: found {size!r}, expected None or a positive number of MiB, a byte at least")
         if self.transport not in ("auto", "collective", "shared_memory"):
             raise ValueError(
                 f"transport: found {self.transport!r}, expected 'auto', 'collective', 'shared_memory' or a Transport"

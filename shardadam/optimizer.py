@@ -93,7 +93,7 @@ class ShardedAdam(Optimizer):
             sharded.
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
         precision: number formats of state and wire.
-        bucket_mb: size of a bucket, in MiB of parameters.
+        bucket_mb: size of a bucket, in MiB of parameters; None: 8 on the CPU, 32 on GPUs.
         transport: ``"shared_memory"``: ranks of one host read each other's memory, for what is on the CPU;
             ``"collective"``: torch.distributed; ``"auto"``: the first where it is possible, else the second; or a
             Transport, for this optimizer alone.
@@ -129,7 +129,7 @@ class ShardedAdam(Optimizer):
         gradient_sync: GradientSync = "backward",
         max_grad_norm: float | None = None,
         precision: Precision | None = None,
-        bucket_mb: float = 32,
+        bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
     ) -> None:
         defaults = dict(
@@ -470,7 +470,7 @@ class ShardedAdam(Optimizer):
             trainable,
             transport=self._transport,
             precision=self._options.precision,
-            bucket_bytes=self._options.bucket_bytes,
+            bucket_bytes=self._options.bucket_bytes(p.parameter for p in trainable),
             first_ordinal=len(self._members),
         )
         members = [member for arena in arenas for member in arena.members]
@@ -743,7 +743,7 @@ class ShardedAdamW(ShardedAdam):
         gradient_sync: GradientSync = "backward",
         max_grad_norm: float | None = None,
         precision: Precision | None = None,
-        bucket_mb: float = 32,
+        bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
     ) -> None:
         super().__init__(

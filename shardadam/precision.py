@@ -28,8 +28,8 @@ class Precision:
         master: how the exact value behind a bfloat16 or float16 parameter is kept; others are their own master.
             ``"fp32"``: a float32 copy, 4 bytes. ``"split"``: 16 bits that together with the parameter's own are the
             float32 master, 2 bytes: for bfloat16 the same numbers as "fp32", bit for bit; for float16 too, where they
-            are not below 2^-17. ``"none"``: no master, the parameter is rounded stochastically. ``"auto"``: "split" on
-            CUDA, "fp32" on the CPU, where it is faster.
+            are not below 2^-17. ``"none"``: no master, the parameter is rounded stochastically. ``"auto"``: "split",
+            but "fp32" for float16 on the CPU, where that is faster.
         reduce: dtype of gradients on the wire; None: the gradient's own. The gradient shard is float32 (float64 for
             float64 parameters) whatever travels.
         accumulate: where gradients are summed over ranks. ``"wire"``: as the transport does it best; NCCL sums in
@@ -76,7 +76,8 @@ class Precision:
         if dtype in (torch.float32, torch.float64):
             return Format(dtype, self.moments, "own")
         if self.master == "auto":
-            return Format(dtype, self.moments, "fp32" if device.type == "cpu" else "split")
+            is_slow = dtype == torch.float16 and device.type == "cpu"
+            return Format(dtype, self.moments, "fp32" if is_slow else "split")
         return Format(dtype, self.moments, self.master)
 
 

@@ -37,7 +37,7 @@ DIFFERENCES = {
 AT_CONSTRUCTION_ONLY = {
     "number of groups": ("the number of param groups", "1", "2"),
     "gradient_sync": ("the optimizer: gradient_sync", "'backward'", "'step'"),
-    "bucket_mb": ("the optimizer: bucket_mb", "32", "1"),
+    "bucket_mb": ("the optimizer: bucket_mb", "None", "1"),
     "max_grad_norm": ("the optimizer: max_grad_norm", "None", "1.0"),
 }
 

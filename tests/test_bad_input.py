@@ -174,10 +174,10 @@ def test_refuses_what_it_does_not_support(field: str) -> None:
         ("transport", "given", "expected 'auto', 'collective'"),
         ("max_grad_norm", -1.0, "expected None or a number of 0 or more"),
         ("max_grad_norm", math.nan, "expected None or a number of 0 or more"),
-        ("bucket_mb", 0, "expected a positive number of MiB"),
-        ("bucket_mb", -32, "expected a positive number of MiB"),
-        ("bucket_mb", math.inf, "expected a positive number of MiB"),
-        ("bucket_mb", math.nan, "expected a positive number of MiB"),
+        ("bucket_mb", 0, "expected None or a positive number of MiB"),
+        ("bucket_mb", -32, "expected None or a positive number of MiB"),
+        ("bucket_mb", math.inf, "expected None or a positive number of MiB"),
+        ("bucket_mb", math.nan, "expected None or a positive number of MiB"),
     ],
 )
 def test_refuses_wrong_options(field: str, value: Any, expected: str) -> None:
