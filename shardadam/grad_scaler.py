@@ -35,7 +35,7 @@ class GradScaler(torch.amp.GradScaler):
         """``optimizer.step()`` with the gradients unscaled; skipped, on all ranks, if one of them is not finite."""
         if not self._enabled or not isinstance(optimizer, ShardedAdam):
             return super().step(optimizer, *args, **kwargs)
-        if args or kwargs.get("closure") is not None:
+        if any(value is not None for value in (*args, *kwargs.values())):
             raise RuntimeError(
                 "GradScaler.step: found a closure, which loss scaling does not support. Run backward before, and call "
                 "step(optimizer) alone."

@@ -18,8 +18,8 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 
 # From the top down; a room imports only rooms of lower tiers, and itself where it is a package.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "cli"),
-    ("grad_scaler", "checkpoint"),
+    ("__init__", "cli", "integrations"),
+    ("grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
     ("overlap",),
     ("reduction", "gathering", "clipping", "state", "intake"),

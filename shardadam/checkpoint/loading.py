@@ -54,6 +54,7 @@ def load(
     model: nn.Module | None = None,
     optimizer: ShardedAdam | None = None,
     scheduler: Any = None,
+    random_states: bool = True,
     timeout_s: float = 60.0,
 ) -> Checkpoint:
     """Loads the newest checkpoint in ``directory``, or ``directory`` itself if it is one, in place.
@@ -61,11 +62,11 @@ def load(
     Collective, on any number of ranks, at any ``bucket_mb``; state that is stored in another ``Precision`` is
     converted, state in the same one is loaded bit for bit. Never runs code that a checkpoint holds.
 
-    Random number generators are restored on the ranks that there were when it was saved.
 
     Args:
         directory: what was given to ``save``, or one of the checkpoints in it.
         model, optimizer, scheduler: as given to ``save``; what is None is not loaded.
+        random_states: restore the random number generators too, on the ranks that there were when it was saved.
         timeout_s: how long to wait, in seconds, for ranks that give no sign of life.
 
     Raises:
@@ -116,7 +117,9 @@ def load(
                 _set_scalars(contents, reader.content["optimizer"])
                 optimizer._state_was_loaded(parameters=model is not None)
             try:
-                _set_objects(contents, objects, scheduler, meeting.rank)
+                _set_objects(contents, objects, scheduler)
+                if random_states and f"rng.{meeting.rank}" in objects:
+                    things.set_random_state(objects[f"rng.{meeting.rank}"])
             except Exception as error:
                 failure = error
             agree(failure, "done", is_last=True)
@@ -365,15 +368,13 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
 # What is no tensor
 
 
-def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any, rank: int) -> None:
+def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any) -> None:
     if contents.optimizer is not None:
         for group, saved in zip(contents.optimizer.param_groups, objects[things.PARAM_GROUPS], strict=True):
             load_group_(group, saved)
     things.load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
     if scheduler is not None:
         scheduler.load_state_dict(objects[things.SCHEDULER])
-    if f"rng.{rank}" in objects:
-        things.set_random_state(objects[f"rng.{rank}"])
 
 
 @torch.no_grad()

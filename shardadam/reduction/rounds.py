@@ -167,6 +167,8 @@ class GradientReducer(Reducer):
             if self._has_local and not self._open:
                 self._open_round()
             self._close_round(may_wait=True)
+            if self._hooked:
+                self._refuse_foreign_gradients()
             self._has_local = self._hooked and not self._synchronizing
             if not self._hooked and not is_current(self._taken, self._members):
                 self.reset()
@@ -337,6 +339,19 @@ class GradientReducer(Reducer):
             torch._foreach_copy_(targets, gradients)
         if zeros:
             torch._foreach_zero_(zeros)
+
+    def _refuse_foreign_gradients(self) -> None:
+        """Raises if somebody else has put a gradient where a reduced one has been freed: it would be left out."""
+        for member in self._members:
+            if member.parameter.grad is not None and all(self._launches[bucket.index] for bucket in member.buckets):
+                raise RuntimeError(
+                    f"Parameter {member.name!r} has a gradient in p.grad although this optimizer has reduced and freed "
+                    "it during backward. Is the model wrapped in DistributedDataParallel (accelerate's prepare, "
+                    "transformers.Trainer and Lightning's DDP strategy do that)? Then leave the wrapper out "
+                    "(shardadam.integrations.accelerate.ShardedAccelerator, shardadam.integrations.transformers."
+                    'ShardedTrainer), or build the optimizer with gradient_sync="external". If your own code writes '
+                    'p.grad after backward, use gradient_sync="step".'
+                )
 
     def _free_gradients(self, bucket: FlatBucket) -> None:
         for member, _ in bucket.pieces:
