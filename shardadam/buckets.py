@@ -175,13 +175,8 @@ def _allocate_arena(
     dtype, device = first.parameter.dtype, first.parameter.device
     numel = plan.numel // transport.world_size
     format = precision.format(dtype, device)
-    counters = Counters(
-        steps=torch.zeros(len(parameters), dtype=torch.float32, device=device),
-        bounds=torch.zeros(len(parameters), dtype=torch.float64, device=device),
-        places=torch.tensor([named.place for named in parameters], device=device),
-        first_blocks=torch.tensor([offset // ALIGNMENT_NUMEL for offset in plan.offsets], device=device),
-    )
-    needs_blocks = format.is_random or update.has_kernel(dtype, device)
+    counters = allocate_counters([named.place for named in parameters], plan.offsets, device)
+    block_count, block_dtype = block_table(numel, len(parameters), format, device)
     arena = FlatArena(
         group_index=first.group_index,
         format=format,
@@ -190,11 +185,7 @@ def _allocate_arena(
         parameters=transport.parameters(plan.numel, dtype, device),
         gradient_shard=torch.empty(numel, dtype=format.exact_dtype, device=device),  # written before it is read
         state=formats.allocate(format, numel, device),
-        blocks=torch.zeros(
-            numel // ALIGNMENT_NUMEL if needs_blocks else 0,
-            dtype=torch.int16 if len(parameters) < 2**15 else torch.int32,
-            device=device,
-        ),
+        blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
         counters=counters,
         update=update.choose(counters, dtype, seed=precision.seed, rank=transport.rank),
     )
@@ -205,6 +196,22 @@ def _allocate_arena(
         bind(member)
         arena.members.append(member)
     return arena
+
+
+def allocate_counters(places: Sequence[int], offsets: Sequence[int], device: torch.device) -> Counters:
+    """Of parameters that have not been updated yet, and begin at ``offsets`` of their arena."""
+    return Counters(
+        steps=torch.zeros(len(places), dtype=torch.float32, device=device),
+        bounds=torch.zeros(len(places), dtype=torch.float64, device=device),
+        places=torch.tensor(places, device=device),
+        first_blocks=torch.tensor([offset // ALIGNMENT_NUMEL for offset in offsets], device=device),
+    )
+
+
+def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
+    """Length and dtype of ``Shard.blocks`` for a rank's ``numel`` elements; length 0 where the update needs none."""
+    is_needed = format.is_random or update.has_kernel(format.dtype, device)
+    return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
 
 
 def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype) -> None:
@@ -351,7 +358,7 @@ class StagingPool:
     """
 
     SIZE = 2
-    PATIENCE_S = 0.05
+    PATIENCE_S = 0.25
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
