@@ -5,9 +5,9 @@
     python benchmarks/scale.py check                                                       computed against memory()
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/scale.py measure measured
 
-``paper`` lays the parameters of three decoders out with the library's own ``build_layout`` and applies the model of
-time in ``scale_model.py``, every constant of which is an argument. ``check`` builds real optimizers as rank 0 of N over
-torch's ``fake`` process group, whose collectives move nothing, and stops where a byte differs from the layout's.
+``paper`` lays the parameters of three decoders out with the library's own planner and applies the model of time in
+``scale_model.py``, every constant of which is an argument. ``check`` builds real optimizers as rank 0 of N over torch's
+``fake`` process group, whose collectives move nothing, and stops where a byte differs from the plan.
 ``measure`` fits latency and bandwidth of the transport between the ranks that are there to the fastest rounds (the
 model has no load), and compares predictions for bucket sizes outside the fit with what is measured.
 """
@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest import mock
 
@@ -29,25 +29,35 @@ import torch.distributed as dist
 from scale_model import (
     DECODERS,
     FORMS,
-    KINDS,
     UNSHARDED_BYTES,
     Decoder,
     Form,
     Machine,
-    bytes_by_kind,
     predict,
 )
 from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, update
 from shardadam.layout import Layout
+from shardadam.optimizer import Memory
+from shardadam.planner import Setting, memory_of
 from shardadam.transport import Transport, connect
 
 RANKS = [2**power for power in range(15)]
 SMALL = Decoder("28M", 4, 512, 8, 4, 1408, 16000)
-CHECKED = (*FORMS, Form("fp32, own, fp32", 4, "fp32", None), Form("fp32, own, int8", 4, "int8", None))
+CHECKED = (
+    *FORMS,
+    Form("fp32, own, fp32", torch.float32),
+    Form("fp32, own, int8", torch.float32, Precision(moments="int8")),
+)
+KINDS = ("parameters", "gradient_shard", "staging", "moments", "master", "scalars", "tables")
 
 # On paper
+
+
+def on_cuda(layout: Layout, form: Form) -> Memory:
+    setting = Setting(world_size=layout.world_size, precision=form.precision, device="cuda", transport="collective")
+    return memory_of(layout, setting, peak=True)
 
 
 def print_bytes(layouts: dict[tuple[str, int], Layout], seconds: float) -> None:
@@ -56,10 +66,10 @@ def print_bytes(layouts: dict[tuple[str, int], Layout], seconds: float) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for decoder in DECODERS:
         for ranks in (1, 8, 64, 512, 4096, 16384):
-            kinds = [bytes_by_kind(layouts[decoder.name, ranks], form, kernel=True, receives=False) for form in FORMS]
-            common = [kinds[0][kind] for kind in ("parameters", "gradient_shard", "staging")]
-            state = [some["moments"] + some["master"] + some["scalars"] for some in kinds]
-            total = [sum(some.values()) for some in kinds]
+            planned = [on_cuda(layouts[decoder.name, ranks], form) for form in FORMS]
+            common = [planned[0].parameters, planned[0].gradient_shard, planned[0].staging]
+            state = [memory.state for memory in planned]
+            total = [memory.total for memory in planned]
             cells = " | ".join(f"{value / 1e9:.3f}" for value in (*common, *state, *total))
             print(f"| {decoder.name} | {ranks:,} | {cells} |")
     print("\n| model | parameters | buckets at N = 1 | at 16,384 | padding at 16,384 | fp32 AdamW on every rank, GB |")
@@ -154,17 +164,15 @@ def plot(curves: Curves, layouts: dict[tuple[str, int], Layout], args: argparse.
         axis.axhline(
             UNSHARDED_BYTES * sum(decoder.numels) / 1e9, color=grey, linestyle="--", label="AdamW, fp32, not sharded"
         )
-        kinds = {
-            form.name: [bytes_by_kind(layouts[decoder.name, n], form, kernel=True, receives=False) for n in RANKS]
-            for form in FORMS
-        }
+        planned = {form.name: [on_cuda(layouts[decoder.name, n], form) for n in RANKS] for form in FORMS}
         names = {"fp32": "fp32 moments", "int8": "int8 moments"}
         for form, colour in ((FORMS[0], blue), (FORMS[2], orange)):
-            state = [(some["moments"] + some["master"]) / 1e9 for some in kinds[form.name]]
-            total = [sum(some.values()) / 1e9 for some in kinds[form.name]]
-            axis.plot(RANKS, total, color=colour, linewidth=2.4, label=f"all, {names[form.moments]}")
-            axis.plot(RANKS, state, color=colour, linestyle=":", linewidth=2, label=f"state, {names[form.moments]}")
-        parameters = [some["parameters"] / 1e9 for some in kinds[FORMS[0].name]]
+            moments = form.precision.moments
+            state = [(memory.moments + memory.master) / 1e9 for memory in planned[form.name]]
+            total = [memory.total / 1e9 for memory in planned[form.name]]
+            axis.plot(RANKS, total, color=colour, linewidth=2.4, label=f"all, {names[moments]}")
+            axis.plot(RANKS, state, color=colour, linestyle=":", linewidth=2, label=f"state, {names[moments]}")
+        parameters = [memory.parameters / 1e9 for memory in planned[FORMS[0].name]]
         axis.plot(RANKS, parameters, color=green, linewidth=1.6, linestyle="-.", label="parameters, bf16, whole")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(args.plots / "scale-bytes.png", dpi=110)
@@ -221,38 +229,37 @@ def rank_0_of(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check_one(ranks: int, form: Form, kernel: bool, bucket_mb: float) -> dict[str, int]:
-    """Raises unless layout and ``memory()`` agree in every kind; returns the bytes."""
-    dtype = torch.float32 if form.itemsize == 4 else torch.bfloat16
-    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SMALL.shapes()]
-    precision = Precision(moments=form.moments, master=form.master or "auto")  # type: ignore[arg-type]
+def check_one(ranks: int, form: Form, kernel: bool, bucket_mb: float) -> Memory:
+    """Raises unless plan and ``memory()`` agree in every kind; returns the bytes, staging as after backward."""
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=form.dtype)) for shape in SMALL.shapes()]
+    setting = Setting(world_size=ranks, precision=form.precision, bucket_mb=bucket_mb, transport="collective")
+    layout = SMALL.layout(ranks, bucket_mb, form.dtype, "cpu")
     update.KERNEL_DEVICES.update({"cpu"} if kernel else set())
     try:
-        optimizer = ShardedAdamW(parameters, precision=precision, bucket_mb=bucket_mb, transport="collective")
+        optimizer = ShardedAdamW(parameters, precision=form.precision, bucket_mb=bucket_mb, transport="collective")
+        planned, at_peak = memory_of(layout, setting), memory_of(layout, setting, peak=True)
     finally:
         update.KERNEL_DEVICES.discard("cpu")
     built = optimizer.memory()
     sum(parameter.sum() for parameter in parameters).backward()  # type: ignore[union-attr]
     optimizer.clip_grad_norm_(1.0)  # waits for the peers
-    found = {kind: getattr(built, kind) for kind in KINDS} | {"staging": optimizer.memory().staging}
-    layout = SMALL.layout(ranks, bucket_mb, form.itemsize)
-    expected = bytes_by_kind(layout, form, kernel=kernel, receives=ranks > 1)
-    if 2 * found["staging"] == expected["staging"]:  # peers that are never late leave one of the two buffers unused
-        expected["staging"] = found["staging"]
-    if found != expected or sum(found.values()) != built.total - built.staging + found["staging"]:
-        raise RuntimeError(f"N = {ranks}, {form.name}: memory() has {found}, the layout gives {expected}")
+    found = replace(built, staging=optimizer.memory().staging)
+    if 2 * found.staging == at_peak.staging:  # peers that are never late leave one of the two buffers unused
+        at_peak = replace(at_peak, staging=found.staging)
+    if (built, found) != (planned, at_peak):
+        raise RuntimeError(f"N = {ranks}, {form.name}: memory() has {built}, {found}, planned {planned}, {at_peak}")
     return found
 
 
 def check(args: argparse.Namespace) -> None:
     start, count = time.perf_counter(), 0
-    print(f"torch {torch.__version__}; {sum(SMALL.numels):,} parameters, rank 0 of N; bytes, layout = memory()\n")
+    print(f"torch {torch.__version__}; {sum(SMALL.numels):,} parameters, rank 0 of N; bytes, plan = memory()\n")
     print(f"| N | form | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}")
     for ranks in args.ranks:
         with rank_0_of(ranks):
             for form in CHECKED:
                 for kernel in (False, True):
-                    found = check_one(ranks, form, kernel, args.bucket_mb)
+                    found = asdict(check_one(ranks, form, kernel, args.bucket_mb))
                     count += 1
                     if kernel and form in (FORMS[0], FORMS[2]):
                         print(f"| {ranks:,} | {form.name} | {' | '.join(f'{found[kind]:,}' for kind in KINDS)} |")
@@ -331,7 +338,7 @@ def measure(args: argparse.Namespace) -> None:
     say(f"\nA model of {sum(SMALL.numels):,} float32 parameters, all buckets, ms\n")
     say("| bucket_mb | buckets | transfer | predicted | fastest | median | error |\n|---|---|---|---|---|---|---|")
     for bucket_mb in PREDICTED_MB:
-        numels = [bucket.numel for bucket in SMALL.layout(ranks, bucket_mb, 4).buckets]
+        numels = [bucket.numel for bucket in SMALL.layout(ranks, bucket_mb, torch.float32, "cpu").buckets]
         for name, work in transfers(transport, numels).items():
             alpha, beta = constants[name.split(",")[0]]
             predicted = sum(alpha + beta * share * 4 * numel for numel in numels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three decoders' shapes, the bytes that a layout takes on a rank, and a model of a step's time. Nothing is measured.
+"""Three decoders' shapes, formats to store them in, and a model of a step's time. Nothing is measured.
 
 Note: the model of time
     Sending n bytes over a link takes alpha + n beta: a latency, and the inverse of a bandwidth. A reduce-scatter, or
@@ -29,11 +29,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from shardadam.layout import ALIGNMENT_NUMEL, Layout, ParameterSpec, build_layout
+import torch
 
-KINDS = ("parameters", "gradient_shard", "staging", "moments", "master", "scalars", "tables")
+from shardadam import Precision
+from shardadam.layout import ALIGNMENT_NUMEL, Layout
+from shardadam.planner import PlannedParameter, Setting, lay_out
+from shardadam.update import formats
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class Decoder:
     def numels(self) -> list[int]:
         return [math.prod(shape) for shape in self.shapes()]
 
-    def layout(self, ranks: int, bucket_mb: float, itemsize: int = 2) -> Layout:
-        specs = [ParameterSpec(numel, itemsize, 0) for numel in self.numels]
-        return build_layout(specs, world_size=ranks, bucket_bytes=int(bucket_mb * 2**20))
+    def layout(self, ranks: int, bucket_mb: float, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Layout:
+        setting = Setting(world_size=ranks, bucket_mb=bucket_mb, device=device)
+        return lay_out([PlannedParameter(shape, dtype) for shape in self.shapes()], setting)
 
 
 DECODERS = (
@@ -75,58 +78,30 @@ DECODERS = (
 
 @dataclass(frozen=True)
 class Form:
-    """Formats of parameters, moments and master, as Precision names them; None: the parameter is its own master."""
+    """Formats of parameters and state."""
 
     name: str
-    itemsize: int
-    moments: str
-    master: str | None
+    dtype: torch.dtype = torch.bfloat16
+    precision: Precision = field(default_factory=Precision)
 
     @property
-    def moment_bytes(self) -> float:
-        """Of both, scales included, an element."""
-        return {"fp32": 8, "bf16": 4, "int8": 2 + 8 / ALIGNMENT_NUMEL}[self.moments]
-
-    @property
-    def master_bytes(self) -> int:
-        return {"fp32": 4, "split": 2}.get(self.master or "", 0)
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
     @property
     def moved_bytes(self) -> float:
-        """By the update of one element: all state and the parameter read and written, the gradient read."""
-        return 2 * (self.itemsize + self.moment_bytes + self.master_bytes) + 4
+        """By the update of one element on CUDA: state and parameter read and written, the gradient read."""
+        state = formats.tensors(self.precision.format(self.dtype, torch.device("cuda")), ALIGNMENT_NUMEL)
+        state_bytes = sum(length * dtype.itemsize for length, dtype in state.values())
+        return 2 * (self.itemsize + state_bytes / ALIGNMENT_NUMEL) + 4
 
 
 FORMS = (
-    Form("bf16, split, fp32", 2, "fp32", "split"),
-    Form("bf16, split, bf16", 2, "bf16", "split"),
-    Form("bf16, split, int8", 2, "int8", "split"),
+    Form("bf16, split, fp32"),
+    Form("bf16, split, bf16", precision=Precision(moments="bf16")),
+    Form("bf16, split, int8", precision=Precision(moments="int8")),
 )
 UNSHARDED_BYTES = 16  # torch.optim.AdamW in float32: parameter, gradient and two moments
-
-
-def bytes_by_kind(layout: Layout, form: Form, *, kernel: bool, receives: bool) -> dict[str, int]:
-    """Bytes on every rank, as ``optimizer.memory()`` tells them before the first step; staging as after the first
-    backward.
-
-    Args:
-        kernel: the update is the Triton kernel (CUDA).
-        receives: the transport's staging has room for what the peers send (Gloo).
-    """
-    total = dict.fromkeys(KINDS, 0)
-    for index, arena in enumerate(layout.arenas):
-        count, numel = len(arena.parameters), arena.numel // layout.world_size
-        buckets = [bucket.numel for bucket in layout.buckets if bucket.arena == index]
-        blocks = numel // ALIGNMENT_NUMEL * (2 if count < 2**15 else 4) if kernel or form.moments != "fp32" else 0
-        total["parameters"] += arena.numel * arena.itemsize
-        total["gradient_shard"] += 4 * numel
-        received = max(buckets) - max(buckets) // layout.world_size if receives else 0
-        total["staging"] += min(2, len(buckets)) * (max(buckets) + received) * arena.itemsize
-        total["moments"] += int(numel * form.moment_bytes)
-        total["master"] += numel * form.master_bytes
-        total["scalars"] += 12 * count
-        total["tables"] += blocks + 16 * count + (32 * (1 + count) if kernel else 0)
-    return total
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ class Options:
     bucket_mb: float | None
     transport: str
 
-    def bucket_bytes(self, parameters: Iterable[Tensor]) -> int:
-        """How large the buckets of ``parameters`` shall be."""
+    def bucket_bytes(self, devices: Iterable[torch.device]) -> int:
+        """How large the buckets of parameters on ``devices`` shall be."""
         if self.bucket_mb is None:
-            return _CPU_BUCKET_BYTES if all(p.device.type == "cpu" for p in parameters) else _GPU_BUCKET_BYTES
+            return _CPU_BUCKET_BYTES if all(device.type == "cpu" for device in devices) else _GPU_BUCKET_BYTES
         return round(self.bucket_mb * 2**20)
 
     def check(self) -> None:

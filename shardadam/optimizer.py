@@ -470,7 +470,7 @@ class ShardedAdam(Optimizer):
             trainable,
             transport=self._transport,
             precision=self._options.precision,
-            bucket_bytes=self._options.bucket_bytes(p.parameter for p in trainable),
+            bucket_bytes=self._options.bucket_bytes(p.parameter.device for p in trainable),
             first_ordinal=len(self._members),
         )
         members = [member for arena in arenas for member in arena.members]

@@ -6,7 +6,7 @@ set -euo pipefail
 
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
-use_venv test launch lint
+use_venv test launch lint accelerate transformers lightning finetune
 
 cd "$ROOT"
 export OMP_NUM_THREADS=1

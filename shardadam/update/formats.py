@@ -22,22 +22,30 @@ MASTERS = ("master", "remainder")
 _NEAREST = 0x80008000  # the random bits that make stochastic rounding round to the nearest
 
 
-def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tensor]:
-    """The state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``: zeros, which mean zero in every format."""
+def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Length and dtype of all that the state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``, consists of."""
     exact = format.exact_dtype
-    dtypes = {
+    moments = {
         "fp32": (exact, exact),
         "bf16": (torch.bfloat16, torch.bfloat16),
         "int8": (torch.int8, torch.uint8),
     }[format.moments]
-    state = {name: torch.zeros(numel, dtype=dtype, device=device) for name, dtype in zip(MOMENTS, dtypes, strict=True)}
+    state = {name: (numel, dtype) for name, dtype in zip(MOMENTS, moments, strict=True)}
     if format.moments == "int8":
-        state |= {name: torch.zeros(numel // ALIGNMENT_NUMEL, device=device) for name in SCALES}
+        state |= {name: (numel // ALIGNMENT_NUMEL, torch.float32) for name in SCALES}
     if format.master == "fp32":
-        state["master"] = torch.zeros(numel, dtype=exact, device=device)
+        state["master"] = (numel, exact)
     elif format.master == "split":
-        state["remainder"] = torch.zeros(numel, dtype=torch.int16, device=device)
+        state["remainder"] = (numel, torch.int16)
     return state
+
+
+def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tensor]:
+    """The state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``: zeros, which mean zero in every format."""
+    return {
+        name: torch.zeros(length, dtype=dtype, device=device)
+        for name, (length, dtype) in tensors(format, numel).items()
+    }
 
 
 def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

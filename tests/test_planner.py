@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan is what ``optimizer.memory()`` says, byte for byte; and what is said to fit is the nearest that does."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardadam import Precision, ShardedAdamW, update
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.optimizer import Memory
+from shardadam.planner import (
+    Fit,
+    Need,
+    PlannedParameter,
+    Setting,
+    adamw_bytes,
+    adamw_need,
+    fitting,
+    lay_out,
+    need,
+    plan,
+)
+from shardadam.precision import Master, Moments
+from tests.ranks import on_ranks
+
+SHAPES = ((300, 40), (129,), (), (0,), (64, 64), (1,), (7, 15))
+DTYPES = {
+    "fp32": [torch.float32],
+    "bf16": [torch.bfloat16],
+    "fp16": [torch.float16],
+    "fp64": [torch.float64],
+    "mixed": [torch.float32, torch.bfloat16, torch.float16],
+    "mixed with fp64": [torch.bfloat16, torch.float64],
+}
+BUCKET_MB = (0.0001, 0.01, None)
+
+
+def build_groups(kind: str, device: str = "cpu") -> list[list[nn.Parameter]]:
+    """Two param groups; in each, one parameter of every dtype is frozen."""
+    return [
+        [
+            nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=index != frozen)
+            for dtype in DTYPES[kind]
+            for index, shape in enumerate(SHAPES)
+        ]
+        for frozen in (0, 4)
+    ]
+
+
+def planned(kind: str, device: str = "cpu") -> list[PlannedParameter]:
+    groups = build_groups(kind, device)
+    return [PlannedParameter.of(parameter, index) for index, group in enumerate(groups) for parameter in group]
+
+
+def settings(world_size: int, kind: str) -> list[Setting]:
+    """All of them: every format, mode, transport and size of buckets."""
+    all_moments: tuple[Moments, ...] = ("fp32",) if "fp64" in kind else ("fp32", "bf16", "int8")
+    all_masters: tuple[Master, ...] = ("auto", "split", "fp32", "none") if "fp32" != kind != "fp64" else ("auto",)
+    precisions = [Precision(moments=m, master=w) for m, w in itertools.product(all_moments, all_masters)]
+    precisions += [Precision(reduce=torch.float32), Precision(accumulate="fp32")]
+    return [
+        Setting(
+            world_size=world_size,
+            precision=precision,
+            gradient_sync=gradient_sync,  # type: ignore[arg-type]
+            bucket_mb=bucket_mb,
+            transport=transport,  # type: ignore[arg-type]
+        )
+        for precision, gradient_sync, bucket_mb, transport in itertools.product(
+            precisions, ("backward", "step", "external"), BUCKET_MB, ("auto", "collective")
+        )
+    ]
+
+
+def build(kind: str, setting: Setting) -> tuple[ShardedAdamW, list[nn.Parameter]]:
+    groups = build_groups(kind)
+    optimizer = ShardedAdamW(
+        [{"params": group} for group in groups],
+        precision=setting.precision,
+        gradient_sync=setting.gradient_sync,
+        bucket_mb=setting.bucket_mb,
+        transport=setting.transport,
+    )
+    return optimizer, [parameter for group in groups for parameter in group if parameter.requires_grad]
+
+
+def memories(kind: str, some: list[Setting]) -> list[Memory]:
+    """Of optimizers that have just been built."""
+    return [build(kind, setting)[0].memory() for setting in some]
+
+
+PARTS = 31  # odd, so that every part has all modes and transports
+
+
+@pytest.mark.sweep(10)
+@pytest.mark.parametrize(("world_size", "kind", "part"), [*itertools.product((1, 2, 3, 4), DTYPES, range(PARTS))])
+def test_a_plan_is_what_memory_says(world_size: int, kind: str, part: int) -> None:
+    some = settings(world_size, kind)[part::PARTS]
+    expected = [plan(planned(kind), setting) for setting in some]
+    for found in on_ranks(world_size, memories, kind, some):
+        for setting, memory, one in zip(some, found, expected, strict=True):
+            assert memory == one, setting
+
+
+def backward(parameters: list[nn.Parameter]) -> None:
+    sum((parameter.float() ** 2).sum() for parameter in parameters).backward()  # type: ignore[union-attr]
+
+
+def staging_after_backward(kind: str, setting: Setting) -> tuple[int, int]:
+    """Before the step, and of gradient shards once the norm is there."""
+    optimizer, parameters = build(kind, setting)
+    backward(parameters)
+    optimizer.clip_grad_norm_(1.0)
+    memory = optimizer.memory()
+    return memory.staging, memory.gradient_shard
+
+
+@pytest.mark.parametrize("transport", ["auto", "collective"])
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("reduce", [None, torch.float32])
+def test_the_peak_of_staging_is_two_buffers(gradient_sync: str, transport: str, reduce: torch.dtype | None) -> None:
+    setting = Setting(
+        world_size=2,
+        precision=Precision(reduce=reduce),
+        gradient_sync=gradient_sync,  # type: ignore[arg-type]
+        bucket_mb=0.01,
+        transport=transport,  # type: ignore[arg-type]
+        clips=True,
+    )
+    expected = plan(planned("bf16"), setting, peak=True)
+    for staging, gradient_shard in on_ranks(2, staging_after_backward, "bf16", setting):
+        # One buffer where the peer was never late; more than two while it is.
+        assert staging % max(1, expected.staging // 2) == 0
+        assert (staging > 0) == (expected.staging > 0)
+        assert gradient_shard == expected.gradient_shard > 0
+
+
+def test_one_bucket_needs_one_buffer() -> None:
+    setting = Setting(bucket_mb=64)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    optimizer = ShardedAdamW(parameters, bucket_mb=64)
+    backward(parameters)
+    assert plan(parameters, setting, peak=True).staging == optimizer.memory().staging > 0
+
+
+def test_buckets_are_as_large_as_the_optimizers_where_nobody_says_how_large() -> None:
+    parameters = [nn.Parameter(torch.zeros(2**20)) for _ in range(5)]
+    optimizer = ShardedAdamW(parameters)
+    assert len(lay_out(parameters, Setting()).buckets) == len(optimizer._buckets) == 3
+    assert lay_out(parameters * 8, Setting(device="cuda")) == lay_out(
+        parameters * 8, Setting(device="cuda", bucket_mb=32)
+    )
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_parameters_on_the_meta_device_give_the_same_plan(kind: str) -> None:
+    for setting in settings(2, kind)[::5]:
+        assert plan(planned(kind, "meta"), setting) == plan(planned(kind), setting)
+    tensors: list[Tensor] = [torch.empty(shape, device="meta").requires_grad_() for shape in SHAPES]
+    described = [PlannedParameter(shape) for shape in SHAPES]
+    assert plan(tensors, Setting(world_size=3)) == plan(described, Setting(world_size=3))
+
+
+def test_a_model_that_no_machine_holds_is_planned_at_once() -> None:
+    layer = [(16384, 16384)] * 4 + [(53248, 16384)] * 3
+    parameters = [PlannedParameter(shape, torch.bfloat16) for shape in layer * 126]
+    memory = plan(parameters, Setting(world_size=1024, device="cuda"))
+    numel = sum(parameter.numel for parameter in parameters)
+    assert 1.0 <= memory.state / (10 * numel / 1024) < 1.01
+    assert memory.parameters >= 2 * numel
+
+
+def test_the_kernels_tables_are_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(update, "KERNEL_DEVICES", {"cpu"})
+    for kind in ("fp32", "mixed", "mixed with fp64"):
+        setting = Setting()
+        assert plan(planned(kind), setting) == build(kind, setting)[0].memory()
+    with_kernel = plan(planned("fp32"), setting).tables
+    monkeypatch.setattr(update, "KERNEL_DEVICES", set())
+    assert plan(planned("fp32"), setting).tables < with_kernel
+
+
+def test_a_replica_or_another_dtype_on_the_wire_exposes_no_gradients() -> None:
+    setting = Setting(world_size=2, gradient_sync="step")
+    assert plan(planned("bf16"), setting).gradients > 0
+    assert plan(planned("bf16"), replace(setting, replicas=2)).gradients == 0
+    assert plan(planned("bf16"), replace(setting, device="cuda")).gradients == 0
+    assert plan(planned("bf16"), replace(setting, precision=Precision(reduce=torch.float32))).gradients == 0
+
+
+def test_nccl_needs_room_to_receive_for_exact_sums_only() -> None:
+    setting = Setting(world_size=4, device="cuda")
+    native = plan(planned("fp32"), setting, peak=True).staging
+    exact = plan(planned("fp32"), replace(setting, precision=Precision(accumulate="fp32")), peak=True).staging
+    assert 0 < 2 * native == exact
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        (Setting(world_size=0), "fp32"),
+        (Setting(bucket_mb=0), "fp32"),
+        (Setting(gradient_sync="never"), "fp32"),  # type: ignore[arg-type]
+        (Setting(precision=Precision(moments="int8")), "fp64"),
+    ],
+)
+def test_what_the_optimizer_refuses_is_refused(setting: Setting, kind: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"found|is float64"):
+        plan(planned(kind), setting)
+
+
+# What a rank needs
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_adamw_bytes_are_those_of_torch(kind: str) -> None:
+    parameters = [p for group in build_groups(kind) for p in group]
+    optimizer = torch.optim.AdamW(parameters)
+    backward([p for p in parameters if p.requires_grad])
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    assert adamw_bytes(parameters) == adamw_bytes(planned(kind, "meta")) == held
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    assert adamw_need(parameters) == Need(sum(p.nbytes for p in parameters), gradients, held)
+
+
+MATRICES = [PlannedParameter((128, 128))] * 16
+MATRIX_BYTES = 128 * 128 * 4
+BUCKET = 2 * MATRIX_BYTES / 2**20
+
+
+@pytest.mark.parametrize(
+    ("gradient_sync", "transport", "gradients", "optimizer"),
+    [
+        ("backward", "auto", 2, 2 * 2 + 16 / 2),  # a bucket of two; two of staging and the gradient shard
+        ("backward", "collective", 2, 2 * 3 + 16 / 2),  # half a buffer more to receive in
+        ("step", "auto", 16 + 1, 0),
+        ("step", "collective", 16, 2 * 3 + 16 / 2),
+        ("external", "auto", 16, 16 / 2),
+    ],
+)
+def test_needs_are_counted_in_matrices(gradient_sync: str, transport: str, gradients: int, optimizer: float) -> None:
+    setting = Setting(world_size=2, gradient_sync=gradient_sync, bucket_mb=BUCKET, transport=transport)  # type: ignore[arg-type]
+    frozen = PlannedParameter((128, 128), trainable=False)
+    small = 16 * (12 + 16)  # scalars and tables
+    found = need([*MATRICES, frozen], setting)
+    moments = 2 * 16 / 2
+    assert found == Need(
+        parameters=17 * MATRIX_BYTES,
+        gradients=gradients * MATRIX_BYTES,
+        optimizer=int((optimizer + moments) * MATRIX_BYTES) + small,
+    )
+    assert found.total == found.parameters + found.gradients + found.optimizer
+
+
+def test_the_norm_needs_the_gradient_shard() -> None:
+    setting = Setting(world_size=2, gradient_sync="step", bucket_mb=BUCKET)
+    more = need(MATRICES, replace(setting, clips=True)).total - need(MATRICES, setting).total
+    assert more == 16 // 2 * MATRIX_BYTES
+
+
+# What would fit
+
+LOW = [PlannedParameter((128, 128), torch.bfloat16)] * 16
+ASKED = Setting(world_size=2, bucket_mb=BUCKET)
+
+
+def total(parameters: list[PlannedParameter], asked: Setting = ASKED, **changes: Any) -> int:
+    precision = {name: changes.pop(name) for name in ("moments", "master") if name in changes}
+    return need(parameters, replace(asked, precision=replace(asked.precision, **precision), **changes)).total
+
+
+def check(fit: Fit, parameters: list[PlannedParameter], **changes: Any) -> None:
+    """The nearest differs from what was asked in ``changes`` alone, and its bytes are told."""
+    assert fit.nearest is not None and fit.nearest_need is not None
+    precision = {name: changes[name] for name in ("moments", "master") if name in changes}
+    others = {name: value for name, value in changes.items() if name not in precision}
+    assert fit.nearest == replace(fit.asked, precision=replace(fit.asked.precision, **precision), **others)
+    assert fit.changes == tuple(changes)
+    assert fit.nearest_need == need(parameters, fit.nearest)
+    assert fit.need == need(parameters, fit.asked)
+    assert fit.fits == (not changes)
+
+
+def test_what_fits_is_left_as_it_is() -> None:
+    check(fitting(MATRICES, ASKED, total(MATRICES)), MATRICES)
+
+
+def test_moments_give_way_first_and_no_further_than_they_must() -> None:
+    check(fitting(MATRICES, ASKED, total(MATRICES) - 1), MATRICES, moments="bf16")
+    check(fitting(MATRICES, ASKED, total(MATRICES, moments="bf16") - 1), MATRICES, moments="int8")
+
+
+def test_then_ranks_are_added_and_no_more_than_must_be() -> None:
+    available = total(MATRICES, moments="int8") - 1
+    check(fitting(MATRICES, ASKED, available), MATRICES, world_size=4)
+    available = total(MATRICES, world_size=4) - 1
+    assert total(MATRICES, moments="int8") > available
+    check(fitting(MATRICES, ASKED, available), MATRICES, world_size=8)
+
+
+def test_then_full_gradients_are_given_up() -> None:
+    asked = replace(ASKED, gradient_sync="step", transport="collective")
+    available = min(total(MATRICES, asked, moments="int8"), total(MATRICES, asked, world_size=2)) - 1
+    check(fitting(MATRICES, asked, available, most_ranks=2), MATRICES, gradient_sync="backward")
+
+
+def test_then_the_master() -> None:
+    asked = replace(ASKED, precision=Precision(moments="int8", master="fp32"), transport="collective")
+    available = total(LOW, asked) - 1
+    check(fitting(LOW, asked, available, most_ranks=2), LOW, master="split")
+    available = total(LOW, asked, master="split") - 1
+    check(fitting(LOW, asked, available, most_ranks=2), LOW, master="none")
+
+
+def test_gradients_that_neighbours_read_take_less_than_shards_of_float32() -> None:
+    asked = replace(ASKED, precision=Precision(moments="int8", master="none"))
+    check(fitting(LOW, asked, total(LOW, asked) - 1, most_ranks=2), LOW, gradient_sync="step")
+
+
+def test_two_changes_where_one_is_not_enough_in_the_fewest_steps() -> None:
+    available = total(MATRICES, moments="bf16", world_size=4)
+    one = [total(MATRICES, moments="int8"), total(MATRICES, world_size=4)]
+    assert available < min(one)
+    check(fitting(MATRICES, ASKED, available, most_ranks=4), MATRICES, moments="bf16", world_size=4)
+
+
+def test_nothing_fits_where_parameters_do_not() -> None:
+    parameter_bytes = 16 * MATRIX_BYTES
+    fit = fitting(MATRICES, ASKED, parameter_bytes)
+    assert (fit.nearest, fit.nearest_need, fit.changes, fit.fits) == (None, None, (), False)
+    assert (fit.available, fit.need) == (parameter_bytes, need(MATRICES, ASKED))
+
+
+def test_ranks_that_share_a_host_are_taken_away() -> None:
+    asked = replace(ASKED, world_size=4, precision=Precision(moments="int8"), gradient_sync="backward")
+    host_bytes = 2 * total(MATRICES, asked, world_size=2)
+    assert host_bytes // 4 < total(MATRICES, asked)
+    fit = fitting(MATRICES, asked, lambda ranks: host_bytes // ranks, most_ranks=4)
+    check(fit, MATRICES, world_size=2)
+    assert fit.available == host_bytes // 4
+
+
+def test_float64_keeps_its_moments_and_float32_has_no_master_to_change() -> None:
+    doubles = [PlannedParameter((128, 128), torch.float64)] * 4
+    check(fitting(doubles, ASKED, total(doubles) - 1), doubles, world_size=4)
+    asked = replace(ASKED, precision=Precision(moments="int8"))
+    assert fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=2).nearest is None
+
+
+def test_external_gradients_are_never_proposed() -> None:
+    """They need no staging, but somebody else who averages them."""
+    asked = replace(ASKED, precision=Precision(moments="int8"))
+    available = total(MATRICES[:1], asked, gradient_sync="external")
+    assert available < total(MATRICES[:1], asked)
+    nearest = fitting(MATRICES[:1], asked, available, most_ranks=2).nearest
+    assert nearest is None or nearest.gradient_sync != "external"
+
+
+def test_a_block_is_a_hundred_and_twenty_eight_elements_in_every_plan() -> None:
+    """What is short of a block takes a whole one on every rank."""
+    memory = plan([PlannedParameter(())], Setting(world_size=4))
+    assert memory.parameters == 4 * ALIGNMENT_NUMEL * 4
+    assert memory.moments == 2 * ALIGNMENT_NUMEL * 4
