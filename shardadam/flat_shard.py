@@ -168,7 +168,9 @@ class FlatShard(Tensor):
         raise TypeError(
             "optimizer.state_dict() holds one rank's shards; a pickle of them would look whole and lose the rest. Save "
             "with shardadam.save(directory, model=model, optimizer=optimizer, step=step), or with "
-            "torch.distributed.checkpoint.save, or pickle optimizer.full_state_dict() (collective; whole on rank 0)."
+            "torch.distributed.checkpoint.save, or pickle optimizer.full_state_dict() (collective; whole on rank 0). "
+            "transformers.Trainer: use shardadam.integrations.transformers.ShardedTrainer, or give yours "
+            "callbacks=[ConsolidateCallback()] from there."
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

@@ -9,18 +9,39 @@ what it has seen to OUT/FLAVOUR-RANK.pt.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shardadam import Precision, ShardedAdamW
 from shardadam.integrations.accelerate import ShardedAccelerator
+
+
+@contextmanager
+def as_launched() -> Iterator[None]:
+    """In a worker of tests/ranks.py: what torchrun would have set, and accelerate's process-wide state new after it."""
+    known = torch.distributed.is_initialized()
+    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if known else (0, 1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    launched = {name: str(value) for name, value in names.items()} if world_size > 1 else {}
+    with mock.patch.dict(os.environ, {**launched, "ACCELERATE_USE_CPU": "true"}):
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
 
 EXAMPLES, GLOBAL_BATCH, WIDTH = 96, 8, 33
 

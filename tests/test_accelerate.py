@@ -7,43 +7,26 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from shardadam import GradScaler, ShardedAdamW
-from tests.ranks import on_ranks, rank_and_size
+from tests.ranks import on_ranks
 
 accelerate = pytest.importorskip("accelerate")
 
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from shardadam.integrations.accelerate import ShardedAccelerator  # noqa: E402
 from tests import accelerate_run  # noqa: E402
+from tests.accelerate_run import as_launched  # noqa: E402
 
 SCRIPT = Path(accelerate_run.__file__)
 ROOT = SCRIPT.parent.parent
-
-
-@contextmanager
-def as_launched() -> Iterator[None]:
-    """What torchrun would have set, and accelerate's process-wide state new before and after."""
-    rank, world_size = rank_and_size()
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    launched = {name: str(value) for name, value in names.items()} if world_size > 1 else {}
-    with mock.patch.dict(os.environ, {**launched, "ACCELERATE_USE_CPU": "true"}):
-        try:
-            yield
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
 
 
 def run(flavour: str, directory: str, options: dict[str, Any]) -> dict[str, Any]:

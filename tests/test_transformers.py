@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with ShardedTrainer equals transformers' own Trainer with DDP and torch's AdamW, and resumes from its
+checkpoints; a plain Trainer over external gradients does with one callback.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardadam import ShardedAdamW
+from tests.ranks import on_ranks
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
+
+from shardadam.integrations.transformers import ShardedTrainer, ShardedTrainerMixin  # noqa: E402
+from tests import trainer_run  # noqa: E402
+
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+def run(flavour: str, out: str, options: dict[str, Any]) -> dict[str, Any]:
+    return trainer_run.train(flavour, out, **options)
+
+
+def runs(flavour: str, out: Path, world_size: int = 2, **options: Any) -> list[dict[str, Any]]:
+    return on_ranks(world_size, run, flavour, str(out), options)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], last: int = 0) -> None:
+    """``last``: how many steps both have logged; 0: all."""
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert largest_difference(mine["model"], theirs["model"]) <= 1e-6
+        for name in ("losses", "norms", "rates"):
+            assert len(mine[name]) > 0
+            assert mine[name][-last:] == pytest.approx(theirs[name][-last:], rel=1e-5, abs=1e-6)
+        assert mine["evaluations"] == pytest.approx(theirs["evaluations"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 1, "gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 3},
+        {"bf16": True, "max_grad_norm": 0.0},
+    ],
+    ids=["accumulation", "checkpointing, evaluation", "bf16, no clipping"],
+)
+def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Path) -> None:
+    ours, stock = runs("sharded", tmp_path / "ours", **options), runs("stock", tmp_path / "stock", **options)
+    assert (ours[0]["wrapped"], stock[0]["wrapped"]) == ("GPT2LMHeadModel", "DistributedDataParallel")
+    assert (ours[0]["optimizer"], stock[0]["optimizer"]) == ("ShardedAdamW", "AdamW")
+    assert_equal_runs(ours, stock)
+    assert largest_difference(ours[0]["model"], ours[1]["model"]) == 0.0
+    assert ours[0]["losses"][-1] < ours[0]["losses"][0]
+    assert max(ours[0]["norms"]) > 1.0  # clipping is in force where there is any
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+def test_an_optimizer_that_is_passed_serves(gradient_sync: str, tmp_path: Path) -> None:
+    options = {"weight_decay": 0.01, "warmup_steps": 0}
+    ours = runs("sharded", tmp_path, optimizer={"gradient_sync": gradient_sync}, **options)
+    with_external = runs("external", tmp_path, **options)  # whose one param group decays as well
+    assert_equal_runs(ours, with_external)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """Saved halfway and at the end."""
+    out = tmp_path_factory.mktemp("straight")
+    return runs("sharded", out, dropout=0.1, **SAVING), out
+
+
+def test_training_resumes_bit_for_bit(straight: tuple[list[dict[str, Any]], Path]) -> None:
+    results, out = straight
+    assert {path.name for path in (out / "checkpoint-4").iterdir()} >= {
+        "shardadam",
+        "scheduler.pt",
+        "model.safetensors",
+    }
+    assert not (out / "checkpoint-4" / "optimizer.pt").exists()
+    resumed = runs("sharded", out, dropout=0.1, resume="checkpoint-4")
+    for one, other in zip(results, resumed, strict=True):
+        assert largest_difference(one["model"], other["model"]) == 0.0
+        assert one["losses"][4:] == other["losses"][4:] and one["norms"][4:] == other["norms"][4:]
+
+
+def test_what_the_stock_trainer_does_with_the_order_of_data_stays(tmp_path: Path) -> None:
+    """Without accelerate's sampler it draws another order when it resumes than it had; so do we, and the same one."""
+    options = {"accelerator_config": {"use_seedable_sampler": False}}
+    resumed = []
+    for flavour in ("sharded", "stock"):
+        runs(flavour, tmp_path / flavour, **options, **SAVING, max_steps=4)
+        resumed.append(runs(flavour, tmp_path / flavour, **options, resume="checkpoint-4"))
+    assert_equal_runs(*resumed)
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_training_resumes_on_another_number_of_ranks(world_size: int, tmp_path: Path) -> None:
+    on_two = runs("sharded", tmp_path, **SAVING)
+    accumulate = {1: 4, 4: 1}[world_size]
+    resumed = runs("sharded", tmp_path, world_size, resume="checkpoint-4", gradient_accumulation_steps=accumulate)
+    assert largest_difference(on_two[0]["model"], resumed[0]["model"]) <= 1e-5
+    assert resumed[0]["losses"][4:] == pytest.approx(on_two[0]["losses"][4:], rel=1e-5)
+    assert resumed[0]["norms"][4:] == pytest.approx(on_two[0]["norms"][4:], rel=1e-4)
+
+
+def test_a_stock_run_goes_on_sharded(tmp_path: Path) -> None:
+    stock = runs("stock", tmp_path, **SAVING)
+    assert_equal_runs(runs("sharded", tmp_path, resume="checkpoint-4"), stock, last=4)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """Warm-up makes the loss fall; a rate that is far too high afterwards makes it rise."""
+    options = {**SAVING, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    options |= {"learning_rate": 0.5, "warmup_steps": 8, "max_steps": 8, "metric_for_best_model": "loss"}
+    for result in runs("sharded", tmp_path, **options):
+        best = min(result["evaluations"])
+        assert best < result["evaluations"][-1]
+        assert result["evaluated_after"] == pytest.approx(best, rel=1e-6)
+        assert result["best"] == str(tmp_path / f"checkpoint-{2 * (1 + result['evaluations'].index(best))}")
+
+
+def test_train_can_be_called_again(tmp_path: Path) -> None:
+    ours = runs("sharded", tmp_path / "ours", trainings=2, max_steps=3)
+    assert largest_difference(ours[0]["model"], ours[1]["model"]) == 0.0
+
+
+# The plain Trainer
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+def test_a_plain_trainer_with_the_callback_saves_whole_and_resumes_anywhere(strategy: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weight_decay": 0.01, "gradient_accumulation_steps": 1}  # an epoch has six steps
+    saving = {"save_strategy": strategy, "save_steps": 4}
+    if strategy == "best":
+        saving |= {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
+    checkpoint = "checkpoint-6" if strategy == "epoch" else "checkpoint-4"
+    straight = runs("external", tmp_path, **options, **saving)
+    assert straight[0]["wrapped"] == "DistributedDataParallel"
+    saved = torch.load(tmp_path / checkpoint / "optimizer.pt", weights_only=True)
+    assert all(type(value) is torch.Tensor for entry in saved["state"].values() for value in entry.values())
+    assert sum(entry["exp_avg"].numel() for entry in saved["state"].values()) > 20_000
+    if strategy == "steps":
+        for world_size, accumulate in ((2, 1), (1, 2)):
+            again = {**options, "gradient_accumulation_steps": accumulate}
+            resumed = runs("external", tmp_path, world_size, resume=checkpoint, **again)
+            assert largest_difference(straight[0]["model"], resumed[0]["model"]) <= 1e-5
+
+
+def test_without_the_callback_the_error_names_it(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"transformers\.Trainer: .*ShardedTrainer.*ConsolidateCallback\(\)"):
+        runs("external", tmp_path, callback=False, **SAVING)  # rank 0 raises, and takes the others with it
+
+
+# What is refused
+
+
+def refused(out: str, arguments: dict[str, Any], optimizer: dict[str, Any] | None) -> str:
+    try:
+        trainer_run.train("sharded", out, optimizer=optimizer, **arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "optimizer", "expected"),
+    [
+        ({"optim": "adafactor"}, None, ["ValueError", "adafactor", "adamw_torch"]),
+        ({}, {"gradient_sync": "external"}, ["TypeError", 'gradient_sync="external"']),
+    ],
+)
+def test_what_cannot_work_is_refused_on_all_ranks(
+    arguments: dict[str, Any], optimizer: dict[str, Any] | None, expected: list[str], tmp_path: Path
+) -> None:
+    for message in on_ranks(2, refused, str(tmp_path), arguments, optimizer):
+        assert all(text in message for text in expected), message
+
+
+# What the integration relies on in transformers
+
+
+def test_transformers_is_what_the_integration_was_written_for() -> None:
+    trainer = transformers.Trainer
+    for method in (
+        "create_accelerator_and_postprocess",
+        "get_optimizer_cls_and_kwargs",
+        "_save_optimizer_and_scheduler",
+        "_load_optimizer_and_scheduler",
+    ):
+        ours, theirs = getattr(ShardedTrainerMixin, method), getattr(trainer, method)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+        assert f"self.{method}(" in inspect.getsource(trainer)
+    assert ShardedTrainer.__mro__.index(ShardedTrainerMixin) < ShardedTrainer.__mro__.index(trainer)
+    cls, options = ShardedTrainer.get_optimizer_cls_and_kwargs(transformers.TrainingArguments("out", use_cpu=True))
+    assert cls is ShardedAdamW and options.keys() >= {"lr", "betas", "eps"}
+    saving = inspect.getsource(trainer._maybe_log_save_evaluate)
+    assert saving.index("self.control.should_save = is_new_best_metric") < saving.index("self._save_checkpoint")
+    assert "control.should_save = True" in inspect.getsource(DefaultFlowCallback.on_step_end)
+    assert "control.should_save = True" in inspect.getsource(DefaultFlowCallback.on_epoch_end)
