@@ -96,16 +96,6 @@ def test_training_resumes_bit_for_bit(straight: tuple[list[dict[str, Any]], Path
         assert one["losses"][4:] == other["losses"][4:] and one["norms"][4:] == other["norms"][4:]
 
 
-def test_what_the_stock_trainer_does_with_the_order_of_data_stays(tmp_path: Path) -> None:
-    """Without accelerate's sampler it draws another order when it resumes than it had; so do we, and the same one."""
-    options = {"accelerator_config": {"use_seedable_sampler": False}}
-    resumed = []
-    for flavour in ("sharded", "stock"):
-        runs(flavour, tmp_path / flavour, **options, **SAVING, max_steps=4)
-        resumed.append(runs(flavour, tmp_path / flavour, **options, resume="checkpoint-4"))
-    assert_equal_runs(*resumed)
-
-
 @pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_training_resumes_on_another_number_of_ranks(world_size: int, tmp_path: Path) -> None:
     on_two = runs("sharded", tmp_path, **SAVING)

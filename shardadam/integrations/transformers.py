@@ -68,7 +68,7 @@ class ShardedTrainerMixin:
         if checkpoint is None or not (Path(checkpoint) / _FOLDER).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        # Random number generators are left to the Trainer, which draws the order of the data before it restores them.
+        # The Trainer restores random number generators itself, after it has skipped the data that was seen.
         load(Path(checkpoint) / _FOLDER, optimizer=_unwrapped(self.optimizer), random_states=False)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
