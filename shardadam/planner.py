@@ -237,15 +237,17 @@ def adamw_need(parameters: Planned) -> Need:
 def need(parameters: Planned, setting: Setting) -> Need:
     """With ``ShardedAdam`` or ``ShardedAdamW``, in training; raises as ``plan`` does."""
     known = _planned(parameters)
-    return _need(known, lay_out(known, setting), setting)
+    return need_of(known, lay_out(known, setting), setting)
 
 
-def _need(parameters: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> Need:
+def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
+    """``need`` for a layout of ``parameters`` that is there already; the rest may differ, as for ``memory_of``."""
+    known = _planned(parameters)
     memory = memory_of(layout, setting, peak=True)
-    frozen = sum(one.nbytes for one in parameters if not one.trainable)
+    frozen = sum(one.nbytes for one in known if not one.trainable)
     return Need(
         parameters=memory.parameters + frozen,
-        gradients=memory.gradients + _gradient_bytes(_trainable(parameters), layout, setting),
+        gradients=memory.gradients + _gradient_bytes(_trainable(known), layout, setting),
         optimizer=memory.total - memory.parameters - memory.gradients,
     )
 
@@ -306,11 +308,11 @@ def fitting(
     known = _planned(parameters)
     layouts = {asked.world_size: lay_out(known, asked)}
     room = available if callable(available) else lambda _: available
-    asked_need = _need(known, layouts[asked.world_size], asked)
+    asked_need = need_of(known, layouts[asked.world_size], asked)
     for candidate, changes in _candidates(known, asked, most_ranks):
         if candidate.world_size not in layouts:
             layouts[candidate.world_size] = lay_out(known, candidate)
-        found = _need(known, layouts[candidate.world_size], candidate)
+        found = need_of(known, layouts[candidate.world_size], candidate)
         if found.total <= room(candidate.world_size):
             return Fit(asked, room(asked.world_size), asked_need, candidate, found, changes)
     return Fit(asked, room(asked.world_size), asked_need, None, None)

@@ -307,6 +307,12 @@ class _listener:
             self._socket.close()
 
 
+def why_not_here() -> str | None:
+    """Why ranks of this host could not share memory, as far as one process can tell; None: it all works. Local."""
+    with _listener() as (_, _, problem):
+        return problem
+
+
 def _try_memory() -> None:
     """Raises OSError where memory cannot be shared by its descriptor."""
     if not hasattr(os, "memfd_create"):

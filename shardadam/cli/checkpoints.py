@@ -1,52 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam export`` and ``shardadam inspect``: checkpoints from a shell, in one process, without a GPU.
-
-Prints, and gives exit codes: 0, all is well; 1, a checkpoint is not whole, or something cannot be done; 2, wrong usage.
-"""
+"""``shardadam export`` and ``inspect``: checkpoints from a shell."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.export import FORMATS, export
 from shardadam.checkpoint.files import MANIFEST, CheckpointError, Reader
+from shardadam.cli.text import binary_size, table
 from shardadam.update import formats
-from shardadam.version import __version__
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Local.
-
-    Args:
-        arguments: default: the process's.
-
-    Returns:
-        The exit code. Wrong usage exits with 2 at once.
-    """
-    options = _parser().parse_args(arguments)
-    try:
-        code: int = options.run(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (CheckpointError, OSError) as error:
-        print(f"shardadam: {error}", file=sys.stderr)
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shardadam", description="Checkpoints that shardadam.save has written.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     directory: dict[str, Any] = dict(
         metavar="DIR",
         type=Path,
@@ -74,12 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for programs")
     command.add_argument("--no-verify", action="store_true", help="look at the sizes of files, and do not read them")
     command.set_defaults(run=_inspect)
-    return parser
 
 
 def _export(options: argparse.Namespace) -> int:
     for path in export(options.directory, format=options.format, output=options.output):
-        print(f"{path}  {_size(path.stat().st_size)}")
+        print(f"{path}  {binary_size(path.stat().st_size)}")
     return 0
 
 
@@ -163,7 +132,7 @@ def _text(found: dict[str, Any]) -> str:
         ("saved on", f"{found['world_size']} rank{'s' if found['world_size'] != 1 else ''}"),
         ("versions", f"shardadam {found['shardadam']}, torch {found['torch']}"),
         ("parameters", f"{parameters['elements']:,} in {parameters['tensors']:,} trained tensors"),
-        ("bytes", f"{found['bytes']:,} ({_size(found['bytes'])})"),
+        ("bytes", f"{found['bytes']:,} ({binary_size(found['bytes'])})"),
         ("others here", ", ".join(found["others"]) or "none"),
         ("whole", whole),
     ]
@@ -174,33 +143,8 @@ def _text(found: dict[str, Any]) -> str:
     files = [(entry["name"], f"{entry['bytes']:,}") for entry in found["files"]]
     return "\n\n".join(
         [
-            _table(facts, right=()),
-            _table([("tensors", "dtype", "elements", "bytes"), *kinds], right=(2, 3)),
-            _table([("file", "bytes"), *files], right=(1,)),
+            table(facts, right=()),
+            table([("tensors", "dtype", "elements", "bytes"), *kinds], right=(2, 3)),
+            table([("file", "bytes"), *files], right=(1,)),
         ]
     )
-
-
-def _table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
-    """Columns aligned, those of ``right`` to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _size(nbytes: int) -> str:
-    value, unit = float(nbytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shardadam plan``: does it fit, in which format, and on how many ranks? The options, and JSON of the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from shardadam.cli.comparison import KINDS, MOST_RANKS, Comparison, Way, compare
+from shardadam.cli.errors import CommandError
+from shardadam.cli.plan_plot import plot
+from shardadam.cli.plan_text import as_text
+from shardadam.cli.subject import DTYPES, find_subject
+from shardadam.optimizer import GradientSync
+from shardadam.planner import Need, Setting
+from shardadam.precision import Master, Moments, Precision
+
+_DESCRIPTION = """\
+Bytes a rank, by kind, before anything is allocated: computed from the layout that the optimizer itself would make, in
+every format, beside torch.optim.AdamW and FSDP2. Activations, buffers of the model and what torch itself takes are not
+counted."""
+
+_EPILOG = f"""\
+WHAT is one of
+  7B, 350M, 1.3e9          a number of parameters: planned as a decoder of exactly that size, with Llama 2's proportions
+  DIR, config.json         a Hugging Face model, built without weights or network; needs transformers
+  Qwen/Qwen3-8B            the same by name, from the local cache, or with --download from the Hugging Face Hub
+  module:function          a function (or class) without arguments that makes an nn.Module, called on the meta device;
+                           modules are looked for in the current directory first
+
+--json prints one object; all sizes are whole bytes of one rank, "ranks" are counted over all hosts:
+  version     1; fields may be added within a version, but not change
+  what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
+              dtypes {{fp32, bf16, ...: elements}}
+  asked       ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip, transport
+  memory      what --memory said, or null
+  formats     one for each format and gradient_sync: moments, master, gradient_sync, asked (is it what was asked for),
+              built (fields of optimizer.memory() once it is built, and their total), bytes (the same kinds in training,
+              p.grad and frozen parameters included, and their total), fits, fits_from
+  comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2: name, estimate, bytes, fits, fits_from
+  choice      null without --memory: fits, changes (what differs from what was asked), ranks, gradient_sync, moments,
+              master, bytes {{parameters, gradients, optimizer, total}}; if nothing fits, all but fits and changes null
+fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas) on
+which it fits, or null where that is more than {MOST_RANKS}.
+
+Exit code: 0; 1 if what was asked for does not fit in --memory, or cannot be planned."""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="say what training takes on each rank, and what fits",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("what", metavar="WHAT", help="number of parameters, Hugging Face model, or module:function")
+    command.add_argument("--ranks", metavar="N", type=_whole, default=8, help="all of them; default: 8")
+    command.add_argument("--hosts", metavar="H", type=_whole, default=1, help="that share the ranks evenly; default: 1")
+    command.add_argument(
+        "--replicas",
+        metavar="R",
+        type=_whole,
+        default=1,
+        help="hybrid sharding: so many copies of the state, each split over N/R ranks; default: 1",
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of parameters; default: the model's own, and bf16 for a number"
+    )
+    command.add_argument("--moments", choices=get_args(Moments), default="fp32", help="default: fp32")
+    command.add_argument("--master", choices=get_args(Master), default="auto", help="default: auto")
+    command.add_argument(
+        "--gradient-sync", choices=get_args(GradientSync), default="backward", help="default: backward"
+    )
+    command.add_argument("--bucket-mb", metavar="MIB", type=_positive, help="default: the optimizer's, 32 (8 on CPUs)")
+    command.add_argument("--clip", action="store_true", help="the norm of gradients will be wanted (max_grad_norm)")
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    command.add_argument(
+        "--memory",
+        "--gpu-memory",
+        metavar="SIZE",
+        type=parse_size,
+        help="on each rank: 80GB (10^9 bytes each), 80GiB (2^30), 512MB, or bytes",
+    )
+    command.add_argument("--download", action="store_true", help="look a name up on the Hugging Face Hub")
+    command.add_argument("--json", action="store_true", help="for programs; see below")
+    command.add_argument("--plot", metavar="FILE", type=Path, help="draw it, as .png, .svg or .pdf; needs matplotlib")
+    command.set_defaults(run=_run)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 2**20:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of 1 to {2**20:,}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive number")
+    return number
+
+
+_UNITS: dict[str, int] = {"": 1, **{f"{letter}b": 10 ** (3 * (i + 1)) for i, letter in enumerate("kmgt")}}
+_UNITS |= {f"{letter}ib": 2 ** (10 * (i + 1)) for i, letter in enumerate("kmgt")}
+_UNITS |= {letter: _UNITS[f"{letter}b"] for letter in "kmgt"} | {"b": 1}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "80GB", "79.6GiB" or "1000"."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?) ?([A-Za-z]*)", text)
+    unit = None if match is None else _UNITS.get(match[2].lower())
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 80GB, 79.6GiB or 512MB")
+    return round(float(match[1]) * unit)
+
+
+def _run(options: argparse.Namespace) -> int:
+    setting = _setting(options)
+    subject = find_subject(options.what, DTYPES.get(options.dtype), download=options.download)
+    try:
+        found = compare(subject, setting, hosts=options.hosts, available=options.memory)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if options.plot is not None:
+        plot(found, options.plot)
+    print(json.dumps(as_json(found), indent=2) if options.json else as_text(found))
+    return 1 if found.fit is not None and not found.fit.fits else 0
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    ranks, hosts, replicas = options.ranks, options.hosts, options.replicas
+    for name, parts in (("--hosts", hosts), ("--replicas", replicas)):
+        if ranks % parts:
+            raise CommandError(f"{name}: found {parts} with --ranks {ranks}, expected a divisor of it")
+    is_inside_host = (ranks // hosts) % (ranks // replicas) == 0  # each shard group
+    return Setting(
+        world_size=ranks // replicas,
+        replicas=replicas,
+        precision=Precision(moments=options.moments, master=options.master),
+        gradient_sync=options.gradient_sync,
+        bucket_mb=options.bucket_mb,
+        device=options.device,
+        transport="auto" if is_inside_host else "collective",
+        clips=options.clip,
+    )
+
+
+# For programs
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """What ``--help`` describes."""
+    subject, asked = found.subject, found.asked
+    return {
+        "version": 1,
+        "what": {
+            "name": subject.what,
+            "source": subject.source,
+            "description": subject.description,
+            "tensors": len(subject.parameters),
+            "parameters": subject.numel,
+            "trainable": subject.trainable_numel,
+            "dtypes": subject.dtypes,
+        },
+        "asked": {
+            "ranks": found.ranks,
+            "hosts": found.hosts,
+            "replicas": asked.replicas,
+            "device": asked.device,
+            "gradient_sync": asked.gradient_sync,
+            "moments": asked.precision.moments,
+            "master": asked.precision.master,
+            "bucket_bytes": asked.bucket_bytes,
+            "clip": asked.clips,
+            "transport": asked.transport,
+        },
+        "memory": found.available,
+        "formats": [_format(found, way) for way in found.formats],
+        "comparison": [
+            {"name": way.name, "estimate": way.is_estimate, "bytes": _bytes(way), **_judgement(way)}
+            for way in found.peers
+        ],
+        "choice": _choice(found),
+    }
+
+
+def _format(found: Comparison, way: Way) -> dict[str, Any]:
+    assert way.setting is not None and way.built is not None
+    return {
+        "moments": way.setting.precision.moments,
+        "master": way.setting.precision.master,
+        "gradient_sync": way.setting.gradient_sync,
+        "asked": found.is_asked(way),
+        "built": {**asdict(way.built), "total": way.built.total},
+        "bytes": _bytes(way),
+        **_judgement(way),
+    }
+
+
+def _bytes(way: Way) -> dict[str, int]:
+    return {**{kind: way.kinds[kind] for kind in KINDS}, "total": way.total}
+
+
+def _judgement(way: Way) -> dict[str, Any]:
+    return {"fits": way.fits, "fits_from": way.fits_from}
+
+
+def _choice(found: Comparison) -> dict[str, Any] | None:
+    fit = found.fit
+    if fit is None:
+        return None
+    nearest, need = fit.nearest, fit.nearest_need
+    return {
+        "fits": fit.fits,
+        "changes": ["ranks" if change == "world_size" else change for change in fit.changes],
+        "ranks": None if nearest is None else nearest.world_size * nearest.replicas,
+        "gradient_sync": None if nearest is None else nearest.gradient_sync,
+        "moments": None if nearest is None else nearest.precision.moments,
+        "master": None if nearest is None else nearest.precision.master,
+        "bytes": None if need is None else _need(need),
+    }
+
+
+def _need(need: Need) -> dict[str, int]:
+    return {**asdict(need), "total": need.total}

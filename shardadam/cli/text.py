@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for a terminal of 80 to 120 columns: aligned tables and readable sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
+    """Columns aligned, those of ``right`` to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def binary_size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class Unit:
+    """One decimal unit for all numbers of a table, so that they compare: the largest of which there is one.
+
+    Args:
+        largest: bytes of the largest number.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self.name, self.nbytes = next((unit for unit in _UNITS if largest >= unit[1]), ("bytes", 1))
+
+    def __call__(self, nbytes: int) -> str:
+        """The number alone, with two decimals."""
+        return f"{nbytes / self.nbytes:,.{0 if self.nbytes == 1 else 2}f}"
+
+    def named(self, nbytes: int) -> str:
+        return f"{self(nbytes)} {self.name}"
+
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))

@@ -1,0 +1,549 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shardadam plan`` tells the bytes that ``optimizer.memory()`` does, for whatever it is asked, and what would fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardadam import Precision, ShardedAdamW
+from shardadam.cli import main
+from shardadam.cli.comparison import KINDS, adamw, fsdp2
+from shardadam.cli.plan import parse_size
+from shardadam.cli.subject import decoder_of, find_subject, parse_count
+from shardadam.planner import PlannedParameter, Setting, adamw_need, fitting, need
+from tests.ranks import on_ranks
+
+ROOT = Path(__file__).parent.parent
+Parameters = list[tuple[tuple[int, ...], torch.dtype, bool]]
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tests.test_plan:...`` is found from the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+def planned_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said of it, on one line and without a traceback."""
+    assert main(["plan", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("shardadam: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+# Five models
+
+
+def launch_decoder() -> nn.Module:
+    """Tied: its head is its embedding."""
+    spec = importlib.util.spec_from_file_location("launch_model", ROOT / "launch" / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["launch_model"] = module  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    decoder: nn.Module = module.Decoder(module.ModelConfig(layers=2, width=64, heads=2, context=32))
+    return decoder
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        *[nn.Sequential(nn.Conv2d(size, 2 * size, 3), nn.BatchNorm2d(2 * size), nn.ReLU()) for size in (3, 6, 12)],
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    )
+
+
+class Odd(nn.Module):
+    """Mixed dtypes, frozen, scalar, empty and odd shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = ((300, 40), (129,), (), (0,), (64, 64), (1,), (7, 15))
+        for dtype in (torch.float32, torch.bfloat16):
+            for index, shape in enumerate(shapes):
+                parameter = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=index != 4)
+                self.register_parameter(f"{str(dtype)[6:]}_{index}", parameter)
+
+
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 48, "n_head": 4,
+        "vocab_size": 301, "n_positions": 33, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+MINILM = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 96, "intermediate_size": 384,
+          "num_attention_heads": 12, "num_hidden_layers": 2, "vocab_size": 305, "dtype": "float16"}  # fmt: skip
+CONFIGS = {"gpt2": GPT2, "minilm": MINILM}
+FUNCTIONS = {"decoder": launch_decoder, "convolutions": convolutions, "odd": Odd}
+MODELS = [*FUNCTIONS, *CONFIGS]
+
+
+def write_config(name: str, directory: Path) -> str:
+    (directory / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return str(directory)
+
+
+def real(name: str, directory: Path) -> nn.Module:
+    """Built in earnest, without the code that plans."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]()
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model: nn.Module = getattr(transformers, CONFIGS[name]["architectures"][0])(config)  # type: ignore[index]
+    return model.half() if CONFIGS[name].get("dtype") == "float16" else model
+
+
+def built(parameters: Parameters, rows: list[dict[str, Any]], bucket_mb: float) -> list[dict[str, int]]:
+    """``optimizer.memory()`` of each row's format, and its total."""
+    found = []
+    for row in rows:
+        optimizer = ShardedAdamW(
+            [
+                nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=trains)
+                for shape, dtype, trains in parameters
+            ],
+            precision=Precision(moments=row["moments"], master=row["master"]),
+            gradient_sync=row["gradient_sync"],
+            bucket_mb=bucket_mb,
+        )
+        memory = optimizer.memory()
+        found.append({**asdict(memory), "total": memory.total})
+    return found
+
+
+@pytest.mark.sweep(6)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_bytes_are_what_memory_says(
+    name: str, ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = write_config(name, tmp_path) if name in CONFIGS else f"tests.test_plan:{FUNCTIONS[name].__name__}"
+    options = ["--ranks", str(ranks), "--device", "cpu", "--bucket-mb", "0.02", "--gradient-sync", "external"]
+    found = planned_json(capsys, what, *options)
+    model = real(name, tmp_path)
+    parameters = [(tuple(one.shape), one.dtype, one.requires_grad) for one in model.parameters()]
+    assert found["what"]["parameters"] == sum(one.numel() for one in model.parameters())
+    rows = found["formats"]
+    has_low = any(dtype != torch.float32 for _, dtype, _ in parameters)
+    assert len(rows) == 3 * 3 * (3 if has_low else 1)
+    for of_rank in on_ranks(ranks, built, parameters, rows, 0.02):
+        assert of_rank == [row["built"] for row in rows]
+
+
+def test_the_bytes_of_training_add_up_to_what_the_planner_says_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    what = "tests.test_plan:Odd"
+    options = ["--ranks", "4", "--device", "cpu", "--bucket-mb", "0.01", "--clip"]
+    found = planned_json(capsys, what, *options)
+    parameters = [PlannedParameter.of(one) for one in Odd().parameters()]
+    assert {(row["moments"], row["master"], row["gradient_sync"]) for row in found["formats"]} == {
+        (moments, master, sync)
+        for moments in ("fp32", "bf16", "int8")
+        for master in ("split", "fp32", "none")
+        for sync in ("backward", "step")
+    }
+    for row in found["formats"]:
+        precision = Precision(moments=row["moments"], master=row["master"])
+        expected = need(parameters, Setting(world_size=4, precision=precision, gradient_sync=row["gradient_sync"],
+                                            bucket_mb=0.01, device="cpu", clips=True))  # fmt: skip
+        assert row["bytes"]["total"] == expected.total == sum(row["bytes"][kind] for kind in KINDS)
+        assert (row["bytes"]["parameters"], row["bytes"]["gradients"]) == (expected.parameters, expected.gradients)
+        assert (row["fits"], row["fits_from"]) == (None, None)
+    asked = [row for row in found["formats"] if row["asked"]]
+    assert [(row["moments"], row["master"], row["gradient_sync"]) for row in asked] == [("fp32", "split", "backward")]
+    frozen = sum(one.nbytes for one in parameters if not one.trainable)
+    assert asked[0]["bytes"]["parameters"] - asked[0]["built"]["parameters"] == frozen > 0
+    assert found["choice"] is None and found["memory"] is None
+
+
+def test_what_was_asked_for_is_told_again(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--ranks", "8", "--hosts", "2", "--replicas", "2", "--moments", "int8", "--master", "fp32"]
+    found = planned_json(capsys, "1M", *options, "--gradient-sync", "step", "--bucket-mb", "0.5", "--device", "cpu")
+    assert found["version"] == 1
+    assert found["what"]["source"] == "number" and found["what"]["dtypes"] == {"bf16": 10**6}
+    assert found["asked"] == {
+        "ranks": 8,
+        "hosts": 2,
+        "replicas": 2,
+        "device": "cpu",
+        "gradient_sync": "step",
+        "moments": "int8",
+        "master": "fp32",
+        "bucket_bytes": 2**19,
+        "clip": False,
+        "transport": "auto",
+    }
+    spanning = planned_json(capsys, "1M", "--ranks", "8", "--hosts", "4", "--replicas", "2", "--device", "cpu")
+    assert spanning["asked"]["transport"] == "collective"  # shard groups of four ranks on hosts of two
+    quarter = planned_json(capsys, "1M", "--ranks", "4")["formats"][0]["built"]
+    assert planned_json(capsys, "1M", "--ranks", "8", "--replicas", "2")["formats"][0]["built"] == quarter
+
+
+# What to train
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("7B", 7 * 10**9), ("350M", 350 * 10**6), ("1.3e9", 13 * 10**8), ("1.5b", 15 * 10**8), ("12k", 12000), ("1", 1),
+     ("1,000", 1000), ("2T", 2 * 10**12), ("7X", None), ("B", None), ("gpt2", None), ("-7B", None), ("7e", None)],
+)  # fmt: skip
+def test_numbers_of_parameters_are_read(text: str, count: int | None) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("numel", [1, 17, 1000, 12345, 10**6, 124_439_808, 7 * 10**9, 405 * 10**9])
+def test_a_number_becomes_a_decoder_of_exactly_that_size(numel: int) -> None:
+    subject = decoder_of("n", numel)
+    assert subject.numel == subject.trainable_numel == numel
+    assert all(min(one.shape) > 0 for one in subject.planned)
+    if numel > 10**8:
+        largest = max(one.numel for one in subject.planned)
+        assert largest < numel / 3  # no tensor beside which buckets would mean nothing
+        width = dict(subject.parameters)["layers.0.mlp_norm.weight"].numel
+        assert 32 <= width / sum(name.endswith("gate.weight") for name, _ in subject.parameters) <= 200
+
+
+def test_llama_2s_proportions_are_met() -> None:
+    names = dict(decoder_of("n", 6_738_415_616).parameters)
+    assert names["layers.31.mlp.down.weight"].shape[0] == 4096 and "layers.33.mlp.down.weight" not in names
+
+
+def test_the_dtype_is_the_models_own_unless_told(tmp_path: Path) -> None:
+    def dtypes(what: str, dtype: torch.dtype | None = None) -> set[str]:
+        return set(find_subject(what, dtype).dtypes)
+
+    assert dtypes("1M") == {"bf16"} and dtypes("1M", torch.float16) == {"fp16"}
+    assert dtypes("tests.test_plan:Odd") == {"fp32", "bf16"}
+    assert dtypes("tests.test_plan:Odd", torch.float32) == {"fp32"}
+    pytest.importorskip("transformers")
+    assert dtypes(write_config("minilm", tmp_path)) == {"fp16"}
+    assert dtypes(str(tmp_path / "config.json"), torch.bfloat16) == {"bf16"}
+    assert dtypes(write_config("gpt2", tmp_path)) == {"fp32"}
+
+
+def test_the_class_that_a_config_names_is_built_with_its_head(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    for name, config in CONFIGS.items():
+        assert find_subject(write_config(name, tmp_path)).description == config["architectures"][0]  # type: ignore[index]
+
+
+def test_a_config_without_architectures_is_a_bare_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    config = {key: value for key, value in GPT2.items() if key != "architectures"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_subject(str(tmp_path / "config.json")).description == "GPT2Model"
+
+
+def test_nothing_is_allocated_and_the_network_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    devices: set[str] = set()
+    of = PlannedParameter.of
+
+    def watched(parameter: Tensor) -> PlannedParameter:
+        devices.add(parameter.device.type)
+        return of(parameter)
+
+    def shut(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(PlannedParameter, "of", watched)
+    monkeypatch.setattr("socket.socket.connect", shut)
+    monkeypatch.setattr("socket.getaddrinfo", shut)
+    for what in (write_config("gpt2", tmp_path), "tests.test_plan:launch_decoder"):
+        assert find_subject(what).numel > 0
+    assert devices == {"meta"}
+
+
+def test_the_current_directory_is_searched_for_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planned_module.py").write_text(
+        "import torch\nclass A:\n    make = staticmethod(lambda: torch.nn.Linear(3, 2))"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert find_subject("planned_module:A.make").numel == 8
+    assert sys.path == before
+
+
+# What cannot be planned
+
+
+def no_module() -> list[int]:
+    return [1]
+
+
+def raises() -> nn.Module:
+    raise RuntimeError("no such\nlayer")
+
+
+def frozen() -> nn.Module:
+    return nn.Linear(2, 2).requires_grad_(False)
+
+
+def complex_numbers() -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("tests.test_plan:no_module", "returned a list, expected an nn.Module"),
+        ("tests.test_plan:raises", "RuntimeError: no such layer"),
+        ("tests.test_plan:frozen", "without trainable parameters"),
+        ("tests.test_plan:complex_numbers", "torch.complex64"),
+        ("tests.test_plan:MODELS", "found a list, expected a function"),
+        ("tests.test_plan:missing", "has no 'missing'"),
+        ("tests.no_such_module:make", "no module 'tests.no_such_module'"),
+        ("no_such_module:make", "no module 'no_such_module'"),
+        ("./none/config.json", "no such file"),
+        ("tests", "without config.json"),
+        ("0", "expected a number of 1 to"),
+        ("1e99", "expected a number of 1 to"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_without_a_traceback(
+    what: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, what)
+
+
+def test_a_module_that_fails_as_it_is_imported_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_module.py").write_text("\nimport no_such_dependency\n")
+    (tmp_path / "dividing_module.py").write_text("\n\n1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, "failing_module:make")
+    assert "importing failing_module failed" in said and "no_such_dependency" in said
+    said = refused(capsys, "dividing_module:make")
+    assert "ZeroDivisionError" in said and "dividing_module.py:3" in said
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no such"}', "{}"])
+def test_a_config_that_is_none_is_said_so(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(content)
+    assert "transformers can" in refused(capsys, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["7X", "no-such/model"])
+def test_an_unknown_name_is_told_what_it_could_be(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    said = refused(capsys, name)
+    assert "7B" in said and "module:function" in said and "--download" in said
+
+
+def test_missing_packages_are_named_with_their_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("transformers", "matplotlib") else find_spec(name)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    assert "pip install 'shardadam[transformers]'" in refused(capsys, str(tmp_path))
+    assert "pip install 'shardadam[benchmark]'" in refused(capsys, "1M", "--plot", str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--ranks", "0"], ["--ranks", "2.5"], ["--ranks", "-1"], ["--memory", "80XB"],
+     ["--memory", "0"],
+     ["--memory", "much"], ["--bucket-mb", "0"], ["--bucket-mb", "nan"], ["--dtype", "fp8"], ["--moments", "int4"],
+     ["--device", "tpu"], ["--gradient-sync", "never"], ["--hosts", "0"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", "1M", *arguments])
+    assert exit.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_options_that_do_not_fit_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--hosts: found 3 with --ranks 8" in refused(capsys, "1M", "--hosts", "3")
+    assert "--replicas: found 16 with --ranks 8" in refused(capsys, "1M", "--replicas", "16")
+    assert "float64" in refused(capsys, "1M", "--dtype", "fp64", "--moments", "int8")
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("80GB", 80 * 10**9), ("80 GB", 80 * 10**9), ("80g", 80 * 10**9), ("79.6GiB", round(79.6 * 2**30)), ("1024", 1024),
+     ("512MB", 512 * 10**6), ("1tib", 2**40)],
+)  # fmt: skip
+def test_sizes_are_read(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+# What fits
+
+
+def test_fits_and_choice_are_the_planners(capsys: pytest.CaptureFixture[str]) -> None:
+    subject = find_subject("10M")
+    parameters = subject.planned
+    asked = Setting(world_size=2, precision=Precision(master="split"), device="cuda")
+    for available in (200 * 10**6, 140 * 10**6, 100 * 10**6, 70 * 10**6, 40 * 10**6, 19 * 10**6):
+        fit = fitting(parameters, asked, available)
+        found = planned_json(capsys, "10M", "--ranks", "2", "--memory", str(available), code=0 if fit.fits else 1)
+        choice = found["choice"]
+        assert choice["fits"] == fit.fits
+        assert choice["changes"] == ["ranks" if change == "world_size" else change for change in fit.changes]
+        if fit.nearest is None or fit.nearest_need is None:
+            assert {choice[key] for key in ("ranks", "gradient_sync", "moments", "master", "bytes")} == {None}
+        else:
+            assert choice["ranks"] == fit.nearest.world_size and choice["moments"] == fit.nearest.precision.moments
+            assert choice["bytes"] == {**asdict(fit.nearest_need), "total": fit.nearest_need.total}
+        for row in found["formats"]:
+            precision = Precision(moments=row["moments"], master=row["master"])
+
+            def fits_on(ranks: int, row: dict[str, Any] = row, precision: Precision = precision) -> bool:
+                setting = Setting(
+                    world_size=ranks, precision=precision, gradient_sync=row["gradient_sync"], device="cuda"
+                )
+                return need(parameters, setting).total <= available  # noqa: B023
+
+            assert row["fits"] == fits_on(2)
+            if row["fits_from"] is None:
+                assert not any(fits_on(2**power) for power in range(11))
+            else:
+                assert fits_on(row["fits_from"])
+                assert row["fits_from"] == 1 or not fits_on(row["fits_from"] // 2)
+
+
+def test_ranks_that_fit_are_counted_over_all_replicas(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = planned_json(capsys, "10M", "--ranks", "8", "--memory", "80MB")
+    twice = planned_json(capsys, "10M", "--ranks", "16", "--replicas", "2", "--memory", "80MB")
+    froms = [
+        (row["fits_from"], other["fits_from"]) for row, other in zip(alone["formats"], twice["formats"], strict=True)
+    ]
+    assert all(other == 2 * one for one, other in froms) and {one for one, _ in froms} >= {4, 8}
+
+
+def test_the_comparison_has_adamw_and_fsdp2(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned_json(capsys, "10M", "--ranks", "4", "--moments", "bf16")
+    rows = {row["name"]: row for row in found["comparison"]}
+    assert list(rows) == ["adamw", "adamw_fp32_master", "step", "backward", "fsdp2"]
+    assert [name for name, row in rows.items() if row["estimate"]] == ["fsdp2"]
+    for sync in ("step", "backward"):
+        (row,) = [
+            row
+            for row in found["formats"]
+            if (row["gradient_sync"], row["moments"], row["master"]) == (sync, "bf16", "split")
+        ]
+        assert rows[sync]["bytes"] == row["bytes"]
+    planned = find_subject("10M").planned
+    assert rows["adamw"]["bytes"]["total"] == adamw_need(planned).total == adamw(planned).total
+    assert rows["adamw_fp32_master"]["bytes"]["total"] == 16 * 10**7 + 4 * len(planned)
+    single = planned_json(capsys, "10M", "--dtype", "fp32")["comparison"]
+    assert [row["name"] for row in single] == ["adamw", "step", "backward", "fsdp2"]
+
+
+def small_blocks() -> nn.Module:
+    return nn.ModuleDict({"embed": nn.Linear(8, 6, bias=False), "blocks": nn.Sequential(*[nn.Linear(16, 16)] * 1)})
+
+
+def test_fsdp2_is_all_shards_and_the_largest_module_twice() -> None:
+    subject = find_subject("tests.test_plan:small_blocks", torch.bfloat16)
+    assert {name: len(unit) for name, unit in subject.units().items()} == {"": 1, "blocks.0": 2}
+    numel, largest = 48 + 16 * 17, 16 * 17
+    found = fsdp2(subject, 2, keeps_masters=True)
+    assert found.kinds["parameters"] == 4 * numel // 2 + 2 * 2 * largest
+    assert (found.kinds["gradients"], found.kinds["moments"]) == (4 * numel // 2, 8 * numel // 2)
+    in_bf16 = fsdp2(subject, 4, keeps_masters=False)  # six rows over four ranks: two on the first
+    assert in_bf16.kinds["gradients"] == 2 * (2 * 8 + 4 * 16 + 4)
+    assert in_bf16.is_estimate and in_bf16.setting is None
+
+
+# For readers
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert main(["plan", *arguments]) == code
+    return capsys.readouterr().out
+
+
+def test_text_says_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "7B", "--ranks", "8", "--memory", "80GB")
+    for fact in ("7,000,000,000 in ", "8 ranks on 1 host, cuda", "80.00 GB a rank", "Not counted: activations",
+                 "an estimate", "FSDP2, estimated", "torch.optim.AdamW on every rank",
+                 "Choose what was asked for: it takes",
+                 'precision=Precision(moments="fp32", master="split")'):  # fmt: skip
+        assert fact in said, fact
+    assert max(len(line) for line in said.splitlines()) <= 120
+    found = planned_json(capsys, "7B", "--ranks", "8", "--memory", "80GB")
+    rows = [line.split() for line in said.splitlines() if line.startswith(">")]
+    asked = next(row for row in found["formats"] if row["asked"])
+    kinds = asked["bytes"]
+    expected = [kinds["parameters"], kinds["gradients"], kinds["gradient_shard"], kinds["staging"], kinds["moments"],
+                kinds["master"], kinds["scalars"] + kinds["tables"], kinds["total"]]  # fmt: skip
+    assert rows[0] == [
+        ">",
+        "fp32",
+        "split",
+        *[f"{value / 1e9:.2f}" for value in expected],
+        "yes",
+        str(asked["fits_from"]),
+        "ranks",
+    ]
+    assert f"{expected[-1] / 1e9:.2f}" in rows[1]
+
+
+def test_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "10M", "--ranks", "4", "--memory", "80MB", code=1).replace("\n", " ")
+    assert "takes 95.04 MB and does not fit. Choose 8 ranks instead" in said and "the least change that fits" in said
+    said = printed(capsys, "70B", "--memory", "80GB", "--ranks", "64", code=1).replace("\n", " ")
+    assert "Nothing fits in 80.00 GB: parameters alone take 140" in said and "FSDP2, which shards them too" in said
+    said = printed(capsys, "10M", "--memory", "1KB", code=1).replace("\n", " ")
+    assert "Nothing fits" in said and "ranks with more memory" in said and "never" in said
+    assert "Give --memory" in printed(capsys, "10M")
+
+
+def test_float32_has_no_column_of_masters(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "tests.test_plan:convolutions", "--device", "cpu", "--ranks", "2")
+    assert "master" not in said and "KB a rank" in said and "of one host take" in said
+
+
+def test_help_documents_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned_json(capsys, "1M", "--memory", "1GB")
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out
+    for key in (
+        *found,
+        *found["what"],
+        *found["asked"],
+        *found["formats"][0],
+        *found["comparison"][0],
+        *found["choice"],
+    ):
+        assert key in said, key
+
+
+def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    printed(capsys, "10M", "--memory", "200MB", "--plot", str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "--plot" in refused(capsys, "10M", "--plot", str(tmp_path / "plan.nonsense"))
+
+
+def test_planning_a_number_imports_neither_transformers_nor_matplotlib() -> None:
+    program = (
+        "import sys; from shardadam.cli import main; main(['plan', '1M', '--json']);"
+        "print({'transformers', 'matplotlib', 'torch._dynamo'} & set(sys.modules), file=sys.stderr)"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert process.stderr.strip() == "set()" and json.loads(process.stdout)["what"]["parameters"] == 10**6
