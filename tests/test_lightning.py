@@ -15,7 +15,10 @@ import torch
 
 lightning = pytest.importorskip("lightning")
 
+from lightning.fabric.utilities.optimizer import _optimizers_to_device  # noqa: E402
 from lightning.pytorch.strategies import Strategy  # noqa: E402
+
+from shardadam import ShardedAdamW  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,3 +73,14 @@ def test_gradients_that_ddp_has_reduced_are_not_reduced_again(on_two_ranks: tupl
 def test_lightning_is_what_this_relies_on() -> None:
     assert "optimizer.consolidate_state_dict()" in inspect.getsource(Strategy.optimizer_state)
     assert "optimizer.load_state_dict(opt_state)" in inspect.getsource(Strategy.load_optimizer_state_dict)
+    assert "_optimizer_to_device(optimizer, self.root_device)" in inspect.getsource(Strategy.load_optimizer_state_dict)
+
+
+def test_state_stays_where_it_is_when_lightning_moves_it() -> None:
+    """Lightning replaces every tensor of ``optimizer.state`` by what ``to(device)`` gives: here, itself."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = ShardedAdamW(layer.parameters())
+    before = {(p, name): value for p in layer.parameters() for name, value in optimizer.state[p].items()}
+    _optimizers_to_device([optimizer], torch.device("cpu"))
+    assert len(before) == 6
+    assert all(optimizer.state[p][name] is value for (p, name), value in before.items())

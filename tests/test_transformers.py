@@ -6,13 +6,14 @@ checkpoints; a plain Trainer over external gradients does with one callback.
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from shardadam import ShardedAdamW
+from shardadam import ShardedAdam, ShardedAdamW
 from tests.ranks import on_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -54,8 +55,12 @@ def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], l
         {},
         {"gradient_accumulation_steps": 1, "gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 3},
         {"bf16": True, "max_grad_norm": 0.0},
+        pytest.param(
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["accumulation", "checkpointing, evaluation", "bf16, no clipping"],
+    ids=["accumulation", "checkpointing, evaluation", "bf16, no clipping", "reentrant checkpointing"],
 )
 def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     ours, stock = runs("sharded", tmp_path / "ours", **options), runs("stock", tmp_path / "stock", **options)
@@ -75,6 +80,22 @@ def test_an_optimizer_that_is_passed_serves(gradient_sync: str, tmp_path: Path) 
     assert_equal_runs(ours, with_external)
 
 
+def test_a_class_that_is_passed_serves(tmp_path: Path) -> None:
+    options = {"lr": 2e-3, "betas": (0.8, 0.99)}
+    ours = runs("sharded", tmp_path, optimizer_class=(ShardedAdam, options))
+    assert ours[0]["optimizer"] == "ShardedAdam"
+    assert_equal_runs(ours, runs("stock", tmp_path, optimizer_class=(torch.optim.Adam, options)))
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", pytest.param("step", marks=pytest.mark.long)])
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(gradient_sync: str, tmp_path: Path) -> None:
+    results = runs("sharded", tmp_path, optimizer={"gradient_sync": gradient_sync}, poisoned=2, max_steps=5)
+    for result in results:
+        assert [move > 0 for move in result["moves"]] == [True, True, False, True, True]
+        assert [math.isfinite(norm) for norm in result["norms"]] == [True, True, False, True, True]
+    assert largest_difference(results[0]["model"], results[1]["model"]) == 0.0
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     """Saved halfway and at the end."""
@@ -90,10 +111,19 @@ def test_training_resumes_bit_for_bit(straight: tuple[list[dict[str, Any]], Path
         "model.safetensors",
     }
     assert not (out / "checkpoint-4" / "optimizer.pt").exists()
-    resumed = runs("sharded", out, dropout=0.1, resume="checkpoint-4")
+    resumed = runs("sharded", out, dropout=0.1, resume="checkpoint-4", **SAVING)  # and writes checkpoint-8 again
     for one, other in zip(results, resumed, strict=True):
         assert largest_difference(one["model"], other["model"]) == 0.0
         assert one["losses"][4:] == other["losses"][4:] and one["norms"][4:] == other["norms"][4:]
+
+
+def test_the_order_of_data_is_drawn_as_it_was(tmp_path: Path) -> None:
+    """The Trainer restores random number generators after it has begun to iterate; we must not, before it does."""
+    options = {"stream": True, "dropout": 0.1, "gradient_accumulation_steps": 1, "max_steps": 5}
+    results = runs("sharded", tmp_path, **options, save_strategy="steps", save_steps=3)
+    resumed = runs("sharded", tmp_path, **options, resume="checkpoint-3")
+    assert resumed[0]["losses"] == results[0]["losses"]
+    assert largest_difference(results[0]["model"], resumed[0]["model"]) == 0.0
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.long)])
@@ -122,9 +152,14 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
         assert result["best"] == str(tmp_path / f"checkpoint-{2 * (1 + result['evaluations'].index(best))}")
 
 
-def test_train_can_be_called_again(tmp_path: Path) -> None:
-    ours = runs("sharded", tmp_path / "ours", trainings=2, max_steps=3)
-    assert largest_difference(ours[0]["model"], ours[1]["model"]) == 0.0
+@pytest.mark.parametrize("interrupted", [None, 1])
+def test_train_can_be_called_again(interrupted: int | None, tmp_path: Path) -> None:
+    """Gradients that were reduced before an interruption went into the first step of the next training: the Trainer
+    calls the model's zero_grad, which does not reach them.
+    """
+    options = {"trainings": 2, "interrupted": interrupted, "max_steps": 3}
+    ours, stock = runs("sharded", tmp_path / "ours", **options), runs("stock", tmp_path / "stock", **options)
+    assert_equal_runs(ours, stock)
 
 
 # The plain Trainer
@@ -157,26 +192,33 @@ def test_without_the_callback_the_error_names_it(tmp_path: Path) -> None:
 # What is refused
 
 
-def refused(out: str, arguments: dict[str, Any], optimizer: dict[str, Any] | None) -> str:
+def refused(out: str, options: dict[str, Any]) -> str:
     try:
-        trainer_run.train("sharded", out, optimizer=optimizer, **arguments)
+        trainer_run.train("sharded", out, **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "optimizer", "expected"),
+    ("options", "expected"),
     [
-        ({"optim": "adafactor"}, None, ["ValueError", "adafactor", "adamw_torch"]),
-        ({}, {"gradient_sync": "external"}, ["TypeError", 'gradient_sync="external"']),
+        ({"optim": "adafactor"}, ["ValueError", "adafactor", "adamw_torch"]),
+        ({"optimizer": {"gradient_sync": "external"}}, ["TypeError", 'gradient_sync="external"']),
+        ({"optimizer_class": (torch.optim.SGD, {"lr": 0.1})}, ["TypeError", "SGD", "expected a ShardedAdam"]),
     ],
+    ids=["optim", "external", "class"],
 )
-def test_what_cannot_work_is_refused_on_all_ranks(
-    arguments: dict[str, Any], optimizer: dict[str, Any] | None, expected: list[str], tmp_path: Path
-) -> None:
-    for message in on_ranks(2, refused, str(tmp_path), arguments, optimizer):
+def test_what_cannot_work_is_refused_on_all_ranks(options: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+    for message in on_ranks(2, refused, str(tmp_path), options):
         assert all(text in message for text in expected), message
+
+
+def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    """Checkpoints told parameters by position: the state of one layer went into another that was trained instead."""
+    runs("sharded", tmp_path, frozen="h.0.", max_steps=1, save_strategy="steps", save_steps=1)
+    for message in on_ranks(2, refused, str(tmp_path), {"frozen": "h.1.", "resume": "checkpoint-1"}):
+        assert "CheckpointError" in message and "transformer.h.0.attn.c_attn.weight" in message, message
 
 
 # What the integration relies on in transformers
@@ -186,6 +228,7 @@ def test_transformers_is_what_the_integration_was_written_for() -> None:
     trainer = transformers.Trainer
     for method in (
         "create_accelerator_and_postprocess",
+        "create_optimizer",
         "get_optimizer_cls_and_kwargs",
         "_save_optimizer_and_scheduler",
         "_load_optimizer_and_scheduler",
@@ -196,6 +239,7 @@ def test_transformers_is_what_the_integration_was_written_for() -> None:
     assert ShardedTrainer.__mro__.index(ShardedTrainerMixin) < ShardedTrainer.__mro__.index(trainer)
     cls, options = ShardedTrainer.get_optimizer_cls_and_kwargs(transformers.TrainingArguments("out", use_cpu=True))
     assert cls is ShardedAdamW and options.keys() >= {"lr", "betas", "eps"}
+    assert "model.zero_grad()" in inspect.getsource(trainer._run_epoch)
     saving = inspect.getsource(trainer._maybe_log_save_evaluate)
     assert saving.index("self.control.should_save = is_new_best_metric") < saving.index("self._save_checkpoint")
     assert "control.should_save = True" in inspect.getsource(DefaultFlowCallback.on_step_end)

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from torch.utils.data import Dataset, IterableDataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from shardadam import ShardedAdamW
 from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer
@@ -34,6 +36,45 @@ class Texts(Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
+class Stream(IterableDataset):
+    """Texts in an order that is drawn from the global generator where iteration begins."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        texts = Texts(2)
+        for index in torch.randint(EXAMPLES, (500,)):
+            yield texts[int(index)]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Accidents(TrainerCallback):
+    """In the update after ``poisoned`` others the last rank has a gradient of NaN; in the one after ``interrupted`` others
+    the first training ends, between backward and step. ``moves``: how far parameters have gone in each update.
+    """
+
+    def __init__(self, poisoned: int | None, interrupted: int | None) -> None:
+        self.poisoned, self.interrupted = poisoned, interrupted
+        self.moves: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.parameters = list(kwargs["model"].parameters())
+        self.before = [p.detach().clone() for p in self.parameters]
+        if state.global_step == self.poisoned and args.process_index == args.world_size - 1:
+            hook = self.parameters[0].register_hook(lambda gradient: gradient * math.nan)
+            self.parameters[0].register_post_accumulate_grad_hook(lambda _: hook.remove())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.interrupted:
+            self.interrupted = None
+            raise Interrupted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pairs = zip(self.parameters, self.before, strict=True)
+        self.moves.append(max(float((p - before).abs().max()) for p, before in pairs))
+
+
 def train(
     flavour: str,
     out: str,
@@ -42,7 +83,12 @@ def train(
     dropout: float = 0.0,
     callback: bool = True,
     optimizer: dict[str, Any] | None = None,
+    optimizer_class: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     trainings: int = 1,
+    stream: bool = False,
+    frozen: str | None = None,
+    poisoned: int | None = None,
+    interrupted: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """
@@ -51,7 +97,11 @@ def train(
             ShardedAdamW).
         resume: a checkpoint, relative to ``out``.
         optimizer: of a ShardedAdamW that is passed to the ShardedTrainer; None: it makes its own.
+        optimizer_class: the Trainer's ``optimizer_cls_and_kwargs``.
         trainings: how often ``train`` is called.
+        stream: train on an iterable dataset.
+        frozen: part of the names of parameters that are not trained.
+        poisoned, interrupted: of ``Accidents``.
         arguments: of TrainingArguments.
     """
     with as_launched(), contextlib.redirect_stdout(open(os.devnull, "w")):
@@ -65,6 +115,8 @@ def train(
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
         )
         model = GPT2LMHeadModel(config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen is None or frozen not in name)
         options = {
             "max_steps": 8,
             "per_device_train_batch_size": 4,
@@ -80,20 +132,24 @@ def train(
         training_arguments = TrainingArguments(
             out, use_cpu=True, report_to=[], disable_tqdm=True, seed=1, dataloader_pin_memory=False, **options
         )
-        given: dict[str, Any] = {}
+        accidents = Accidents(poisoned, interrupted)
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_class, "callbacks": [accidents]}
         if flavour == "external":
             given["optimizers"] = (ShardedAdamW(model.parameters(), lr=1e-3, gradient_sync="external"), None)
-            given["callbacks"] = [ConsolidateCallback()] if callback else []
+            given["callbacks"] += [ConsolidateCallback()] if callback else []
         elif optimizer is not None:
             given["optimizers"] = (ShardedAdamW(model.named_parameters(), lr=1e-3, **optimizer), None)
         kind = ShardedTrainer if flavour == "sharded" else Trainer
-        trainer = kind(model, training_arguments, train_dataset=Texts(2), eval_dataset=Texts(3), **given)
+        texts = Stream() if stream else Texts(2)
+        trainer = kind(model, training_arguments, train_dataset=texts, eval_dataset=Texts(3), **given)
         for _ in range(trainings):
-            trainer.train(resume_from_checkpoint=str(Path(out) / resume) if resume else None)
+            with contextlib.suppress(Interrupted):
+                trainer.train(resume_from_checkpoint=str(Path(out) / resume) if resume else None)
         history = trainer.state.log_history
         return {
             "wrapped": type(trainer.model_wrapped).__name__,
             "optimizer": type(trainer.optimizer.optimizer).__name__,
+            "moves": accidents.moves,
             "model": {name: value.clone() for name, value in model.state_dict().items()},
             "losses": [entry["loss"] for entry in history if "loss" in entry],
             "norms": [float(entry["grad_norm"]) for entry in history if "loss" in entry],

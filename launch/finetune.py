@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes a pretrained encoder to classify texts, whole or with LoRA, where memory is short: says before it trains
+what that takes a rank, and refuses what does not fit.
+
+    torchrun --standalone --nproc-per-node 2 launch/finetune.py                   # all weights, on two ranks
+    ... launch/finetune.py --moments int8 --memory-limit 300MB                    # in little memory
+    ... launch/finetune.py --tune lora --data reviews.jsonl --save-dir tuned      # your own texts, adapters only
+
+Without --data it tells docstrings of Python's standard library apart by module. The baseline is a linear probe of the
+same model, frozen. Both optimizers see the same model, data and schedule for one `--seed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+import zlib
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import docstrings
+from arguments import DTYPES, Ranks
+from classifier import (
+    Classifier,
+    ModelError,
+    load_pretrained,
+    mean_pooled,
+    packaged_model,
+    padded,
+    save,
+    tokenize,
+    with_adapters,
+)
+from data import DataError
+from finetune_arguments import FinetuneParser, parse_arguments
+from headroom import Demand, Workload, kept_bytes, nearest, room
+from pretrain import Replicated, Sharded, Timings, average, parameter_groups, synchronize
+from probe import Scores, confusion, probe
+from report import Report, Silence, megabytes
+from shardadam import Precision
+from shardadam.planner import PlannedParameter, Setting
+
+EVALUATED_AT_ONCE = 64  # texts
+
+
+class DoesNotFit(ValueError):
+    """Memory is short; the message says what there is, what is needed and which setting would fit."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts as token ids on the CPU, and their labels."""
+
+    tokens: list[Tensor]
+    labels: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(one) for one in self.tokens])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task for one model; `padding` is the token that fills up short texts."""
+
+    training: Part
+    validation: Part
+    names: tuple[str, ...]
+    padding: int
+
+    def batch(self, part: Part, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and labels of some texts."""
+        ids, mask = padded([part.tokens[i] for i in indices.tolist()], self.padding, device)
+        return ids, mask, part.labels[indices].to(device)
+
+
+def prepare(task: docstrings.Task, tokenizer: Any, args: argparse.Namespace) -> Prepared:
+    """Raises DataError where the training texts do not fill one batch."""
+    if len(task.training) < args.batch:
+        raise DataError(
+            f"Found {len(task.training)} training texts in {task.source}, which do not fill one --batch {args.batch}. "
+            "Give more texts, or a smaller batch."
+        )
+    training, validation = (
+        Part(tokenize(tokenizer, texts.texts, args.max_length), torch.tensor(texts.labels))
+        for texts in (task.training, task.validation)
+    )
+    return Prepared(training, validation, task.names, tokenizer.pad_token_id)
+
+
+def batches(lengths: Tensor, *, batch: int, seed: int, epoch: int) -> Tensor:
+    """(steps, batch) indices: the global batches of an epoch, of texts of similar length; the rest is dropped."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator)[: len(lengths) // batch * batch]
+    chunks = [chunk[lengths[chunk].argsort(stable=True)] for chunk in order.split(16 * batch)]
+    result = torch.cat(chunks).view(-1, batch)
+    return result[torch.randperm(len(result), generator=generator)]
+
+
+# The model, and whether it fits
+
+
+def build(args: argparse.Namespace, encoder: nn.Module, classes: int, device: torch.device) -> Classifier:
+    """The same on every rank."""
+    torch.manual_seed(args.seed)
+    hidden_size = encoder.config.hidden_size
+    if args.tune == "lora":
+        encoder = with_adapters(encoder, args.lora_rank)
+    return Classifier(encoder, hidden_size, classes, args.dropout).to(device, DTYPES[args.dtype]).train()
+
+
+def workload(
+    model: Classifier, prepared: Prepared, args: argparse.Namespace, ranks: Ranks, device: torch.device
+) -> Workload:
+    """Collective: measures a micro-batch of the longest texts, and freezes what its loss does not depend on."""
+    texts = args.batch // (ranks.world_size * args.accumulate)
+    longest = prepared.training.lengths.argsort(descending=True, stable=True)[:texts]
+    ids, mask, labels = prepared.batch(prepared.training, longest, device)
+    parameters = list(model.parameters())
+    kept, reached = kept_bytes(lambda: cross_entropy(model(ids, mask), labels), parameters)
+    for index, parameter in enumerate(parameters):
+        parameter.requires_grad_(index in reached)  # a pooler's, which DDP would wait for
+    most = torch.tensor(kept, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    setting = Setting(
+        world_size=ranks.world_size,
+        precision=Precision(moments=args.moments, master=args.master, seed=args.seed),
+        gradient_sync=args.gradient_sync,
+        device=device.type,
+        clips=args.clip > 0,
+    )
+    planned = [
+        PlannedParameter.of(parameter, group)
+        for group, members in enumerate(parameter_groups(model, args.weight_decay))
+        for _, parameter in members["params"]
+    ]
+    return Workload(planned, setting, args.optimizer == "sharded", most.item() / texts, args.batch, args.accumulate)
+
+
+def check_memory(
+    model: Classifier,
+    work: Workload,
+    prepared: Prepared,
+    args: argparse.Namespace,
+    ranks: Ranks,
+    device: torch.device,
+    report: Silence,
+) -> Demand:
+    """Collective: says what training takes and what there is; raises DoesNotFit on all ranks alike."""
+    demand, plain = work.demand(), work.adamw_demand()
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    there = room(args.memory_limit, held, ranks, device)
+    report.say(f"plain AdamW would need {plain}")
+    report.say(f"this needs          {demand}")
+    if there is None:
+        report.say("how much memory there is, this machine does not tell: nothing is refused without --memory-limit")
+        return demand
+    available = there.on(ranks.world_size)
+    report.say(f"there are           {megabytes(available)} a rank ({there.source})")
+    if demand.total <= available:
+        return demand
+    options = nearest(work, there)
+    if options is None and args.tune == "full":
+        adapted = argparse.Namespace(**{**vars(args), "tune": "lora"})
+        smaller = build(adapted, model.encoder, len(prepared.names), device)
+        other = workload(smaller, prepared, adapted, ranks, device)
+        if other.sharded and other.demand().total <= available:
+            options = ["--tune lora"], other.demand()
+        else:
+            options = nearest(other, there)
+            options = options and (["--tune lora", *options[0]], options[1])
+    if options is None:
+        remedy = "No other setting fits either: take a smaller --model, --max-length or --batch."
+    else:
+        remedy = f"Nearest that fits: {' '.join(options[0])}, which needs {options[1]}."
+    on = "one rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    raise DoesNotFit(
+        f"memory is short: there are {megabytes(available)} a rank ({there.source}), and --tune {args.tune} "
+        f"{chosen_options(args)} on {on} needs {demand}; plain AdamW would need {plain}. {remedy}"
+    )
+
+
+def chosen_options(args: argparse.Namespace) -> str:
+    if args.optimizer == "adamw":
+        return "--optimizer adamw"
+    return f"--moments {args.moments} --dtype {args.dtype} --gradient-sync {args.gradient_sync}"
+
+
+# The baseline and the scores
+
+
+@torch.no_grad()
+def baseline(model: Classifier, prepared: Prepared, ranks: Ranks, device: torch.device) -> tuple[Scores, float]:
+    """Collective: the linear probe's scores, and its L2 strength. All ranks solve the same small problem.
+
+    `model` must be as it was built: with adapters, which are zero then, its encoder is still the pretrained one.
+    """
+    model.eval()
+    training, validation = (
+        features(model.encoder, part, prepared, ranks, device) for part in (prepared.training, prepared.validation)
+    )
+    model.train()
+    labels, classes = prepared.training.labels, len(prepared.names)
+    with torch.enable_grad():
+        predicted, strength = probe(training.cpu(), labels, validation.cpu(), classes)
+    return Scores.of(confusion(predicted, prepared.validation.labels, classes)), strength
+
+
+def features(encoder: nn.Module, part: Part, prepared: Prepared, ranks: Ranks, device: torch.device) -> Tensor:
+    """Collective: (texts, hidden size) mean-pooled features; each rank computes some of the rows."""
+    result = torch.zeros(len(part.tokens), encoder.config.hidden_size, device=device)
+    for indices in own_texts(part, ranks):
+        ids, mask, _ = prepared.batch(part, indices, device)
+        result[indices.to(device)] = mean_pooled(encoder, ids, mask)
+    if dist.is_initialized():
+        dist.all_reduce(result)
+    return result
+
+
+@torch.no_grad()
+def evaluate(model: Classifier, prepared: Prepared, ranks: Ranks, device: torch.device) -> tuple[float, Scores]:
+    """Collective: mean loss and scores on the validation texts; each rank counts its own, and the counts are summed."""
+    classes = len(prepared.names)
+    counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    model.eval()
+    for indices in own_texts(prepared.validation, ranks):
+        ids, mask, labels = prepared.batch(prepared.validation, indices, device)
+        logits = model(ids, mask)
+        counts += confusion(logits.argmax(1), labels, classes)
+        total += cross_entropy(logits, labels, reduction="sum").double()
+    model.train()
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+        dist.all_reduce(total)
+    return total.item() / len(prepared.validation.tokens), Scores.of(counts.cpu())
+
+
+def own_texts(part: Part, ranks: Ranks) -> tuple[Tensor, ...]:
+    """Indices of this rank's share, texts of similar length together. Every text is in one rank's."""
+    order = part.lengths.argsort(stable=True)
+    return order[ranks.rank :: ranks.world_size].split(EVALUATED_AT_ONCE)
+
+
+# Training
+
+
+def train(
+    run: Sharded | Replicated,
+    prepared: Prepared,
+    args: argparse.Namespace,
+    ranks: Ranks,
+    device: torch.device,
+    report: Silence,
+) -> tuple[Timings, float]:
+    """Collective: every rank trains on its part of each global batch.
+
+    Returns timings, and the mean loss of the last epoch.
+    """
+    timings, losses = Timings([], []), torch.zeros(args.epochs, device=device)
+    lengths = prepared.training.lengths
+    torch.manual_seed(args.seed * 1_000_003 + ranks.rank)  # dropout: the same whatever the optimizer
+    step, last_log, seen_tokens = 0, time.perf_counter(), 0
+    for epoch in range(args.epochs):
+        for batch in batches(lengths, batch=args.batch, seed=args.seed, epoch=epoch):
+            step += 1
+            started = time.perf_counter()
+            own = batch[ranks.rank :: ranks.world_size]
+            loss = torch.zeros((), device=device)
+            for i, indices in enumerate(own.chunk(args.accumulate)):
+                is_last = i + 1 == args.accumulate
+                ids, mask, labels = prepared.batch(prepared.training, indices, device)
+                # Sharded gradients are reduced each time, as under no_sync() they would wait in full.
+                with nullcontext() if is_last or args.optimizer == "sharded" else run.no_sync():
+                    part = cross_entropy(run.model(ids, mask), labels) / args.accumulate
+                    part.backward()
+                loss += part.detach()
+            synchronize(device)
+            backward_done = time.perf_counter()
+            grad_norm = run.step()
+            synchronize(device)
+            timings.forward_backward.append(backward_done - started)
+            timings.optimizer.append(time.perf_counter() - backward_done)
+            losses[epoch] += loss
+            seen_tokens += int(lengths[batch].sum())
+
+            if step in (1, args.steps) or step % args.log_every == 0:
+                now = time.perf_counter()
+                values = {
+                    "loss": average(loss, ranks).item(),
+                    "lr": run.schedule.get_last_lr()[0],
+                    "tokens_per_s": seen_tokens / (now - last_log),
+                }
+                if grad_norm is not None:
+                    values["grad_norm"] = grad_norm.item()
+                report.metrics(step, values, run.state_bytes())
+                last_log, seen_tokens = now, 0
+            report.step_done(step)
+            run.schedule.step()
+    return timings, average(losses[-1], ranks).item() * args.epochs / args.steps
+
+
+def finetune(
+    args: argparse.Namespace, task: docstrings.Task, ranks: Ranks, device: torch.device
+) -> tuple[dict[str, Any], Classifier]:
+    """Collective: baseline, memory, training, scores; what came of it, on every rank, and shown on rank 0.
+
+    Raises ModelError, DataError and DoesNotFit, on all ranks.
+    """
+    check_same_texts(task, device)
+    tokenizer, encoder = load_pretrained(args.model or packaged_model())
+    prepared = prepare(task, tokenizer, args)
+    args.steps = args.epochs * (len(prepared.training.tokens) // args.batch)
+    args.warmup = args.steps // 10 if args.warmup is None else args.warmup
+    if args.warmup >= args.steps:
+        raise DataError(f"--warmup {args.warmup} leaves none of the {args.steps} steps to the schedule; lower it")
+
+    with Report(args.steps, args.log_dir) if ranks.rank == 0 else Silence() as report:
+        report.say(
+            f"{len(task.training):,} texts to train on, {len(task.validation):,} to validate, "
+            f"{len(task.names)} labels: {task.source}"
+        )
+        model = build(args, encoder, len(task.names), device)
+        work = workload(model, prepared, args, ranks, device)
+        demand = check_memory(model, work, prepared, args, ranks, device, report)
+        probed = None
+        if args.probe:
+            probed, strength = baseline(model, prepared, ranks, device)
+            report.say(
+                f"linear probe of the frozen model: accuracy {probed.accuracy:.1%}, macro-F1 {probed.macro_f1:.1%} "
+                f"(L2 {strength:g})"
+            )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        report.say(
+            f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} {args.dtype} parameters train, "
+            f"{args.optimizer} on {ranks.world_size} x {device.type}, {args.steps} steps"
+        )
+        before = peak_bytes(device)
+        forget_peak(device)
+        run = (Sharded if args.optimizer == "sharded" else Replicated)(model, args)
+        started = time.perf_counter()
+        timings, training_loss = train(run, prepared, args, ranks, device, report)
+        total_seconds = time.perf_counter() - started
+        loss, scores = evaluate(model, prepared, ranks, device)
+        peak = peak_bytes(device)
+        if args.save_dir and ranks.rank == 0:
+            save(Path(args.save_dir), model, tokenizer, task.names)
+            report.say(f"saved {args.save_dir}")
+
+    forward_backward, optimizer = timings.medians()
+    results = {
+        **{name: getattr(args, name) for name in ("tune", "optimizer", "moments", "dtype", "gradient_sync", "seed")},
+        "world_size": ranks.world_size,
+        "device": device.type,
+        "steps": args.steps,
+        "training_texts": len(task.training),
+        "validation_texts": len(task.validation),
+        "labels": len(task.names),
+        "probe": vars(probed) if probed else None,
+        "accuracy": scores.accuracy,
+        "macro_f1": scores.macro_f1,
+        "validation_loss": loss,
+        "training_loss": training_loss,
+        "trained_parameters": trained,
+        "state_bytes": run.state_bytes(),
+        "unsharded_state_bytes": work.adamw_demand().need.optimizer,
+        "demand_bytes": demand.total,
+        "adamw_demand_bytes": work.adamw_demand().total,
+        "activation_bytes": demand.activations,
+        "peak_bytes": peak,
+        "peak_before_training_bytes": before,
+        "forward_backward_s": forward_backward,
+        "optimizer_s": optimizer,
+        "total_s": total_seconds,
+    }
+    if ranks.rank == 0:
+        show(report, results)
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return results, model
+
+
+def check_same_texts(task: docstrings.Task, device: torch.device) -> None:
+    """Collective: raises on all ranks if their machines hold different texts."""
+    if not dist.is_initialized():
+        return
+    checksum = zlib.crc32(repr((task.training, task.validation, task.names)).encode())
+    low = torch.tensor([checksum, len(task.training)], device=device)
+    high = low.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise DataError(
+            f"Ranks read different texts: {len(task.training):,} to train on here, {low[1]:,} to {high[1]:,} over all "
+            "ranks. Give every machine the same file, or the same Python version."
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Collective: the most that any rank has taken; on the CPU its whole process, and what neighbours share with it."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = torch.tensor(peak, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def forget_peak(device: torch.device) -> None:
+    """So that what loading and the probe took does not count; where the system cannot, it does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def show(report: Report, results: dict[str, Any]) -> None:
+    table = Table()
+    for column in ("validation", "linear probe", f"fine-tuned, {results['tune']}"):
+        table.add_column(column, justify="left" if column == "validation" else "right")
+    for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+        probed = f"{results['probe'][name]:.1%}" if results["probe"] else "not trained"
+        table.add_row(title, probed, f"{results[name]:.1%}")
+    report.console.print(table)
+    state, unsharded = results["state_bytes"], results["unsharded_state_bytes"]
+    rows = {
+        "validation loss": f"{results['validation_loss']:.4f}",
+        "optimizer state a rank": megabytes(state),
+        "AdamW would hold": f"{megabytes(unsharded)} ({unsharded / state:.2f} x)",
+        "planned a rank": megabytes(results["demand_bytes"]),
+        "peak memory of a rank in training, all of its process": megabytes(results["peak_bytes"]),
+        "forward and backward, median step": f"{results['forward_backward_s'] * 1e3:.1f} ms",
+        "optimizer, median step": f"{results['optimizer_s'] * 1e3:.1f} ms",
+        "training, total": f"{results['total_s']:.1f} s",
+    }
+    if results["optimizer"] == "adamw":
+        del rows["AdamW would hold"]
+    report.summary(rows, b"")
+
+
+def main() -> None:
+    ranks = Ranks.from_environment()
+    args, parser, device = parse_arguments(ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(args.threads)
+    run(args, parser, ranks, device)
+
+
+def run(args: argparse.Namespace, parser: FinetuneParser, ranks: Ranks, device: torch.device) -> None:
+    """Ends the process with code 2 and one message where this data, model or memory will not do."""
+    try:
+        task = docstrings.load(args.data, classes=args.classes, per_class=args.per_class)
+    except DataError as error:
+        parser.error(str(error))
+    if ranks.launched:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        finetune(args, task, ranks, device)
+    except (DataError, ModelError, DoesNotFit) as error:
+        parser.error(str(error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # Gloo aborts at exit without
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of finetune.py: its options, and the checks on them that need neither data nor model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import headroom
+from arguments import DTYPES, Parser, Ranks, choose_device, not_negative, positive, real
+
+LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
+
+
+class FinetuneParser(Parser):
+    """Says errors once a machine, in this program's name."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks)
+        self.description = "Fine-tunes a pretrained encoder to classify texts, with a sharded or an ordinary AdamW."
+
+    def error(self, message: str) -> NoReturn:
+        if self.ranks.local_rank == 0:
+            print(f"finetune.py: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends the other ranks as soon as one has ended: let the message come first
+        sys.exit(2)
+
+
+def memory_size(text: str) -> int:
+    try:
+        return headroom.size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 0 or more, below 1")
+    return value
+
+
+def make_parser(ranks: Ranks) -> FinetuneParser:
+    parser = FinetuneParser(ranks)
+    add = parser.add_argument_group("training").add_argument
+    add("--tune", choices=("full", "lora"), default="full", help="lora: only LoRA adapters and the head")
+    add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
+    add("--epochs", type=positive, default=3, help="passes over the training texts")
+    add("--batch", type=positive, default=16, help="texts a step, over all ranks and all of --accumulate")
+    add("--accumulate", type=positive, default=1, help="backward passes a step, each over a smaller micro-batch")
+    add("--lr", type=real, default=None, help="the peak of the schedule; None: 4e-4, and 2e-3 with --tune lora")
+    add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of all")
+    add("--weight-decay", type=real, default=0.01, help="of matrices; vectors do not decay")
+    add("--clip", type=real, default=1.0, help="the largest global gradient norm; 0: do not clip")
+    add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
+    add("--seed", type=not_negative, default=0, help="of the head, the adapters, the order of the data and dropout")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=None, metavar="NAME_OR_PATH", help="an encoder; None: all-MiniLM-L6-v2, from its package")
+    add("--max-length", type=positive, default=64, help="tokens of a text that count")
+    add("--dropout", type=share, default=0.1, help="before the head")
+    add("--lora-rank", type=positive, default=8, help="of the adapters")
+    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="how --optimizer sharded keeps moments")
+    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="and what is behind bf16 ones")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
+    add("--threads", type=positive, default=1, help="CPU threads a rank")
+    add(
+        "--memory-limit",
+        type=memory_size,
+        default=None,
+        metavar="SIZE",
+        help="of a rank, for parameters, gradients, optimizer and activations, such as 2GB; None: what is free",
+    )
+
+    add = parser.add_argument_group("data and output").add_argument
+    add("--data", default=None, metavar="FILE.jsonl", help='lines of {"text", "label"}; None: Python\'s docstrings')
+    add("--classes", type=positive, default=20, help="modules to tell apart, without --data")
+    add("--per-class", type=positive, default=250, help="texts of a module at most, without --data")
+    add("--probe", action=argparse.BooleanOptionalAction, default=True, help="train the baseline: a linear probe")
+    add("--log-every", type=positive, default=10, help="steps between metrics")
+    add("--log-dir", default=None, help="where TensorBoard metrics go; None: nowhere")
+    add("--save-dir", default=None, metavar="DIR", help="where the tuned model goes, or its adapters; None: nowhere")
+    add("--json", default=None, metavar="PATH", help="a file for the final numbers")
+    return parser
+
+
+def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, FinetuneParser, torch.device]:
+    """Options, the parser (for errors found later) and the device; ends the process on what cannot work."""
+    parser = make_parser(ranks)
+    args = parser.parse_args()
+    if args.lr is None:
+        args.lr = LEARNING_RATES[args.tune]
+    if args.batch % (ranks.world_size * args.accumulate):
+        parser.error(
+            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
+            f"choose a multiple of {ranks.world_size * args.accumulate}"
+        )
+    if args.optimizer == "adamw" and (args.moments, args.master) != ("fp32", "auto"):
+        parser.error(
+            f"--moments {args.moments} --master {args.master} with --optimizer adamw: torch's AdamW has no such "
+            "choice; take --optimizer sharded, or leave them out"
+        )
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its directory does not exist; make it, or choose another")
+    return args, parser, choose_device(args.device, ranks, parser)
