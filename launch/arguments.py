@@ -58,13 +58,13 @@ class Parser(argparse.ArgumentParser):
         if self.ranks.local_rank == 0:
             print(f"pretrain.py: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # torchrun ends the other ranks as soon as one has ended: let the message come first
+            time.sleep(5)  # torchrun ends the other ranks as soon as one has ended: let the message come first
         sys.exit(2)
 
     def failure(self, message: str) -> NoReturn:
         """Ends this rank for what went wrong later. Where local rank 0 is the one that hangs, the others speak."""
         if self.ranks.local_rank != 0:
-            time.sleep(2)  # by then local rank 0 has spoken, and torchrun has ended this rank
+            time.sleep(5)  # by then local rank 0 has spoken, and torchrun has ended this rank
         print(f"pretrain.py: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 

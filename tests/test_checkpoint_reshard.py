@@ -40,7 +40,7 @@ def load_run(directory: str, format: Any, bucket_mb: float, width: int) -> Every
     return run.everything()
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("buckets", [(0.05, 0.01), (0.002, 32)])
 @pytest.mark.parametrize("format", [FORMATS[0], FORMATS[2], (torch.bfloat16, "int8", "split")], ids=str)
 @pytest.mark.parametrize(("n", "m"), list(product(range(1, 7), range(1, 7))))
@@ -59,7 +59,7 @@ def test_a_checkpoint_does_not_know_the_transport(tmp_path: Path) -> None:
 CONVERSIONS = [(one, other) for one in FORMATS for other in FORMATS if one != other]
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("saved_as", "loaded_as"), CONVERSIONS, ids=lambda f: "-".join(map(str, f)))
 def test_another_format_is_converted_on_load(tmp_path: Path, saved_as: Any, loaded_as: Any) -> None:
     """To the nearest that the new format can hold, of the exact weights and moments."""

@@ -50,7 +50,7 @@ def resumed(directory: str, format: Any, accumulate: int) -> list[Any]:
     return [kept, run.everything(), loaded]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: "-".join(map(str, f)))

@@ -178,21 +178,21 @@ def assert_loads(directory: Path, way: str, n: int, m: int, saved_as: Any = FP32
 PAIRS = list(product(range(1, 5), range(1, 5)))
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(("n", "m"), PAIRS)
 def test_a_state_dict_saved_on_n_ranks_loads_on_m_bit_for_bit(tmp_path: Path, n: int, m: int, format: Any) -> None:
     assert_loads(tmp_path, "state_dict", n, m, format, format)
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("n", "m"), PAIRS)
 @pytest.mark.parametrize("way", ["stateful", "by name", "flattened"])
 def test_reshards_in_every_way_that_dcp_takes_an_optimizer(tmp_path: Path, way: str, n: int, m: int) -> None:
     assert_loads(tmp_path, way, n, m)
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", ["stateful", "by name", "flattened"])
 @pytest.mark.parametrize("format", FORMATS[2:], ids=str)
 def test_every_format_goes_in_every_way(tmp_path: Path, format: Any, way: str) -> None:
@@ -226,7 +226,7 @@ def refuse(directory: str, way: str, format: Any) -> tuple[str, bool]:
     return "", False
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", ["state_dict", "flattened"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [(FORMATS[2], FP32), (FP32, FORMATS[2])], ids=str)
@@ -243,7 +243,7 @@ def test_int8_codes_are_not_taken_for_moments(
 # torch's AdamW, FSDP2, and one file
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", ["state_dict", "by name", "flattened"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_torchs_adamw_loads_and_is_loaded(tmp_path: Path, world_size: int, way: str) -> None:

@@ -131,7 +131,7 @@ def load_fsdp(directory: str, way: str, ranks_of_training: int) -> list[dict[str
     return [before, everything(model, optimizer)]
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 2), (1, 2), (2, 3)])
 def test_loads_into_fsdp2_bit_for_bit_and_trains_on(tmp_path: Path, n: int, m: int, way: str) -> None:

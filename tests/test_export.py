@@ -62,7 +62,7 @@ def names_of(optimizer: dict[str, Any]) -> dict[int, str]:
     }
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("piece_numel", [128, 384, values.PIECE_NUMEL])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -85,7 +85,7 @@ def test_torchs_files_hold_what_was_saved_bit_for_bit(
         assert group == found_group
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("piece_numel", [128, values.PIECE_NUMEL])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("world_size", [1, 2, 3])

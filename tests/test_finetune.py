@@ -186,6 +186,7 @@ def test_two_ranks_refuse_alike(few_texts: Path) -> None:
     assert "memory is short" in first and "Nearest that fits: --optimizer sharded" in first
 
 
+@pytest.mark.long
 def test_under_torchrun_a_refusal_is_one_message_and_exit_code_2(few_texts: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--data", str(few_texts), "--memory-limit=200MB"]

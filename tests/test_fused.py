@@ -158,7 +158,7 @@ def clone(arena: Arena) -> Arena:
     return twin
 
 
-@pytest.mark.sweep(24)
+@pytest.mark.sweep(16)
 @EVERY_FORMAT
 @pytest.mark.parametrize(
     ("changed", "coefficient"),
@@ -239,7 +239,7 @@ WRITES = {
 }
 
 
-@pytest.mark.sweep(28)
+@pytest.mark.sweep(18)
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("format", [f for f in FORMATS if f.dtype.itemsize == 2], ids=str)
 def test_a_step_starts_from_what_was_written_to_the_parameter(format: Format, write: str) -> None:

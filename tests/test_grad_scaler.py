@@ -75,7 +75,7 @@ def train_torch(world_size: int, clip: float | None) -> dict[str, Any]:
     return {"weights": [p.detach() for p in model.parameters()], "scales": scales, "norms": norms}
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])

@@ -108,7 +108,7 @@ CASES = [
 CASES_OF_EQUAL_ROUNDS = [case for case in CASES if case.accumulate == 1 or case.unused != "changing"]
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("shape", "kind"), [(shape, kind) for shape, kind in product(SHAPES, KINDS) if shape[0] > 1 or kind == "collective"]
 )
@@ -160,7 +160,7 @@ def gradients_and_norm(shape: Shape, gradient_sync: str, dtype: torch.dtype, tra
     return [optimizer.clip_grad_norm_(1.0), *(gradient for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])

@@ -144,7 +144,7 @@ def measure(kind: str, gradient_sync: str, bucket_mb: float) -> list[dict[str, A
     return result
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     ("world_size", "kind", "gradient_sync"),
     [

@@ -90,7 +90,7 @@ def train(
     return {"tensors": [*losses, *state.values(), *moments], "pending": pending}
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -91,7 +91,7 @@ def add_groups(twin: Twin, when: str, named: bool, gradient_sync: str) -> list[T
 WHEN = ["before the first step", "between steps", "in mid accumulation", "between forward and backward"]
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("when", WHEN)
@@ -153,7 +153,7 @@ def toggle(twin: Twin, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
     return history
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("frozen_first", [False, True])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

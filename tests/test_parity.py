@@ -196,14 +196,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("hyper_case", cases, ids=lambda case: case.id)
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_torch_over_hyperparameters(hyper_case: Case, world_size: int) -> None:
     results = on_ranks(world_size, train_sharded, hyper_case, "collective")
     assert_close(results, train_torch(hyper_case, world_size), hyper_case.lr)
 
 
-@pytest.mark.sweep(20)
+@pytest.mark.sweep(13)
 @pytest.mark.parametrize("transport", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.id)

@@ -124,7 +124,7 @@ def built(parameters: Parameters, rows: list[dict[str, Any]], bucket_mb: float) 
     return found
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_planned_bytes_are_what_memory_says(

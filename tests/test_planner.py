@@ -98,7 +98,7 @@ def memories(kind: str, some: list[Setting]) -> list[Memory]:
 PARTS = 31  # odd, so that every part has all modes and transports
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize(("world_size", "kind", "part"), [*itertools.product((1, 2, 3, 4), DTYPES, range(PARTS))])
 def test_a_plan_is_what_memory_says(world_size: int, kind: str, part: int) -> None:
     some = settings(world_size, kind)[part::PARTS]

@@ -61,7 +61,7 @@ def train(
     return [*(p.detach().clone() for p in parameters), *states]
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("master", ["split", "fp32", "none"])
 @pytest.mark.parametrize(("world_size", "bucket_mb"), [(1, 0.003), (2, 0.003), (2, 32), (4, 32), (3, 0.003)])
@@ -171,7 +171,7 @@ def write_and_step(dtype: str, moments: Any, master: Any, write: str) -> list[tu
     return list(zip(written, [p.detach() for p in parameters], exact, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(5)
 @every_format
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -186,7 +186,7 @@ def test_writes_from_outside_are_where_the_next_step_starts(
             assert ((exact - after.float()).abs() <= unit).all()
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @every_format
 def test_an_ema_swap_and_back_changes_nothing(dtype: str, moments: str, master: str) -> None:
     results = []
@@ -231,14 +231,14 @@ def resume(dtype: str, moments: Any, master: Any, other: tuple[Any, Any] | None)
     return [p.detach() for p in parameters], [p.detach() for p in fresh]
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(5)
 @every_format
 def test_a_saved_run_goes_on_bit_for_bit(dtype: str, moments: str, master: str) -> None:
     for one, other in on_ranks(2, resume, dtype, moments, master, None):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("dtype", "master"), [("bf16", "split"), ("fp16", "split"), ("bf16", "none"), ("fp32", "auto")]
 )
@@ -265,7 +265,7 @@ def load_torchs_state(dtype: str, moments: Any, master: Any) -> list[tuple[dict[
     ]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @every_format
 def test_torchs_state_is_loaded_into_every_format(dtype: str, moments: str, master: str) -> None:
     tolerance = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.02}[moments]
@@ -328,7 +328,7 @@ def state_bytes(dtype: str, moments: Any, master: Any) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), memory.state
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "moments", "master"), BYTES)
 def test_state_takes_the_bytes_it_should(world_size: int, dtype: str, moments: str, master: str) -> None:

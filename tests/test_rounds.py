@@ -105,7 +105,7 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
     return clone(model.parameters())
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("failing_layer", [0, 2, 5])
@@ -234,7 +234,7 @@ def train_checkpointed(how: str, kind: str, accumulate: int) -> list[Tensor]:
     return clone(model.parameters())
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from shardadam import GradScaler, Precision, ShardedAdamW
 from shardadam import transport as transports
+from shardadam.buckets import StagingPool
 from shardadam.transport import SharedMemoryTransport, links, shared_memory
 from tests import test_hybrid, test_parity
 from tests.ranks import on_ranks, rank_and_size
@@ -311,7 +312,7 @@ def test_equals_collective_bit_for_bit_in_every_feature(case: Case) -> None:
     assert on_ranks(case.world_size, compare_transports, case, deadline_s=DEADLINE_S) == [[]] * case.world_size
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("seed", range(len(CASES)))
 def test_equals_collective_bit_for_bit(seed: int) -> None:
     case = CASES[seed]
@@ -501,6 +502,9 @@ def mappings() -> int:
         return sum("memfd:shardadam" in line for line in file)
 
 
+LATE_S = StagingPool.PATIENCE_S + 0.75
+
+
 def run_late(late: int) -> dict[str, Any]:
     rank, _ = rank_and_size()
     parameters = [nn.Parameter(torch.ones(512)) for _ in range(12)]
@@ -509,7 +513,7 @@ def run_late(late: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for step in range(3):
         if step == 1 and rank == late:
-            time.sleep(0.3)
+            time.sleep(LATE_S)
         if step == 1:
             start = time.monotonic()
             quadratic(parameters, rank, step).backward()
@@ -533,7 +537,7 @@ def test_staging_grows_while_a_peer_is_late_and_shrinks_everywhere(late: int) ->
     before = on_ranks(2, mappings_of_the_past)
     results = on_ranks(2, run_late, late, deadline_s=DEADLINE_S)
     early = results[1 - late]
-    assert early["grown"] > 6 and early["seconds"] < 0.25, results
+    assert early["grown"] > 6 and early["seconds"] < LATE_S - 0.1, results  # it has lost its patience once
     for result, past in zip(results, before, strict=True):
         assert result["staging 1"] == 2 and result["staging 2"] == 2
         assert result["neighbours"] == 2

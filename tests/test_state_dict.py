@@ -103,7 +103,7 @@ def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tenso
     return [everything(optimizer, parameters), everything(second, resumed)]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -160,7 +160,7 @@ def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> l
     return clones(parameters)
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("bucket_mb", [0.0001, 0.001, 32])
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -735,7 +735,7 @@ def load_whole(saved: dict[str, Any], dtype: torch.dtype, moments: Any, master: 
     return [optimizer.full_state(p) for p in parameters]
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(
     "format",

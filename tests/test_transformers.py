@@ -9,6 +9,7 @@ import inspect
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from tests.ranks import on_ranks
 
 transformers = pytest.importorskip("transformers")
 
+from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
 
-from shardadam.integrations.transformers import ShardedTrainer, ShardedTrainerMixin  # noqa: E402
+from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer, ShardedTrainerMixin  # noqa: E402
 from tests import trainer_run  # noqa: E402
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
@@ -52,7 +54,7 @@ def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], l
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"learning_rate": 5e-4, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6},
         {"gradient_accumulation_steps": 1, "gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 3},
         {"bf16": True, "max_grad_norm": 0.0},
         pytest.param(
@@ -72,16 +74,26 @@ def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Pa
     assert max(ours[0]["norms"]) > 1.0  # clipping is in force where there is any
 
 
-@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
-def test_an_optimizer_that_is_passed_serves(gradient_sync: str, tmp_path: Path) -> None:
-    options = {"weight_decay": 0.01, "warmup_steps": 0}
-    ours = runs("sharded", tmp_path, optimizer={"gradient_sync": gradient_sync}, **options)
-    with_external = runs("external", tmp_path, **options)  # whose one param group decays as well
-    assert_equal_runs(ours, with_external)
+ONE_GROUP: dict[str, Any] = {"weight_decay": 0.01, "warmup_steps": 0}  # of an optimizer that is passed
+
+
+@pytest.fixture(scope="module")
+def stock_with_one_group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return runs("stock", tmp_path_factory.mktemp("stock"), optimizer={"fused": True}, **ONE_GROUP)
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+def test_an_optimizer_that_is_passed_serves(
+    gradient_sync: str, stock_with_one_group: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    flavour = "external" if gradient_sync == "external" else "sharded"
+    ours = runs(flavour, tmp_path, optimizer={"gradient_sync": gradient_sync}, **ONE_GROUP)
+    assert ours[0]["optimizer"] == "ShardedAdamW"
+    assert_equal_runs(ours, stock_with_one_group)
 
 
 def test_a_class_that_is_passed_serves(tmp_path: Path) -> None:
-    options = {"lr": 2e-3, "betas": (0.8, 0.99)}
+    options = {"lr": 5e-4, "betas": (0.8, 0.99)}
     ours = runs("sharded", tmp_path, optimizer_class=(ShardedAdam, options))
     assert ours[0]["optimizer"] == "ShardedAdam"
     assert_equal_runs(ours, runs("stock", tmp_path, optimizer_class=(torch.optim.Adam, options)))
@@ -89,7 +101,8 @@ def test_a_class_that_is_passed_serves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gradient_sync", ["backward", pytest.param("step", marks=pytest.mark.long)])
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(gradient_sync: str, tmp_path: Path) -> None:
-    results = runs("sharded", tmp_path, optimizer={"gradient_sync": gradient_sync}, poisoned=2, max_steps=5)
+    options = {"optimizer": {"gradient_sync": gradient_sync}, "warmup_steps": 0, "max_steps": 5}
+    results = runs("sharded", tmp_path, **options, poisoned=2)
     for result in results:
         assert [move > 0 for move in result["moves"]] == [True, True, False, True, True]
         assert [math.isfinite(norm) for norm in result["norms"]] == [True, True, False, True, True]
@@ -189,6 +202,16 @@ def test_without_the_callback_the_error_names_it(tmp_path: Path) -> None:
         runs("external", tmp_path, callback=False, **SAVING)  # rank 0 raises, and takes the others with it
 
 
+def test_nothing_is_gathered_for_a_checkpoint_of_the_model_alone(tmp_path: Path) -> None:
+    optimizer = ShardedAdamW([torch.nn.Parameter(torch.zeros(2))], gradient_sync="external")
+    with mock.patch.object(optimizer, "consolidate_state_dict") as gather:
+        for alone, calls in ((True, 0), (False, 1)):
+            arguments = TrainingArguments(str(tmp_path), use_cpu=True, save_only_model=alone)
+            control = TrainerControl(should_save=True)
+            ConsolidateCallback().on_step_end(arguments, TrainerState(), control, optimizer=optimizer)
+            assert gather.call_count == calls
+
+
 # What is refused
 
 
@@ -237,7 +260,7 @@ def test_transformers_is_what_the_integration_was_written_for() -> None:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
         assert f"self.{method}(" in inspect.getsource(trainer)
     assert ShardedTrainer.__mro__.index(ShardedTrainerMixin) < ShardedTrainer.__mro__.index(trainer)
-    cls, options = ShardedTrainer.get_optimizer_cls_and_kwargs(transformers.TrainingArguments("out", use_cpu=True))
+    cls, options = ShardedTrainer.get_optimizer_cls_and_kwargs(TrainingArguments("out", use_cpu=True))
     assert cls is ShardedAdamW and options.keys() >= {"lr", "betas", "eps"}
     assert "model.zero_grad()" in inspect.getsource(trainer._run_epoch)
     saving = inspect.getsource(trainer._maybe_log_save_evaluate)

@@ -50,8 +50,8 @@ class Interrupted(Exception):
 
 
 class Accidents(TrainerCallback):
-    """In the update after ``poisoned`` others the last rank has a gradient of NaN; in the one after ``interrupted`` others
-    the first training ends, between backward and step. ``moves``: how far parameters have gone in each update.
+    """In the update after ``poisoned`` others the last rank has a gradient of NaN; in the one after ``interrupted``
+    others the first training ends, between backward and step. ``moves``: how far parameters have gone in each update.
     """
 
     def __init__(self, poisoned: int | None, interrupted: int | None) -> None:
@@ -72,7 +72,7 @@ class Accidents(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pairs = zip(self.parameters, self.before, strict=True)
-        self.moves.append(max(float((p - before).abs().max()) for p, before in pairs))
+        self.moves.append(max(float((p.detach() - before).abs().max()) for p, before in pairs))
 
 
 def train(
@@ -96,7 +96,7 @@ def train(
         flavour: "stock" (Trainer, DDP, torch's AdamW), "sharded" (ShardedTrainer) or "external" (Trainer with a
             ShardedAdamW).
         resume: a checkpoint, relative to ``out``.
-        optimizer: of a ShardedAdamW that is passed to the ShardedTrainer; None: it makes its own.
+        optimizer: arguments of an AdamW of the flavour's that is passed to the Trainer; None: it makes its own.
         optimizer_class: the Trainer's ``optimizer_cls_and_kwargs``.
         trainings: how often ``train`` is called.
         stream: train on an iterable dataset.
@@ -135,10 +135,11 @@ def train(
         accidents = Accidents(poisoned, interrupted)
         given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_class, "callbacks": [accidents]}
         if flavour == "external":
-            given["optimizers"] = (ShardedAdamW(model.parameters(), lr=1e-3, gradient_sync="external"), None)
+            optimizer = {"gradient_sync": "external"}
             given["callbacks"] += [ConsolidateCallback()] if callback else []
-        elif optimizer is not None:
-            given["optimizers"] = (ShardedAdamW(model.named_parameters(), lr=1e-3, **optimizer), None)
+        if optimizer is not None:
+            optimizer_type = torch.optim.AdamW if flavour == "stock" else ShardedAdamW
+            given["optimizers"] = (optimizer_type(model.named_parameters(), lr=1e-3, **optimizer), None)
         kind = ShardedTrainer if flavour == "sharded" else Trainer
         texts = Stream() if stream else Texts(2)
         trainer = kind(model, training_arguments, train_dataset=texts, eval_dataset=Texts(3), **given)

@@ -6,7 +6,7 @@ whole.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -38,6 +38,7 @@ class ShardedTrainerMixin:
     accelerator: Any
     args: TrainingArguments
     lr_scheduler: Any
+    model: Any
     optimizer: Any
     state: TrainerState
 
@@ -57,6 +58,15 @@ class ShardedTrainerMixin:
                 "optimizer_cls_and_kwargs=(ShardedAdamW, {...}) to the Trainer."
             )
         return ShardedAdamW, options
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        super().create_optimizer(model)  # type: ignore[misc]
+        if is_new:
+            _name_parameters(self.optimizer, self.model if model is None else model)
+        # train() calls the model's zero_grad, which does not reach what one that was interrupted has reduced.
+        self.optimizer.zero_grad()
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         step = self.state.global_step
@@ -104,6 +114,16 @@ class ConsolidateCallback(TrainerCallback):
         sharded = _unwrapped(optimizer)
         if isinstance(sharded, ShardedAdam) and not args.save_only_model:
             sharded.consolidate_state_dict()
+
+
+def _name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """The Trainer builds its optimizer over bare tensors, and checkpoints would tell those by position: after a change
+    in what is frozen, another parameter's state would be loaded.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    if all(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        for group in optimizer.param_groups:
+            group.setdefault("param_names", [names[id(p)] for p in group["params"]])
 
 
 def _unwrapped(optimizer: Any) -> Any:
