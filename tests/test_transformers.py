@@ -54,7 +54,7 @@ def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], l
 @pytest.mark.parametrize(
     "options",
     [
-        {"learning_rate": 5e-4, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6},
+        {"learning_rate": 5e-4, "adam_beta1": 0.8, "adam_beta2": 0.99},
         {"gradient_accumulation_steps": 1, "gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 3},
         {"bf16": True, "max_grad_norm": 0.0},
         pytest.param(
@@ -93,7 +93,7 @@ def test_an_optimizer_that_is_passed_serves(
 
 
 def test_a_class_that_is_passed_serves(tmp_path: Path) -> None:
-    options = {"lr": 5e-4, "betas": (0.8, 0.99)}
+    options = {"lr": 2e-3, "betas": (0.8, 0.99), "eps": trainer_run.EPS}
     ours = runs("sharded", tmp_path, optimizer_class=(ShardedAdam, options))
     assert ours[0]["optimizer"] == "ShardedAdam"
     assert_equal_runs(ours, runs("stock", tmp_path, optimizer_class=(torch.optim.Adam, options)))
@@ -144,7 +144,7 @@ def test_training_resumes_on_another_number_of_ranks(world_size: int, tmp_path: 
     on_two = runs("sharded", tmp_path, **SAVING)
     accumulate = {1: 4, 4: 1}[world_size]
     resumed = runs("sharded", tmp_path, world_size, resume="checkpoint-4", gradient_accumulation_steps=accumulate)
-    assert largest_difference(on_two[0]["model"], resumed[0]["model"]) <= 1e-5
+    assert largest_difference(on_two[0]["model"], resumed[0]["model"]) <= 1e-6
     assert resumed[0]["losses"][4:] == pytest.approx(on_two[0]["losses"][4:], rel=1e-5)
     assert resumed[0]["norms"][4:] == pytest.approx(on_two[0]["norms"][4:], rel=1e-4)
 
@@ -194,7 +194,7 @@ def test_a_plain_trainer_with_the_callback_saves_whole_and_resumes_anywhere(stra
         for world_size, accumulate in ((2, 1), (1, 2)):
             again = {**options, "gradient_accumulation_steps": accumulate}
             resumed = runs("external", tmp_path, world_size, resume=checkpoint, **again)
-            assert largest_difference(straight[0]["model"], resumed[0]["model"]) <= 1e-5
+            assert largest_difference(straight[0]["model"], resumed[0]["model"]) <= 1e-6
 
 
 def test_without_the_callback_the_error_names_it(tmp_path: Path) -> None:
