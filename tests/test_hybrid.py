@@ -287,6 +287,7 @@ def train_with_a_late_rank(late: int, transport: str) -> list[Tensor]:
     return clones(parameters)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("late", [0, 3])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_backward_waits_for_no_peer(late: int, transport: str) -> None:

@@ -319,6 +319,7 @@ def test_equals_collective_bit_for_bit(seed: int) -> None:
     assert on_ranks(case.world_size, compare_transports, case, deadline_s=DEADLINE_S) == [[]] * case.world_size, case
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("case", [test_hybrid.CASES[0], test_hybrid.CASES[4]], ids=lambda case: case.id)
 def test_hybrid_equals_collective_bit_for_bit(case: test_parity.Case) -> None:
     ours, reference = (on_ranks(4, test_hybrid.train, case, (2, 2), kind) for kind in ("shared_memory", "collective"))
