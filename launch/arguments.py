@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,9 +43,9 @@ class Ranks:
 class Parser(argparse.ArgumentParser):
     """Says errors and help once a machine, by local rank 0, and not once a rank."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, description: str) -> None:
         super().__init__(
-            description="Pretrains a small transformer on bytes, with a sharded or an ordinary AdamW.",
+            description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self.ranks.local_rank == 0:
-            print(f"pretrain.py: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
+            print(f"{self.prog}: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # torchrun ends the other ranks as soon as one has ended: let the message come first
         sys.exit(2)
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         """Ends this rank for what went wrong later. Where local rank 0 is the one that hangs, the others speak."""
         if self.ranks.local_rank != 0:
             time.sleep(5)  # by then local rank 0 has spoken, and torchrun has ended this rank
-        print(f"pretrain.py: {message}", file=sys.stderr, flush=True)
+        print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -91,7 +92,7 @@ def real(text: str) -> float:
 
 
 def make_parser(ranks: Ranks) -> Parser:
-    parser = Parser(ranks)
+    parser = Parser(ranks, "Pretrains a small transformer on bytes, with a sharded or an ordinary AdamW.")
     add = parser.add_argument_group("training").add_argument
     add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
     add("--steps", type=positive, default=800, help="optimizer steps")
@@ -109,13 +110,8 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--width", type=positive, default=192, help="size of the residual stream")
     add("--heads", type=positive, default=3, help="attention heads; --width is a multiple of twice as many")
     add("--context", type=positive, default=128, help="bytes in a window")
-    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="how --optimizer sharded keeps moments")
-    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="and what is behind bf16 ones")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
-    add("--threads", type=positive, default=1, help="CPU threads a rank")
+    add_formats(add)
+    add_machine(parser)
 
     add = parser.add_argument_group("data and output").add_argument
     add("--data", nargs="+", default=[], metavar="PATH", help="text files or directories; none: Python's own sources")
@@ -137,6 +133,28 @@ def make_parser(ranks: Ranks) -> Parser:
     return parser
 
 
+def add_formats(add: Callable[..., Any]) -> None:
+    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="how --optimizer sharded keeps moments")
+    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="and what is behind bf16 ones")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
+
+
+def add_machine(parser: Parser) -> Callable[..., Any]:
+    """Returns what adds further options to the group."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
+    add("--threads", type=positive, default=1, help="CPU threads a rank")
+    return add
+
+
+def check_batch(args: argparse.Namespace, ranks: Ranks, parser: Parser) -> None:
+    if args.batch % (ranks.world_size * args.accumulate):
+        parser.error(
+            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
+            f"choose a multiple of {ranks.world_size * args.accumulate}"
+        )
+
+
 def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.device]:
     """Options, the parser (for errors found later) and the device; ends the process on what cannot work."""
     parser = make_parser(ranks)
@@ -145,11 +163,7 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
         args.warmup = min(100, args.steps // 10)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps} to the schedule; lower it")
-    if args.batch % (ranks.world_size * args.accumulate):
-        parser.error(
-            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
-            f"choose a multiple of {ranks.world_size * args.accumulate}"
-        )
+    check_batch(args, ranks, parser)
     if args.width % (2 * args.heads):
         parser.error(
             f"--width {args.width} and --heads {args.heads} give heads of {args.width / args.heads:g}, and rotary "

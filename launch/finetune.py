@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import docstrings
-from arguments import DTYPES, Ranks
+from arguments import DTYPES, Parser, Ranks
 from classifier import (
     Classifier,
     ModelError,
@@ -43,7 +43,7 @@ from classifier import (
     with_adapters,
 )
 from data import DataError
-from finetune_arguments import FinetuneParser, parse_arguments
+from finetune_arguments import parse_arguments
 from headroom import Demand, Workload, kept_bytes, nearest, room
 from pretrain import Replicated, Sharded, Timings, average, parameter_groups, synchronize
 from probe import Scores, confusion, probe
@@ -463,7 +463,7 @@ def main() -> None:
     run(args, parser, ranks, device)
 
 
-def run(args: argparse.Namespace, parser: FinetuneParser, ranks: Ranks, device: torch.device) -> None:
+def run(args: argparse.Namespace, parser: Parser, ranks: Ranks, device: torch.device) -> None:
     """Ends the process with code 2 and one message where this data, model or memory will not do."""
     try:
         task = docstrings.load(args.data, classes=args.classes, per_class=args.per_class)

@@ -4,32 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 import headroom
-from arguments import DTYPES, Parser, Ranks, choose_device, not_negative, positive, real
+from arguments import Parser, Ranks, add_formats, add_machine, check_batch, choose_device, not_negative, positive, real
 
 LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
-
-
-class FinetuneParser(Parser):
-    """Says errors once a machine, in this program's name."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        super().__init__(ranks)
-        self.description = "Fine-tunes a pretrained encoder to classify texts, with a sharded or an ordinary AdamW."
-
-    def error(self, message: str) -> NoReturn:
-        if self.ranks.local_rank == 0:
-            print(f"finetune.py: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends the other ranks as soon as one has ended: let the message come first
-        sys.exit(2)
 
 
 def memory_size(text: str) -> int:
@@ -46,8 +28,8 @@ def share(text: str) -> float:
     return value
 
 
-def make_parser(ranks: Ranks) -> FinetuneParser:
-    parser = FinetuneParser(ranks)
+def make_parser(ranks: Ranks) -> Parser:
+    parser = Parser(ranks, "Fine-tunes a pretrained encoder to classify texts, with a sharded or an ordinary AdamW.")
     add = parser.add_argument_group("training").add_argument
     add("--tune", choices=("full", "lora"), default="full", help="lora: only LoRA adapters and the head")
     add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
@@ -66,13 +48,8 @@ def make_parser(ranks: Ranks) -> FinetuneParser:
     add("--max-length", type=positive, default=64, help="tokens of a text that count")
     add("--dropout", type=share, default=0.1, help="before the head")
     add("--lora-rank", type=positive, default=8, help="of the adapters")
-    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="how --optimizer sharded keeps moments")
-    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="and what is behind bf16 ones")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
-    add("--threads", type=positive, default=1, help="CPU threads a rank")
+    add_formats(add)
+    add = add_machine(parser)
     add(
         "--memory-limit",
         type=memory_size,
@@ -93,17 +70,13 @@ def make_parser(ranks: Ranks) -> FinetuneParser:
     return parser
 
 
-def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, FinetuneParser, torch.device]:
+def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.device]:
     """Options, the parser (for errors found later) and the device; ends the process on what cannot work."""
     parser = make_parser(ranks)
     args = parser.parse_args()
     if args.lr is None:
         args.lr = LEARNING_RATES[args.tune]
-    if args.batch % (ranks.world_size * args.accumulate):
-        parser.error(
-            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
-            f"choose a multiple of {ranks.world_size * args.accumulate}"
-        )
+    check_batch(args, ranks, parser)
     if args.optimizer == "adamw" and (args.moments, args.master) != ("fp32", "auto"):
         parser.error(
             f"--moments {args.moments} --master {args.master} with --optimizer adamw: torch's AdamW has no such "
