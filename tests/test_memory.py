@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardadam import ShardedAdamW
+from shardadam.buckets import StagingPool
 from shardadam.reduction import GradientReducer
 from shardadam.transport import SharedMemoryTransport
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, rank_and_size
 
 DTYPES = {
     "fp32": [torch.float32],
@@ -311,3 +313,28 @@ def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
         optimizer.step()
         optimizer.zero_grad()
     return optimizer.memory().staging, 1024
+
+
+# A peer that is a little late
+
+
+def staging_beside_a_late_peer(transport: str, late_s: float) -> int:
+    """How many buffers of staging there are when backward ends, of which the last but one rank's is late."""
+    rank, _ = rank_and_size()
+    parameters = [nn.Parameter(torch.ones(512)) for _ in range(12)]
+    optimizer = ShardedAdamW(parameters, bucket_mb=2048 / 2**20, transport=transport)
+    loss = sum(p.square().sum() for p in parameters)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(late_s)
+    loss.backward()
+    room = optimizer._reducer._pool
+    buffers = len(list(room.buffers()))
+    optimizer.step()
+    return buffers
+
+
+@pytest.mark.parametrize("transport", ["collective", "shared_memory"])
+def test_staging_does_not_grow_while_a_peer_is_only_a_little_late(transport: str) -> None:
+    assert on_ranks(2, staging_beside_a_late_peer, transport, StagingPool.PATIENCE_S / 2)[0] == 2
+    assert on_ranks(2, staging_beside_a_late_peer, transport, StagingPool.PATIENCE_S * 3)[0] > 2

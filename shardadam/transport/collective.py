@@ -17,6 +17,7 @@ Note: streams
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -31,6 +32,7 @@ from shardadam.transport.base import Pending, Staging, Transport, own_slice
 from shardadam.transport.groups import Lease, backend_of_device
 
 _TAGS = 1 << 15  # as many as every backend has
+_GLANCE_S = 0.0002
 # torch 2.13 has new names for two collectives and warns of the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -124,6 +126,10 @@ class CollectiveTransport(Transport):
         # As bytes in memory order: any dtype and any strides, which backends treat differently.
         flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         return self._start(dist.broadcast, flat, flat, group_src=0)
+
+    def look_out(self, seconds: float) -> bool:
+        time.sleep(min(seconds, _GLANCE_S))  # the backend's own threads go on meanwhile
+        return True
 
     def close(self, *, clean: bool) -> None:
         self._lease.release(clean=clean)
