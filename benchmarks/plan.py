@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is the memory that `shardadam plan` tells what training takes?
 
-    OMP_NUM_THREADS=1 python benchmarks/plan.py [--ranks 1 2 4] [--layers 8] [--width 512]
+    OMP_NUM_THREADS=1 python benchmarks/plan.py [--ranks 1 2 4] [--models decoder gpt2] [--cases 0 3]
 
-Starts the ranks itself, new ones for every line: the decoder of launch/ on 4 tokens a rank, so that activations are
-small, 3 steps. What they take is their proportional set size without pages of files (`Pss_Anon` and `Pss_Shmem` of
-/proc/PID/smaps_rollup): all ranks' at one time, the highest of samples a millisecond apart while they train, less what
-there was before the model was built, after steps of one with a single layer. A rank's mean, as pages of shared memory
-count in equal parts to all who have touched them:
+Starts the ranks itself, new ones for every line: six models, on inputs so small that activations are, too, 3 steps.
+What a rank takes is its proportional set size without pages of files (`Pss_Anon` of /proc/PID/smaps_rollup, and its
+part of all ranks' `Pss_Shmem`): the highest of samples about a millisecond apart while it trains, less what there was
+before the model was built, after steps of one with a single layer; the mean over ranks:
 
     planned   `need(...)` of shardadam.planner: parameters, gradients and all that the optimizer holds
     measured  where malloc gives back at once what is freed (MALLOC_MMAP_THRESHOLD_=65536)
@@ -24,18 +23,18 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from torch import nn
+from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW
-from shardadam.planner import Need, Setting, need
+from shardadam.planner import PlannedParameter, Setting, need
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "launch"))
 from model import Decoder, ModelConfig
@@ -52,6 +51,8 @@ class Case:
     gradient_sync: str
     precision: Precision = field(default_factory=Precision)
     transport: str = "auto"
+
+    HEAD: ClassVar[str] = "   dtype |     sync | moments |  transport"
 
     def setting(self, world_size: int) -> Setting:
         return Setting(
@@ -76,13 +77,72 @@ CASES = (
 )
 
 
-def pss_bytes(pids: Sequence[int]) -> int:
-    """Anonymous and shared memory; without pages of files, which is code."""
-    total = 0
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: how to build it with so many layers, and what to feed it."""
+
+    layers: int
+    build: Callable[[int], nn.Module]
+    feed: Callable[[nn.Module, torch.dtype], Tensor]
+
+
+def decoder(layers: int) -> nn.Module:
+    return Decoder(ModelConfig(layers, 512, 8, TOKENS))
+
+
+def gpt2(layers: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_positions": 64, "n_embd": 512, "n_layer": layers, "n_head": 8, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=8192, **sizes))
+
+
+def bert(layers: int) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(vocab_size=8192, hidden_size=512, num_hidden_layers=layers, num_attention_heads=8))
+
+
+def t5(layers: int) -> nn.Module:
+    """An encoder and a decoder that share an embedding with the head."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(T5Config(vocab_size=8192, num_layers=layers, tie_word_embeddings=True))
+
+
+def convolutions(layers: int) -> nn.Module:
+    """BatchNorm's buffers, and kernels of 2.4M parameters each."""
+    blocks = [(nn.Conv2d(512, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512), nn.ReLU()) for _ in range(layers)]
+    return nn.Sequential(nn.Conv2d(3, 512, 3, padding=1), *(module for block in blocks for module in block))
+
+
+def lstm(layers: int) -> nn.Module:
+    """The libraries under torch reorder its weights, and give the gradients of several at once."""
+    return nn.LSTM(512, 768, num_layers=layers)
+
+
+def tokens() -> Tensor:
+    return torch.arange(TOKENS)[None] + 1
+
+
+SUBJECTS = {
+    "decoder": Subject(8, decoder, lambda model, dtype: model(tokens())),
+    "gpt2": Subject(8, gpt2, lambda model, dtype: model(tokens()).logits),
+    "bert": Subject(8, bert, lambda model, dtype: model(tokens()).last_hidden_state),
+    "t5": Subject(4, t5, lambda model, dtype: model(input_ids=tokens(), decoder_input_ids=tokens()).logits),
+    "convolutions": Subject(10, convolutions, lambda model, dtype: model(torch.ones(1, 3, 2, 2, dtype=dtype))),
+    "lstm": Subject(6, lstm, lambda model, dtype: model(torch.ones(TOKENS, 1, 512, dtype=dtype))[0]),
+}
+
+
+def pss_bytes(pids: Sequence[int]) -> tuple[Tensor, float]:
+    """Anonymous memory of each, and shared memory of all; without pages of files, which is code."""
+    own, shared = [], 0
     for pid in pids:
         found = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-        total += 1024 * sum(int(found[name].split()[0]) for name in ("Pss_Anon", "Pss_Shmem"))
-    return total
+        own.append(1024 * int(found["Pss_Anon"].split()[0]))
+        shared += 1024 * int(found["Pss_Shmem"].split()[0])
+    return torch.tensor(own, dtype=torch.float64), shared
 
 
 def build(case: Case, model: nn.Module) -> ShardedAdamW:
@@ -94,31 +154,31 @@ def build(case: Case, model: nn.Module) -> ShardedAdamW:
     )
 
 
-def train(model: nn.Module, optimizer: ShardedAdamW) -> None:
-    tokens = torch.arange(TOKENS)[None] + 1
+def train(subject: Subject, model: nn.Module, dtype: torch.dtype, optimizer: ShardedAdamW) -> None:
     for _ in range(STEPS):
-        model(tokens).float().square().mean().backward()
+        subject.feed(model, dtype).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def work(rank: int, world_size: int, store: str, case: Case, config: ModelConfig, meeting: Any, trained: Any) -> None:
+def work(rank: int, world_size: int, store: str, name: str, case: Case, meeting: Any, trained: Any) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    small = Decoder(replace(config, layers=1)).to(case.dtype)
+    subject = SUBJECTS[name]
+    small = subject.build(1).to(case.dtype)
     optimizer = build(case, small)
-    train(small, optimizer)  # libraries and heaps are there then
+    train(subject, small, case.dtype, optimizer)  # libraries and heaps are there then
     del small, optimizer
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     meeting.wait(TIMEOUT_S)  # the parent looks how much there is
     meeting.wait(TIMEOUT_S)
-    model = Decoder(config).to(case.dtype)
+    model = subject.build(subject.layers).to(case.dtype)
     optimizer = build(case, model)
     gc.collect()
     meeting.wait(TIMEOUT_S)  # and looks from here on
-    train(model, optimizer)
+    train(subject, model, case.dtype, optimizer)
     if world_size > 1:
         dist.barrier()
     trained.set()
@@ -128,61 +188,68 @@ def work(rank: int, world_size: int, store: str, case: Case, config: ModelConfig
         dist.destroy_process_group()
 
 
-def measure(case: Case, world_size: int, config: ModelConfig) -> float:
+def measure(name: str, case: Case, world_size: int) -> float:
     """Bytes a rank at the peak."""
     spawn = processes.get_context("spawn")
     meeting, trained = spawn.Barrier(world_size + 1), spawn.Event()
     with tempfile.TemporaryDirectory() as directory:
-        arguments = (world_size, str(Path(directory) / "store"), case, config, meeting, trained)
+        arguments = (world_size, str(Path(directory) / "store"), name, case, meeting, trained)
         ranks = processes.spawn(work, arguments, nprocs=world_size, join=False)  # type: ignore[attr-defined]
         meeting.wait(TIMEOUT_S)
-        before, peak = pss_bytes(ranks.pids()), 0
+        own_before, shared_before = pss_bytes(ranks.pids())
+        own, shared = own_before, shared_before
         meeting.wait(TIMEOUT_S)
         meeting.wait(TIMEOUT_S)
-        while not trained.is_set():
-            peak = max(peak, pss_bytes(ranks.pids()))
+        has_trained = False
+        while not has_trained:
+            has_trained = trained.is_set()
+            own_now, shared_now = pss_bytes(ranks.pids())
+            own, shared = torch.maximum(own, own_now), max(shared, shared_now)
             time.sleep(PERIOD_S)
-        peak = max(peak, pss_bytes(ranks.pids()))
         meeting.wait(TIMEOUT_S)
         while not ranks.join():
             pass
-    return (peak - before) / world_size
+    return (own - own_before).mean().item() + (shared - shared_before) / world_size
 
 
-def planned(case: Case, world_size: int, config: ModelConfig) -> tuple[int, Need]:
+def planned(name: str, case: Case, world_size: int) -> tuple[int, int]:
+    """Number of parameters, and bytes a rank: with the buffers, which are no business of the optimizer's."""
     with torch.device("meta"):
-        model = Decoder(config).to(case.dtype)
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), need(parameters, case.setting(world_size))
+        model = SUBJECTS[name].build(SUBJECTS[name].layers).to(case.dtype)
+    parameters = PlannedParameter.of_model(model).values()
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    return sum(one.numel for one in parameters), need(parameters, case.setting(world_size)).total + buffers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--cases", nargs="+", type=int, default=range(len(CASES)), help="numbers of lines")
+    parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
+    parser.add_argument(
+        "--cases", nargs="+", type=int, help="numbers of formats; all for the first model, 0 for others"
+    )
     args = parser.parse_args()
-    config = ModelConfig(args.layers, args.width, args.width // 64, TOKENS)
-    numel, _ = planned(CASES[0], 1, config)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}; {numel:,} parameters, MB a rank")
-    print("  N |    dtype |     sync | moments |  transport |  planned | measured |  default | more")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}; MB a rank")
+    print(" N |        model | M param. | " + Case.HEAD + " | planned | measured |  more | default")
     for world_size in args.ranks:
-        for case in (CASES[index] for index in args.cases):
-            if world_size == 1 and case.transport != "auto":
-                continue
-            _, expected = planned(case, world_size, config)
-            measured = []
-            for threshold in ("65536", None):
-                if threshold is None:
-                    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-                else:
-                    os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
-                measured.append(measure(case, world_size, config))
-            numbers = " | ".join(f"{value / 1e6:8.1f}" for value in (expected.total, *measured))
-            print(
-                f"{world_size:>3} | {case} | {numbers} | {100 * (measured[0] / expected.total - 1):+.1f}%", flush=True
-            )
+        for name in args.models:
+            for index in args.cases or (range(len(CASES)) if name == args.models[0] else [0]):
+                if world_size > 1 or CASES[index].transport == "auto":
+                    line(name, CASES[index], world_size)
+
+
+def line(name: str, case: Case, world_size: int) -> None:
+    numel, expected = planned(name, case, world_size)
+    measured = []
+    for threshold in ("65536", None):
+        if threshold is None:
+            os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+        else:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
+        measured.append(measure(name, case, world_size))
+    subject = f"{world_size:>2} | {name:>12} | {numel / 1e6:8.1f} | {case}"
+    found = f"{expected / 1e6:7.1f} | {measured[0] / 1e6:8.1f} | {100 * (measured[0] / expected - 1):+4.1f}%"
+    print(f"{subject} | {found} | {measured[1] / 1e6:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from math import prod
 from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardadam import update
 from shardadam.buckets import StagingPool, allocate_counters, block_table
@@ -31,16 +31,28 @@ class PlannedParameter:
     Args:
         group: index of its param group; groups never share a bucket.
         trainable: frozen ones take no part, but count to what a rank needs.
+        is_tied: it is in several places of the model. Autograd keeps the gradient of the first until that of the last
+            is there, and has both and their sum then.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     group: int = 0
     trainable: bool = True
+    is_tied: bool = False
 
     @classmethod
     def of(cls, parameter: Tensor, group: int = 0) -> PlannedParameter:
         return cls(tuple(parameter.shape), parameter.dtype, group, parameter.requires_grad)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> dict[str, PlannedParameter]:
+        """By name, in the order of ``model.named_parameters()``; tied ones once."""
+        places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        return {
+            name: replace(cls.of(parameter), is_tied=places[id(parameter)] > 1)
+            for name, parameter in model.named_parameters()
+        }
 
     @property
     def numel(self) -> int:
@@ -230,7 +242,7 @@ def adamw_bytes(parameters: Planned) -> int:
 def adamw_need(parameters: Planned) -> Need:
     """With torch.optim.AdamW on every rank; DDP's own buckets, where they are not ``p.grad``, come on top."""
     known = _planned(parameters)
-    gradients = sum(one.nbytes for one in _trainable(known))
+    gradients = sum(one.nbytes for one in _trainable(known)) + _while_summed(_trainable(known))
     return Need(sum(one.nbytes for one in known), gradients, adamw_bytes(known))
 
 
@@ -256,11 +268,23 @@ def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setti
     """Of those that lie in no buffer of the optimizer's."""
     if setting.gradient_sync == "backward":
         members = ({piece.parameter for piece in bucket.pieces} for bucket in layout.buckets)
-        return max((sum(trainable[index].nbytes for index in some) for some in members), default=0)
+        waiting = {index for index, one in enumerate(trainable) if one.is_tied}
+
+        def with_bucket(some: set[int]) -> int:
+            there = sum(trainable[index].nbytes for index in some | waiting)
+            return there + _while_summed([trainable[index] for index in some])
+
+        return max(map(with_bucket, members), default=0)
     device = torch.device(setting.device)
-    exposed = [one.nbytes for one in trainable if _exposes(one.dtype, device, setting)]
-    whole = sum(one.nbytes for one in trainable if not _exposes(one.dtype, device, setting))
-    return whole + max(exposed, default=0)  # one that autograd has just made, on its way to its place
+    exposed = [one for one in trainable if _exposes(one.dtype, device, setting)]
+    others = [one for one in trainable if not _exposes(one.dtype, device, setting)]
+    just_made = max((one.nbytes for one in exposed), default=0)  # by autograd, on its way to its place
+    return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(exposed, of=3))
+
+
+def _while_summed(parameters: Iterable[PlannedParameter], *, of: int = 2) -> int:
+    """What the largest tied one takes on top for a moment: the gradients of two places beside their sum."""
+    return max((of * one.nbytes for one in parameters if one.is_tied), default=0)
 
 
 # What would fit

@@ -232,6 +232,7 @@ def test_adamw_bytes_are_those_of_torch(kind: str) -> None:
 
 
 MATRICES = [PlannedParameter((128, 128))] * 16
+TIED = PlannedParameter((128, 128), is_tied=True)
 MATRIX_BYTES = 128 * 128 * 4
 BUCKET = 2 * MATRIX_BYTES / 2**20
 
@@ -258,6 +259,36 @@ def test_needs_are_counted_in_matrices(gradient_sync: str, transport: str, gradi
         optimizer=int((optimizer + moments) * MATRIX_BYTES) + small,
     )
     assert found.total == found.parameters + found.gradients + found.optimizer
+
+
+@pytest.mark.parametrize(
+    ("gradient_sync", "transport", "gradients"),
+    [
+        ("backward", "auto", 1 + 2),  # it has a bucket of its own; of two places when backward ends, and their sum
+        ("step", "collective", 17 + 2),
+        ("step", "auto", 17 + 3),
+        ("external", "auto", 17 + 2),
+    ],
+)
+def test_the_gradients_of_a_tied_parameter_exist_side_by_side(
+    gradient_sync: str, transport: str, gradients: int
+) -> None:
+    setting = Setting(world_size=2, gradient_sync=gradient_sync, bucket_mb=BUCKET, transport=transport)  # type: ignore[arg-type]
+    assert need([TIED, *MATRICES], setting).gradients == gradients * MATRIX_BYTES
+    assert adamw_need([TIED, *MATRICES]).gradients == 19 * MATRIX_BYTES
+
+
+def test_a_tied_gradient_waits_while_other_buckets_are_reduced() -> None:
+    large = PlannedParameter((1024, 128))
+    setting = Setting(world_size=2, bucket_mb=BUCKET)
+    assert need([large, TIED], setting).gradients == large.nbytes + TIED.nbytes
+
+
+def test_a_model_knows_which_of_its_parameters_are_tied() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8)})
+    model["head"].weight = model["embedding"].weight
+    found = PlannedParameter.of_model(model)
+    assert {name: one.is_tied for name, one in found.items()} == {"embedding.weight": True, "head.bias": False}
 
 
 def test_the_norm_needs_the_gradient_shard() -> None:

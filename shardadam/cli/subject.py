@@ -179,8 +179,7 @@ def _numel(shape: Iterable[int]) -> int:
 
 
 def _of_model(what: str, source: str, model: nn.Module) -> Subject:
-    parameters = tuple((name, PlannedParameter.of(parameter)) for name, parameter in model.named_parameters())
-    return Subject(what, source, type(model).__name__, parameters)
+    return Subject(what, source, type(model).__name__, tuple(PlannedParameter.of_model(model).items()))
 
 
 def _of_hugging_face(what: str, *, download: bool) -> Subject:
