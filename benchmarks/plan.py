@@ -128,7 +128,7 @@ def tokens() -> Tensor:
 SUBJECTS = {
     "decoder": Subject(8, decoder, lambda model, dtype: model(tokens())),
     "gpt2": Subject(8, gpt2, lambda model, dtype: model(tokens()).logits),
-    "bert": Subject(8, bert, lambda model, dtype: model(tokens()).last_hidden_state),
+    "bert": Subject(8, bert, lambda model, dtype: model(tokens()).pooler_output),
     "t5": Subject(4, t5, lambda model, dtype: model(input_ids=tokens(), decoder_input_ids=tokens()).logits),
     "convolutions": Subject(10, convolutions, lambda model, dtype: model(torch.ones(1, 3, 2, 2, dtype=dtype))),
     "lstm": Subject(6, lstm, lambda model, dtype: model(torch.ones(TOKENS, 1, 512, dtype=dtype))[0]),
