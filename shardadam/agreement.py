@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from shardadam import roll_call
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -29,8 +31,14 @@ class _Failure:
     message: str
 
 
-def require(claims: Sequence[Claim], group: dist.ProcessGroup | None) -> None:
+_BUILD_ALIKE = "Build the same model and the same optimizer on every rank."
+
+
+def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy: str = _BUILD_ALIKE) -> None:
     """Collective: raises on every rank, with one message, unless all ranks make the same claims in the same order.
+
+    Args:
+        remedy: ends the message.
 
     Raises:
         ValueError: names the first claim that differs, and what it is on which ranks.
@@ -45,7 +53,7 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None) -> None:
     everybody = exchange(list(claims), group)
     for row in zip_longest(*everybody):
         if len(set(row)) > 1:
-            raise ValueError(_describe_difference(row, dist.get_process_group_ranks(group)))
+            raise ValueError(f"{_describe_difference(row, dist.get_process_group_ranks(group))} {remedy}")
 
 
 def largest(value: int, group: dist.ProcessGroup | None) -> int:
@@ -62,7 +70,10 @@ def announce_failure(error: Exception, group: dist.ProcessGroup | None) -> None:
 def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     """Collective: what every rank has passed, in rank order."""
     everybody: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, mine, group=group)
+    try:
+        dist.all_gather_object(everybody, mine, group=group)
+    except RuntimeError as error:
+        raise roll_call.parted(f"Comparing what the ranks hold has failed: {error}", group) from error
     return everybody
 
 
@@ -85,7 +96,7 @@ def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> s
     for rank, value in zip(ranks, values, strict=True):
         holders.setdefault(value, []).append(rank)
     differing = ", ".join(f"{value} on {_name_ranks(ranks)}" for value, ranks in holders.items())
-    return f"Ranks disagree on {what} {differing}. Build the same model and the same optimizer on every rank."
+    return f"Ranks disagree on {what} {differing}."
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ own.
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -23,9 +24,11 @@ from shardadam import agreement, intake, state
 from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
+from shardadam.interrupts import interrupts_held
 from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
+from shardadam.roll_call import collective
 from shardadam.tracing import span
 from shardadam.transport import Transport, connect
 from shardadam.update import formats
@@ -192,11 +195,13 @@ class ShardedAdam(Optimizer):
         self._take_in(named)
         self._consolidated: dict[str, Any] | None = None
         self._refusal: str | None = None
+        self._steps = 0  # since the optimizer was built
         self._is_built = True
         weakref.finalize(self, _release, self._reducer, self._transport).atexit = False
 
     # The step
 
+    @collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step with the averages over ranks of all gradients since the last. Collective.
@@ -223,15 +228,20 @@ class ShardedAdam(Optimizer):
                 "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
                 "Use that one, and drop this one."
             )
-        if self._refusal is not None:
-            raise RuntimeError(f"The optimizer cannot step: {self._refusal}. Load another checkpoint into it.")
+        self._check_is_whole("step")
         self._refuse_torchs_grad_scaler()
         self._gatherer.finish()
         rebind_moved(self._members)
         max_norm = self._options.max_grad_norm
-        seen = self._look(with_norm=max_norm is not None)
+        seen = self._look("step", with_norm=max_norm is not None)
         if max_norm is not None:
             self._clip(seen, max_norm)
+        with interrupts_held(), self._unbroken("step"):
+            self._update(seen)
+        return loss
+
+    def _update(self, seen: Survey) -> None:
+        """What ``step`` writes. Collective."""
         used = self._begin_update(seen)
         for index in reversed(self._reducer.order):
             bucket = self._buckets[index]
@@ -256,8 +266,18 @@ class ShardedAdam(Optimizer):
         self._forget_gradients()
         self._peers_may_be_ahead = False
         self._consolidated = None
-        return loss
+        self._steps += 1
 
+    @contextmanager
+    def _unbroken(self, call: str) -> Iterator[None]:
+        """If what is inside raises, state and parameters are half written: ``step`` and ``save`` refuse to go on."""
+        try:
+            yield
+        except BaseException as error:
+            self._refuse_to_go_on(f"{call}() was broken off while it wrote ({type(error).__name__})")
+            raise
+
+    @collective
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients, reduced or not; ``model.zero_grad()`` cannot reach those that are reduced.
 
@@ -280,6 +300,7 @@ class ShardedAdam(Optimizer):
         """
         return self._reducer.no_sync()
 
+    @collective
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
         """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.
 
@@ -292,7 +313,7 @@ class ShardedAdam(Optimizer):
         self._take_in_unfrozen()
         if not self._members:
             return torch.zeros(())
-        return self._clip(self._look(with_norm=True), max_norm)
+        return self._clip(self._look("clip_grad_norm_", with_norm=True), max_norm)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
         """From now on ``step`` does not wait for its all-gathers; they run under the next forward of ``model``, each of
@@ -309,25 +330,48 @@ class ShardedAdam(Optimizer):
         members = {id(member.parameter): member for member in self._members}
         self._overlaps.append(OverlappedForward(model, members, self._gatherer))
 
+    @collective
     def synchronize(self) -> None:
         """Waits until all parameters are what the last step has made of them, and no other rank reads them any more.
         Collective: all ranks must call it. Costs nothing without ``overlap_gather``.
         """
         self._gatherer.finish()
 
-    def _look(self, *, with_norm: bool) -> Survey:
-        """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step."""
+    def _look(self, call: str, *, with_norm: bool) -> Survey:
+        """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step.
+
+        Raises:
+            ValueError: on every rank, where ranks are in different calls, have taken different numbers of steps, or
+                have different hyperparameters. Nothing has been written then.
+        """
         self._reducer.close()
         seen, rounds = self._survey, self._reducer.rounds
         if rounds != self._surveyed_rounds and self._options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # these are other gradients than those that were clipped
         if seen is None or rounds != self._surveyed_rounds or (with_norm and seen.norm is None):
+            device = self._buckets[0].parameters.device
+            claims = self._intentions(call) if device.type == "cpu" and self._transport.control is not None else None
             with span("survey"):
-                gauges = self._reducer.gauges(with_squares=with_norm)
-                device = self._buckets[0].parameters.device
-                seen = survey(gauges, self._reducer.used, transport=self._transport, with_norm=with_norm, device=device)
+                seen = survey(
+                    self._reducer.gauges(with_squares=with_norm),
+                    self._reducer.used,
+                    transport=self._transport,
+                    with_norm=with_norm,
+                    device=device,
+                    fingerprint=None if claims is None else zlib.crc32(repr(claims).encode()),
+                )
+            if claims is not None and not seen.agrees:
+                agreement.require(claims, self._transport.control, remedy=_ALIKE)
             self._survey, self._surveyed_rounds = seen, rounds
         return seen
+
+    def _intentions(self, call: str) -> list[agreement.Claim]:
+        """What ranks must be alike in when they meet in the middle of training."""
+        return [
+            agreement.Claim("which call they are in:", "", call),
+            agreement.Claim("how many steps they have taken:", "", str(self._steps)),
+            *intake.claims(self.param_groups, []),
+        ]
 
     def _clip(self, seen: Survey, max_norm: float | Tensor) -> Tensor:
         assert seen.norm is not None
@@ -336,6 +380,7 @@ class ShardedAdam(Optimizer):
         self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
         return norm
 
+    @collective
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """Takes a loss scale out of the gradients that are there; ``clip_grad_norm_``, ``full_grad`` and ``step`` see
@@ -363,7 +408,7 @@ class ShardedAdam(Optimizer):
                     member.parameter.grad.mul_(inverse_scale.to(member.parameter.grad.device))
         else:
             self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float()
-        return self._look(with_norm=self._options.max_grad_norm is not None).found_inf
+        return self._look("GradScaler.unscale_", with_norm=self._options.max_grad_norm is not None).found_inf
 
     def _refuse_torchs_grad_scaler(self) -> None:
         if "grad_scale" in self.__dict__:  # set by a GradScaler of torch, around the step
@@ -406,6 +451,7 @@ class ShardedAdam(Optimizer):
 
     # Parameters
 
+    @collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch. Collective: all ranks must add the same."""
         if not self._is_built:  # called by torch.optim.Optimizer.__init__
@@ -502,6 +548,7 @@ class ShardedAdam(Optimizer):
         self._frozen = [p for p in self._frozen if not p.parameter.requires_grad]
         self._take_in(unfrozen)
 
+    @collective
     def sync_module(self, module: torch.nn.Module) -> None:
         """Broadcasts rank 0's values of what the optimizer does not see: buffers, and parameters it was not given.
 
@@ -530,6 +577,7 @@ class ShardedAdam(Optimizer):
 
     # Looking inside
 
+    @collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
         """The parameter's averaged gradient as ``step`` would use it, or None if it has one on no rank. Collective.
 
@@ -538,13 +586,14 @@ class ShardedAdam(Optimizer):
         """
         self._take_in_unfrozen()
         member = self._member(parameter)
-        seen = self._look(with_norm=self._options.max_grad_norm is not None)
+        seen = self._look("full_grad", with_norm=self._options.max_grad_norm is not None)
         if not bool(seen.used[member.ordinal]):
             return None
         self._reducer.sum_up()
         gradient = self._gather(member, attrgetter("shard.gradient"))
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
+    @collective
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's whole state: step, exp_avg, exp_avg_sq and, for low precision with one, master. Collective.
 
@@ -629,6 +678,7 @@ class ShardedAdam(Optimizer):
             count += len(positions)
         return groups
 
+    @collective
     def full_state_dict(self) -> dict[str, Any]:
         """The whole state as a plain torch.optim.Adam/AdamW has it, on rank 0; an empty dict elsewhere. Collective.
 
@@ -638,6 +688,7 @@ class ShardedAdam(Optimizer):
         """
         return self._full_state_dict(to=0) or {}
 
+    @collective
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
 
@@ -710,8 +761,14 @@ class ShardedAdam(Optimizer):
             torch.autograd.graph.increment_version([member.parameter for member in self._members])
 
     def _refuse_to_go_on(self, reason: str) -> None:
-        """Until state is loaded, ``step`` raises."""
+        """Until state is loaded, ``step`` and ``shardadam.save`` raise."""
         self._refusal = reason
+
+    def _check_is_whole(self, call: str) -> None:
+        if self._refusal is not None:
+            raise RuntimeError(
+                f"The optimizer cannot {call}: {self._refusal}. Load a whole checkpoint into it, on all ranks."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -766,6 +823,12 @@ class ShardedAdamW(ShardedAdam):
             bucket_mb=bucket_mb,
             transport=transport,
         )
+
+
+_ALIKE = (
+    "Call the same methods in the same order on every rank, and change param groups (schedulers) alike. Nothing has "
+    "been written."
+)
 
 
 def _exact_names(arena: FlatArena) -> list[str]:

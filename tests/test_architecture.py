@@ -26,7 +26,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("buckets",),
     ("update", "transport"),
     ("agreement", "flat_shard", "gauge"),
-    ("layout", "precision", "chunks", "tracing", "version"),
+    ("roll_call",),
+    ("layout", "precision", "chunks", "tracing", "interrupts", "version"),
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 

@@ -47,7 +47,7 @@ def refusal(directory: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         load_into(run, directory)
     if "holds a part of it now" in str(error.value):
-        with pytest.raises(RuntimeError, match="Load another checkpoint"):
+        with pytest.raises(RuntimeError, match="Load a whole checkpoint"):
             run.train(range(1))
     else:
         assert differences(before, run.everything()) == []
@@ -197,7 +197,7 @@ def test_damage_that_one_rank_meets_stops_all(tmp_path: Path) -> None:
     file.write_bytes(content)
     for loading, stepping in on_ranks(2, load_damaged, str(tmp_path)):
         assert "again.bias.exp_avg" in loading and "rank-0000" in loading
-        assert "Load another checkpoint" in stepping
+        assert "Load a whole checkpoint" in stepping
 
 
 # Fuzzing

@@ -187,14 +187,15 @@ def lose(tmp_path: Path, how: str, during: str, world_size: int) -> list[tuple[s
 )
 def test_a_rank_that_ends_is_named_at_once(tmp_path: Path, how: str, during: str, world_size: int) -> None:
     for kind, message, seconds in lose(tmp_path, how, during, world_size):
-        assert kind == "RuntimeError" and "rank 1 (process" in message and "has ended" in message
+        assert kind == "RanksParted" and "rank 1 (process" in message and "has ended" in message
         assert seconds < 1.5
 
 
 def test_a_rank_that_stops_is_named_in_time(tmp_path: Path) -> None:
     for kind, message, seconds in lose(tmp_path, "stops", "step", 3):
         assert kind == "TimeoutError" and "no answer from rank 1 (process" in message and "within 3 s" in message
-        assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + 1
+        assert "rank 1: does not answer" in message
+        assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + 3
 
 
 def end_at_once(rank: int, pipe: Connection) -> None:

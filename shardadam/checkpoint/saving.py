@@ -131,6 +131,7 @@ def save(
     Raises:
         TimeoutError: names ranks that have not called it, or that died in it.
         CheckpointError: it could not be written, on any rank; the checkpoints before it are as they were.
+        RuntimeError: a step has been broken off on a rank while it wrote.
 
     The states of torch's, Python's and NumPy's random number generators are saved on each rank, too.
     """
@@ -143,6 +144,7 @@ def save(
     try:
         _check_arguments(step, keep)
         if isinstance(optimizer, ShardedAdam):
+            optimizer._check_is_whole("be saved")
             optimizer._gatherer.wait()
         part = _collect(contents_of(model, optimizer), meeting, scheduler, extra, step)
         if meeting.rank == 0:

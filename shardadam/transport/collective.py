@@ -18,8 +18,8 @@ Note: streams
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardadam import roll_call
 from shardadam.chunks import Visit, sum_sources_
 from shardadam.transport.base import Pending, Staging, Transport, own_slice
 from shardadam.transport.groups import Lease, backend_of_device
@@ -84,8 +85,10 @@ class CollectiveTransport(Transport):
                 sum_up([own])
             return OnStream(stream)
         if send.device.type == "cpu":
-            works, received = self._exchange(send, staging.receive[: numel - own.numel()])
-            return _OnHost(works, partial(sum_up, [*received[: self.rank], own, *received[self.rank :]]))
+            with self._with_others("A reduce-scatter"):
+                works, received = self._exchange(send, staging.receive[: numel - own.numel()])
+            sources = [*received[: self.rank], own, *received[self.rank :]]
+            return self._on_host("A reduce-scatter", works, partial(sum_up, sources))
         receive = staging.receive[:numel]
         sources = list(receive.chunk(self.world_size))
         if self._is_native(send.device):
@@ -93,8 +96,9 @@ class CollectiveTransport(Transport):
                 dist.all_to_all_single(receive, send, group=self._group)
                 sum_up(sources)
             return OnStream(stream)
-        work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
-        return _OnHost([work], partial(sum_up, sources))
+        with self._with_others("A reduce-scatter"):
+            work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
+        return self._on_host("A reduce-scatter", [work], partial(sum_up, sources))
 
     def _exchange(self, send: Tensor, receive: Tensor) -> tuple[list[Any], list[Tensor]]:
         """Sends every peer its slice of ``send``; returns where this rank's slices of theirs arrive, in rank order."""
@@ -111,21 +115,23 @@ class CollectiveTransport(Transport):
     def all_gather(self, flat: Tensor) -> Pending:
         own = own_slice(flat, self.rank, self.world_size)
         if flat.device.type != "cpu":
-            return self._start(_all_gather, flat, flat, own)
+            return self._start("An all-gather", _all_gather, flat, flat, own)
         self._exchanges += 1
         options: dict[str, Any] = dict(group=self._group, tag=self._exchanges % _TAGS)  # several are under way at once
         peers = [peer for peer in range(self.world_size) if peer != self.rank]
         slices = flat.chunk(self.world_size)
-        receives = [dist.irecv(slices[peer], group_src=peer, **options) for peer in peers]
-        return _OnHost([*receives, *(dist.isend(own, group_dst=peer, **options) for peer in peers)])
+        with self._with_others("An all-gather"):
+            receives = [dist.irecv(slices[peer], group_src=peer, **options) for peer in peers]
+            sends = [dist.isend(own, group_dst=peer, **options) for peer in peers]
+        return self._on_host("An all-gather", [*receives, *sends])
 
     def all_reduce(self, block: Tensor) -> Pending:
-        return self._start(dist.all_reduce, block, block)
+        return self._start("An all-reduce", dist.all_reduce, block, block)
 
     def broadcast(self, tensor: Tensor) -> Pending:
         # As bytes in memory order: any dtype and any strides, which backends treat differently.
         flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-        return self._start(dist.broadcast, flat, flat, group_src=0)
+        return self._start("A broadcast", dist.broadcast, flat, flat, group_src=0)
 
     def look_out(self, seconds: float) -> bool:
         time.sleep(min(seconds, _GLANCE_S))  # the backend's own threads go on meanwhile
@@ -134,12 +140,27 @@ class CollectiveTransport(Transport):
     def close(self, *, clean: bool) -> None:
         self._lease.release(clean=clean)
 
-    def _start(self, collective: Callable[..., Any], buffer: Tensor, *arguments: Any, **options: Any) -> Pending:
+    def _start(
+        self, what: str, collective: Callable[..., Any], buffer: Tensor, *arguments: Any, **options: Any
+    ) -> Pending:
         if self._is_native(buffer.device):
             with self._on_stream(buffer.device) as stream:
                 collective(*arguments, group=self._group, **options)
             return OnStream(stream)
-        return _OnHost([collective(*arguments, group=self._group, async_op=True, **options)])
+        with self._with_others(what):
+            work = collective(*arguments, group=self._group, async_op=True, **options)
+        return self._on_host(what, [work])
+
+    def _on_host(self, what: str, works: list[Any], finish: Callable[[], None] | None = None) -> Pending:
+        return _OnHost(works, finish, partial(self._with_others, what))
+
+    @contextmanager
+    def _with_others(self, what: str) -> Iterator[None]:
+        """Says of what the backend raises who has made it so."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise roll_call.parted(f"{what} with the other ranks has failed: {error}", self._group) from error
 
     def _is_native(self, device: torch.device) -> bool:
         """Whether transfers run on the device's stream."""
@@ -152,18 +173,29 @@ class CollectiveTransport(Transport):
 
 
 class _OnHost(Pending):
-    """Works that the host completes, then ``finish``. Gloo's must be waited for once only, and dropped."""
+    """Works that the host completes, then ``finish``. Gloo's must be waited for once only, and dropped.
 
-    def __init__(self, works: list[Any], finish: Callable[[], None] | None = None) -> None:
+    Args:
+        with_others: what it waits in.
+    """
+
+    def __init__(
+        self,
+        works: list[Any],
+        finish: Callable[[], None] | None,
+        with_others: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._works = works
         self._finish = finish
+        self._with_others = with_others
 
     def done(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
-        while self._works:
-            self._works.pop(0).wait()
+        with self._with_others():
+            while self._works:
+                self._works.pop(0).wait()
         if self._finish is not None:
             self._finish()
 

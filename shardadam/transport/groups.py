@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam.agreement import Meeting
+from shardadam import roll_call
+from shardadam.agreement import Meeting, exchange
 
 
 @dataclass(eq=False)
@@ -90,9 +91,7 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
     if users is None or dist.get_world_size(users) == 1:
         return None
     pool = _pool_of(users)
-    everybody: list[set[int]] = [set()] * dist.get_world_size(users)
-    dist.all_gather_object(everybody, pool.free, group=pool.control)
-    free_everywhere = set.intersection(*everybody)
+    free_everywhere = set.intersection(*exchange(pool.free, pool.control))
     if free_everywhere:
         slot = min(free_everywhere)
         pool.free.remove(slot)
@@ -155,6 +154,8 @@ def _meeting_of(users: dist.ProcessGroup) -> Meeting:
 def _pool_of(users: dist.ProcessGroup) -> GroupPool:
     if users not in _pools:
         control = _new_group(users, _control_backend(users))
+        hosts = exchange(roll_call.host_name(), control)
+        roll_call.attend(dict(zip(dist.get_process_group_ranks(users), hosts, strict=True)))
         _pools[users] = GroupPool(control, _meeting_of(users))
     return _pools[users]
 

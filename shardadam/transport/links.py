@@ -30,6 +30,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardadam import roll_call
+
 RECORD = struct.Struct("=BxxxIQ")
 """Kind, number and value; what they mean is the transport's business."""
 
@@ -80,7 +82,7 @@ class Links:
         self.rank = rank
         self.on_record: OnRecord = _refuse
         self._neighbours = list(neighbours)
-        self._names = names
+        self.names = names
         self._timeout_s = timeout_s
         self._poll = select.poll()
         self._by_fd: dict[int, Neighbour] = {}
@@ -114,7 +116,7 @@ class Links:
     def check_open(self, what: str) -> None:
         """Raises RuntimeError where the links are closed."""
         if self._failure is not None:
-            raise RuntimeError(
+            raise roll_call.RanksParted(
                 f"{what}: the ranks have parted before, and cannot go on together: {self._failure} Start again, from "
                 "the last checkpoint."
             )
@@ -140,11 +142,20 @@ class Links:
         """
         try:
             self._wait_for(has_come, what, until_sent=until_sent)
+        except (roll_call.RanksParted, TimeoutError) as error:
+            raise self.give_up(error) from None
         except BaseException as error:
-            if self._is_open:
-                self._failure = str(error) or f"{type(error).__name__}."
-                self.close()
+            self.give_up(error)
             raise
+
+    def give_up(self, error: BaseException) -> BaseException:
+        """Closes the links, so that nobody waits for this rank; returns ``error`` with where all ranks stand."""
+        if not self._is_open:
+            return error
+        self._failure = str(error) or f"{type(error).__name__}."
+        self.close()
+        gone = [self.names[neighbour.rank] for neighbour in self._neighbours if neighbour.has_ended]
+        return type(error)(f"{error}\n{roll_call.report(self.names, gone)}")
 
     def _wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool) -> None:
         def is_late(neighbour: Neighbour) -> bool:
@@ -159,13 +170,14 @@ class Links:
         while late := [n for n in late if is_late(n)]:
             for neighbour in late:
                 if neighbour.has_ended:
-                    raise RuntimeError(
-                        f"{what}: rank {self._names[neighbour.rank]} (process {neighbour.pid}) has ended, has given up "
-                        "waiting, or has dropped its optimizer, while this rank was waiting for it. See its own output."
+                    raise roll_call.RanksParted(
+                        f"{what}: rank {self.names[neighbour.rank]} (process {neighbour.pid}) has ended, has given up "
+                        "waiting, or has dropped its optimizer, while this rank was waiting for it. See its own "
+                        "output."
                     )
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                ranks = ", ".join(f"{self._names[n.rank]} (process {n.pid})" for n in late)
+                ranks = ", ".join(f"{self.names[n.rank]} (process {n.pid})" for n in late)
                 raise TimeoutError(
                     f"{what}: no answer from rank {ranks} within {self._timeout_s:g} s, though it lives. See what "
                     "keeps it; the limit is the timeout of init_process_group."

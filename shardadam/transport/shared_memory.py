@@ -9,7 +9,8 @@ or that others have allocated) goes the way of the transport within.
 Note: three things that a transfer waits for
     Transfers are numbered, alike on all ranks. A rank says READY when its part of one may be read; whoever has read
     everybody's says READ; a buffer may be written again when all others have said so (``is_released``). Records follow
-    each other in a socket, so one that is READY for a transfer is so for all before it.
+    each other in a socket, so one that is READY for a transfer is so for all before it. It also says what the transfer
+    is: where ranks have come to different ones nothing is read.
 
 Note: memory without names
     Buffers are anonymous memfds, whose descriptors go to the neighbours over the links. They are sealed: nobody can
@@ -27,26 +28,66 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardadam import roll_call
 from shardadam.chunks import Visit, sum_sources_
 from shardadam.transport.base import Finished, Pending, Staging, Transport, own_slice
 from shardadam.transport.links import Links
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
 _BOARD_BYTES = 1 << 16
+_LIES_IN_BITS = 24
+_NBYTES_BITS = 36
 
 
 class _Kind(IntEnum):
-    READY = 0  # number: the transfer; value: the staging buffer that it lies in
+    READY = 0  # number: the transfer; value: the staging buffer that it lies in, and what it is
     READ = 1  # number: the transfer
     SHARED = 2  # a descriptor; number: the how-manieth of those that all ranks allocate together; value: bytes
     STAGING = 3  # a descriptor; number: its own; value: bytes
     DISCARDED = 4  # number: of a staging buffer
+
+
+class _What(IntEnum):
+    REDUCE_SCATTER = 0
+    ALL_GATHER = 1
+    BROADCAST = 2
+    ALL_REDUCE = 3
+    FENCE = 4
+
+    @property
+    def words(self) -> str:
+        """As in a sentence: ``an all-reduce``."""
+        return f"{'an' if self.name[0] == 'A' else 'a'} {self.name.lower().replace('_', '-')}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What a rank says of a transfer that it has begun. ``lies_in``: the staging buffer, if it is a reduce-scatter."""
+
+    what: _What
+    nbytes: int
+    lies_in: int = 0
+
+    def packed(self) -> int:
+        return (self.what << _NBYTES_BITS | self.nbytes % (1 << _NBYTES_BITS)) << _LIES_IN_BITS | self.lies_in
+
+    @classmethod
+    def unpacked(cls, value: int) -> _Begun:
+        signature = value >> _LIES_IN_BITS
+        return cls(_What(signature >> _NBYTES_BITS), signature % (1 << _NBYTES_BITS), value % (1 << _LIES_IN_BITS))
+
+    def meets(self, other: _Begun) -> bool:
+        return self.what == other.what and (self.nbytes - other.nbytes) % (1 << _NBYTES_BITS) == 0
+
+    def __str__(self) -> str:
+        return self.what.words if self.what is _What.FENCE else f"{self.what.words} of {self.nbytes:,} bytes"
 
 
 class SharedMemoryTransport(Transport):
@@ -73,7 +114,7 @@ class SharedMemoryTransport(Transport):
         self._staging: dict[tuple[int, int], Tensor] = {}  # by rank and number, as bytes
         self._numbers: dict[int, int] = {}  # by address: of this rank's own staging
         self._staging_count = 0
-        self._lies_in: dict[tuple[int, int], int] = {}  # by rank and transfer: the staging buffer
+        self._begun: dict[tuple[int, int], _Begun] = {}  # by rank and transfer
         self._board: Tensor | None = None
         self._blocks = 0  # how many have been all-reduced
         # By address and size.
@@ -171,43 +212,42 @@ class SharedMemoryTransport(Transport):
         lies_in = self._numbers.get(staging.send.data_ptr())
         if lies_in is None:
             return self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit)
-        number = self._announce(lies_in)
+        number = self._announce(_Begun(_What.REDUCE_SCATTER, numel * staging.send.itemsize, lies_in))
         dtype = staging.send.dtype
 
-        def read() -> None:
+        def read(begun: dict[int, _Begun]) -> None:
             sources = []
             for rank in range(self.world_size):
                 if rank == self.rank:
                     whole = staging.send[:numel]
                 else:
-                    memory = self._staging[rank, self._lies_in.pop((rank, number))]
-                    whole = memory.view(dtype)[:numel]
+                    whole = self._staging[rank, begun[rank].lies_in].view(dtype)[:numel]
                 sources.append(own_slice(whole, self.rank, self.world_size))
             sum_sources_(shard, sources, scale=scale, accumulate=accumulate, visit=visit)
 
-        return _Read(self, number, read, "A reduce-scatter")
+        return _Read(self, number, read)
 
     def all_gather(self, flat: Tensor) -> Pending:
         slices = self._slices_of(flat)
         if slices is None:
             return self._inner.all_gather(flat)
 
-        def read() -> None:
+        def read(_: dict[int, _Begun]) -> None:
             for target, source in slices:
                 target.copy_(source)
 
-        return _Read(self, self._announce(), read, "An all-gather")
+        return _Read(self, self._announce(_Begun(_What.ALL_GATHER, flat.nbytes)), read)
 
     def broadcast(self, tensor: Tensor) -> Pending:
         places = self._places_of(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
         if places is None:
             return self._inner.broadcast(tensor)
 
-        def read() -> None:
+        def read(_: dict[int, _Begun]) -> None:
             if self.rank != 0:
                 tensor.copy_(places[0])
 
-        return _Read(self, self._announce(), read, "A broadcast")
+        return _Read(self, self._announce(_Begun(_What.BROADCAST, tensor.nbytes)), read)
 
     def all_reduce(self, block: Tensor) -> Pending:
         if block.device.type != "cpu" or not block.is_contiguous():
@@ -222,15 +262,14 @@ class SharedMemoryTransport(Transport):
         assert places is not None
         blocks = [place.view(block.dtype).view(block.shape) for place in places]
         blocks[self.rank].copy_(block)
-        number = self._announce(is_read=False)
-        self.await_ready(number, "An all-reduce")
+        self.await_ready(self._announce(_Begun(_What.ALL_REDUCE, block.nbytes), is_read=False))
         block.copy_(blocks[0])
         for other in blocks[1:]:
             block += other
         return Finished()
 
     def fence(self) -> None:
-        self.await_ready(self._announce(is_read=False), "A fence")
+        self.await_ready(self._announce(_Begun(_What.FENCE, 0), is_read=False))
 
     def look_out(self, seconds: float) -> bool:
         self._links.listen(seconds)
@@ -242,17 +281,35 @@ class SharedMemoryTransport(Transport):
 
     # What transfers need
 
-    def _announce(self, lies_in: int | None = None, *, is_read: bool = True) -> int:
+    def _announce(self, begun: _Begun, *, is_read: bool = True) -> int:
         """Tells all that this rank is READY for its next transfer; ``is_read``: and that it waits for them to READ."""
         self._last += 1
         if is_read:
             for rank in self._peers:
                 self._unread[rank].add(self._last)
-        self._links.tell(_Kind.READY, self._last, 0 if lies_in is None else lies_in + 1)
+        self._begun[self.rank, self._last] = begun
+        self._links.tell(_Kind.READY, self._last, begun.packed())
         return self._last
 
-    def await_ready(self, number: int, what: str, *, until_sent: bool = True) -> None:
-        self._links.wait_for(lambda rank: self._ready[rank] >= number, what, until_sent=until_sent)
+    def await_ready(self, number: int, *, until_sent: bool = True) -> dict[int, _Begun]:
+        """What the others have begun, by rank.
+
+        Raises:
+            RanksParted: another transfer than this rank.
+        """
+        own = self._begun[self.rank, number]
+        self._links.wait_for(lambda rank: self._ready[rank] >= number, f"In {own.what.words}", until_sent=until_sent)
+        del self._begun[self.rank, number]
+        begun = {rank: self._begun.pop((rank, number)) for rank in self._peers}
+        for rank, theirs in begun.items():
+            if not theirs.meets(own):
+                raise self._links.give_up(
+                    roll_call.RanksParted(
+                        f"Rank {self._links.names[rank]} has begun {theirs} where rank {self._links.names[self.rank]} "
+                        f"has begun {own}: they have made different calls, or other numbers of backward passes."
+                    )
+                )
+        return begun
 
     def is_ready(self, number: int) -> bool:
         self._links.listen()
@@ -271,8 +328,7 @@ class SharedMemoryTransport(Transport):
     def _on_record(self, rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
         if kind == _Kind.READY:
             self._ready[rank] = number
-            if value:
-                self._lies_in[rank, number] = value - 1
+            self._begun[rank, number] = _Begun.unpacked(value)
         elif kind == _Kind.READ:
             self._unread[rank].discard(number)
         elif kind == _Kind.DISCARDED:
@@ -292,19 +348,19 @@ class SharedMemoryTransport(Transport):
 class _Read(Pending):
     """Reads from the neighbours when all of them are READY."""
 
-    def __init__(self, transport: SharedMemoryTransport, number: int, read: Callable[[], None], what: str) -> None:
+    def __init__(
+        self, transport: SharedMemoryTransport, number: int, read: Callable[[dict[int, _Begun]], None]
+    ) -> None:
         self._transport = transport
         self._number = number
         self._read = read
-        self._what = what
 
     def done(self) -> bool:
         return self._transport.is_ready(self._number)
 
     def wait(self) -> None:
         # A neighbour that has all it needs for this one may not look at its socket before the next fence.
-        self._transport.await_ready(self._number, self._what, until_sent=False)
-        self._read()
+        self._read(self._transport.await_ready(self._number, until_sent=False))
         self._transport.has_read(self._number)
 
     def is_released(self) -> bool:

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where does every rank stand? Asked when one of them does not come, and answered by a thread of each, whatever the
+main one is doing: in which collective call it is, or where in the user's code. Nothing here takes part in training.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import sysconfig
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+
+_PERIOD_S = 0.25
+_PATIENCE_S = 2.0
+_STORE_TIMEOUT_S = 5.0
+_MOST_NAMED = 16
+_LIBRARIES = tuple(
+    str(Path(folder).resolve()) + os.sep
+    for folder in (Path(__file__).parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
+)
+
+
+class RanksParted(RuntimeError):
+    """A rank has ended, has raised, or makes other calls than this one; the message says which and where all stand.
+
+    What was under way on this rank is not complete, and the ranks cannot go on together: start again, from the last
+    checkpoint.
+    """
+
+
+class RollCall:
+    """All ranks of the default process group, of which reports are asked for some.
+
+    Note: a question and its answers
+        The question is a number in the store that the ranks met by at the beginning, raised by whoever asks; every rank
+        answers the newest, under a key of its own. A thread looks for questions four times a second (less often where
+        there are thousands of ranks). It has a connection of its own: the main thread may block the other.
+    """
+
+    def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int) -> None:
+        self.hosts: dict[int, str] = {}  # by rank, as far as they are known
+        self._rank = rank
+        self._store = store.clone() if hasattr(store, "clone") else store
+        self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        _answer_in_background(self._store, rank, _PERIOD_S * max(1.0, world_size / 1000))
+
+    def report(self, ranks: Sequence[int], gone: Collection[int]) -> str:
+        answers = self._ask([rank for rank in ranks if rank not in gone])
+        if answers is None:
+            return (
+                "Where the ranks stand is not known: the store by which they met cannot be reached; the process that "
+                "holds it (rank 0, or torchrun's agent there) has ended, or its host is cut off."
+            )
+        silent = [rank for rank in ranks if rank not in answers]
+        told = {**answers, **{rank: _SILENT for rank in silent}}
+        shown = sorted(told, key=lambda rank: (rank not in silent, rank != self._rank, rank))
+        lines = [f"  {self._name(rank)}: {told[rank]}" for rank in shown[:_MOST_NAMED]]
+        if len(shown) > _MOST_NAMED:
+            lines.append(f"  and {len(shown) - _MOST_NAMED} more")
+        remedy = (
+            "See their own output: what ended or keeps them comes first."
+            if silent
+            else "All ranks must make the same calls in the same order; see what made them part."
+        )
+        return "\n".join(["Where the ranks stand:", *lines, remedy])
+
+    def _name(self, rank: int) -> str:
+        host = f" on {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""
+        return f"rank {rank}{host}{' (this one)' if rank == self._rank else ''}"
+
+    def _ask(self, ranks: Sequence[int]) -> dict[int, str] | None:
+        """What they answer; None where there is no way to ask."""
+        answers = {self._rank: _standing.tell()}
+        try:
+            question = self._store.add("question", 1)
+            deadline = time.monotonic() + _PATIENCE_S
+            while True:
+                for rank in ranks:
+                    if rank not in answers and (text := _answer_of(self._store, rank, question)) is not None:
+                        answers[rank] = text
+                if len(answers) == len(ranks) or time.monotonic() > deadline:
+                    return answers
+                time.sleep(0.05)
+        except RuntimeError:  # dist.DistError is one
+            return None
+
+
+_SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
+
+
+def _answer_of(store: dist.distributed_c10d.Store, rank: int, question: int) -> str | None:
+    key = f"answer/{rank}"
+    if not store.check([key]):
+        return None
+    number, _, text = bytes(store.get(key)).decode().partition(" ")
+    return text if int(number) >= question else None
+
+
+# This rank
+
+_worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()
+
+
+def attend(hosts: Mapping[int, str]) -> None:
+    """From now on this rank answers. Local; torch.distributed is initialised.
+
+    Args:
+        hosts: the names of those that some ranks are on, to name them by.
+    """
+    world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+    if world not in _worlds:
+        # torch tells the store to nobody but its own modules.
+        everybodys = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d.PrefixStore("shardadam/roll_call", everybodys)
+        _worlds[world] = RollCall(store, dist.get_rank(), dist.get_world_size())
+    _worlds[world].hosts.update(hosts)
+
+
+def parted(what: str, group: dist.ProcessGroup) -> RanksParted:
+    """The error to raise where a transfer in ``group`` has failed; asks its ranks where they stand. Local.
+
+    Args:
+        what: what failed, and how.
+    """
+    return RanksParted(f"{what}\n{report(dist.get_process_group_ranks(group))}")
+
+
+def report(ranks: Sequence[int], gone: Collection[int] = ()) -> str:
+    """Where ``ranks`` stand, in a line for each. Takes up to two seconds where one does not answer. Local.
+
+    Args:
+        gone: those that are known to have ended.
+    """
+    world = dist.group.WORLD if dist.is_initialized() else None
+    if world is None or world not in _worlds:
+        return "Where the ranks stand is not known: torch.distributed is not initialised any more."
+    return _worlds[world].report(ranks, gone)
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+class _Standing:
+    """Where the main thread of this process stands."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[str, int, float]] = []  # that it is in: name, how-manieth, since when
+        self._last: tuple[str, int, float] | None = None  # that it has completed
+        self._counts: Counter[str] = Counter()
+
+    @contextmanager
+    def inside(self, call: str) -> Iterator[None]:
+        self._counts[call] += 1
+        self._calls.append((call, self._counts[call], time.monotonic()))
+        try:
+            yield
+        finally:
+            name, number, _ = self._calls.pop()
+            self._last = (name, number, time.monotonic())
+
+    def tell(self) -> str:
+        place = _place_in_users_code()
+        where = f", at {place}" if place else ""
+        now = time.monotonic()
+        if self._calls:
+            name, number, since = self._calls[0]
+            return f"in call {number} of {name}() for {now - since:.1f} s{where}"
+        if self._last is None:
+            return f"has made no call that all ranks must make{where}"
+        name, number, since = self._last
+        return f"after call {number} of {name}(), which was {now - since:.1f} s ago{where}"
+
+
+_standing = _Standing()
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def collective(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Of a method that all ranks must call: makes known that this rank is in it."""
+
+    @wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _standing.inside(method.__name__):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _place_in_users_code() -> str | None:
+    """``train.py:57 in main``: where the main thread is, or from where it has called libraries."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(("<", *_LIBRARIES)) and "site-packages" not in path:
+            return f"{os.path.basename(path)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return None
+
+
+# The thread
+
+_threads: list[tuple[threading.Thread, threading.Event]] = []
+
+
+def _answer_in_background(store: dist.distributed_c10d.Store, rank: int, period_s: float) -> None:
+    done = threading.Event()
+
+    def answer() -> None:
+        seen = 0
+        while not done.wait(period_s) and dist.is_initialized():
+            try:
+                question = store.add("question", 0)
+                if question > seen:
+                    store.set(f"answer/{rank}", f"{question} {_standing.tell()}")
+                    seen = question
+            except RuntimeError:
+                return  # the store has ended, and soon this process will
+
+    thread = threading.Thread(target=answer, name="shardadam.roll_call", daemon=True)
+    _threads.append((thread, done))
+    thread.start()
+
+
+@atexit.register
+def _stop_threads() -> None:
+    """One that is in the middle of a request would abort the interpreter's end."""
+    for _, done in _threads:
+        done.set()
+    for thread, _ in _threads:
+        thread.join(timeout=_STORE_TIMEOUT_S)
