@@ -73,7 +73,7 @@ def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     try:
         dist.all_gather_object(everybody, mine, group=group)
     except RuntimeError as error:
-        raise roll_call.parted(f"Comparing what the ranks hold has failed: {error}", group) from error
+        raise roll_call.parted("Comparing what the ranks hold", error, group) from error
     return everybody
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shardadam.optimizer import ShardedAdam
 
+_SMALLEST_SCALE = 2.0**-24
+
 
 class GradScaler(torch.amp.GradScaler):
     """A drop-in for torch.amp.GradScaler: the same arguments, methods and state.
@@ -22,6 +24,8 @@ class GradScaler(torch.amp.GradScaler):
     With ``gradient_sync`` "step" and "external", ``unscale_`` also divides ``p.grad`` in place, as in torch, and
     refuses float16 gradients for it; ``step`` without it serves them.
     """
+
+    _updates = 0
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -53,3 +57,23 @@ class GradScaler(torch.amp.GradScaler):
         optimizer.step()
         state["stage"] = stage.STEPPED
         return None
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Adjusts the scale, as in torch.
+
+        Raises:
+            RuntimeError: on every rank, when the scale has collapsed: gradients are infinite or NaN whatever it is, and
+                no step is taken any more. On GPUs it is looked at in one update of 128, as that waits for the device.
+        """
+        super().update(new_scale)
+        if not self._enabled or self._scale is None:
+            return
+        self._updates += 1
+        if self._scale.device.type == "cpu" or self._updates % 128 == 0:
+            scale = float(self._scale)
+            if not scale >= _SMALLEST_SCALE:
+                raise RuntimeError(
+                    f"The loss scale has fallen to {scale:g}: gradients are infinite or NaN in every step, whatever "
+                    "the scale, and no step is taken. Look for a NaN in the loss and the inputs, lower the learning "
+                    "rate, and go on from the last checkpoint."
+                )

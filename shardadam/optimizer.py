@@ -25,6 +25,7 @@ from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, all
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.interrupts import interrupts_held
+from shardadam.misuse import Watch, watch_clipping
 from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
@@ -196,6 +197,9 @@ class ShardedAdam(Optimizer):
         self._consolidated: dict[str, Any] | None = None
         self._refusal: str | None = None
         self._steps = 0  # since the optimizer was built
+        self._watch = Watch()
+        if gradient_sync != "external":
+            watch_clipping()
         self._is_built = True
         weakref.finalize(self, _release, self._reducer, self._transport).atexit = False
 
@@ -236,8 +240,13 @@ class ShardedAdam(Optimizer):
         seen = self._look("step", with_norm=max_norm is not None)
         if max_norm is not None:
             self._clip(seen, max_norm)
+        watches = seen.used.device.type == "cpu"
+        if watches:
+            self._watch.before_update(self._members, seen.used, seen.found_inf)
         with interrupts_held(), self._unbroken("step"):
             self._update(seen)
+        if watches:
+            self._watch.after_update(self._members)
         return loss
 
     def _update(self, seen: Survey) -> None:
@@ -362,6 +371,8 @@ class ShardedAdam(Optimizer):
                 )
             if claims is not None and not seen.agrees:
                 agreement.require(claims, self._transport.control, remedy=_ALIKE)
+            if self._reducer.complaint is not None:
+                raise RuntimeError(self._reducer.complaint)
             self._survey, self._surveyed_rounds = seen, rounds
         return seen
 
@@ -370,6 +381,7 @@ class ShardedAdam(Optimizer):
         return [
             agreement.Claim("which call they are in:", "", call),
             agreement.Claim("how many steps they have taken:", "", str(self._steps)),
+            agreement.Claim("their gradients:", "", self._reducer.complaint or "in order"),
             *intake.claims(self.param_groups, []),
         ]
 

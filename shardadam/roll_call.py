@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import socket
 import sys
 import sysconfig
@@ -14,8 +15,9 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
@@ -42,6 +44,37 @@ class RanksParted(RuntimeError):
     """
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank runs. ``world``: equal for two processes that see each other's numbers."""
+
+    host: str
+    pid: int
+    world: str
+
+    @staticmethod
+    def here() -> Place:
+        return Place(socket.gethostname(), os.getpid(), _pid_world())
+
+    def has_ended(self) -> bool:
+        """Whether it is known to have: it ran beside this process, and does not any more."""
+        if not self.world or self.world != _pid_world():
+            return False
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        return state in "ZX"
+
+
+def _pid_world() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
 class RollCall:
     """All ranks of the default process group, of which reports are asked for some.
 
@@ -52,21 +85,20 @@ class RollCall:
     """
 
     def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int) -> None:
-        self.hosts: dict[int, str] = {}  # by rank, as far as they are known
+        self.places: dict[int, Place] = {}  # by rank, as far as they are known
         self._rank = rank
         self._store = store.clone() if hasattr(store, "clone") else store
         self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
         _answer_in_background(self._store, rank, _PERIOD_S * max(1.0, world_size / 1000))
 
-    def report(self, ranks: Sequence[int], gone: Collection[int]) -> str:
-        answers = self._ask([rank for rank in ranks if rank not in gone])
-        if answers is None:
+    def report(self, ranks: Sequence[int]) -> str:
+        told = self._ask(ranks)
+        if told is None:
             return (
                 "Where the ranks stand is not known: the store by which they met cannot be reached; the process that "
                 "holds it (rank 0, or torchrun's agent there) has ended, or its host is cut off."
             )
-        silent = [rank for rank in ranks if rank not in answers]
-        told = {**answers, **{rank: _SILENT for rank in silent}}
+        silent = [rank for rank in ranks if told.setdefault(rank, _SILENT) in (_SILENT, _ENDED)]
         shown = sorted(told, key=lambda rank: (rank not in silent, rank != self._rank, rank))
         lines = [f"  {self._name(rank)}: {told[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
@@ -79,26 +111,32 @@ class RollCall:
         return "\n".join(["Where the ranks stand:", *lines, remedy])
 
     def _name(self, rank: int) -> str:
-        host = f" on {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""
+        hosts = {place.host for place in self.places.values()}
+        host = f" on {self.places[rank].host}" if len(hosts) > 1 and rank in self.places else ""
         return f"rank {rank}{host}{' (this one)' if rank == self._rank else ''}"
 
     def _ask(self, ranks: Sequence[int]) -> dict[int, str] | None:
-        """What they answer; None where there is no way to ask."""
-        answers = {self._rank: _standing.tell()}
+        """What they answer, and which have ended; None where there is no way to ask."""
+        told = {self._rank: _standing.tell()}
         try:
             question = self._store.add("question", 1)
             deadline = time.monotonic() + _PATIENCE_S
             while True:
                 for rank in ranks:
-                    if rank not in answers and (text := _answer_of(self._store, rank, question)) is not None:
-                        answers[rank] = text
-                if len(answers) == len(ranks) or time.monotonic() > deadline:
-                    return answers
+                    if rank in told:
+                        continue
+                    if (text := _answer_of(self._store, rank, question)) is not None:
+                        told[rank] = text
+                    elif rank in self.places and self.places[rank].has_ended():
+                        told[rank] = _ENDED
+                if len(told) == len(ranks) or time.monotonic() > deadline:
+                    return told
                 time.sleep(0.05)
         except RuntimeError:  # dist.DistError is one
             return None
 
 
+_ENDED = "has ended"
 _SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
 
 
@@ -115,11 +153,11 @@ def _answer_of(store: dist.distributed_c10d.Store, rank: int, question: int) -> 
 _worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, RollCall] = weakref.WeakKeyDictionary()
 
 
-def attend(hosts: Mapping[int, str]) -> None:
+def attend(places: Mapping[int, Place]) -> None:
     """From now on this rank answers. Local; torch.distributed is initialised.
 
     Args:
-        hosts: the names of those that some ranks are on, to name them by.
+        places: where some of the ranks run.
     """
     world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
     if world not in _worlds:
@@ -127,32 +165,27 @@ def attend(hosts: Mapping[int, str]) -> None:
         everybodys = dist.distributed_c10d._get_default_store()
         store = dist.distributed_c10d.PrefixStore("shardadam/roll_call", everybodys)
         _worlds[world] = RollCall(store, dist.get_rank(), dist.get_world_size())
-    _worlds[world].hosts.update(hosts)
+    _worlds[world].places.update(places)
 
 
-def parted(what: str, group: dist.ProcessGroup) -> RanksParted:
+def parted(what: str, error: RuntimeError, group: dist.ProcessGroup) -> RanksParted:
     """The error to raise where a transfer in ``group`` has failed; asks its ranks where they stand. Local.
 
     Args:
-        what: what failed, and how.
+        what: what failed.
+        error: of the backend.
     """
-    return RanksParted(f"{what}\n{report(dist.get_process_group_ranks(group))}")
+    how = re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", str(error))  # places in its sources
+    limit = " (the limit is the timeout of init_process_group)" if "imed out" in how else ""
+    return RanksParted(f"{what} has failed: {how}{limit}\n{report(dist.get_process_group_ranks(group))}")
 
 
-def report(ranks: Sequence[int], gone: Collection[int] = ()) -> str:
-    """Where ``ranks`` stand, in a line for each. Takes up to two seconds where one does not answer. Local.
-
-    Args:
-        gone: those that are known to have ended.
-    """
+def report(ranks: Sequence[int]) -> str:
+    """Where ``ranks`` stand, in a line for each. Takes up to two seconds where one does not answer. Local."""
     world = dist.group.WORLD if dist.is_initialized() else None
     if world is None or world not in _worlds:
         return "Where the ranks stand is not known: torch.distributed is not initialised any more."
-    return _worlds[world].report(ranks, gone)
-
-
-def host_name() -> str:
-    return socket.gethostname()
+    return _worlds[world].report(ranks)
 
 
 class _Standing:

@@ -15,7 +15,9 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -122,6 +124,58 @@ def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         del answer, function, arguments
         gc.collect()  # optimizers of the last test give their process groups back
     dist.destroy_process_group()
+
+
+# Processes of a test's own
+
+ANSWER_S = 20.0
+
+
+@dataclass
+class Ranks:
+    """The processes of ``ranks_of``, and pipes to them."""
+
+    processes: list[Any]
+    pipes: list[Connection]
+
+    def hear(self, rank: int) -> Any:
+        assert self.pipes[rank].poll(ANSWER_S), f"rank {rank} does not answer"
+        return self.pipes[rank].recv()
+
+
+Scenario = Callable[[int, Connection], None]
+
+
+@contextmanager
+def ranks_of(world_size: int, store: Path, scenario: Scenario, *, timeout_s: float = 3.0) -> Iterator[Ranks]:
+    """New processes joined by Gloo that run ``scenario(rank, pipe)`` each; they are killed at the end.
+
+    Args:
+        timeout_s: of their process group.
+    """
+    ranks = Ranks([], [])
+    try:
+        for rank in range(world_size):
+            mine, theirs = processes.Pipe()
+            arguments = (rank, world_size, str(store), timeout_s, scenario, theirs)
+            ranks.processes.append(processes.Process(target=_be_a_rank, args=arguments, daemon=True))
+            ranks.processes[-1].start()
+            theirs.close()
+            ranks.pipes.append(mine)
+        yield ranks
+    finally:
+        for process, pipe in zip(ranks.processes, ranks.pipes, strict=True):
+            process.kill()
+            process.join(5)
+            process.close()
+            pipe.close()
+
+
+def _be_a_rank(rank: int, world_size: int, store: str, timeout_s: float, scenario: Scenario, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    scenario(rank, pipe)
 
 
 @atexit.register

@@ -10,9 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch.distributed as dist
 from shardadam import ShardedAdamW
 from shardadam.transport import SharedMemoryTransport, shared_memory
 from shardadam.transport.links import Links, Neighbour
-from tests.ranks import on_ranks, processes, rank_and_size, restart
+from tests.ranks import on_ranks, rank_and_size, ranks_of, restart
 from tests.twins import build_parameters, clones, quadratic
 
 TIMEOUT_S = 3.0
@@ -49,49 +47,6 @@ def advance(optimizer: ShardedAdamW, steps: Sequence[int]) -> None:
 def links_of(optimizer: ShardedAdamW) -> Links:
     assert isinstance(optimizer._transport, SharedMemoryTransport)
     return optimizer._transport._links
-
-
-# Processes of a test's own
-
-
-@dataclass
-class Ranks:
-    processes: list[Any]
-    pipes: list[Connection]
-
-    def hear(self, rank: int) -> Any:
-        assert self.pipes[rank].poll(DEADLINE_S), f"rank {rank} does not answer"
-        return self.pipes[rank].recv()
-
-
-Scenario = Callable[[int, Connection], None]
-
-
-@contextmanager
-def ranks_of(world_size: int, store: Path, scenario: Scenario, *, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
-    ranks = Ranks([], [])
-    try:
-        for rank in range(world_size):
-            mine, theirs = processes.Pipe()
-            arguments = (rank, world_size, str(store), timeout_s, scenario, theirs)
-            ranks.processes.append(processes.Process(target=be_a_rank, args=arguments, daemon=True))
-            ranks.processes[-1].start()
-            theirs.close()
-            ranks.pipes.append(mine)
-        yield ranks
-    finally:
-        for process, pipe in zip(ranks.processes, ranks.pipes, strict=True):
-            process.kill()
-            process.join(5)
-            process.close()
-            pipe.close()
-
-
-def be_a_rank(rank: int, world_size: int, store: str, timeout_s: float, scenario: Scenario, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
-    scenario(rank, pipe)
 
 
 # Ranks that end, or stop

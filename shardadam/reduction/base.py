@@ -31,11 +31,18 @@ def take_over(members: list[Member], reducer: Reducer) -> None:
         _reducers[member.parameter] = weakref.ref(reducer)
 
 
+def reducer_of(parameter: Tensor) -> Reducer | None:
+    """The one that brings its gradients to an optimizer, if that is alive."""
+    newest = _reducers.get(parameter)  # type: ignore[no-untyped-call]
+    return None if newest is None else newest()
+
+
 class Reducer(ABC):
     """Brings the gradients of ``p.grad`` into the gradient shards of all buckets, as means over ranks.
 
     ``used[ordinal]`` says whether this rank has had a gradient for a parameter since ``reset``; ``rounds`` counts;
-    ``order`` is that in which buckets are launched, as their indices.
+    ``order`` is that in which buckets are launched, as their indices; ``complaint`` is what this rank has found wrong
+    with its gradients when it last closed, to be raised where all ranks know of it.
     """
 
     def __init__(self) -> None:
@@ -43,6 +50,7 @@ class Reducer(ABC):
         self.rounds = 0
         self.is_superseded = False
         self.order: list[int] = []
+        self.complaint: str | None = None
         self._members: list[Member] = []
         self._buckets: list[FlatBucket] = []
 
@@ -57,6 +65,10 @@ class Reducer(ABC):
         self.used += [False] * len(members)
 
     def remove_hooks(self) -> None:
+        return None
+
+    def why_not_to_clip(self, parameter: Tensor) -> str | None:
+        """Why its ``p.grad`` is not what the norm must be clipped of; None if it is."""
         return None
 
     @property

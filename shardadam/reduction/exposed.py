@@ -66,6 +66,7 @@ class ExposedGradients:
             check_gradient(member)
             view.copy_(parameter.grad)
             parameter.grad = view
+            torch.autograd.graph.increment_version(view)  # once more: it is another gradient, and not added to (Watch)
         self._check(member.ordinal, view)
 
     def bring_in(self, used: list[bool]) -> None:

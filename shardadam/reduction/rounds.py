@@ -101,6 +101,14 @@ class GradientReducer(Reducer):
             handle.remove()
         self._handles.clear()
 
+    def why_not_to_clip(self, parameter: Tensor) -> str | None:
+        if self._hooked:
+            if parameter.grad is None and any(self._launches):
+                return "the gradients have been reduced and freed during backward, so that it clips nothing."
+        elif self._divisor > 1:
+            return "gradients are averaged over ranks in step() only, so that every rank clips by a norm of its own."
+        return None
+
     # While backward runs
 
     def _on_gradient(self, member: Member) -> None:
@@ -167,8 +175,7 @@ class GradientReducer(Reducer):
             if self._has_local and not self._open:
                 self._open_round()
             self._close_round(may_wait=True)
-            if self._hooked:
-                self._refuse_foreign_gradients()
+            self.complaint = self._foreign_gradients() if self._hooked else None
             self._has_local = self._hooked and not self._synchronizing
             if not self._hooked and not is_current(self._taken, self._members):
                 self.reset()
@@ -340,11 +347,11 @@ class GradientReducer(Reducer):
         if zeros:
             torch._foreach_zero_(zeros)
 
-    def _refuse_foreign_gradients(self) -> None:
-        """Raises if somebody else has put a gradient where a reduced one has been freed: it would be left out."""
+    def _foreign_gradients(self) -> str | None:
+        """Says if somebody else has put a gradient where a reduced one has been freed: it would be left out."""
         for member in self._members:
             if member.parameter.grad is not None and all(self._launches[bucket.index] for bucket in member.buckets):
-                raise RuntimeError(
+                return (
                     f"Parameter {member.name!r} has a gradient in p.grad although this optimizer has reduced and freed "
                     "it during backward. Is the model wrapped in DistributedDataParallel (accelerate's prepare, "
                     "transformers.Trainer and Lightning's DDP strategy do that)? Then leave the wrapper out "
@@ -352,6 +359,7 @@ class GradientReducer(Reducer):
                     'ShardedTrainer), or build the optimizer with gradient_sync="external". If your own code writes '
                     'p.grad after backward, use gradient_sync="step".'
                 )
+        return None
 
     def _free_gradients(self, bucket: FlatBucket) -> None:
         for member, _ in bucket.pieces:

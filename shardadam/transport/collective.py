@@ -160,7 +160,7 @@ class CollectiveTransport(Transport):
         try:
             yield
         except RuntimeError as error:
-            raise roll_call.parted(f"{what} with the other ranks has failed: {error}", self._group) from error
+            raise roll_call.parted(f"{what} with the other ranks", error, self._group) from error
 
     def _is_native(self, device: torch.device) -> bool:
         """Whether transfers run on the device's stream."""

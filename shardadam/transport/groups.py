@@ -154,8 +154,8 @@ def _meeting_of(users: dist.ProcessGroup) -> Meeting:
 def _pool_of(users: dist.ProcessGroup) -> GroupPool:
     if users not in _pools:
         control = _new_group(users, _control_backend(users))
-        hosts = exchange(roll_call.host_name(), control)
-        roll_call.attend(dict(zip(dist.get_process_group_ranks(users), hosts, strict=True)))
+        places = exchange(roll_call.Place.here(), control)
+        roll_call.attend(dict(zip(dist.get_process_group_ranks(users), places, strict=True)))
         _pools[users] = GroupPool(control, _meeting_of(users))
     return _pools[users]
 

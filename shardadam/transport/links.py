@@ -154,8 +154,7 @@ class Links:
             return error
         self._failure = str(error) or f"{type(error).__name__}."
         self.close()
-        gone = [self.names[neighbour.rank] for neighbour in self._neighbours if neighbour.has_ended]
-        return type(error)(f"{error}\n{roll_call.report(self.names, gone)}")
+        return type(error)(f"{error}\n{roll_call.report(self.names)}")
 
     def _wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool) -> None:
         def is_late(neighbour: Neighbour) -> bool:

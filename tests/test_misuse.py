@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would train wrong without a word ends in an error, or is warned of once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_  # before anything of shardadam has looked at it
+
+from shardadam import GradScaler, ShardedAdamW, misuse
+from tests.ranks import on_ranks, rank_and_size
+
+SYNCS = ("backward", "step", "external")
+
+
+def build_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def backward(model: nn.Module, scale: float = 1.0) -> None:
+    (model(torch.ones(2, 8)).square().mean() * scale).backward()
+
+
+def warned(act: Callable[[], Any]) -> list[str]:
+    """What it warns of, and from which file."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [f"{one.filename}: {one.message}" for one in caught if issubclass(one.category, UserWarning)]
+
+
+# torch.nn.utils.clip_grad_norm_
+
+
+def clip_with_torch(gradient_sync: str) -> tuple[list[str], list[str]]:
+    misuse._has_warned_of_clipping = False
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+
+    def step() -> None:
+        backward(model)
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return warned(step), warned(step)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("gradient_sync", SYNCS)
+def test_torchs_clipping_is_warned_of_once_where_it_would_clip_wrong(gradient_sync: str, world_size: int) -> None:
+    is_wrong = gradient_sync == "backward" or (gradient_sync == "step" and world_size > 1)
+    for first, second in on_ranks(world_size, clip_with_torch, gradient_sync):
+        assert len(first) == is_wrong and second == []
+        if is_wrong:
+            assert "clip_grad_norm_" in first[0] and "max_grad_norm" in first[0] and __file__ in first[0]
+
+
+def test_torchs_clipping_of_what_is_nobodys_goes_on_as_ever() -> None:
+    misuse._has_warned_of_clipping = False
+    ShardedAdamW(build_model().parameters())
+    model, reference = build_model(), build_model()
+    backward(model)
+    backward(reference)
+    assert warned(lambda: clip_grad_norm_(model.parameters(), 0.01)) == []
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in reference.parameters()]))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad * 0.01 / (norm + 1e-6))
+
+
+# Gradients that are not there, or still there
+
+
+def step_of_another_model(make: Callable[[nn.Module], nn.Module]) -> tuple[list[str], list[str]]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    other = make(model)
+
+    def step() -> None:
+        backward(other)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return warned(step), warned(step)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_copy_that_trains_instead_of_the_model_is_warned_of_once(world_size: int) -> None:
+    for first, second in on_ranks(world_size, step_of_another_model, copy.deepcopy):
+        assert len(first) == 1 and "no parameter has had a gradient" in first[0] and __file__ in first[0]
+        assert second == []
+
+
+def test_a_compiled_wrapper_trains_the_model_itself() -> None:
+    first, second = step_of_another_model(lambda model: torch.compile(model, backend="eager"))
+    assert first == second == []
+
+
+def steps_without_zero_grad(gradient_sync: str, clear: str) -> list[str]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+
+    def steps() -> None:
+        for _ in range(4):
+            backward(model)
+            optimizer.step()
+            if clear == "none":
+                optimizer.zero_grad()
+            elif clear == "zeros":
+                optimizer.zero_grad(set_to_none=False)
+            elif clear == "model":
+                model.zero_grad()
+
+    return warned(steps)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("clear", ["none", "zeros", "model", "never"])
+@pytest.mark.parametrize("gradient_sync", SYNCS)
+def test_a_forgotten_zero_grad_is_warned_of_once(gradient_sync: str, clear: str, world_size: int) -> None:
+    accumulates = gradient_sync != "backward" and clear == "never"  # "backward" has consumed them in step
+    for said in on_ranks(world_size, steps_without_zero_grad, gradient_sync, clear):
+        assert len(said) == accumulates
+        assert not accumulates or "zero_grad" in said[0]
+
+
+# Gradients written by hand
+
+
+def write_a_gradient(writers: tuple[int, ...]) -> tuple[str, list[list[float]], bool]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model)
+    if rank_and_size()[0] in writers:
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+    try:
+        optimizer.step()
+        return "", [], False
+    except (RuntimeError, ValueError) as error:
+        unchanged = all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        model[0].weight.grad = None
+        optimizer.step()  # the reduced gradients are there still
+        return str(error), [p.tolist() for p in model.parameters()], unchanged
+
+
+@pytest.mark.parametrize("writers", [(0,), (1,), (0, 1)])
+def test_a_gradient_written_by_hand_is_an_error_on_every_rank_and_loses_nothing(writers: tuple[int, ...]) -> None:
+    results = on_ranks(2, write_a_gradient, writers)
+    for message, parameters, unchanged in results:
+        assert "p.grad" in message and '"step"' in message and unchanged
+        assert parameters == results[0][1]
+
+
+# Steps that are never taken
+
+
+def never_finite() -> list[str]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+
+    def steps() -> None:
+        for _ in range(25):
+            backward(model, float("nan") if rank_and_size()[0] == 0 else 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return warned(steps)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_that_are_never_taken_are_warned_of_once(world_size: int) -> None:
+    for said in on_ranks(world_size, never_finite):
+        assert len(said) == 1 and "last 10 steps were not taken" in said[0]
+
+
+def collapse() -> tuple[int, str, bool]:
+    model = build_model().half()
+    optimizer = ShardedAdamW(model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = GradScaler("cpu", init_scale=2.0**8)
+    for step in range(100):
+        loss = model(torch.ones(2, 8, dtype=torch.half)).float().square().mean()
+        scaler.scale(loss * (float("inf") if rank_and_size()[0] == 0 else 1.0)).backward()
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+        try:
+            scaler.update()
+        except RuntimeError as error:
+            unchanged = all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+            return step, str(error), unchanged
+    return 100, "", False
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_scale_that_collapses_is_an_error_on_every_rank(world_size: int) -> None:
+    results = on_ranks(world_size, collapse)
+    for step, message, unchanged in results:
+        assert step == 32 and "loss scale has fallen" in message and unchanged  # 2^8 to 2^-25
