@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardadam.buckets import FlatBucket
+from shardadam.interrupts import interrupts_held
 from shardadam.tracing import span
 from shardadam.transport import Pending, Transport
 from shardadam.transport.base import own_slice
@@ -38,9 +39,9 @@ class ParameterGatherer:
         for index in indices:
             pending = self._pending.get(index)
             if pending is not None:
-                with span("all_gather"):
+                with interrupts_held(), span("all_gather"):
                     pending.wait()
-                self._unreleased.append(self._pending.pop(index))
+                    self._unreleased.append(self._pending.pop(index))
 
     def wait(self) -> None:
         """Afterwards all parameters are what their ranks have made of them."""

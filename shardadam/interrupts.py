@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM in the middle of a step: what all ranks have begun to write is written before they act."""
+"""Ctrl-C and SIGTERM while ranks are at something together: they act when it is done, and not in the middle of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_is_holding = False
 
 
 @contextmanager
@@ -19,7 +20,8 @@ def interrupts_held() -> Iterator[None]:
     A second signal is not held back: inside may wait for a rank that does not come. Handlers of the system (the default
     for SIGTERM, which ends the process) act at once as ever, and so do all of them outside the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
+    global _is_holding
+    if _is_holding or threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -37,11 +39,13 @@ def interrupts_held() -> Iterator[None]:
 
     mine = [number for number, handler in handlers.items() if callable(handler)]
     try:
+        _is_holding = True
         for number in mine:
             signal.signal(number, hold)
         yield
     finally:
         for number in mine:
             signal.signal(number, handlers[number])
+        _is_holding = False
         if len(held) == 1:
             run(*held[0])

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from operator import attrgetter, methodcaller
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from shardadam import agreement, intake, state
+from shardadam import agreement, intake, roll_call, state
 from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
@@ -29,12 +30,36 @@ from shardadam.misuse import Watch, watch_clipping
 from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
-from shardadam.roll_call import collective
 from shardadam.tracing import span
 from shardadam.transport import Transport, connect
 from shardadam.update import formats
 
 GradientSync = Literal["backward", "step", "external"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _collective(
+    method: Callable[Concatenate[ShardedAdam, _P], _R],
+) -> Callable[Concatenate[ShardedAdam, _P], _R]:
+    """Of a method that all ranks must call: makes known that this rank is in it, and does not let a signal break it
+    off. What is broken off all the same (by a second one) cannot be gone on from.
+    """
+
+    @wraps(method)
+    def call(self: ShardedAdam, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with roll_call.inside(method.__name__), interrupts_held():
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                raise
+            except BaseException as error:
+                self._refuse_to_go_on(f"{method.__name__}() was broken off ({type(error).__name__})")
+                self._transport.part()
+                raise
+
+    return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +230,7 @@ class ShardedAdam(Optimizer):
 
     # The step
 
-    @collective
+    @_collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step with the averages over ranks of all gradients since the last. Collective.
@@ -243,8 +268,11 @@ class ShardedAdam(Optimizer):
         watches = seen.used.device.type == "cpu"
         if watches:
             self._watch.before_update(self._members, seen.used, seen.found_inf)
-        with interrupts_held(), self._unbroken("step"):
+        try:
             self._update(seen)
+        except Exception as error:
+            self._refuse_to_go_on(f"step() was broken off while it wrote ({type(error).__name__})")
+            raise
         if watches:
             self._watch.after_update(self._members)
         return loss
@@ -277,16 +305,7 @@ class ShardedAdam(Optimizer):
         self._consolidated = None
         self._steps += 1
 
-    @contextmanager
-    def _unbroken(self, call: str) -> Iterator[None]:
-        """If what is inside raises, state and parameters are half written: ``step`` and ``save`` refuse to go on."""
-        try:
-            yield
-        except BaseException as error:
-            self._refuse_to_go_on(f"{call}() was broken off while it wrote ({type(error).__name__})")
-            raise
-
-    @collective
+    @_collective
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients, reduced or not; ``model.zero_grad()`` cannot reach those that are reduced.
 
@@ -309,7 +328,7 @@ class ShardedAdam(Optimizer):
         """
         return self._reducer.no_sync()
 
-    @collective
+    @_collective
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
         """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.
 
@@ -339,7 +358,7 @@ class ShardedAdam(Optimizer):
         members = {id(member.parameter): member for member in self._members}
         self._overlaps.append(OverlappedForward(model, members, self._gatherer))
 
-    @collective
+    @_collective
     def synchronize(self) -> None:
         """Waits until all parameters are what the last step has made of them, and no other rank reads them any more.
         Collective: all ranks must call it. Costs nothing without ``overlap_gather``.
@@ -392,7 +411,7 @@ class ShardedAdam(Optimizer):
         self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
         return norm
 
-    @collective
+    @_collective
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """Takes a loss scale out of the gradients that are there; ``clip_grad_norm_``, ``full_grad`` and ``step`` see
@@ -463,7 +482,7 @@ class ShardedAdam(Optimizer):
 
     # Parameters
 
-    @collective
+    @_collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch. Collective: all ranks must add the same."""
         if not self._is_built:  # called by torch.optim.Optimizer.__init__
@@ -560,7 +579,7 @@ class ShardedAdam(Optimizer):
         self._frozen = [p for p in self._frozen if not p.parameter.requires_grad]
         self._take_in(unfrozen)
 
-    @collective
+    @_collective
     def sync_module(self, module: torch.nn.Module) -> None:
         """Broadcasts rank 0's values of what the optimizer does not see: buffers, and parameters it was not given.
 
@@ -589,7 +608,7 @@ class ShardedAdam(Optimizer):
 
     # Looking inside
 
-    @collective
+    @_collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
         """The parameter's averaged gradient as ``step`` would use it, or None if it has one on no rank. Collective.
 
@@ -605,7 +624,7 @@ class ShardedAdam(Optimizer):
         gradient = self._gather(member, attrgetter("shard.gradient"))
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
-    @collective
+    @_collective
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's whole state: step, exp_avg, exp_avg_sq and, for low precision with one, master. Collective.
 
@@ -690,7 +709,7 @@ class ShardedAdam(Optimizer):
             count += len(positions)
         return groups
 
-    @collective
+    @_collective
     def full_state_dict(self) -> dict[str, Any]:
         """The whole state as a plain torch.optim.Adam/AdamW has it, on rank 0; an empty dict elsewhere. Collective.
 
@@ -700,7 +719,7 @@ class ShardedAdam(Optimizer):
         """
         return self._full_state_dict(to=0) or {}
 
-    @collective
+    @_collective
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
 

@@ -15,13 +15,11 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -221,19 +219,10 @@ class _Standing:
 
 _standing = _Standing()
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
-
-def collective(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Of a method that all ranks must call: makes known that this rank is in it."""
-
-    @wraps(method)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with _standing.inside(method.__name__):
-            return method(*args, **kwargs)
-
-    return call
+def inside(call: str) -> AbstractContextManager[None]:
+    """What is inside is a call that all ranks must make; this rank is known to be in it."""
+    return _standing.inside(call)
 
 
 def _place_in_users_code() -> str | None:

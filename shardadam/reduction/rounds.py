@@ -31,6 +31,7 @@ from torch import Tensor
 from shardadam.buckets import FlatBucket, Member, StagingPool, memory_order
 from shardadam.chunks import sum_sources_
 from shardadam.gauge import Gauge
+from shardadam.interrupts import interrupts_held
 from shardadam.reduction.base import Reducer, Snapshot, check_gradient, is_current, snapshot
 from shardadam.reduction.exposed import ExposedGradients
 from shardadam.tracing import span
@@ -296,9 +297,10 @@ class GradientReducer(Reducer):
         self._open = False
 
     def _launch_next(self, *, may_wait: bool) -> None:
-        index = self.order[self._next]
-        self._next += 1
-        self._launch(index, may_wait=may_wait)
+        with interrupts_held():
+            index = self.order[self._next]
+            self._next += 1
+            self._launch(index, may_wait=may_wait)
 
     @torch.no_grad()
     def _launch(self, index: int, *, may_wait: bool) -> None:

@@ -146,6 +146,10 @@ class Transport(ABC):
         """Waits a moment for news of the peers; False, at once, where there is no way to. Local."""
         return False
 
+    def part(self) -> None:
+        """Tells the others, where there is a way to, that this rank does not go on with them. Local."""
+        return None
+
     def close(self, *, clean: bool) -> None:
         """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective.
 

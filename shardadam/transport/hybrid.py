@@ -108,6 +108,10 @@ class HybridTransport(Transport):
     def look_out(self, seconds: float) -> bool:
         return self._shard.look_out(seconds)
 
+    def part(self) -> None:
+        self._shard.part()
+        self._replica.part()
+
     def close(self, *, clean: bool) -> None:
         self._shard.close(clean=clean)
         self._replica.close(clean=clean)

@@ -143,18 +143,23 @@ class Links:
         try:
             self._wait_for(has_come, what, until_sent=until_sent)
         except (roll_call.RanksParted, TimeoutError) as error:
-            raise self.give_up(error) from None
+            raise self.parted(error) from None
         except BaseException as error:
-            self.give_up(error)
+            self.give_up(str(error) or f"{type(error).__name__}.")
             raise
 
-    def give_up(self, error: BaseException) -> BaseException:
-        """Closes the links, so that nobody waits for this rank; returns ``error`` with where all ranks stand."""
+    def parted(self, error: Exception) -> Exception:
+        """Gives up; returns ``error`` with where all ranks stand."""
         if not self._is_open:
             return error
-        self._failure = str(error) or f"{type(error).__name__}."
-        self.close()
+        self.give_up(str(error))
         return type(error)(f"{error}\n{roll_call.report(self.names)}")
+
+    def give_up(self, reason: str) -> None:
+        """Closes the links, so that nobody waits for this rank."""
+        if self._is_open:
+            self._failure = reason
+            self.close()
 
     def _wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool) -> None:
         def is_late(neighbour: Neighbour) -> bool:

@@ -275,6 +275,9 @@ class SharedMemoryTransport(Transport):
         self._links.listen(seconds)
         return True
 
+    def part(self) -> None:
+        self._links.give_up("this rank has been interrupted in the middle of a transfer.")
+
     def close(self, *, clean: bool) -> None:
         self._links.close()
         self._inner.close(clean=clean)
@@ -303,7 +306,7 @@ class SharedMemoryTransport(Transport):
         begun = {rank: self._begun.pop((rank, number)) for rank in self._peers}
         for rank, theirs in begun.items():
             if not theirs.meets(own):
-                raise self._links.give_up(
+                raise self._links.parted(
                     roll_call.RanksParted(
                         f"Rank {self._links.names[rank]} has begun {theirs} where rank {self._links.names[self.rank]} "
                         f"has begun {own}: they have made different calls, or other numbers of backward passes."

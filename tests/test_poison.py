@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever comes into gradients, losses and inputs, and whenever a signal comes: parameters and state of all ranks stay
+finite and equal, and the next step works or raises.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardadam
+from shardadam import Precision, ShardedAdamW
+from shardadam.interrupts import interrupts_held
+from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of
+
+INJECTIONS = 30  # an ordinary run, in each of four calls
+FORMATS: dict[str, tuple[torch.dtype, Precision]] = {
+    "fp32": (torch.float32, Precision()),
+    "fp32, int8": (torch.float32, Precision(moments="int8")),
+    "bf16": (torch.bfloat16, Precision()),
+    "bf16, none, int8": (torch.bfloat16, Precision(moments="int8", master="none")),
+}
+POISONS = ("nan", "inf", "-inf", "loss", "input", "sum", "huge")
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 9)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).float().square().mean()
+
+
+def poison(kind: str, model: Net, x: Tensor, choose: random.Random, world_size: int) -> Tensor:
+    """The loss of a batch that carries it."""
+    parameters = list(model.parameters())
+    parameter = choose.choice(parameters)
+    element = choose.randrange(parameter.numel())
+    largest = torch.finfo(parameter.dtype).max
+    value = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "sum": largest, "huge": 1e15}.get(kind)
+    if value is not None:
+        # The gradient of this one element; "sum": finite on every rank, and infinite in the sum.
+        return model(x) + (parameter.flatten()[element] * value).float()
+    if kind == "input":
+        x = x.clone()
+        x[0, choose.randrange(x.shape[1])] = float("nan")
+    return model(x) * (float("nan") if kind == "loss" else 1.0)
+
+
+def inject(format: str, gradient_sync: str, transport: str, seed: int, count: int) -> list[Any]:
+    """Seeded poison in between ordinary steps; returns what must be alike on all ranks."""
+    dtype, precision = FORMATS[format]
+    rank, world_size = rank_and_size()
+    model = Net(dtype)
+    options: dict[str, Any] = {"gradient_sync": gradient_sync, "transport": transport, "precision": precision}
+    optimizer = ShardedAdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0, bucket_mb=0.001, **options)
+    alike, skipped = random.Random(seed), 0
+    for _ in range(count):
+        kind, victims = alike.choice(POISONS), {alike.randrange(world_size)}
+        if kind == "sum":
+            victims = set(range(world_size))
+        choose = random.Random(alike.random())
+        x = torch.full((3, 24), 0.1 * (rank + 1), dtype=dtype)
+        before = [p.detach().clone() for p in model.parameters()]
+        (poison(kind, model, x, choose, world_size) if rank in victims else model(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        is_skipped = int(optimizer.skipped_steps) > skipped
+        skipped = int(optimizer.skipped_steps)
+        assert is_skipped == (kind != "huge" and (kind != "sum" or world_size > 1)), kind
+        unchanged = all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        assert unchanged == is_skipped, kind
+        model(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(bool(p.isfinite().all()) for p in model.parameters()), kind
+        for parameter in model.parameters():
+            state = optimizer.full_state(parameter)
+            assert all(bool(value.isfinite().all()) for value in state.values()), kind
+    return [skipped, *(p.float().tolist() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 10))])
+@pytest.mark.parametrize(
+    ("format", "gradient_sync", "transport", "world_size"),
+    [
+        ("fp32", "backward", "shared_memory", 2),
+        ("bf16", "backward", "collective", 2),
+        ("fp32, int8", "step", "shared_memory", 3),
+        ("bf16, none, int8", "step", "collective", 2),
+        pytest.param("fp32", "step", "shared_memory", 4, marks=pytest.mark.long),
+        pytest.param("fp32, int8", "backward", "collective", 3, marks=pytest.mark.long),
+        ("bf16", "backward", "auto", 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:step")
+def test_nothing_that_is_not_finite_ever_reaches_parameters_or_state(
+    format: str, gradient_sync: str, transport: str, world_size: int, seed: int
+) -> None:
+    results = on_ranks(world_size, inject, format, gradient_sync, transport, seed, INJECTIONS)
+    assert all(result == results[0] for result in results)
+
+
+# Signals
+
+
+def test_a_signal_is_held_back_until_the_end() -> None:
+    happened: list[str] = []
+
+    def interrupt() -> None:
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            happened.append("the rest")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert happened == ["the rest"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_is_not_held_back() -> None:
+    happened: list[str] = []
+
+    def interrupt() -> None:
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            happened.append("the rest")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert happened == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_and_handlers_of_the_system_are_left_alone() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    found: list[Any] = []
+
+    def look() -> None:
+        with interrupts_held():
+            found.append({number: signal.getsignal(number) for number in before})
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [before]
+    look()
+    assert found[1][signal.SIGTERM] == signal.SIG_DFL and found[1][signal.SIGINT] != before[signal.SIGINT]
+
+
+def ignore_signals() -> int:
+    """How many came before they are."""
+    for came in range(5):
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            return came
+        except (KeyboardInterrupt, SystemExit):
+            continue
+    raise AssertionError("they do not end")
+
+
+class Interrupted:
+    """Trains while signals come; goes on after each."""
+
+    def __init__(self, gradient_sync: str, transport: str, directory: str) -> None:
+        self.options: dict[str, Any] = {"gradient_sync": gradient_sync, "transport": transport}
+        self.directory = directory
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        model = Net(torch.float32)
+        optimizer = ShardedAdamW(model.parameters(), lr=1e-3, bucket_mb=0.001, **self.options)
+        signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(3)))
+        batch, came = torch.full((3, 24), 0.1 * (rank + 1)), 0
+        pipe.send("trains")
+        steps, end = 0, ""
+        try:
+            while not pipe.poll():
+                model(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                steps += 1
+        except (KeyboardInterrupt, SystemExit):
+            came += 1
+        except (RuntimeError, TimeoutError) as error:  # a signal may come while it is being made
+            end = str(error)
+        came += ignore_signals()
+        finite = all(bool(p.isfinite().all()) for p in model.parameters())
+        try:  # what all have must be equal, or nobody can go on
+            optimizer.step()
+            optimizer.zero_grad()
+            after = "stepped"
+        except (RuntimeError, TimeoutError, ValueError) as error:
+            after = f"raised {type(error).__name__}"
+        try:
+            shardadam.save(self.directory, step=steps, model=model, optimizer=optimizer, timeout_s=2.0)
+            after += ", saved"
+        except (RuntimeError, TimeoutError) as error:
+            after += f", not saved {type(error).__name__}"
+        pipe.send((came, end, finite, after, [p.tolist() for p in model.parameters()]))
+        time.sleep(ANSWER_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+@pytest.mark.parametrize("everybody", [True, False])
+def test_after_a_signal_ranks_are_equal_or_go_on_no_further(
+    everybody: bool, transport: str, number: int, tmp_path: Path
+) -> None:
+    scenario = Interrupted("backward", transport, str(tmp_path / "checkpoints"))
+    with ranks_of(2, tmp_path / "store", scenario) as ranks:
+        assert [ranks.hear(rank) for rank in range(2)] == ["trains"] * 2
+        time.sleep(0.3 + random.Random(str((everybody, transport, number))).random() * 0.2)
+        for rank in range(2) if everybody else [1]:
+            os.kill(ranks.processes[rank].pid, number)
+        told = [ranks.hear(rank) for rank in range(2)]
+    assert sum(came for came, *_ in told) >= 1
+    assert all(finite for _, _, finite, _, _ in told)
+    afters = [after for _, _, _, after, _ in told]
+    # One who has been interrupted alone may take another step with the others, and then makes calls that they do not.
+    assert afters == ["stepped, saved"] * 2 or not any(after.endswith(", saved") for after in afters), afters
+    assert not everybody or len({after.partition(",")[0] for after in afters}) == 1, afters
+    assert told[0][4] == told[1][4]
