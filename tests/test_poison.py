@@ -230,7 +230,6 @@ def test_after_a_signal_ranks_are_equal_or_go_on_no_further(
     assert sum(came for came, *_ in told) >= 1
     assert all(finite for _, _, finite, _, _ in told)
     afters = [after for _, _, _, after, _ in told]
-    # One who has been interrupted alone may take another step with the others, and then makes calls that they do not.
+    # One may be interrupted when a step is done, and another before it, who takes it then: they make other calls after.
     assert afters == ["stepped, saved"] * 2 or not any(after.endswith(", saved") for after in afters), afters
-    assert not everybody or len({after.partition(",")[0] for after in afters}) == 1, afters
     assert told[0][4] == told[1][4]
