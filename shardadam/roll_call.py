@@ -90,11 +90,17 @@ class RollCall:
         _answer_in_background(self._store, rank, _PERIOD_S * max(1.0, world_size / 1000))
 
     def report(self, ranks: Sequence[int]) -> str:
-        told = self._ask(ranks)
+        # In a thread, as a store whose host is cut off may keep a question for ever.
+        answer: list[dict[int, str] | None] = []
+        thread = threading.Thread(target=lambda: answer.append(self._ask(ranks)), daemon=True)
+        thread.start()
+        thread.join(_PATIENCE_S + 1)
+        told = answer[0] if answer else None
         if told is None:
+            who = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
             return (
                 "Where the ranks stand is not known: the store by which they met cannot be reached; the process that "
-                "holds it (rank 0, or torchrun's agent there) has ended, or its host is cut off."
+                f"holds it (rank 0, or torchrun's agent there) has ended, or its host is cut off. They are: {who}."
             )
         silent = [rank for rank in ranks if told.setdefault(rank, _SILENT) in (_SILENT, _ENDED)]
         shown = sorted(told, key=lambda rank: (rank not in silent, rank != self._rank, rank))

@@ -1,0 +1,577 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains for minutes while faults are injected every few seconds, then proves that nothing was lost.
+
+    python tests/soak.py --minutes 30 --seed 0 [--json log.json]
+
+In every episode a number of ranks that is drawn anew, 1 to 4, goes on from the newest checkpoint, in formats, gradient
+modes and over transports that are drawn, too, until a fault ends it or it is through. What must hold, or this exits
+with 1 and says what did not:
+
+- no hang: every rank that is left tells its end, in an error or none, within the process group's timeout and a margin;
+- no poison: parameters are finite, and equal on all ranks that are left at the end of an episode;
+- no leak: no process, file descriptor, shared memory or temporary directory of a checkpoint stays behind, and the
+  memory of this process does not grow;
+- nothing lost but the steps since the last checkpoint: at the end a run without faults, which replays the same worlds
+  and steps, arrives at the same bits; and the loss has fallen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardadam
+from shardadam import CheckpointError, Precision, ShardedAdamW
+from tests.ranks import ranks_of
+
+TIMEOUT_S = 3.0
+MARGIN_S = 12.0  # two roll calls, a save's own time limit, and a busy machine
+START_S = 60.0
+BATCH = 12  # divided by 1 to 4
+SAVE_EVERY = 4
+GROWTH_BYTES = 64 << 20
+
+
+# What is drawn
+
+
+@dataclass(frozen=True)
+class World:
+    """How an episode trains."""
+
+    ranks: int
+    hybrid: bool
+    dtype: str
+    moments: str
+    master: str
+    gradient_sync: str
+    transport: str
+    overlap: bool
+    asynchronous: bool
+
+    @staticmethod
+    def draw(choose: random.Random, dtype: str) -> World:
+        ranks = choose.randint(1, 4)
+        gradient_sync = choose.choice(("backward", "backward", "step"))
+        return World(
+            ranks=ranks,
+            hybrid=ranks == 4 and choose.random() < 0.5,
+            dtype=dtype,
+            moments=choose.choice(("fp32", "bf16", "int8")),
+            master=choose.choice(("auto", "split", "fp32")) if dtype == "bfloat16" else "auto",
+            gradient_sync=gradient_sync,
+            transport=choose.choice(("auto", "collective")),
+            overlap=choose.random() < 0.3,
+            asynchronous=choose.random() < 0.3,
+        )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What one rank does, ``after`` so many steps of the episode."""
+
+    kind: str
+    rank: int
+    after: int
+    delay_s: float = 0.0
+
+    @staticmethod
+    def draw(choose: random.Random, ranks: int) -> Fault:
+        return Fault(
+            choose.choice(sorted(FAULTS)), choose.randrange(ranks), choose.randint(1, 9), choose.random() * 0.02
+        )
+
+
+def soon(delay_s: float, number: int) -> None:
+    """A signal at whatever moment of the next step that is."""
+    pid = os.getpid()
+    threading.Timer(delay_s, lambda: os.kill(pid, number)).start()
+
+
+def killed(run: Run, fault: Fault) -> None:
+    soon(fault.delay_s, signal.SIGKILL)
+
+
+def terminated(run: Run, fault: Fault) -> None:
+    soon(fault.delay_s, signal.SIGTERM)
+
+
+def interrupted(run: Run, fault: Fault) -> None:
+    soon(fault.delay_s, signal.SIGINT)
+
+
+def stopped(run: Run, fault: Fault) -> None:
+    soon(fault.delay_s, signal.SIGSTOP)
+
+
+def exits(run: Run, fault: Fault) -> None:
+    os._exit(0)
+
+
+def raises(run: Run, fault: Fault) -> None:
+    raise ZeroDivisionError("in the user's code")
+
+
+def raises_in_backward(run: Run, fault: Fault) -> None:
+    parameter = run.model[0].weight
+
+    def hook(_: Tensor) -> None:
+        raise ZeroDivisionError("in backward")
+
+    parameter.register_hook(hook)
+
+
+def sleeps(run: Run, fault: Fault) -> None:
+    time.sleep(TIMEOUT_S + 2)
+
+
+def skips_a_step(run: Run, fault: Fault) -> None:
+    run.loss(run.step).backward()
+    run.optimizer.zero_grad()
+
+
+def steps_alone(run: Run, fault: Fault) -> None:
+    run.optimizer.step()
+
+
+def looks_at_state(run: Run, fault: Fault) -> None:
+    run.optimizer.full_state(run.model[0].weight)
+
+
+def clips(run: Run, fault: Fault) -> None:
+    run.optimizer.clip_grad_norm_(1.0)
+
+
+def saves_alone(run: Run, fault: Fault) -> None:
+    shardadam.save(run.directory, step=run.step, optimizer=run.optimizer, timeout_s=TIMEOUT_S)
+
+
+def changes_lr(run: Run, fault: Fault) -> None:
+    run.optimizer.param_groups[0]["lr"] *= 2
+
+
+def killed_in_save(run: Run, fault: Fault) -> None:
+    save_alike(run, lambda: soon(fault.delay_s / 4, signal.SIGKILL))
+
+
+def poisoned(run: Run, fault: Fault) -> None:
+    """Ends nothing: the poisoned batch is skipped by all, and all go on."""
+
+
+def corrupted(run: Run, fault: Fault) -> None:
+    """Ends nothing: this process damages the newest checkpoint after the episode, and the next must refuse it."""
+
+
+FAULTS: dict[str, Callable[[Run, Fault], None]] = {
+    fault.__name__: fault
+    for fault in (
+        *(killed, killed, terminated, interrupted, stopped, exits, raises, raises_in_backward, sleeps, skips_a_step),
+        *(steps_alone, looks_at_state, clips, saves_alone, changes_lr, killed_in_save, poisoned, corrupted),
+    )
+}
+GENTLE = ("poisoned", "corrupted")
+
+
+# One rank
+
+
+@dataclass
+class Run:
+    model: nn.Sequential
+    optimizer: ShardedAdamW
+    rank: int
+    ranks: int
+    directory: str
+    step: int = 0
+    before_save: Callable[[], None] | None = None
+
+    def loss(self, step: int, poison: float = 1.0) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(BATCH, 16, generator=generator)
+        y = torch.sin(x @ torch.linspace(-1, 1, 16)[:, None])
+        own = slice(self.rank * BATCH // self.ranks, (self.rank + 1) * BATCH // self.ranks)
+        dtype = self.model[0].weight.dtype
+        return (self.model(x[own].to(dtype)).float() - y[own]).square().mean() * poison
+
+
+def save_alike(run: Run, before: Callable[[], None]) -> None:
+    run.before_save = before
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What the ranks of an episode do: from the newest checkpoint to ``last``, or until the fault."""
+
+    world: World
+    directory: str
+    last: int
+    fault: Fault | None
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run: Run | None = None
+        try:
+            run = build(self.world, rank, self.directory)
+            if shardadam.has_checkpoint(self.directory):
+                run.step = shardadam.load(
+                    self.directory, model=run.model, optimizer=run.optimizer, random_states=False, timeout_s=TIMEOUT_S
+                ).step
+            pipe.send(("began", run.step))
+            self.train(run)
+            told = ("through", "")
+        except BaseException as error:  # KeyboardInterrupt among them
+            told = (type(error).__name__, str(error))
+        values = [] if run is None else [p.detach().float().flatten().tolist() for p in run.model.parameters()]
+        pipe.send((*told, -1 if run is None else run.step, values))
+        if told[0] != "through":
+            os._exit(1)  # as its script would end: the others see it
+        dist.barrier()
+        os._exit(0)
+
+    def train(self, run: Run) -> None:
+        began = run.step
+        saved: Path | Future[Path] | None = None
+        while run.step < self.last:
+            is_due = self.fault is not None and run.step - began == self.fault.after
+            if is_due and self.fault is not None:
+                if self.fault.kind == "poisoned":
+                    self.skip_a_poisoned_batch(run, self.fault)
+                elif run.rank == self.fault.rank:
+                    FAULTS[self.fault.kind](run, self.fault)
+            run.loss(run.step).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.step += 1
+            if run.step % SAVE_EVERY == 0 or run.step == self.last:
+                if run.before_save is not None:
+                    run.before_save()
+                saved = shardadam.save(
+                    self.directory,
+                    step=run.step,
+                    model=run.model,
+                    optimizer=run.optimizer,
+                    keep=3,
+                    asynchronous=self.world.asynchronous,
+                    timeout_s=TIMEOUT_S,
+                )
+        run.optimizer.synchronize()
+        if isinstance(saved, Future):
+            saved.result()
+
+    def skip_a_poisoned_batch(self, run: Run, fault: Fault) -> None:
+        skipped = int(run.optimizer.skipped_steps)
+        run.loss(run.step, float("nan") if run.rank == fault.rank else 1.0).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if int(run.optimizer.skipped_steps) != skipped + 1:
+            raise AssertionError("a poisoned batch was not skipped")
+
+
+def build(world: World, rank: int, directory: str) -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 1))
+    model.to(getattr(torch, world.dtype))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")) if world.hybrid else None
+    optimizer = ShardedAdamW(
+        model.named_parameters(),
+        lr=5e-3,
+        max_grad_norm=1.0,
+        bucket_mb=0.002,
+        process_group=mesh,
+        gradient_sync=world.gradient_sync,  # type: ignore[arg-type]
+        transport=world.transport,  # type: ignore[arg-type]
+        precision=Precision(moments=world.moments, master=world.master),  # type: ignore[arg-type]
+    )
+    if world.overlap:
+        optimizer.overlap_gather(model)
+    return Run(model, optimizer, rank, world.ranks, directory)
+
+
+# All ranks
+
+
+@dataclass
+class Told:
+    """What a rank has told: ``kind`` is "through", an exception's name, or "silent"."""
+
+    kind: str = "silent"
+    message: str = ""
+    step: int = -1
+    parameters: list[list[float]] = field(default_factory=list)
+    began: int | None = None
+
+
+class Failure(AssertionError):
+    """Something that must hold does not."""
+
+
+def play(episode: Episode, store: Path) -> list[Told]:
+    """Runs the ranks of an episode; returns when all that are left have told their end."""
+    told = [Told() for _ in range(episode.world.ranks)]
+    with ranks_of(episode.world.ranks, store, episode, timeout_s=TIMEOUT_S) as ranks:
+        deadline = time.monotonic() + START_S
+        waiting = set(range(episode.world.ranks))
+        while waiting:
+            for rank in sorted(waiting):
+                try:
+                    if not ranks.pipes[rank].poll(0.02):
+                        if not ranks.processes[rank].is_alive() and not ranks.pipes[rank].poll(0):
+                            raise EOFError
+                        continue
+                    answer = ranks.pipes[rank].recv()
+                except EOFError:
+                    waiting.discard(rank)
+                    deadline = min(deadline, time.monotonic() + TIMEOUT_S + MARGIN_S)
+                    continue
+                if answer[0] == "began":
+                    told[rank].began = answer[1]
+                    deadline = time.monotonic() + START_S
+                else:
+                    told[rank].kind, told[rank].message, told[rank].step, told[rank].parameters = answer
+                    waiting.discard(rank)
+                    deadline = min(deadline, time.monotonic() + TIMEOUT_S + MARGIN_S)
+            stopped = {episode.fault.rank} if episode.fault is not None and episode.fault.kind == "stopped" else set()
+            if waiting and waiting <= stopped and len(told) > 1:
+                break
+            if waiting and time.monotonic() > deadline:
+                raise Failure(f"ranks {sorted(waiting)} hang: {episode}, {told}")
+    return told
+
+
+def check_told(episode: Episode, told: Sequence[Told]) -> None:
+    fault = episode.fault
+    for one in told:
+        if one.kind in ("AssertionError", "KeyError", "AttributeError", "IndexError", "TypeError"):
+            raise Failure(f"{one.kind}: {one.message} in {episode}")
+        if not all(abs(x) < 1e6 for values in one.parameters for x in values):  # False for NaN
+            raise Failure(f"parameters that are not finite: {episode}")
+    if (fault is None or fault.kind in GENTLE) and any(one.kind != "through" for one in told):
+        raise Failure(f"an episode without a fault that ends it did not get through: {episode}, {told}")
+    by_step: dict[int, list[list[list[float]]]] = {}
+    for one in told:
+        if one.parameters and one.kind == "through":
+            by_step.setdefault(one.step, []).append(one.parameters)
+    if any(any(values != same[0] for values in same) for same in by_step.values()):
+        raise Failure(f"ranks have come through with different parameters: {episode}")
+
+
+def newest_step(directory: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in directory.glob("step-*")), default=0)
+
+
+def corrupt_newest(directory: Path, choose: random.Random) -> None:
+    newest = directory / f"step-{newest_step(directory):08d}"
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size > 0)
+    file = choose.choice(files)
+    content = bytearray(file.read_bytes())
+    content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+    file.write_bytes(content)
+
+
+def shared_memory_names() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Log:
+    """What the soak has seen."""
+
+    seed: int
+    minutes: float
+    episodes: int = 0
+    steps: int = 0  # taken, repeated ones too
+    lost_steps: int = 0  # since the checkpoints that were gone on from
+    most_lost: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
+    worlds: Counter[int] = field(default_factory=Counter)
+    slowest_end_s: float = 0.0
+    refused: int = 0
+    first_loss: float = 0.0
+    last_loss: float = 0.0
+    segments: int = 0
+
+
+def evaluate(directory: Path, world: World) -> float:
+    run = build(replace(world, ranks=1, hybrid=False), 0, str(directory))
+    shardadam.load(directory, model=run.model, random_states=False)
+    with torch.no_grad():
+        return sum(run.loss(10**6 + i).item() for i in range(20)) / 20
+
+
+def content_of(directory: Path, world: World) -> dict[str, Any]:
+    """All that the newest checkpoint holds, whole and exact."""
+    run = build(replace(world, ranks=1, hybrid=False, moments="fp32", overlap=False), 0, str(directory))
+    shardadam.load(directory, model=run.model, optimizer=run.optimizer, random_states=False)
+    state = run.optimizer.full_state_dict()["state"]
+    return {
+        "parameters": {name: p.detach().clone() for name, p in run.model.named_parameters()},
+        "state": {f"{index}.{name}": value for index, one in state.items() for name, value in one.items()},
+    }
+
+
+def soak(minutes: float, seed: int, root: Path) -> Log:
+    choose = random.Random(seed)
+    log = Log(seed, minutes)
+    dtype = choose.choice(("float32", "bfloat16"))
+    checkpoints = root / "checkpoints"
+    segments: list[tuple[World, int, int]] = []  # that have led to where training is: world, from and to which step
+    end = time.monotonic() + minutes * 60
+    shm, descriptors, memory = shared_memory_names(), len(os.listdir("/proc/self/fd")), 0
+    expect_refusal = False
+    first = World.draw(choose, dtype)
+    log.first_loss = fresh_loss(first)
+    while time.monotonic() < end or not segments:
+        world = World.draw(choose, dtype)
+        fault = Fault.draw(choose, world.ranks) if choose.random() < 0.9 else None
+        start = newest_step(checkpoints)
+        episode = Episode(world, str(checkpoints), start + choose.randint(4, 14), fault)
+        store = root / "store"
+        began = time.monotonic()
+        told = play(episode, store)
+        seconds = time.monotonic() - began
+        store.unlink(missing_ok=True)
+        if expect_refusal:
+            expect_refusal = False
+            if not any(one.kind == "CheckpointError" for one in told):
+                raise Failure(f"a damaged checkpoint was not refused: {told}")
+            log.refused += 1
+            shutil.rmtree(checkpoints / f"step-{start:08d}")
+            segments = cut(segments, newest_step(checkpoints))
+            continue
+        check_told(episode, told)
+        log.episodes += 1
+        log.worlds[world.ranks] += 1
+        log.faults[fault.kind if fault else "none"] += 1
+        log.ends.update(one.kind for one in told)
+        log.slowest_end_s = max(log.slowest_end_s, seconds)
+        reached = newest_step(checkpoints)
+        furthest = max([one.step for one in told] + [reached])
+        log.steps += furthest - start
+        lost = furthest - reached
+        log.lost_steps, log.most_lost = log.lost_steps + lost, max(log.most_lost, lost)
+        if lost > SAVE_EVERY * (2 if world.asynchronous else 1):
+            raise Failure(f"{lost} steps lost, with a checkpoint every {SAVE_EVERY}: {episode}, {told}")
+        if reached > start:
+            segments.append((world, start, reached))
+        if (
+            fault is not None
+            and fault.kind == "corrupted"
+            and reached > 0
+            and len(list(checkpoints.glob("step-*"))) > 1
+        ):
+            corrupt_newest(checkpoints, choose)
+            expect_refusal = True
+        gc.collect()
+        if log.episodes == 5:
+            descriptors, memory = len(os.listdir("/proc/self/fd")), resident_bytes()
+        elif log.episodes > 5:
+            check_leaks(shm, descriptors, memory)
+        print(
+            f"{log.episodes:>4}  {world.ranks} ranks  {fault.kind if fault else 'no fault':<18} steps {start}-{reached}"
+            f"  {seconds:.1f} s  {dict(Counter(one.kind for one in told))}",
+            flush=True,
+        )
+    if expect_refusal:
+        shutil.rmtree(checkpoints / f"step-{newest_step(checkpoints):08d}")
+        segments = cut(segments, newest_step(checkpoints))
+    last = segments[-1][0]
+    log.last_loss = evaluate(checkpoints, last)
+    if not log.last_loss < log.first_loss:
+        raise Failure(f"the loss has not fallen: {log.first_loss:.4f} to {log.last_loss:.4f}")
+    log.segments = len(segments)
+    check_replay(segments, checkpoints, root)
+    check_leaks(shm, descriptors, memory)
+    return log
+
+
+def cut(segments: list[tuple[World, int, int]], step: int) -> list[tuple[World, int, int]]:
+    """What is left of them where training goes on from ``step``."""
+    kept = [(world, start, min(stop, step)) for world, start, stop in segments if start < step]
+    return kept
+
+
+def fresh_loss(world: World) -> float:
+    run = build(replace(world, ranks=1, hybrid=False), 0, "")
+    with torch.no_grad():
+        return sum(run.loss(10**6 + i).item() for i in range(20)) / 20
+
+
+def check_leaks(shm: set[str], descriptors: int, memory: int) -> None:
+    if new := shared_memory_names() - shm:
+        raise Failure(f"left in /dev/shm: {sorted(new)}")
+    if len(os.listdir("/proc/self/fd")) > descriptors + 2:
+        raise Failure(f"{len(os.listdir('/proc/self/fd'))} descriptors are open, {descriptors} before")
+    if memory and resident_bytes() > memory + GROWTH_BYTES:
+        raise Failure(f"{resident_bytes():,} bytes are resident, {memory:,} before")
+
+
+def check_replay(segments: Sequence[tuple[World, int, int]], checkpoints: Path, root: Path) -> None:
+    """The same worlds and steps without a fault give the same bits."""
+    replayed = root / "replayed"
+    for world, start, stop in segments:
+        if newest_step(replayed) != start:
+            raise Failure(f"segments do not follow each other: {newest_step(replayed)}, {start}")
+        told = play(Episode(world, str(replayed), stop, None), root / "store")
+        (root / "store").unlink(missing_ok=True)
+        if any(one.kind != "through" for one in told):
+            raise Failure(f"a replay did not get through: {world}, {told}")
+    found, expected = content_of(checkpoints, segments[-1][0]), content_of(replayed, segments[-1][0])
+    for kind, values in expected.items():
+        for name, value in values.items():
+            if not torch.equal(found[kind][name], value):
+                raise Failure(f"{kind} {name} differs from the replay's")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="a file for what was seen")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp(prefix="shardadam-soak-"))
+    began = time.monotonic()
+    try:
+        log = soak(args.minutes, args.seed, root)
+    except (Failure, CheckpointError) as error:
+        print(f"FAILED with --seed {args.seed} after {time.monotonic() - began:.0f} s: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    seen = {key: dict(value) if isinstance(value, Counter) else value for key, value in asdict(log).items()}
+    print(json.dumps(seen, indent=1))
+    if args.json:
+        Path(args.json).write_text(json.dumps(seen, indent=1) + "\n")
+    print(f"held, in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
