@@ -96,13 +96,14 @@ def make_parser(ranks: Ranks) -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
     add("--steps", type=positive, default=800, help="optimizer steps")
-    add("--batch", type=positive, default=8, help="windows a step, over all ranks and all of --accumulate")
-    add("--accumulate", type=positive, default=1, help="backward passes a step")
+    add("--batch", type=positive, default=8, help="windows a step, over all ranks, however many there are")
+    add("--micro-batch", type=positive, default=None, metavar="M", help="most in a rank's backward; None: its share")
     add("--lr", type=real, default=1e-3, help="the peak of the schedule")
     add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of them, at most 100")
     add("--weight-decay", type=real, default=0.1, help="of matrices; vectors do not decay")
     add("--clip", type=real, default=1.0, help="the largest global gradient norm; 0: do not clip")
     add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
+    add("--check-every", type=not_negative, default=0, metavar="K", help="steps between checks of ranks; 0: never")
     add("--seed", type=not_negative, default=0, help="of the model, the order of the data and the generated text")
 
     add = parser.add_argument_group("model").add_argument
@@ -130,6 +131,7 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--save-async", action="store_true", help="write them while training goes on")
     add("--resume", action="store_true", help="go on from the newest, on any number of ranks; none: begin")
     add("--stop-after", type=not_negative, default=0, metavar="N", help="steps of this process, then save; 0: all")
+    add("--save-on-sigterm", action="store_true", help="SIGTERM (preemption) saves after the step and ends the run")
     return parser
 
 
@@ -144,15 +146,8 @@ def add_machine(parser: Parser) -> Callable[..., Any]:
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
     add("--threads", type=positive, default=1, help="CPU threads a rank")
+    add("--timeout", type=positive, default=600, metavar="S", help="seconds that a rank waits for another")
     return add
-
-
-def check_batch(args: argparse.Namespace, ranks: Ranks, parser: Parser) -> None:
-    if args.batch % (ranks.world_size * args.accumulate):
-        parser.error(
-            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
-            f"choose a multiple of {ranks.world_size * args.accumulate}"
-        )
 
 
 def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.device]:
@@ -163,7 +158,6 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
         args.warmup = min(100, args.steps // 10)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps} to the schedule; lower it")
-    check_batch(args, ranks, parser)
     if args.width % (2 * args.heads):
         parser.error(
             f"--width {args.width} and --heads {args.heads} give heads of {args.width / args.heads:g}, and rotary "
@@ -172,6 +166,11 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its directory does not exist; make it, or choose another")
     check_checkpoint_options(args, parser)
+    if args.check_every and args.optimizer != "sharded":
+        parser.error(
+            f"--check-every {args.check_every} with --optimizer {args.optimizer}: only --optimizer sharded can check "
+            "that ranks agree; choose that, or leave --check-every out"
+        )
     if args.prompt is None:
         args.prompt = "" if args.data else "def "
     return args, parser, choose_device(args.device, ranks, parser)
@@ -184,6 +183,7 @@ def check_checkpoint_options(args: argparse.Namespace, parser: Parser) -> None:
             (f"--save-every {args.save_every}", args.save_every),
             (f"--stop-after {args.stop_after}", args.stop_after),
             ("--resume", args.resume),
+            ("--save-on-sigterm", args.save_on_sigterm),
         )
         if value
     ]

@@ -137,7 +137,8 @@ class Saver:
 
     def finish(self, step: int) -> None:
         """Saves the last step unless that has just been done, and waits until all is written."""
-        if (self.args.save_every or self.args.stop_after) and step != self.newest_step:
+        asked = self.args.save_every or self.args.stop_after or self.args.save_on_sigterm
+        if asked and step != self.newest_step:
             self.save(step)
         self.settle()
 

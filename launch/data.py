@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of text files, split into training and validation by file, and the windows each rank reads of them.
 
-What a rank reads depends on the seed, the step and the files alone: not on the optimizer, and the global batch
-not on the world size either.
+The global batch of a step depends on the seed, the step and the files alone: not on the optimizer, the number of ranks
+or what came before. Ranks divide it, evenly or not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -121,6 +122,18 @@ def training_starts(text: Tensor, *, step: int, batch: int, context: int, seed: 
     """Where the `batch` windows of a step's global batch begin: the same on every rank, whatever their number."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return torch.randint(len(text) - context, (batch,), generator=generator)
+
+
+def parts(batch: int, *, rank: int, world_size: int, micro_batch: int | None) -> list[slice]:
+    """Which windows of a global batch this rank takes in each of its backward passes, at most `micro_batch` in one.
+
+    All ranks have as many passes. Where windows do not divide evenly some parts have one less, and may be empty.
+    """
+    largest = -(-batch // world_size)
+    passes = -(-largest // (micro_batch or largest))
+    first, last = rank * batch // world_size, (rank + 1) * batch // world_size
+    cuts = [first + i * (last - first) // passes for i in range(passes + 1)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
 def validation_starts(text: Tensor, *, count: int, context: int) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import headroom
-from arguments import Parser, Ranks, add_formats, add_machine, check_batch, choose_device, not_negative, positive, real
+from arguments import Parser, Ranks, add_formats, add_machine, choose_device, not_negative, positive, real
 
 LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
 
@@ -76,7 +76,11 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
     args = parser.parse_args()
     if args.lr is None:
         args.lr = LEARNING_RATES[args.tune]
-    check_batch(args, ranks, parser)
+    if args.batch % (ranks.world_size * args.accumulate):
+        parser.error(
+            f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
+            f"choose a multiple of {ranks.world_size * args.accumulate}"
+        )
     if args.optimizer == "adamw" and (args.moments, args.master) != ("fp32", "auto"):
         parser.error(
             f"--moments {args.moments} --master {args.master} with --optimizer adamw: torch's AdamW has no such "

@@ -4,8 +4,11 @@
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py            # two ranks on this machine
     python launch/pretrain.py --steps 50 --data book.txt                   # one process, your own text
     ... --save-dir runs/a --save-every 100 --resume                        # go on where it was, on any number of ranks
+    torchrun --standalone --max-restarts 3 ... --resume                    # and by itself, when a rank has died
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 1:4 --max-restarts 3 --rdzv-backend c10d ... --resume
+                                                                           # on the nodes that are there
 
-Both optimizers see the same model, data and schedule for one `--seed`, whatever the number of ranks.
+Both optimizers see the same model, data, global batch and schedule for one `--seed`, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,6 +34,8 @@ import data
 from arguments import DTYPES, Ranks, parse_arguments
 from checkpoints import CannotResume, Saver, identity_of, starting_point
 from model import Decoder, ModelConfig, generate, next_byte_loss
+from preemption import Preemption
+from rendezvous import join
 from report import Report, Silence, megabytes
 from shardadam import CheckpointError, Precision, ShardedAdamW
 
@@ -128,6 +134,7 @@ class Timings:
 def train(
     run: Sharded | Replicated,
     saver: Saver,
+    preemption: Preemption | None,
     span: range,
     model: Decoder,
     corpus: data.Corpus,
@@ -135,20 +142,24 @@ def train(
     ranks: Ranks,
     device: torch.device,
     report: Silence,
-) -> Timings:
+) -> tuple[int, Timings]:
     """Collective: every rank trains on its part of each global batch of the steps in `span`.
 
-    Ranks meet outside the optimizer only to log and to save.
+    Ranks meet outside the optimizer only to log, to save, and to hear whether one is to end (`preemption`).
+
+    Returns the last step taken, and timings.
     """
     timings = Timings([], [])
+    step = span.start - 1
     last_log, last_step = time.perf_counter(), span.start - 1
     for step in span:
         started = time.perf_counter()
         loss = torch.zeros((), device=device)
-        batches = local_batch(corpus.training, step, args, ranks).to(device).chunk(args.accumulate)
-        for i, tokens in enumerate(batches):
+        batches = local_batches(corpus.training, step, args, ranks)
+        for i, (tokens, weight) in enumerate(batches):
+            tokens = tokens.to(device)
             with run.no_sync() if i + 1 < len(batches) else nullcontext():
-                part = next_byte_loss(run.model(tokens[:, :-1]), tokens) / args.accumulate
+                part = next_byte_loss(run.model(tokens[:, :-1]), tokens) * weight
                 part.backward()
             loss += part.detach()
         synchronize(device)
@@ -173,17 +184,30 @@ def train(
             last_log, last_step = now, step
         report.step_done(step)
         run.schedule.step()
+        if args.check_every and step % args.check_every == 0:
+            run.optimizer.check_in_sync()
         saver.step_done(step)
+        if preemption is not None and preemption.agreed():
+            break
         if args.validate_every and step % args.validate_every == 0 and step < span[-1]:
             report.validation(step, validation_loss(model, corpus.validation, args, ranks, device))
-    saver.finish(span.stop - 1)
-    return timings
+    saver.finish(step)
+    return step, timings
 
 
-def local_batch(text: Tensor, step: int, args: argparse.Namespace, ranks: Ranks) -> Tensor:
-    """This rank's windows (batch / world size, context + 1) of the global batch."""
+def local_batches(text: Tensor, step: int, args: argparse.Namespace, ranks: Ranks) -> list[tuple[Tensor, float]]:
+    """This rank's windows (count, context + 1) in each backward of the step, and the weight of their mean loss.
+
+    Weights are such that the average over ranks of the sum is the mean over the global batch. A backward that is left
+    without a window has one of weight 0: ranks meet in it.
+    """
     starts = data.training_starts(text, step=step, batch=args.batch, context=args.context, seed=args.seed)
-    return data.windows(text, starts.chunk(ranks.world_size)[ranks.rank], args.context)
+    parts = data.parts(args.batch, rank=ranks.rank, world_size=ranks.world_size, micro_batch=args.micro_batch)
+    own = [starts[part] for part in parts]
+    return [
+        (data.windows(text, some if len(some) else starts[:1], args.context), len(some) * ranks.world_size / args.batch)
+        for some in own
+    ]
 
 
 @torch.no_grad()
@@ -264,8 +288,12 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
         saver = Saver(args, identity, run, report)
         saver.begin(start)
         started = time.perf_counter()
-        timings = train(run, saver, span, model, corpus, args, ranks, device, report)
+        with Preemption() if args.save_on_sigterm else nullcontext() as preemption:
+            last, timings = train(run, saver, preemption, span, model, corpus, args, ranks, device, report)
         total_seconds = time.perf_counter() - started
+        if last < span.stop - 1:
+            report.say(f"SIGTERM: stopped after step {last} of {args.steps}, which is saved; --resume goes on")
+            return
         loss = validation_loss(model, corpus.validation, args, ranks, device)
         report.validation(span.stop - 1, loss)
         if span.stop <= args.steps:
@@ -323,7 +351,9 @@ def table_rows(results: dict) -> dict[str, str]:
     return rows
 
 
+@record
 def main() -> None:
+    """`record`: when torchrun gives up, it shows what the rank that failed first has raised."""
     ranks = Ranks.from_environment()
     args, parser, device = parse_arguments(ranks)
     try:
@@ -335,7 +365,7 @@ def main() -> None:
     else:
         torch.set_num_threads(args.threads)
     if ranks.launched:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_s=args.timeout)
     try:
         pretrain(args, corpus, ranks, device)
     except CannotResume as error:

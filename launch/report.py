@@ -97,6 +97,7 @@ class Report(Silence):
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+            self.writer.flush()  # a rank that is killed flushes nothing
 
     def validation(self, step: int, loss: float) -> None:
         self.say(f"step {step}: validation loss {loss:.4f} nats a byte")

@@ -100,9 +100,8 @@ class Fault:
 
     @staticmethod
     def draw(choose: random.Random, ranks: int) -> Fault:
-        return Fault(
-            choose.choice(sorted(FAULTS)), choose.randrange(ranks), choose.randint(1, 9), choose.random() * 0.02
-        )
+        kinds = [kind for kind in sorted(FAULTS) if ranks > 1 or kind != "stopped"]  # nobody would see it
+        return Fault(choose.choice(kinds), choose.randrange(ranks), choose.randint(1, 9), choose.random() * 0.02)
 
 
 def soon(delay_s: float, number: int) -> None:

@@ -23,9 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import shardadam
 from shardadam import ShardedAdamW
 from shardadam.transport import CollectiveTransport, HybridTransport, SingleProcessTransport, Transport, connect
+from shardadam.transport.groups import timeout_s
 from tests import runs, test_parity
 from tests.adversarial import AdversarialTransport
-from tests.ranks import on_ranks, rank_and_size
+from tests.ranks import DEADLINE_S, on_ranks, rank_and_size
 from tests.runs import FORMATS, differences
 from tests.test_parity import Case, assert_close, groups_of, hyperparameters, loss_of, train_torch
 from tests.twins import build_parameters, clones, quadratic
@@ -518,3 +519,18 @@ def test_state_dicts_and_dcp(tmp_path: Path, shape: Shape) -> None:
     assert [result["has all"] for result in results] == [True, False, False, False]
     if shape == (2, 2):
         assert [result["consolidated"] for result in results] == [False, False, False, True]
+
+
+# Time limits
+
+
+def time_limits() -> list[float]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    transport = ShardedAdamW([nn.Parameter(torch.ones(8))], process_group=mesh, transport="collective")._transport
+    assert isinstance(transport, HybridTransport)
+    return [timeout_s(inner._group) for inner in (transport._shard, transport._replica)]  # type: ignore[attr-defined]
+
+
+def test_groups_of_a_mesh_have_the_time_limit_of_the_default_group() -> None:
+    """init_device_mesh builds its groups with torch's own limit of 30 minutes: a rank that stopped hung all others."""
+    assert on_ranks(4, time_limits) == [[DEADLINE_S] * 2] * 4

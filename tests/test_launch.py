@@ -44,8 +44,8 @@ def launch(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "extra",
-    [[], pytest.param(["--accumulate", "2", "--gradient-sync", "step"], marks=pytest.mark.long)],
-    ids=["plain", "accumulate"],
+    [[], pytest.param(["--micro-batch", "2", "--gradient-sync", "step"], marks=pytest.mark.long)],
+    ids=["plain", "micro-batches"],
 )
 def test_sharded_training_ends_where_torchs_adamw_does(extra: list[str], tmp_path: Path) -> None:
     """With clipping in force, which is what the sharded norm has to get right."""
@@ -166,6 +166,8 @@ def test_a_damaged_checkpoint_ends_in_one_message(stopped: Path, tmp_path: Path)
         (["--save-dir=saved"], "add --save-every N"),
         (["--save-dir=saved", "--save-every=5", "--optimizer=adamw"], "only --optimizer sharded"),
         (["--save-dir=saved", "--resume", "--optimizer=adamw"], "only --optimizer sharded"),
+        (["--check-every=5", "--optimizer=adamw"], "only --optimizer sharded can check"),
+        (["--save-on-sigterm"], "--save-dir DIR"),
         (["--save-dir", __file__, "--save-every=5"], "expected a directory"),
     ],
 )

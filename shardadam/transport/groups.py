@@ -231,9 +231,15 @@ def _backend_name(group: dist.ProcessGroup) -> str:
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """How long the user lets collectives wait; None, for torch's default, where torch does not tell."""
+    """How long the user lets collectives wait; None, for torch's default, where torch does not tell.
+
+    A group that was built without a limit of its own, as those of a DeviceMesh are, has that of the default group.
+    """
     options = getattr(group._get_backend(torch.device(next(iter(backend_of_device(group))))), "options", None)
     timeout = getattr(options, "_timeout", None)
+    default: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+    if timeout in (None, dist.default_pg_timeout) and group is not default:
+        return _timeout(default)
     return timeout if isinstance(timeout, timedelta) else None
 
 
