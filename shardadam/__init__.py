@@ -7,6 +7,7 @@ from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, lo
 from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import Memory, ShardedAdam, ShardedAdamW
 from shardadam.precision import Precision
+from shardadam.roll_call import RanksParted
 from shardadam.version import __version__
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "GradScaler",
     "Memory",
     "Precision",
+    "RanksParted",
     "ShardedAdam",
     "ShardedAdamW",
     "__version__",

@@ -126,8 +126,9 @@ class ShardedAdam(Optimizer):
         transport: ``"shared_memory"``: ranks of one host read each other's memory, for what is on the CPU;
             ``"collective"``: torch.distributed; ``"auto"``: the first where it is possible, else the second; or a
             Transport, for this optimizer alone.
-        foreach, capturable, fused: accepted, so that this is a drop-in, and ignored: the update is always a
-            fused one.
+        foreach: accepted, so that this is a drop-in, and ignored: the update is always a fused one.
+        capturable: as ``foreach``.
+        fused: as ``foreach``.
         differentiable: True is refused.
 
     Raises:

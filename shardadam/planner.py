@@ -73,8 +73,10 @@ class Setting:
 
     Args:
         world_size: ranks that split the state; with hybrid sharding those of one shard group.
-        precision, gradient_sync, bucket_mb, transport: as the optimizer takes them. "auto" is planned as for ranks of
-            one host.
+        precision: as the optimizer takes it.
+        gradient_sync: as the optimizer takes it.
+        bucket_mb: as the optimizer takes it.
+        transport: as the optimizer takes it; "auto" is planned as for ranks of one host.
         device: of all parameters, "cpu" or "cuda". For CUDA the plan assumes NCCL, and Triton where it is installed
             here.
         replicas: with hybrid sharding the number of shard groups.

@@ -65,7 +65,9 @@ def load(
 
     Args:
         directory: what was given to ``save``, or one of the checkpoints in it.
-        model, optimizer, scheduler: as given to ``save``; what is None is not loaded.
+        model: as given to ``save``; None: not loaded.
+        optimizer: the same.
+        scheduler: the same.
         random_states: restore the random number generators too, on the ranks that there were when it was saved.
         timeout_s: how long to wait, in seconds, for ranks that give no sign of life.
 

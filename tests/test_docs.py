@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Python and bash block of the README and the docs runs as it stands there.
+
+A comment before a block says how:
+
+    torchrun: NAME        a whole script, on two ranks
+    fragment              part of one, on two ranks, after what ``prepared`` gives it
+    file: NAME            a file that shell blocks of the page use
+    shell                 commands; ``needs`` files of the docs, or ``launch``; ``after`` a script, in its directory
+    elsewhere: WHY        what runs it instead, or why nothing can
+
+and a block without a language is the output of the shell block before it: all its lines but "..." occur, in order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardadam
+from shardadam import Precision, ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- (.*?) -->\n\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "ACCELERATE_USE_CPU": "true",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "COLUMNS": "120",
+}
+NOT_RUN = {
+    "README.md": 5,
+    "index.md": 1,
+    "launch.md": 2,
+    "migrating.md": 1,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    number: int
+    how: str
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    return [
+        Block(page.name, number, how, language, text)
+        for number, (how, language, text) in enumerate(BLOCK.findall(page.read_text()))
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def those(how: str) -> list[Any]:
+    return [pytest.param(block, id=str(block)) for block in BLOCKS if block.how.partition(":")[0] == how]
+
+
+def run(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        arguments, cwd=directory, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_script(block: Block, directory: Path) -> None:
+    (directory / "train.py").write_text(block.text)
+    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"], directory)
+
+
+@pytest.mark.parametrize("block", those("torchrun"))
+def test_a_script_runs_on_two_ranks(block: Block, tmp_path: Path) -> None:
+    name = block.how.partition(": ")[2]
+    if name in ("accelerate", "transformers", "lightning"):
+        pytest.importorskip(name)
+    run_script(block, tmp_path)
+
+
+# Fragments
+
+
+class Output:
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+class Model(nn.Module):
+    """Gives what fragments expect: a loss, or something with one."""
+
+    def __init__(self, *, wrapped: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.wrapped = wrapped
+
+    def forward(self, x: torch.Tensor) -> Any:
+        loss = self.layer(x).square().mean()
+        return Output(loss) if self.wrapped else loss
+
+
+def prepared(text: str) -> dict[str, Any]:
+    """What a fragment takes for granted."""
+    torch.manual_seed(0)
+    model = Model(wrapped="model(batch).loss" in text)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "shardadam": shardadam,
+        "ShardedAdamW": ShardedAdamW,
+        "Precision": Precision,
+        "model": model,
+        "build_model": lambda: Model(wrapped=True),
+        "device": torch.device("cpu"),
+        "loader": [torch.randn(2, 4) for _ in range(3)],
+        "init_device_mesh": lambda _, shape, **options: torch.distributed.device_mesh.init_device_mesh(
+            "cpu", shape, **options
+        ),
+        "nodes": 1,
+        "gpus_per_node": rank_and_size()[1],
+        "step": 1,
+        "epoch": 0,
+    }
+    if "optimizer =" not in text:
+        names["optimizer"] = ShardedAdamW(model.named_parameters())
+        names["scheduler"] = torch.optim.lr_scheduler.ConstantLR(names["optimizer"])
+    return names
+
+
+def run_fragments(texts: list[str], directory: str) -> list[str]:
+    os.chdir(directory)
+    done = []
+    for text in texts:
+        exec(text.replace("dist.init_process_group()", "pass"), prepared(text))
+        done.append(text)
+    os.chdir("/")
+    return done
+
+
+def test_fragments_run_on_two_ranks(tmp_path: Path) -> None:
+    texts = [block.text for block in BLOCKS if block.how == "fragment"]
+    assert len(texts) >= 6
+    assert on_ranks(2, run_fragments, texts, str(tmp_path)) == [texts] * 2
+
+
+# Commands
+
+
+@pytest.mark.parametrize("block", those("shell"))
+def test_commands_run_and_print_what_is_shown(block: Block, tmp_path: Path) -> None:
+    page = [other for other in BLOCKS if other.page == block.page]
+    options = block.how.partition(": ")[2]
+    if options.startswith("after "):
+        script = next(other for other in page if other.how == f"torchrun: {options.removeprefix('after ')}")
+        run_script(script, tmp_path)
+    files = {other.how.removeprefix("file: "): other.text for other in BLOCKS if other.how.startswith("file: ")}
+    for name in re.findall(r"[\w.]+", options.partition("needs ")[2]):
+        if name == "launch":
+            (tmp_path / "launch").symlink_to(ROOT / "launch")
+        else:
+            (tmp_path / name).write_text(files[name])
+    done = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
+    shown = next((other for other in page if other.number == block.number + 1 and not other.language), None)
+    if shown is not None:
+        printed = done.stdout
+        for line in shown.text.splitlines():
+            if line.strip() and line.strip() != "...":
+                assert line in printed, f"{line!r} is not, or not there, in\n{done.stdout}"
+                printed = printed.partition(line)[2]
+
+
+# All of them
+
+
+def test_every_block_has_a_way_to_run_or_a_reason() -> None:
+    for block in BLOCKS:
+        if block.language in ("python", "bash"):
+            kind = block.how.partition(":")[0]
+            assert kind in ("torchrun", "fragment", "file", "shell", "elsewhere"), f"{block}: {block.how!r}"
+            assert kind == "elsewhere" or (block.language == "bash") == (kind == "shell"), block
+    fences = sum(len(re.findall(r"^ *```\w+$", page.read_text(), re.MULTILINE)) for page in PAGES)
+    assert fences == sum(bool(block.language) for block in BLOCKS), "an indented block is not looked at"
+    files = {block.how.removeprefix("file: ") for block in BLOCKS if block.how.startswith("file: ")}
+    used = {name for block in BLOCKS if "needs " in block.how for name in files if name in block.how}
+    assert files == used
+    not_run = {page.name: sum(b.how.startswith("elsewhere") for b in blocks_of(page)) for page in PAGES}
+    assert {name: count for name, count in not_run.items() if count} == NOT_RUN
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
+    sources = [path.read_text() for path in (ROOT / "shardadam").rglob("*.py")]
+    code = re.sub(r"['\"]\s*\n\s*f?['\"]", "", "\n".join(sources))  # one string over several lines
+    code = re.sub(r"\\\"", '"', code)
+    messages = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert len(messages) > 25
+    for message in messages:
+        fixed = max(re.split(r"\.\.\.|\{.*?\}", message.replace("the last 10 steps", "the last ... steps")), key=len)
+        assert fixed.strip() in code, message
+
+
+def test_the_timeline_of_the_docs_is_the_measured_one() -> None:
+    measured = ROOT / "benchmarks" / "results" / "timeline.png"
+    assert (ROOT / "docs" / "images" / "timeline.png").read_bytes() == measured.read_bytes()
+
+
+def test_the_readme_has_a_script_for_every_integration() -> None:
+    scripts = {block.how.partition(": ")[2] for block in BLOCKS if block.page == "README.md"}
+    assert {"accelerate", "transformers", "lightning"} <= scripts
