@@ -95,11 +95,11 @@ def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> s
     holders: dict[str, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):
         holders.setdefault(value, []).append(rank)
-    differing = ", ".join(f"{value} on {_name_ranks(ranks)}" for value, ranks in holders.items())
+    differing = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
     return f"Ranks disagree on {what} {differing}."
 
 
-def _name_ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """``rank 3``, or ``ranks 0-2, 5``."""
     stretches: list[list[int]] = []
     for rank in ranks:
@@ -202,7 +202,7 @@ class Meeting:
             if self.rank in missing:  # the verdict came while this rank was coming
                 return self._exchange(store, text, what, timeout_s)
             raise TimeoutError(
-                f"{what}: {_name_ranks([self.ranks[rank] for rank in missing])} did not come within {timeout_s:g} s. "
+                f"{what}: {name_ranks([self.ranks[rank] for rank in missing])} did not come within {timeout_s:g} s. "
                 "All ranks of the optimizer's process group must make this call; see what kept the missing ones."
             )
         extended = store.has_extended_api()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter, methodcaller
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from shardadam import agreement, intake, roll_call, state
+from shardadam import agreement, drift, intake, roll_call, state
 from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
@@ -610,6 +610,39 @@ class ShardedAdam(Optimizer):
     # Looking inside
 
     @_collective
+    def check_in_sync(self) -> None:
+        """Proves with checksums that all ranks hold the same: parameters, frozen ones too, step counters,
+        ``skipped_steps`` and hyperparameters; with hybrid sharding also the state of ranks with equal shards.
+        Collective.
+
+        Reads all of it once, in stretches of 1 MiB, and exchanges one number a rank; changes nothing. What one rank
+        alone holds (its shard of the moments, without replicas) has no copy to compare with.
+
+        Raises:
+            ValueError: hyperparameters differ, on every rank.
+            RuntimeError: something else does; names the first that does, on which ranks, and the element.
+        """
+        self._take_in_unfrozen()
+        self._gatherer.finish()
+        agreement.require(intake.claims(self.param_groups, []), self._transport.control, remedy=_ALIKE)
+        drift.check(self._copies(), self._transport.rank, self._transport.control)
+
+    def _copies(self) -> list[drift.Subject]:
+        """What other ranks hold, too."""
+        named = [*((m.name, m.parameter) for m in self._members), *((f.name, f.parameter) for f in self._frozen)]
+        found = [drift.Subject(f"parameter {name!r}", partial(_itself, parameter)) for name, parameter in named]
+        for member in self._members:
+            counter = state.local_state(member)["step"]
+            found.append(drift.Subject(f"the step of parameter {member.name!r}", partial(_itself, counter)))
+        found.append(drift.Subject("skipped_steps", partial(_itself, self.skipped_steps)))
+        if self._transport.replicas > 1:
+            for member in self._members:
+                for kind, value in state.local_state(member).items():
+                    what = f"{kind} of parameter {member.name!r}"
+                    found.append(drift.Subject(what, partial(_itself, value), self._transport.rank))
+        return found
+
+    @_collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
         """The parameter's averaged gradient as ``step`` would use it, or None if it has one on no rank. Collective.
 
@@ -861,6 +894,10 @@ _ALIKE = (
     "Call the same methods in the same order on every rank, and change param groups (schedulers) alike. Nothing has "
     "been written."
 )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _exact_names(arena: FlatArena) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardadam import ShardedAdamW
-from shardadam.agreement import Claim, _describe_difference, _name_ranks
+from shardadam.agreement import Claim, _describe_difference, name_ranks
 from tests.ranks import on_ranks, rank_and_size
 
 ODD_RANK = 1
@@ -224,7 +224,7 @@ def test_a_rank_that_refuses_an_added_group_is_named_to_the_others_and_nothing_c
     ],
 )
 def test_names_of_ranks(ranks: list[int], named: str) -> None:
-    assert _name_ranks(ranks) == named
+    assert name_ranks(ranks) == named
 
 
 def test_a_difference_reads_as_in_the_design() -> None:

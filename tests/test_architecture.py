@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
     ("overlap", "misuse"),
-    ("reduction", "gathering", "clipping", "state", "intake"),
+    ("reduction", "gathering", "clipping", "state", "intake", "drift"),
     ("buckets",),
     ("update", "transport"),
     ("agreement", "flat_shard", "gauge"),

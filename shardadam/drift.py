@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do ranks that must hold the same bits hold the same bits? By checksums, which find any single changed element, and of
+which ranks exchange one number each where all is well. Reads everything, and changes nothing.
+
+Note: the checksum
+    Memory is read as 64-bit words, w_i, and sum(w_i a_i) mod 2^64 is taken with odd a_i, which depend on i. If one word
+    changes by d, the sum changes by d a_i, which is 0 for d = 0 only, as a_i is odd and so has an inverse. Sums of
+    stretches of 1 MiB are added up in the same way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardadam.agreement import exchange, name_ranks
+
+_WORDS = 1 << 17
+_MASK = (1 << 64) - 1
+_REMEDY = (
+    "Load the last checkpoint on all ranks, and look for what writes on some ranks only: code under `if rank == 0`, a "
+    "scheduler, or failing memory."
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something of which ranks hold copies.
+
+    Args:
+        what: as in "Ranks hold different values of ...".
+        read: its value now, any dtype; its elements are compared in memory order.
+        shard: None: all ranks hold it; else the ranks whose ``shard`` is the same.
+    """
+
+    what: str
+    read: Callable[[], Tensor]
+    shard: int | None = None
+
+
+@torch.no_grad()
+def check(subjects: Sequence[Subject], shard: int, group: dist.ProcessGroup | None) -> None:
+    """Collective: raises on every rank, with one message, unless all copies of every subject are equal bit for bit.
+
+    Args:
+        subjects: as many on every rank, those of all ranks first.
+        shard: which one this rank holds.
+
+    Raises:
+        RuntimeError: names the first subject that differs, the ranks that are in the minority, and the element.
+    """
+    if group is None:
+        return
+    sums = [checksum(subject.read()) for subject in subjects]
+    whole = _combined([total for subject, total in zip(subjects, sums, strict=True) if subject.shard is None])
+    replicated = _combined([total for subject, total in zip(subjects, sums, strict=True) if subject.shard is not None])
+    answers = exchange((whole, shard, replicated), group)
+    shards = {shard: replicated for _, shard, replicated in answers}
+    if all(one == whole for one, _, _ in answers) and all(one == shards[shard] for _, shard, one in answers):
+        return
+    _explain(subjects, sums, shard, group)
+
+
+def checksum(tensor: Tensor) -> int:
+    """64 bits."""
+    return _combined(_sums(tensor))
+
+
+def _sums(tensor: Tensor) -> list[int]:
+    """Of each stretch of its memory."""
+    memory = _memory(tensor)
+    weights = _weights(memory.device)
+    whole = memory.numel() // 8 * 8
+    words = memory[:whole].view(torch.int64)
+    if whole < memory.numel():
+        rest = memory.new_zeros(8)
+        rest[: memory.numel() - whole] = memory[whole:]
+        tail = rest.view(torch.int64)
+    else:
+        tail = words[:0]
+    stretches = (words[start : start + _WORDS] for start in range(0, words.numel(), _WORDS))
+    found = [(stretch * weights[: stretch.numel()]).sum() for stretch in stretches]
+    found += [(tail * weights[-1]).sum()] if tail.numel() else []
+    return [int(total) & _MASK for total in torch.stack(found).tolist()] if found else []
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """As bytes."""
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    if flat.data_ptr() % 8:  # a slice that begins inside a word
+        flat = flat.clone()
+    return flat.view(torch.uint8) if tensor.numel() else flat.new_empty(0, dtype=torch.uint8)
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(-(2**62), 2**62, (_WORDS + 1,), generator=generator) * 2 + 1).to(device)
+
+
+def _combined(sums: Sequence[int]) -> int:
+    total = len(sums)
+    for index, one in enumerate(sums):
+        total = (total + one * (2 * (index * 0x9E3779B97F4A7C15 & _MASK) + 1)) & _MASK
+    return total
+
+
+# What differs
+
+
+def _explain(subjects: Sequence[Subject], sums: Sequence[int], shard: int, group: dist.ProcessGroup) -> None:
+    everybody = exchange((shard, list(sums)), group)
+    ranks = dist.get_process_group_ranks(group)
+    for index in range(min(len(sums) for _, sums in everybody)):
+        # All ranks make the same exchanges, of subjects that they do not hold, too.
+        for key in [None] if subjects[index].shard is None else sorted({shard for shard, _ in everybody}):
+            holders = [place for place, (shard, _) in enumerate(everybody) if key in (None, shard)]
+            values = [everybody[place][1][index] for place in holders]
+            if len(set(values)) > 1:
+                usual = Counter(values).most_common(1)[0][0]
+                odd = next(place for place, value in zip(holders, values, strict=True) if value != usual)
+                other = next(place for place, value in zip(holders, values, strict=True) if value == usual)
+                what, element = _locate(subjects[index], odd, other, group)
+                alike = [ranks[place] for place, value in zip(holders, values, strict=True) if value == usual]
+                unlike = [ranks[place] for place, value in zip(holders, values, strict=True) if value != usual]
+                verb = "differ" if len(unlike) > 1 else "differs"
+                raise RuntimeError(
+                    f"Ranks hold different values of {what}: {name_ranks(unlike)} {verb} from {name_ranks(alike)}, "
+                    f"first at element {element[0]}, which is {element[1]} on rank {ranks[odd]} and {element[2]} on "
+                    f"rank {ranks[other]}. {_REMEDY}"
+                )
+    raise RuntimeError(f"Ranks hold different numbers of parameters. {_REMEDY}")
+
+
+def _locate(subject: Subject, odd: int, other: int, group: dist.ProcessGroup) -> tuple[str, tuple[int, Any, Any]]:
+    """What it is on the ``odd`` rank, and the first element (in memory order) that differs, with both values.
+
+    Collective.
+    """
+    place = dist.get_rank(group)
+    takes_part = place in (odd, other)
+    tensor = subject.read()
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
+    sums = exchange(_sums(tensor) if takes_part else None, group)
+    stretch = next((i for i, (a, b) in enumerate(zip(sums[odd], sums[other], strict=False)) if a != b), 0)
+    size = 8 * _WORDS // flat.element_size()
+    start = min(stretch * size, max(0, flat.numel() - size))  # the last one may be a tail of some bytes
+    texts = exchange((subject.what, flat[start : start + size + 8]) if takes_part else None, group)
+    (what, one), (_, two) = texts[odd], texts[other]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    position = int((one.view(bits) != two.view(bits)).nonzero()[0])
+    return what, (start + position, one[position].item(), two[position].item())
