@@ -192,7 +192,7 @@ FAULTS: dict[str, Callable[[Run, Fault], None]] = {
     )
 }
 GENTLE = ("poisoned", "corrupted")
-NEEDS_OTHERS = ("stopped", "changes_lr", "clips")  # alone, nobody would see the first, and the others are no faults
+NEEDS_OTHERS = ("stopped", "changes_lr", "clips", "saves_alone")  # on one rank nobody sees it, or it is no fault
 
 
 # One rank
@@ -378,7 +378,7 @@ def check_told(episode: Episode, told: Sequence[Told]) -> None:
 
 
 def newest_step(directory: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in directory.glob("step-*")), default=0)
+    return max((int(path.name.split("-")[1]) for path in directory.glob("step-*")), default=0)
 
 
 def corrupt_newest(directory: Path, choose: random.Random) -> None:
