@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import pickle
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from shardadam import roll_call
@@ -68,13 +71,24 @@ def announce_failure(error: Exception, group: dist.ProcessGroup | None) -> None:
 
 
 def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Collective: what every rank has passed, in rank order."""
-    everybody: list[Any] = [None] * dist.get_world_size(group)
+    """Collective: what every rank has passed, in rank order.
+
+    As all_gather_object, which wants NumPy for it.
+    """
+    device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
+    text = pickle.dumps(mine)
+    size = torch.tensor([len(text)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     try:
-        dist.all_gather_object(everybody, mine, group=group)
+        dist.all_gather(sizes, size, group=group)
+        most = max(int(one) for one in sizes)
+        padded = torch.frombuffer(bytearray(text.ljust(most)), dtype=torch.uint8).to(device)
+        texts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(texts, padded, group=group)
     except RuntimeError as error:
         raise roll_call.parted("Comparing what the ranks hold", error, group) from error
-    return everybody
+    here = [one.cpu() for one in texts]
+    return [pickle.loads(ctypes.string_at(one.data_ptr(), int(n))) for one, n in zip(here, sizes, strict=True)]
 
 
 def _raise_failure_of_another(answers: Sequence[Any], group: dist.ProcessGroup) -> None:

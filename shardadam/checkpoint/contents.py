@@ -187,7 +187,7 @@ def random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
-    if "numpy" in sys.modules:
+    if sys.modules.get("numpy") is not None:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = (name, keys.tolist(), *rest)
     return state
@@ -199,5 +199,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state and "numpy" in sys.modules:
+    if "numpy" in state and sys.modules.get("numpy") is not None:
         sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
