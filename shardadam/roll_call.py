@@ -77,9 +77,9 @@ class RollCall:
     """All ranks of the default process group, of which reports are asked for some.
 
     Note: a question and its answers
-        The question is a number in the store that the ranks met by at the beginning, raised by whoever asks; every rank
-        answers the newest, under a key of its own. A thread looks for questions four times a second (less often where
-        there are thousands of ranks). It has a connection of its own: the main thread may block the other.
+        A question is a number in the store that the ranks met by at the beginning; every rank answers the newest,
+        under a key of its own. A thread looks for questions four times a second (less often where there are thousands
+        of ranks). It has a connection of its own: the main thread may block the other.
     """
 
     def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int) -> None:
@@ -123,7 +123,8 @@ class RollCall:
         """What they answer, and which have ended; None where there is no way to ask."""
         told = {self._rank: _standing.tell()}
         try:
-            question = self._store.add("question", 1)
+            question = self._store.add("questions", 1)
+            self._store.set(f"question/{question}", "?")
             deadline = time.monotonic() + _PATIENCE_S
             while True:
                 for rank in ranks:
@@ -254,10 +255,11 @@ def _answer_in_background(store: dist.distributed_c10d.Store, rank: int, period_
         seen = 0
         while not done.wait(period_s) and dist.is_initialized():
             try:
-                question = store.add("question", 0)
-                if question > seen:
-                    store.set(f"answer/{rank}", f"{question} {_standing.tell()}")
-                    seen = question
+                before = seen
+                while store.check([f"question/{seen + 1}"]):
+                    seen += 1
+                if seen > before:
+                    store.set(f"answer/{rank}", f"{seen} {_standing.tell()}")
             except RuntimeError:
                 return  # the store has ended, and soon this process will
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import shardadam
 from shardadam import Precision, ShardedAdamW
 from shardadam.interrupts import interrupts_held
-from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of
+from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of, restart
 
 INJECTIONS = 30  # an ordinary run, in each of four calls
 FORMATS: dict[str, tuple[torch.dtype, Precision]] = {
@@ -233,3 +233,59 @@ def test_after_a_signal_ranks_are_equal_or_go_on_no_further(
     # One may be interrupted when a step is done, and another before it, who takes it then: they make other calls after.
     assert afters == ["stepped, saved"] * 2 or not any(after.endswith(", saved") for after in afters), afters
     assert told[0][4] == told[1][4]
+
+
+# A step that was broken off all the same
+
+
+def break_off(error: type[BaseException], transport: str, directory: str) -> list[str]:
+    """Rank 0 breaks off while it writes; what every rank is told then, and after it has loaded."""
+    model = Net(torch.float32)
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=0.001, transport=transport)
+    shardadam.save(directory, step=0, model=model, optimizer=optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    said = []
+    if rank_and_size()[0] == 0:
+        dispatch, optimizer._gatherer.dispatch = optimizer._gatherer.dispatch, _raise(error)  # type: ignore[method-assign]
+    for call in ("step", "step", "save"):
+        try:
+            if call == "step":
+                model(torch.ones(1, 24)).backward()
+                optimizer.step()
+            else:
+                shardadam.save(directory, step=1, model=model, optimizer=optimizer, timeout_s=5.0)
+            said.append("nothing")
+        except (Exception, KeyboardInterrupt) as problem:
+            said.append(str(problem) or type(problem).__name__)
+    if rank_and_size()[1] == 1:
+        optimizer._gatherer.dispatch = dispatch  # type: ignore[method-assign]
+        optimizer.zero_grad()
+        shardadam.load(directory, model=model, optimizer=optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        optimizer.step()
+        shardadam.save(directory, step=1, model=model, optimizer=optimizer)
+    return said
+
+
+def _raise(error: type[BaseException]) -> Any:
+    def dispatch(*_: Any) -> None:
+        raise error("for a test")
+
+    return dispatch
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_was_broken_off_is_neither_stepped_nor_saved_until_it_is_loaded(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    first, second, saving = break_off(error, "auto", str(tmp_path))
+    assert first == "for a test" and "broken off" in second and "Load a whole checkpoint" in second
+    assert "cannot be saved" in saving
+
+
+def test_others_do_not_go_on_with_a_rank_that_broke_off(tmp_path: Path) -> None:
+    restart(2)  # these do not go on together
+    first, other = on_ranks(2, break_off, KeyboardInterrupt, "shared_memory", str(tmp_path))
+    restart(2)
+    assert first[0] == "for a test" and "parted before" in first[1] and "cannot be saved" in first[2]
+    assert "rank 0" in other[0] and "parted before" in other[1] and "cannot be saved" in other[2], other

@@ -15,7 +15,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import combinations
@@ -624,3 +624,42 @@ def test_nothing_has_a_name_in_the_file_system() -> None:
         assert found["new"] == []
         assert found["sockets"] and all(name.startswith("@shardadam-") for name in found["sockets"])
         assert found["memory"] == {"/memfd:shardadam (deleted)"}
+
+
+# Different transfers
+
+
+def begin_differently(mine: str, theirs: str) -> str:
+    optimizer = build([nn.Parameter(torch.ones(512))])
+    transport = transport_of(optimizer)
+    transport.all_reduce(torch.ones(1)).wait()  # the board is there then
+    block = torch.full((3,), 7.0)
+    begin: dict[str, Callable[[], Any]] = {
+        "fence": transport.fence,
+        "all-reduce": lambda: transport.all_reduce(block).wait(),
+        "larger all-reduce": lambda: transport.all_reduce(torch.ones(5)).wait(),
+        "all-gather": lambda: transport.all_gather(optimizer._buckets[0].parameters).wait(),
+    }
+    try:
+        begin[mine if rank_and_size()[0] == 0 else theirs]()
+        return "nothing"
+    except RuntimeError as error:
+        assert block.tolist() == [7.0] * 3  # nothing has been read
+        return str(error).partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "said"),
+    [
+        ("all-reduce", "fence", ("an all-reduce of 12 bytes", "a fence")),
+        ("all-gather", "all-reduce", ("an all-gather of 2,048 bytes", "an all-reduce of 12 bytes")),
+        ("larger all-reduce", "all-reduce", ("an all-reduce of 20 bytes", "an all-reduce of 12 bytes")),
+    ],
+)
+def test_ranks_that_begin_different_transfers_read_nothing(mine: str, theirs: str, said: tuple[str, str]) -> None:
+    first, second = on_ranks(2, begin_differently, mine, theirs)
+    assert first == f"Rank 1 has begun {said[1]} where rank 0 has begun {said[0]}"
+    assert second in (
+        f"Rank 0 has begun {said[0]} where rank 1 has begun {said[1]}",
+        "In " + said[1].partition(" of")[0],
+    )
