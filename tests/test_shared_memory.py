@@ -652,7 +652,7 @@ def begin_differently(mine: str, theirs: str) -> str:
     ("mine", "theirs", "said"),
     [
         ("all-reduce", "fence", ("an all-reduce of 12 bytes", "a fence")),
-        ("all-gather", "all-reduce", ("an all-gather of 2,048 bytes", "an all-reduce of 12 bytes")),
+        ("all-gather", "all-reduce", ("an all-gather of 1,024 bytes", "an all-reduce of 12 bytes")),
         ("larger all-reduce", "all-reduce", ("an all-reduce of 20 bytes", "an all-reduce of 12 bytes")),
     ],
 )
