@@ -214,6 +214,14 @@ def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
         assert fixed.strip() in code, message
 
 
+def test_tests_that_the_page_on_failures_names_are_there() -> None:
+    named = re.findall(r"`(test_\w+)(?:\.py|: (\w+))?`", (ROOT / "docs" / "failures.md").read_text())
+    assert len(named) > 12
+    for file, words in named:
+        functions = re.findall(r"^def (test_\w+)", (ROOT / "tests" / f"{file}.py").read_text(), re.MULTILINE)
+        assert any(words in function for function in functions), (file, words)
+
+
 def test_the_timeline_of_the_docs_is_the_measured_one() -> None:
     measured = ROOT / "benchmarks" / "results" / "timeline.png"
     assert (ROOT / "docs" / "images" / "timeline.png").read_bytes() == measured.read_bytes()

@@ -115,7 +115,8 @@ def test_ranks_and_passes_share_a_batch_out(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def check_some(arguments: list[str]) -> int:
-    with mock.patch.object(shardadam.ShardedAdamW, "check_in_sync", create=True) as check:
+    check = shardadam.ShardedAdamW.check_in_sync
+    with mock.patch.object(shardadam.ShardedAdamW, "check_in_sync", autospec=True, side_effect=check) as check:
         curve(arguments)
     return check.call_count
 
