@@ -391,7 +391,9 @@ def corrupt_newest(directory: Path, choose: random.Random) -> None:
 
 
 def shared_memory_names() -> set[str]:
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    """Without the semaphores of multiprocessing, which other programs of this machine come and go with."""
+    found = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return {name for name in found if not name.startswith("sem.mp-")}
 
 
 def resident_bytes() -> int:
