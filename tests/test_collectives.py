@@ -97,7 +97,7 @@ def test_a_step_moves_each_bucket_once_there_and_once_back(
         bucket_bytes, order = result["bucket_bytes"], result["order"]
         assert len(bucket_bytes) > 3
         rounds = accumulate if gradient_sync == "backward" else 1
-        block_bytes = 8 * (2 + result["parameters"])
+        block_bytes = 8 * (4 + result["parameters"])  # norm, flag, and two of the fingerprint
         shard_bytes = {index: nbytes // world_size for index, nbytes in enumerate(bucket_bytes)}
         there = [("alltoall_base_", peers * shard_bytes[index], False) for index in order for _ in range(2)] * rounds
         back = [
