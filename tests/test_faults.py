@@ -235,13 +235,13 @@ def inject(
     ("gradient_sync", "transport", "world_size"),
     [
         ("backward", "shared_memory", 2),
-        ("backward", "collective", 3),
-        ("step", "shared_memory", 3),
-        ("external", "collective", 2),
+        ("step", "collective", 3),
+        pytest.param("step", "shared_memory", 3, marks=pytest.mark.long),
+        pytest.param("external", "collective", 2, marks=pytest.mark.long),
+        pytest.param("backward", "collective", 3, marks=pytest.mark.long),
         pytest.param("backward", "shared_memory", 3, marks=pytest.mark.long),
         pytest.param("backward", "collective", 2, marks=pytest.mark.long),
         pytest.param("step", "shared_memory", 2, marks=pytest.mark.long),
-        pytest.param("step", "collective", 3, marks=pytest.mark.long),
         pytest.param("external", "shared_memory", 3, marks=pytest.mark.long),
     ],
 )

@@ -162,6 +162,7 @@ def test_the_error_names_the_host_that_is_cut_off(how: str, tmp_path: Path) -> N
     assert seconds < 20, seconds
 
 
+@pytest.mark.long
 @needs_hosts
 def test_a_host_that_loses_the_one_with_the_store_says_so(tmp_path: Path) -> None:
     with two_hosts() as (a, b):

@@ -214,9 +214,24 @@ class Interrupted:
         time.sleep(ANSWER_S)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
-@pytest.mark.parametrize("everybody", [True, False])
+@pytest.mark.parametrize(
+    ("everybody", "transport", "number"),
+    [
+        (True, "shared_memory", signal.SIGINT),
+        (False, "shared_memory", signal.SIGTERM),
+        (True, "collective", signal.SIGTERM),
+        *(
+            pytest.param(everybody, transport, number, marks=pytest.mark.long)
+            for everybody, transport, number in (
+                (True, "shared_memory", signal.SIGTERM),
+                (False, "shared_memory", signal.SIGINT),
+                (True, "collective", signal.SIGINT),
+                (False, "collective", signal.SIGINT),
+                (False, "collective", signal.SIGTERM),
+            )
+        ),
+    ],
+)
 def test_after_a_signal_ranks_are_equal_or_go_on_no_further(
     everybody: bool, transport: str, number: int, tmp_path: Path
 ) -> None:
