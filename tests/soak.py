@@ -391,9 +391,9 @@ def corrupt_newest(directory: Path, choose: random.Random) -> None:
 
 
 def shared_memory_names() -> set[str]:
-    """Without the semaphores of multiprocessing, which other programs of this machine come and go with."""
+    """Without what other programs of this machine come and go with: semaphores, and tensors of torch's own sharing."""
     found = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
-    return {name for name in found if not name.startswith("sem.mp-")}
+    return {name for name in found if not name.startswith(("sem.mp-", "torch_"))}
 
 
 def resident_bytes() -> int:
