@@ -216,6 +216,7 @@ SWEEP = [
 ]
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("name", "moments"), [*(pytest.param(n, m, id=n) for n, m in ORDINARY.items()), *SWEEP])
 def test_a_rank_killed_at_any_moment_changes_no_loss(
     text: str, tmp_path: Path, name: str, moments: tuple[str, ...]
@@ -232,7 +233,7 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(
     launcher = ["--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     environment = {"FAULTS": ";".join(faults), "DROPOUT": str(DROPOUT)}
     with Torchrun(tmp_path, "agent", launcher, [*options, *saving], **environment) as torchrun:
-        code, output = torchrun.ends(100)
+        code, output = torchrun.ends(200)
     assert code == 0, output
     notes = torchrun.notes()
     struck = [note for note in notes if "fault" in note]
@@ -244,7 +245,9 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(
         assert set(losses) == {expected[step - 1]}, (step, faults)
     for note in struck:
         after = [other for other in notes if other["time"] > note["time"]]
-        assert min(other["time"] for other in after if "started" in other) - note["time"] < 15  # nobody hangs
+        assert (
+            min(other["time"] for other in after if "started" in other) - note["time"] < 28
+        )  # nobody waits for the timeout of 30 s
         lost = note["step"] - min(other["step"] for other in after if "loss" in other) + 1
         assert lost <= (2 if is_async else 1) * SAVE_EVERY, faults
     assert "raise" not in moments or "ArithmeticError: this rank has found a loss of NaN" in output
