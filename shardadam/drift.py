@@ -5,7 +5,8 @@ which ranks exchange one number each where all is well. Reads everything, and ch
 Note: the checksum
     Memory is read as 64-bit words, w_i, and sum(w_i a_i) mod 2^64 is taken with odd a_i, which depend on i. If one word
     changes by d, the sum changes by d a_i, which is 0 for d = 0 only, as a_i is odd and so has an inverse. Sums of
-    stretches of 1 MiB are added up in the same way.
+    stretches of 1 MiB are added up in the same way. The upper bits of a word go into its lower ones first: an odd
+    multiple of the highest bit is that bit, whatever the multiple, and two changed signs would cancel each other.
 """
 
 from __future__ import annotations
@@ -86,9 +87,19 @@ def _sums(tensor: Tensor) -> list[int]:
     else:
         tail = words[:0]
     stretches = (words[start : start + _WORDS] for start in range(0, words.numel(), _WORDS))
-    found = [(stretch * weights[: stretch.numel()]).sum() for stretch in stretches]
-    found += [(tail * weights[-1]).sum()] if tail.numel() else []
+    room = words.new_empty(min(max(1, words.numel()), _WORDS))
+    found = [_mixed(stretch, room).mul_(weights[: stretch.numel()]).sum() for stretch in stretches]
+    found += [_mixed(tail, room).mul_(weights[-1]).sum()] if tail.numel() else []
     return [int(total) & _MASK for total in torch.stack(found).tolist()] if found else []
+
+
+def _mixed(words: Tensor, room: Tensor) -> Tensor:
+    """In ``room``: each word with its upper bits in its lower ones, too; no two words become one.
+
+    By 37 bits: signs that are packed into one word, 8, 16 or 32 bits apart, come to different places.
+    """
+    room = torch.bitwise_right_shift(words, 37, out=room[: words.numel()])
+    return room.bitwise_and_((1 << 27) - 1).bitwise_xor_(words)
 
 
 def _memory(tensor: Tensor) -> Tensor:

@@ -239,3 +239,22 @@ def corrupt_a_large_one() -> str:
 def test_the_element_is_found_in_a_large_parameter() -> None:
     for message in on_ranks(3, corrupt_a_large_one):
         assert "rank 0 differs from ranks 1-2, first at element 600001, which is 1.0" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_checksum_sees_signs_that_have_changed_in_pairs(dtype: torch.dtype) -> None:
+    """Once, those of the highest bits of two words cancelled each other: a float64 parameter could be negated."""
+    values = torch.arange(1, 41).to(dtype)
+    sums = {checksum(values), checksum(-values), checksum(torch.cat([values[:20], -values[20:]]))}
+    for one in range(40):
+        for other in range(one):
+            negated = values.clone()
+            negated[[one, other]] *= -1
+            sums.add(checksum(negated))
+    assert len(sums) == 3 + 40 * 39 // 2
+
+
+def test_the_checksum_sees_a_word_and_its_complement() -> None:
+    for value in (0, 5, -77, 2**40 + 3):
+        words = torch.tensor([value, ~value])
+        assert checksum(words[:1]) != checksum(words[1:].clone())
