@@ -12,16 +12,18 @@ Note: the checksum
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.agreement import exchange, name_ranks
+from shardadam.buckets import Member, NamedParameter, is_dense
+from shardadam.state import local_state
+from shardadam.transport import Transport
 
 _WORDS = 1 << 17
 _MASK = (1 << 64) - 1
@@ -31,19 +33,36 @@ _REMEDY = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """Something of which ranks hold copies.
 
     Args:
         what: as in "Ranks hold different values of ...".
-        read: its value now, any dtype; its elements are compared in memory order.
+        value: of any dtype; its elements are compared in memory order, or in logical order where it has gaps.
         shard: None: all ranks hold it; else the ranks whose ``shard`` is the same.
     """
 
     what: str
-    read: Callable[[], Tensor]
+    value: Tensor
     shard: int | None = None
+
+
+def copies(
+    members: Sequence[Member], frozen: Sequence[NamedParameter], skipped_steps: Tensor, transport: Transport
+) -> list[Subject]:
+    """What other ranks hold, too, of an optimizer. Local."""
+    found = [Subject(f"parameter {one.name!r}", one.parameter.detach()) for some in (members, frozen) for one in some]
+    local = [(member.name, local_state(member)) for member in members]
+    found += [Subject(f"the step of parameter {name!r}", state["step"]) for name, state in local]
+    found.append(Subject("skipped_steps", skipped_steps))
+    if transport.replicas > 1:
+        found += [
+            Subject(f"{kind} of parameter {name!r}", value, transport.rank)
+            for name, state in local
+            for kind, value in state.items()
+        ]
+    return found
 
 
 @torch.no_grad()
@@ -59,7 +78,7 @@ def check(subjects: Sequence[Subject], shard: int, group: dist.ProcessGroup | No
     """
     if group is None:
         return
-    sums = [checksum(subject.read()) for subject in subjects]
+    sums = [checksum(subject.value) for subject in subjects]
     whole = _combined([total for subject, total in zip(subjects, sums, strict=True) if subject.shard is None])
     replicated = _combined([total for subject, total in zip(subjects, sums, strict=True) if subject.shard is not None])
     answers = exchange((whole, shard, replicated), group)
@@ -104,10 +123,16 @@ def _mixed(words: Tensor, room: Tensor) -> Tensor:
 
 def _memory(tensor: Tensor) -> Tensor:
     """As bytes."""
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    flat = _flat(tensor)
     if flat.data_ptr() % 8:  # a slice that begins inside a word
         flat = flat.clone()
     return flat.view(torch.uint8) if tensor.numel() else flat.new_empty(0, dtype=torch.uint8)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """In one dimension, in memory order; in logical order where there are gaps."""
+    whole = tensor.detach()
+    return (whole if is_dense(whole) else whole.contiguous()).as_strided((tensor.numel(),), (1,))
 
 
 @cache
@@ -142,29 +167,43 @@ def _explain(subjects: Sequence[Subject], sums: Sequence[int], shard: int, group
                 alike = [ranks[place] for place, value in zip(holders, values, strict=True) if value == usual]
                 unlike = [ranks[place] for place, value in zip(holders, values, strict=True) if value != usual]
                 verb = "differ" if len(unlike) > 1 else "differs"
+                where = (
+                    "though not when they are looked at again: memory fails, or something writes meanwhile"
+                    if element is None
+                    else f"first at element {element[0]}, which is {element[1]} on rank {ranks[odd]} and {element[2]} "
+                    f"on rank {ranks[other]}"
+                )
                 raise RuntimeError(
                     f"Ranks hold different values of {what}: {name_ranks(unlike)} {verb} from {name_ranks(alike)}, "
-                    f"first at element {element[0]}, which is {element[1]} on rank {ranks[odd]} and {element[2]} on "
-                    f"rank {ranks[other]}. {_REMEDY}"
+                    f"{where}. {_REMEDY}"
                 )
     raise RuntimeError(f"Ranks hold different numbers of parameters. {_REMEDY}")
 
 
-def _locate(subject: Subject, odd: int, other: int, group: dist.ProcessGroup) -> tuple[str, tuple[int, Any, Any]]:
-    """What it is on the ``odd`` rank, and the first element (in memory order) that differs, with both values.
-
-    Collective.
+def _locate(
+    subject: Subject, odd: int, other: int, group: dist.ProcessGroup
+) -> tuple[str, tuple[int, str, str] | None]:
+    """What it is on the ``odd`` rank, and the first element that differs, with both values; None where all are equal
+    when they are looked at again. Collective.
     """
     place = dist.get_rank(group)
     takes_part = place in (odd, other)
-    tensor = subject.read()
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
-    sums = exchange(_sums(tensor) if takes_part else None, group)
+    flat = _flat(subject.value).cpu()
+    sums = exchange(_sums(subject.value) if takes_part else None, group)
     stretch = next((i for i, (a, b) in enumerate(zip(sums[odd], sums[other], strict=False)) if a != b), 0)
     size = 8 * _WORDS // flat.element_size()
     start = min(stretch * size, max(0, flat.numel() - size))  # the last one may be a tail of some bytes
     texts = exchange((subject.what, flat[start : start + size + 8]) if takes_part else None, group)
     (what, one), (_, two) = texts[odd], texts[other]
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    position = int((one.view(bits) != two.view(bits)).nonzero()[0])
-    return what, (start + position, one[position].item(), two[position].item())
+    positions = (one.view(bits) != two.view(bits)).nonzero()
+    if not positions.numel():
+        return what, None
+    position = int(positions[0])
+    first, second = (_shown(some[position], some.view(bits)[position]) for some in (one, two))
+    return what, (start + position, first, second)
+
+
+def _shown(value: Tensor, bits: Tensor) -> str:
+    """With its bits: NaNs and zeros that differ in them alone would read the same."""
+    return f"{value.item()} ({bits.item() % (1 << 8 * bits.element_size()):#x})"

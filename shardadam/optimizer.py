@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from operator import attrgetter, methodcaller
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -619,28 +619,15 @@ class ShardedAdam(Optimizer):
         alone holds (its shard of the moments, without replicas) has no copy to compare with.
 
         Raises:
-            ValueError: hyperparameters differ, on every rank.
+            ValueError: hyperparameters, or a parameter's shape, dtype, strides or ``requires_grad``, differ.
             RuntimeError: something else does; names the first that does, on which ranks, and the element.
         """
+        named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
+        agreement.require(intake.claims(self.param_groups, named), self._transport.control, remedy=_ALIKE)
         self._take_in_unfrozen()
         self._gatherer.finish()
-        agreement.require(intake.claims(self.param_groups, []), self._transport.control, remedy=_ALIKE)
-        drift.check(self._copies(), self._transport.rank, self._transport.control)
-
-    def _copies(self) -> list[drift.Subject]:
-        """What other ranks hold, too."""
-        named = [*((m.name, m.parameter) for m in self._members), *((f.name, f.parameter) for f in self._frozen)]
-        found = [drift.Subject(f"parameter {name!r}", partial(_itself, parameter)) for name, parameter in named]
-        for member in self._members:
-            counter = state.local_state(member)["step"]
-            found.append(drift.Subject(f"the step of parameter {member.name!r}", partial(_itself, counter)))
-        found.append(drift.Subject("skipped_steps", partial(_itself, self.skipped_steps)))
-        if self._transport.replicas > 1:
-            for member in self._members:
-                for kind, value in state.local_state(member).items():
-                    what = f"{kind} of parameter {member.name!r}"
-                    found.append(drift.Subject(what, partial(_itself, value), self._transport.rank))
-        return found
+        subjects = drift.copies(self._members, self._frozen, self.skipped_steps, self._transport)
+        drift.check(subjects, self._transport.rank, self._transport.control)
 
     @_collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
@@ -894,10 +881,6 @@ _ALIKE = (
     "Call the same methods in the same order on every rank, and change param groups (schedulers) alike. Nothing has "
     "been written."
 )
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _exact_names(arena: FlatArena) -> list[str]:

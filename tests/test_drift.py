@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardadam import Precision, ShardedAdamW
+from shardadam import Precision, ShardedAdamW, drift
 from shardadam.drift import checksum
 from tests.ranks import on_ranks, rank_and_size
 
@@ -191,8 +192,14 @@ def differ(what: str) -> str:
     ("what", "expected"),
     [
         ("lr", "param group 0: lr 0.01 on ranks 0, 2, 0.5 on rank 1"),
-        ("step", "the step of parameter 'scale': rank 1 differs from ranks 0, 2, first at element 0, which is 3.0 on"),
-        ("skipped_steps", "skipped_steps: rank 1 differs from ranks 0, 2, first at element 0, which is 1 on rank 1"),
+        (
+            "step",
+            "the step of parameter 'scale': rank 1 differs from ranks 0, 2, first at element 0, which is 3.0",
+        ),
+        (
+            "skipped_steps",
+            "skipped_steps: rank 1 differs from ranks 0, 2, first at element 0, which is 1 (0x1) on rank 1",
+        ),
     ],
 )
 def test_counters_and_hyperparameters_that_differ_are_named(what: str, expected: str) -> None:
@@ -258,3 +265,49 @@ def test_the_checksum_sees_a_word_and_its_complement() -> None:
     for value in (0, 5, -77, 2**40 + 3):
         words = torch.tensor([value, ~value])
         assert checksum(words[:1]) != checksum(words[1:].clone())
+
+
+# What parameters can be made into
+
+
+def differ_strangely(what: str) -> str:
+    model, optimizer = build("fp32")
+    gaps = nn.Parameter(torch.ones(4, 6)[:, ::2], requires_grad=False)
+    optimizer.add_param_group({"params": [("gaps", gaps)]})
+    if rank_and_size()[0] == 1:
+        if what == "gaps":
+            gaps.data[3, 2] = 2.0
+        elif what == "dtype":
+            model.head.weight.data = model.head.weight.detach().double()
+        elif what == "unfrozen":
+            model.frozen.bias.requires_grad_(True)
+        else:
+            model.scale.data.view(torch.int32).fill_(0x7FC00001)
+    elif what == "nan":
+        model.scale.data.view(torch.int32).fill_(0x7FC00002)
+    return told(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("gaps", ["parameter 'gaps'", "element 11", "2.0"]),
+        ("dtype", ["parameter 'head.weight': dtype", "torch.float64 on rank 1"]),
+        ("unfrozen", ["parameter 'frozen.bias': requires_grad", "True on rank 1"]),
+        ("nan", ["parameter 'scale'", "nan (0x7fc00001) on rank 1", "nan (0x7fc00002) on rank 0"]),
+    ],
+)
+def test_what_parameters_were_made_into_is_told_on_every_rank(what: str, expected: list[str]) -> None:
+    for message in on_ranks(3, differ_strangely, what):
+        assert all(text in message for text in expected), message
+
+
+def misread() -> str:
+    optimizer = build("fp32")[1]
+    with mock.patch.object(drift, "checksum", lambda tensor: rank_and_size()[0]):
+        return told(optimizer)
+
+
+def test_memory_that_reads_differently_once_is_told() -> None:
+    for message in on_ranks(2, misread):
+        assert "though not when they are looked at again" in message
