@@ -77,6 +77,33 @@ def test_what_is_missing_or_wrong_is_named(script: str, variables: dict[str, str
     assert done.returncode == 2 and all(text in done.stderr for text in told), done.stderr
 
 
+DIES_ONCE = """
+import os, signal
+from datetime import timedelta
+import torch, torch.distributed as dist
+import shardadam
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+model = torch.nn.Linear(4, 2)
+optimizer = shardadam.ShardedAdamW(model.named_parameters())
+for _ in range(3):
+    model(torch.ones(1, 4)).sum().backward()
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.step()
+    optimizer.zero_grad()
+print("done after restart", os.environ["TORCHELASTIC_RESTART_COUNT"])
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_of_any_script_are_started_again(tmp_path: Path) -> None:
+    """With torch's own init_process_group, which would wait for the dead without what settings.sh sets."""
+    (tmp_path / "train.py").write_text(DIES_ONCE)
+    done = bash(str(LAUNCH / "single-node.sh"), str(tmp_path / "train.py"), NPROC="2", MAX_RESTARTS="1")
+    assert done.returncode == 0 and done.stdout.count("done after restart 1") == 2, done.stderr
+
+
 # Two hosts
 
 _WHY_NO_HOSTS = why_no_hosts()
