@@ -173,6 +173,37 @@ def ignore_signals() -> int:
     raise AssertionError("they do not end")
 
 
+def interrupt_every_launch() -> tuple[int, int, list[float]]:
+    """How many interrupts came, how many buckets were launched by then, and what became of the parameters."""
+    parameters = [nn.Parameter(torch.ones(300)) for _ in range(4)]
+    optimizer = ShardedAdamW(parameters, lr=0.1, bucket_mb=0.001)
+    start = optimizer._transport.reduce_scatter
+    came = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # here it would strike
+        return start(*args, **kwargs)
+
+    optimizer._transport.reduce_scatter = interrupted  # type: ignore[method-assign]
+    try:
+        sum(p.sum() for p in parameters).backward()
+    except KeyboardInterrupt:
+        came += 1
+    optimizer._transport.reduce_scatter = start  # type: ignore[method-assign]
+    launched = sum(optimizer._reducer._launches)  # type: ignore[attr-defined]
+    optimizer.step()
+    return came, launched, [float(p.detach().mean()) for p in parameters]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_does_not_strike_between_a_bucket_s_turn_and_its_launch(world_size: int) -> None:
+    """A bucket that is never launched would leave the others of its round to meet those of another."""
+    for came, launched, values in on_ranks(world_size, interrupt_every_launch):
+        assert (came, launched) == (1, 1)
+        assert values == pytest.approx([1.0] * 3 + [0.899], abs=1e-4)  # backward had come no further
+
+
 class Interrupted:
     """Trains while signals come; goes on after each."""
 
