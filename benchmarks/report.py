@@ -17,12 +17,12 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib
 import torch
 import torch.distributed as dist
 from contenders import ENTRIES, Settings, make_data, make_model
+from pretended import rank_0_of
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
@@ -103,26 +103,14 @@ def draw_step(paths: list[Path], to: Path) -> None:
 
 
 def memory_of(world_size: int, model: torch.nn.Module, **options: Any) -> Any:
-    """`memory()` of rank 0 of so many, of which the others are pretended: torch's fake process group moves nothing."""
+    """`memory()` of rank 0 of so many."""
 
-    def everybody_says_the_same(everybody: list[Any], mine: Any, group: Any = None) -> None:
-        everybody[:] = [mine] * len(everybody)
-
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
-
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=world_size)
-    try:
-        with (
-            mock.patch.object(dist, "all_gather_object", everybody_says_the_same),
-            mock.patch.object(dist, "is_gloo_available", lambda: False),
-        ):
-            optimizer = ShardedAdamW(model.named_parameters(), transport="collective", **options)
-            found = optimizer.memory()
-            del optimizer
-            gc.collect()
-            return found
-    finally:
-        dist.destroy_process_group()
+    with rank_0_of(world_size):
+        optimizer = ShardedAdamW(model.named_parameters(), transport="collective", **options)
+        found = optimizer.memory()
+        del optimizer
+        gc.collect()
+        return found
 
 
 def draw_memory(to: Path) -> None:

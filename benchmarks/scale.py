@@ -18,14 +18,13 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+from pretended import rank_0_of
 from scale_model import (
     DECODERS,
     FORMS,
@@ -206,27 +205,6 @@ def paper(args: argparse.Namespace) -> None:
 
 
 # Against real optimizers
-
-
-@contextmanager
-def rank_0_of(ranks: int) -> Iterator[None]:
-    """As rank 0 of ``ranks`` that are not there. Control messages take the fake way too: Gloo would wait for them. The
-    all-to-alls that gradients travel by are left out: the fake ones want slices of equal size.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if ranks == 1:
-        yield
-        return
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        with (
-            mock.patch.object(dist, "is_gloo_available", return_value=False),
-            mock.patch.object(dist, "all_to_all_single"),
-        ):
-            yield
-    finally:
-        dist.destroy_process_group()
 
 
 def check_one(ranks: int, form: Form, kernel: bool, bucket_mb: float) -> Memory:

@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far from the memory floor is the update, in every format?
+"""How far from the memory floor is the update, in every format, and how do others do who keep the same?
 
-    OMP_NUM_THREADS=1 python benchmarks/update.py [--device cpu] [--numel 16777216] [--rounds 7]
+    OMP_NUM_THREADS=1 python benchmarks/update.py [--device cpu] [--mib 256 ...] [--rounds 7] [--tune] [--json out.json]
 
-One process, no process group. Three things take turns: the update of a whole optimizer (no communication), one raw call
-of torch's fused AdamW on float32 tensors of as many elements, and a copy that moves as many bytes as the format must
-(each of its tensors read, all but the gradient written). Medians and, in brackets, the fastest and the slowest round.
-``/torch`` is the median ratio of update to raw call; ``floor`` is the copy's time over the update's. The last column is
-the most memory that a step takes for itself on top of what was there.
+One process, no process group. `--mib` is the size of a shard: its parameters, float32 gradient and state together.
+
+**The update** of a whole optimizer alone (no communication, gradients lie in the shard) takes turns with a copy that
+moves as many bytes as the format must (each of its tensors read, all but the gradient written). Medians and, in
+brackets, the fastest and the slowest round. ``floor`` is the copy's time over the update's: the share of the memory's
+bandwidth. The last column is the most memory that a step takes for itself on top of what was there.
+
+**The step**, `optimizer.step()` from gradients in `p.grad`, takes turns with the peers' that keep the same format, or
+the nearest: torch's AdamW (`fused` and `foreach`), the step with float32 masters as one writes it by hand (cast the
+gradients, step fused, copy the masters back), and 8-bit AdamW of torchao, bitsandbytes and FlashOptim where they are
+installed. ``ratio`` is the peer's time over ours: above 1, ours is faster. Ours includes what one rank does of a
+reduction: staging, the float32 shard, the look for NaNs.
+
+`--tune` tries the kernel's tile sizes and warps instead, and rounding to the last bit against fast division and roots.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,24 +42,47 @@ from torch.profiler import ProfilerActivity, profile
 from shardadam import Precision, ShardedAdamW
 from shardadam.update import formats
 
-FORMATS = [
-    (torch.float32, "fp32", "auto"),
-    (torch.float32, "bf16", "auto"),
-    (torch.float32, "int8", "auto"),
+MIB = 2**20
+COPY_BYTES = 4 * 2**30  # at most: a larger one is no faster
+PARAMETER_NUMEL = 2**24
+
+
+@dataclass(frozen=True)
+class Form:
+    dtype: torch.dtype
+    moments: str
+    master: str = "auto"
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(moments=self.moments, master=self.master)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.'):>8} | {self.master:>6} | {self.moments:>7}"
+
+
+FORMS = [
+    *(Form(torch.float32, moments) for moments in ("fp32", "bf16", "int8")),
     *(
-        (torch.bfloat16, moments, master)
+        Form(torch.bfloat16, moments, master)
         for moments in ("fp32", "bf16", "int8")
         for master in ("fp32", "split", "none")
     ),
 ]
 
+TUNED = [Form(torch.float32, "fp32"), Form(torch.bfloat16, "fp32", "split"), Form(torch.bfloat16, "int8", "split")]
 
-def build(dtype: torch.dtype, moments: str, master: str, numel: int, device: torch.device) -> ShardedAdamW:
-    precision = Precision(moments=moments, master=master)  # type: ignore[arg-type]
-    optimizer = ShardedAdamW([nn.Parameter(torch.randn(numel, device=device, dtype=dtype))], precision=precision)
-    for arena in optimizer._arenas:
-        arena.gradient_shard.normal_()
-    return optimizer
+
+# Ours
+
+
+def build(form: Form, numel: int, device: torch.device, **options: Any) -> ShardedAdamW:
+    return ShardedAdamW(parameters_of(form.dtype, numel, device), precision=form.precision, **options)
+
+
+def parameters_of(dtype: torch.dtype, numel: int, device: torch.device) -> list[nn.Parameter]:
+    lengths = [min(PARAMETER_NUMEL, numel - start) for start in range(0, numel, PARAMETER_NUMEL)]
+    return [nn.Parameter(torch.randn(length, device=device, dtype=dtype)) for length in lengths]
 
 
 def update(optimizer: ShardedAdamW) -> None:
@@ -51,7 +90,7 @@ def update(optimizer: ShardedAdamW) -> None:
         device = arena.parameters.device
         arena.update.begin(
             found_inf=torch.zeros((), device=device),
-            used=torch.ones(1, dtype=torch.bool, device=device),
+            used=torch.ones(len(arena.members), dtype=torch.bool, device=device),
             host_used=None,
             coefficient=None,
             hyperparameters=optimizer.param_groups[0],
@@ -62,16 +101,99 @@ def update(optimizer: ShardedAdamW) -> None:
 
 def bytes_moved(optimizer: ShardedAdamW) -> int:
     (arena,) = optimizer._arenas
+    return 2 * (arena.parameters.nbytes + kept_bytes(optimizer)) + arena.gradient_shard.nbytes
+
+
+def kept_bytes(optimizer: ShardedAdamW) -> int:
+    (arena,) = optimizer._arenas
     names = (*formats.MOMENTS, *formats.SCALES, *formats.MASTERS)
-    kept = sum(arena.state[name].nbytes for name in names if name in arena.state)
-    return 2 * (arena.parameters.nbytes + kept) + arena.gradient_shard.nbytes
+    return sum(arena.state[name].nbytes for name in names if name in arena.state)
 
 
-def raw_call(numel: int, device: torch.device) -> Callable[[], None]:
-    weight, gradient, exp_avg = (torch.randn(numel, device=device) for _ in range(3))
-    lists = [[weight], [gradient], [exp_avg], [exp_avg.square()], [], [torch.ones((), device=device)]]
-    options = dict(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=1e-2, eps=1e-8, amsgrad=False, maximize=False)
-    return lambda: torch._fused_adamw_(*lists, **options)
+def bytes_of_an_element(form: Form) -> float:
+    """Of a shard: parameter, float32 gradient and state."""
+    optimizer = build(form, 2**14, torch.device("cpu"))
+    return (optimizer._arenas[0].parameters.nbytes + kept_bytes(optimizer)) / 2**14 + 4
+
+
+# Peers
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    build: Callable[[list[nn.Parameter]], Callable[[], object]]
+    forms: Callable[[Form], bool]
+    needs: str | None = None
+
+
+def stock(parameters: list[nn.Parameter], **options: Any) -> Callable[[], object]:
+    return torch.optim.AdamW(parameters, **options).step
+
+
+def with_masters(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    masters = [p.detach().float() for p in parameters]
+    optimizer = torch.optim.AdamW(masters, fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        for p, master in zip(parameters, masters, strict=True):
+            master.grad = p.grad.float()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_copy_(parameters, masters)
+
+    return step
+
+
+def torchao_8bit(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, bf16_stochastic_round=parameters[0].dtype == torch.bfloat16).step
+
+
+def bitsandbytes_8bit(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters).step
+
+
+def flashoptim_8bit(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    from flashoptim import FlashAdamW
+
+    return FlashAdamW(parameters, lr=1e-3).step
+
+
+def is_plain(form: Form) -> bool:
+    """As torch keeps it: everything in the parameter's dtype."""
+    moments = "fp32" if form.dtype == torch.float32 else "bf16"
+    return form.moments == moments and form.master in ("auto", "none")
+
+
+def is_8bit_alone(form: Form) -> bool:
+    return form.moments == "int8" and form.master in ("auto", "none")
+
+
+def is_8bit_with_master(form: Form) -> bool:
+    return form.moments == "int8" and form.master in ("auto", "split")
+
+
+PEERS = [
+    Peer("torch fused", lambda some: stock(some, fused=True), is_plain),
+    Peer("torch foreach", lambda some: stock(some, foreach=True), is_plain),
+    Peer("by hand, fp32 masters", with_masters, lambda form: form.master in ("fp32", "split")),
+    Peer("torchao 8-bit", torchao_8bit, is_8bit_alone, "torchao"),
+    Peer("bitsandbytes 8-bit", bitsandbytes_8bit, is_8bit_alone, "bitsandbytes"),
+    Peer(
+        "FlashOptim",
+        flashoptim_8bit,
+        lambda form: form.moments == "int8" and form.master in ("auto", "split"),
+        "flashoptim",
+    ),
+]
+
+
+# Clocks
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -88,16 +210,43 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def in_turns(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each in every round but the first."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + 1):
+        for name, contender in contenders.items():
+            taken = seconds(contender, device)
+            if index > 0:
+                times[name].append(taken)
+    return times
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def copier(nbytes: int, device: torch.device) -> Callable[[], object]:
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def extra_bytes(optimizer: ShardedAdamW, device: torch.device) -> int:
     """The peak of what one step allocates. The gradient's way into the shard, staging included, is not in it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        optimizer.step()
-        return torch.cuda.max_memory_allocated() - before
-    with watching() as peak:
-        optimizer.step()
-    return peak()
+    parameters = optimizer.param_groups[0]["params"]
+    for _ in range(2):  # staging is there after the first, and stays
+        sum(p.sum() for p in parameters).backward()
+        optimizer._look("step", with_norm=False)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            optimizer.step()
+            found = torch.cuda.max_memory_allocated() - before
+        else:
+            with watching() as peak:
+                optimizer.step()
+            found = peak()
+    return found
 
 
 @contextmanager
@@ -113,51 +262,172 @@ def watching() -> Iterator[Callable[[], int]]:
             result[0] = max(result[0], now)
 
 
-def measure(dtype: torch.dtype, moments: str, master: str, args: argparse.Namespace, device: torch.device) -> str:
-    optimizer = build(dtype, moments, master, args.numel, device)
+# Measurements
+
+
+def measure_update(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
+    optimizer = build(form, numel, args.device)
+    for arena in optimizer._arenas:
+        arena.gradient_shard.normal_()
     moved = bytes_moved(optimizer)
-    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    forms: dict[str, Callable[[], object]] = {
-        "update": lambda: update(optimizer),
-        "torch": raw_call(args.numel, device),
-        "copy": lambda: target.copy_(source),
+    copied = min(moved // 2, COPY_BYTES)
+    copy = copier(copied, args.device)
+    times = in_turns({"update": lambda: update(optimizer), "copy": copy}, args.rounds, args.device)
+    copies = [taken * (moved / 2 / copied) for taken in times["copy"]]
+    del copy
+    found = {
+        "numel": numel,
+        "bytes": moved / numel,
+        "ns": [1e9 * taken / numel for taken in times["update"]],
+        "gbs": moved / statistics.median(times["update"]) / 1e9,
+        "copy_gbs": moved / statistics.median(copies) / 1e9,
+        "floor": ratio(copies, times["update"]),
+        "extra_bytes": extra_bytes(optimizer, args.device),
     }
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for round_index in range(args.rounds + 1):
-        for name, form in forms.items():
-            taken = seconds(form, device)
-            if round_index > 0:
-                times[name].append(taken)
-    medians = {name: statistics.median(some) for name, some in times.items()}
-    each = [1e9 * some / args.numel for some in (medians["update"], min(times["update"]), max(times["update"]))]
-    against = statistics.median(a / b for a, b in zip(times["update"], times["torch"], strict=True))
-    parameter = optimizer.param_groups[0]["params"][0]
-    parameter.sum().backward()
-    optimizer.step()  # staging is there now, and stays
-    parameter.sum().backward()
-    optimizer._look(with_norm=False)
-    return (
-        f"{str(dtype).removeprefix('torch.'):>8} | {master:>6} | {moments:>7} | {moved / args.numel:5.1f} | "
-        f"{each[0]:6.2f} ({each[1]:.2f} to {each[2]:.2f}) | {moved / medians['update'] / 1e9:7.1f} | {against:6.2f} | "
-        f"{medians['copy'] / medians['update']:5.2f} | {extra_bytes(optimizer, device) / 2**20:6.2f}"
+    print(
+        f"{form} | {moved / numel:5.1f} | {spread(found['ns'])} | {found['gbs']:7.1f} | {found['floor']:5.2f} | "
+        f"{found['extra_bytes'] / MIB:6.2f}",
+        flush=True,
     )
+    return found
+
+
+def measure_steps(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Ours and the peers', one optimizer of a peer at a time."""
+    peers = [peer for peer in PEERS if peer.forms(form)]
+    found: dict[str, Any] = {}
+    for peer in peers:
+        if peer.needs is not None and importlib.util.find_spec(peer.needs) is None:
+            found[peer.name] = "not installed"
+            continue
+        try:
+            found[peer.name] = against(form, numel, peer, args)
+            took = found[peer.name]
+            text = f"{spread(took['peer_ns'])} | {spread(took['ns'])} | {took['ratio']:5.2f}"
+        except torch.OutOfMemoryError:
+            found[peer.name] = text = "out of memory"
+        except Exception as error:  # of somebody else's library
+            found[peer.name] = text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"{form} | {peer.name:>21} | {text}", flush=True)
+        release(args.device)
+    return found
+
+
+def against(form: Form, numel: int, peer: Peer, args: argparse.Namespace) -> dict[str, Any]:
+    optimizer = build(form, numel, args.device, gradient_sync="step")
+    mine = optimizer.param_groups[0]["params"]
+    theirs = parameters_of(form.dtype, numel, args.device)
+    for p in (*mine, *theirs):
+        p.grad = torch.randn_like(p)
+    step = peer.build(theirs)
+
+    def ours() -> None:
+        optimizer.zero_grad(set_to_none=False)  # new gradients, as far as the optimizer knows, at one pass over them
+        optimizer.step()
+
+    def zero() -> None:
+        for p in theirs:
+            p.grad.zero_()
+
+    def peers() -> None:
+        zero()
+        step()
+
+    times = in_turns({"ours": ours, "peer": peers, "zero": zero}, args.rounds, args.device)
+    net = {name: [a - b for a, b in zip(times[name], times["zero"], strict=True)] for name in ("ours", "peer")}
+    return {
+        "ns": [1e9 * taken / numel for taken in net["ours"]],
+        "peer_ns": [1e9 * taken / numel for taken in net["peer"]],
+        "ratio": ratio(net["peer"], net["ours"]),
+    }
+
+
+def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from shardadam.update import triton
+
+    found = []
+    print("   dtype | master | moments | rows | warps | exact |  GB/s")
+    for form in (
+        Form(torch.float32, "fp32"),
+        Form(torch.bfloat16, "fp32", "split"),
+        Form(torch.bfloat16, "int8", "split"),
+    ):
+        numel = round(args.mib[0] * MIB / bytes_of_an_element(form) / 2**14) * 2**14
+        optimizer = build(form, numel, args.device)
+        moved = bytes_moved(optimizer)
+        for exact in (True, False):
+            for rows in (4, 8, 16, 32):
+                for warps in (4, 8):
+                    triton.ROWS, triton.WARPS, triton.EXACT = rows, warps, exact
+                    update(optimizer)
+                    rate = moved / min(seconds(lambda o=optimizer: update(o), args.device) for _ in range(3)) / 1e9
+                    found.append({"form": str(form), "rows": rows, "warps": warps, "exact": exact, "gbs": rate})
+                    print(f"{form} | {rows:4d} | {warps:5d} | {exact!s:>5} | {rate:5.0f}", flush=True)
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):7.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "torchao", "bitsandbytes", "flashoptim"):
+        if importlib.util.find_spec(name) is not None:
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--numel", type=int, default=None, help="None: 2^24 on the CPU, 2^28 on CUDA")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--mib", type=float, nargs="+", help="1024 4096 16384 on CUDA, 256 on the CPU")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="words that a format's line must have: bfloat16 split int8"
+    )
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device)
-    args.numel = args.numel or (2**28 if device.type == "cuda" else 2**24)
+    args.device = torch.device(args.device)
+    args.mib = args.mib or ([1024, 4096, 16384] if args.device.type == "cuda" else [256])
     torch.set_num_threads(1)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-    print(f"{name}, Python {platform.python_version()}, torch {torch.__version__}; {args.numel:,} elements")
-    print("   dtype | master | moments | bytes | ns an element        |    GB/s | /torch | floor | MiB extra")
-    for case in FORMATS:
-        print(measure(*case, args, device), flush=True)
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU, one thread"
+    result: dict[str, Any] = {"device": name, "versions": versions(), "forms": []}
+    print(name, *(f"{key} {value}" for key, value in result["versions"].items()), sep=", ")
+
+    def write() -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(result, indent=1))
+
+    if args.tune:
+        result["tune"] = tune(args)
+        write()
+        return
+    forms = [form for form in FORMS if set(args.only) <= set(str(form).split())]
+    for mib in args.mib:
+        print(f"\nThe update, shards of {mib:g} MiB")
+        print("   dtype | master | moments | bytes |  ns an element            |    GB/s | floor | MiB extra")
+        for form in forms:
+            numel = round(mib * MIB / bytes_of_an_element(form) / 2**14) * 2**14
+            entry = {"dtype": str(form.dtype), "master": form.master, "moments": form.moments, "mib": mib}
+            result["forms"].append(entry)
+            entry |= measure_update(form, numel, args)
+            release(args.device)
+            write()
+    print(f"\nThe step, shards of {args.mib[0]:g} MiB")
+    print(
+        "   dtype | master | moments |                  peer |  its ns an element         |  ours             | ratio"
+    )
+    for form, entry in zip(forms, result["forms"], strict=False):
+        entry["peers"] = measure_steps(form, entry["numel"], args)
+        write()
 
 
 if __name__ == "__main__":

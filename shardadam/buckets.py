@@ -22,7 +22,7 @@ from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
 from shardadam.tracing import span
 from shardadam.transport import Pending, Staging, Transport
-from shardadam.transport.base import own_slice
+from shardadam.transport.base import Finished, own_slice
 from shardadam.update import Counters, Shard, Update, formats
 
 
@@ -340,7 +340,7 @@ def same_order(one: tuple[int, ...], other: tuple[int, ...], shape: torch.Size) 
 
 @dataclass(slots=True)
 class InFlight:
-    """A reduce-scatter under way in a staging buffer."""
+    """A reduce-scatter in a staging buffer: under way, or the last one that was."""
 
     staging: Staging
     pending: Pending
@@ -355,6 +355,11 @@ class StagingPool:
         pool grows: the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in
         ``trim``. Before it grows it looks out for the peers for a moment, which cannot be a deadlock: they are mostly
         just behind.
+
+    Note: a buffer on another stream
+        Hooks run on the streams of their gradients. That which has waited for a transfer need not be that which fills
+        the buffer next, so the latter waits, too. After ``trim`` it need not: whatever a next backward runs on comes
+        after the step. (And it must not: events of before a CUDA graph's capture are none of its own.)
     """
 
     SIZE = 2
@@ -363,7 +368,7 @@ class StagingPool:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._numel: dict[tuple[torch.dtype, torch.device], int] = {}
-        self._free: dict[tuple[torch.dtype, torch.device], list[Staging]] = {}
+        self._free: dict[tuple[torch.dtype, torch.device], list[InFlight]] = {}
         self._in_flight: deque[InFlight] = deque()
         self._is_patient = True
         self._unreleased: deque[InFlight] = deque()  # waited for here, but peers may still be reading them
@@ -373,8 +378,8 @@ class StagingPool:
         key = (bucket.wire_dtype, bucket.parameters.device)
         if bucket.numel > self._numel.get(key, 0):
             self._numel[key] = bucket.numel
-            for staging in self._free.get(key, []):
-                self._transport.discard(staging)
+            for free in self._free.get(key, []):
+                self._transport.discard(free.staging)
             self._free[key] = []
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
@@ -396,7 +401,11 @@ class StagingPool:
                 self.progress()
                 self._take_back()
             self._is_patient = bool(free)  # if not, not again until a peer has come
-        return free.pop() if free else self._transport.staging(self._numel[key], *key)
+        if not free:
+            return self._transport.staging(self._numel[key], *key)
+        last = free.pop()
+        last.pending.wait_on_this_stream()
+        return last.staging
 
     def launched(self, staging: Staging, pending: Pending) -> None:
         self._in_flight.append(InFlight(staging, pending))
@@ -415,19 +424,17 @@ class StagingPool:
         """Gives back what the pool has grown by, as far as peers have done with it."""
         self._take_back()
         for free in self._free.values():
-            for staging in free[self.SIZE :]:
-                self._transport.discard(staging)
-            del free[self.SIZE :]
+            for last in free[self.SIZE :]:
+                self._transport.discard(last.staging)
+            free[:] = [InFlight(last.staging, Finished()) for last in free[: self.SIZE]]
 
     @property
     def is_idle(self) -> bool:
         return not self._in_flight
 
     def buffers(self) -> Iterator[Staging]:
-        for free in self._free.values():
-            yield from free
-        for in_flight in (*self._in_flight, *self._unreleased):
-            yield in_flight.staging
+        for some in (*self._free.values(), self._in_flight, self._unreleased):
+            yield from (in_flight.staging for in_flight in some)
 
     def _count(self) -> int:
         return len(self._in_flight) + len(self._unreleased)
@@ -441,9 +448,9 @@ class StagingPool:
 
     def _take_back(self) -> None:
         while self._unreleased and self._unreleased[0].pending.is_released():
-            staging = self._unreleased.popleft().staging
-            send = staging.send
+            last = self._unreleased.popleft()
+            send = last.staging.send
             if send.numel() == self._numel[send.dtype, send.device]:
-                self._free[send.dtype, send.device].append(staging)
+                self._free[send.dtype, send.device].append(last)
             else:
-                self._transport.discard(staging)
+                self._transport.discard(last.staging)

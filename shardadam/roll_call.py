@@ -85,8 +85,13 @@ class RollCall:
     def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int) -> None:
         self.places: dict[int, Place] = {}  # by rank, as far as they are known
         self._rank = rank
-        self._store = store.clone() if hasattr(store, "clone") else store
-        self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        self._store: dist.distributed_c10d.Store | None
+        try:
+            self._store = store.clone()  # type: ignore[attr-defined]
+            self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        except (AttributeError, RuntimeError):  # not all kinds of stores can be cloned
+            self._store = None
+            return
         _answer_in_background(self._store, rank, _PERIOD_S * max(1.0, world_size / 1000))
 
     def report(self, ranks: Sequence[int]) -> str:
@@ -97,11 +102,14 @@ class RollCall:
         thread.join(_PATIENCE_S + 1)
         told = answer[0] if answer else None
         if told is None:
-            who = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
-            return (
-                "Where the ranks stand is not known: the store by which they met cannot be reached; the process that "
-                f"holds it (rank 0, or torchrun's agent there) has ended, or its host is cut off. They are: {who}."
+            why = (
+                "the store by which they met cannot be asked from a thread of its own"
+                if self._store is None
+                else "the store by which they met cannot be reached; the process that holds it (rank 0, or torchrun's "
+                "agent there) has ended, or its host is cut off"
             )
+            who = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
+            return f"Where the ranks stand is not known: {why}. They are: {who}."
         silent = [rank for rank in ranks if told.setdefault(rank, _SILENT) in (_SILENT, _ENDED)]
         shown = sorted(told, key=lambda rank: (rank not in silent, rank != self._rank, rank))
         lines = [f"  {self._name(rank)}: {told[rank]}" for rank in shown[:_MOST_NAMED]]
@@ -121,6 +129,8 @@ class RollCall:
 
     def _ask(self, ranks: Sequence[int]) -> dict[int, str] | None:
         """What they answer, and which have ended; None where there is no way to ask."""
+        if self._store is None:
+            return None
         told = {self._rank: _standing.tell()}
         try:
             question = self._store.add("questions", 1)

@@ -59,11 +59,10 @@ class Run:
 
     def train(self, steps: Iterable[int], *, accumulate: int = 1) -> None:
         rank, _ = rank_and_size()
-        dtype = self.model.scale.dtype
         for step in steps:
             generator = torch.Generator().manual_seed(1000 * step + rank)
             for i in range(accumulate):
-                x = torch.randn(4, 3, 6, 6, generator=generator).to(dtype)
+                x = torch.randn(4, 3, 6, 6, generator=generator).to(self.model.scale)
                 with nullcontext() if i + 1 == accumulate else self.optimizer.no_sync():
                     self.model(x).backward()
             self.optimizer.step()
@@ -72,13 +71,13 @@ class Run:
 
     def everything(self) -> dict[str, Tensor]:
         """All that must come back, whole on every rank. Collective."""
-        found = {f"model.{name}": value.detach().clone() for name, value in self.model.state_dict().items()}
+        found = {f"model.{name}": value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 for kind, value in self.optimizer.full_state(parameter).items():
-                    found[f"{name}.{kind}"] = value
+                    found[f"{name}.{kind}"] = value.cpu()
         found["lr"] = torch.tensor([float(group["lr"]) for group in self.optimizer.param_groups])
-        found["skipped"] = self.optimizer.skipped_steps.clone()
+        found["skipped"] = self.optimizer.skipped_steps.cpu().clone()
         return found
 
 
@@ -88,12 +87,13 @@ def build(
     bucket_mb: float = 0.05,
     seed: int = 0,
     width: int = 257,
+    device: str = "cpu",
     **options: Any,
 ) -> Run:
     dtype, moments, master = format
     rank, _ = rank_and_size()
     torch.manual_seed(seed)
-    model = Net(width).to(dtype)
+    model = Net(width).to(device, dtype)
     torch.manual_seed(100 * seed + rank)  # dropout is another on each rank
     named = [(name, p) for name, p in model.named_parameters()]
     groups = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardadam import ShardedAdamW
 from shardadam.agreement import Claim, _describe_difference, name_ranks
+from shardadam.roll_call import RollCall
 from tests.ranks import on_ranks, rank_and_size
 
 ODD_RANK = 1
@@ -245,3 +246,13 @@ def test_a_difference_names_ranks_of_the_whole_job() -> None:
 def test_a_rank_with_less_to_claim_is_said_to_have_nothing() -> None:
     described = _describe_difference([Claim("parameter 'a'", "shape", "(2,)"), None], [0, 1])
     assert "parameter 'a' (shape (2,)) on rank 0, nothing on rank 1." in described
+
+
+def test_a_store_that_cannot_be_cloned_is_not_asked_where_ranks_stand() -> None:
+    """torch's FakeStore, and stores written in Python, raise at clone(): building an optimizer failed."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert RollCall(FakeStore(), 0, 2).report([0, 1]) == (
+        "Where the ranks stand is not known: the store by which they met cannot be asked from a thread of its own. "
+        "They are: rank 0 (this one), rank 1."
+    )

@@ -26,16 +26,18 @@ from tests.runs import FORMATS, build, differences
 Everything = dict[str, Tensor]
 
 
-def save_run(directory: str, format: Any, bucket_mb: float, width: int, adversarial: bool = False) -> Everything:
+def save_run(
+    directory: str, format: Any, bucket_mb: float, width: int, adversarial: bool = False, device: str = "cpu"
+) -> Everything:
     options = {"transport": AdversarialTransport(connect(None))} if adversarial else {}
-    run = build(format, bucket_mb=bucket_mb, width=width, **options)
+    run = build(format, bucket_mb=bucket_mb, width=width, device=device, **options)
     run.train(range(3))
     shardadam.save(directory, step=3, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
     return run.everything()
 
 
-def load_run(directory: str, format: Any, bucket_mb: float, width: int) -> Everything:
-    run = build(format, bucket_mb=bucket_mb, width=width, seed=4)
+def load_run(directory: str, format: Any, bucket_mb: float, width: int, device: str = "cpu") -> Everything:
+    run = build(format, bucket_mb=bucket_mb, width=width, seed=4, device=device)
     shardadam.load(directory, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
     return run.everything()
 

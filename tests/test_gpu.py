@@ -1,73 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: the compiled kernel gives the reference's bits, a step never waits for the device, and can be captured."""
+"""What the CPU shows, shown again on a GPU, and what only a GPU can show: the compiled kernel's bits, a step that never
+waits for the device, capture in a CUDA graph, transfers on a stream of their own.
+
+Over NCCL with one rank, and with 2 and 4 on one GPU over Gloo. The scenarios are those of the CPU's tests.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shardadam import Precision, ShardedAdamW
+from shardadam import GradScaler, Precision, ShardedAdamW
+from shardadam.planner import Setting, plan
+from shardadam.transport import Transport, collective, connect
 from shardadam.update.shard import Counters, Shard
+from tests import test_checkpoint_reshard as checkpoints
+from tests import test_overlap as overlap
+from tests import test_parity as parity
+from tests import test_precision as precision
 from tests import test_triton as interpreted
+from tests.nccl import nccl_of_one
+from tests.ranks import on_ranks, rank_and_size
+from tests.runs import differences
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DEVICE = "cuda"
+on_nccl_too = pytest.mark.parametrize("transport", [connect, nccl_of_one], ids=["alone", "nccl"])
+of_moments = pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+Connect = Callable[..., Transport]
 
 
-def moved(thing: Any, device: str) -> Any:
-    """A Shard or Counters with its tensors on another device."""
-    flats = {f.name: getattr(thing, f.name) for f in fields(thing)}
-    return replace(thing, **{name: flat.to(device) for name, flat in flats.items() if isinstance(flat, Tensor)})
+def connected(transport: Connect) -> Transport:
+    return transport(None) if transport is connect else transport()
+
+
+@pytest.fixture
+def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every transfer begins some milliseconds late: what does not wait for it reads what was there before."""
+    enter = collective.CommunicationStream.__enter__
+
+    def late(self: Any) -> Any:
+        stream = enter(self)
+        torch.cuda._sleep(5_000_000)
+        return stream
+
+    monkeypatch.setattr(collective.CommunicationStream, "__enter__", late)
+
+
+# The kernel
 
 
 @interpreted.each_variant
 def test_compiled_kernel_equals_reference(variant: interpreted.Variant) -> None:
-    """Bit for bit, 0x7fffffff in a parameter's and its remainder's bits included, as the interpreter does."""
+    """Bit for bit, as the interpreter does; infinities, subnormals, NaNs and remainders written by others included."""
+    assert interpreted.differences_from_reference(variant, device=DEVICE) == []
+
+
+def test_compiled_positions_are_counted_in_uint32() -> None:
+    variant = interpreted.Variant("int8", "bfloat16", "none")
+    assert interpreted.differences_from_reference(variant, 2**32 - 1024, DEVICE) == []
+
+
+def test_nan_stays_nan_through_a_split() -> None:
+    """0x7fffffff rounds to a parameter that is NaN, not to -0.0."""
+    variant = interpreted.Variant("fp32", "bfloat16", "split")
+    shard = interpreted.moved(interpreted.build_shard(variant, torch.Generator().manual_seed(0)), DEVICE)
+    shard.parameter.view(torch.int16).fill_(0x7FFF)
+    shard.remainder.fill_(-1)
+    counters = interpreted.moved(interpreted.build_counters(), DEVICE)
+    take_steps(shard, counters, 1)
+    assert bool(shard.parameter.isnan().all())
+
+
+def take_steps(shard: Shard, counters: Counters, count: int) -> None:
     from shardadam.update.triton import TritonUpdate
 
-    random = torch.Generator().manual_seed(interpreted.VARIANTS.index(variant))
-    truth, true_counters = interpreted.build_shard(variant, random), interpreted.build_counters()
-    counters: Counters = moved(interpreted.clone_counters(true_counters), "cuda")
     update = TritonUpdate(counters, seed=interpreted.SEED)
-    for step in interpreted.STEPS:
-        truth.gradient.copy_(interpreted.awkward_values(truth.gradient.numel(), random))
-        ours: Shard = moved(interpreted.clone(truth), "cuda")
-        used = torch.ones(len(counters.steps), dtype=torch.bool)
-        used[list(step.unused)] = False
-        update.begin(
-            found_inf=torch.zeros((), device="cuda"),
-            used=used.cuda(),
-            host_used=None,
-            coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device="cuda"),
-            hyperparameters=step.hyperparameters,
-        )
-        update.update_(ours, interpreted.ONLY_BUCKET)
-        interpreted.step_reference(truth, true_counters, step)
-        found = interpreted.differences(moved(ours, "cpu"), truth, moved(counters, "cpu"), true_counters)
-        assert found == []
-        interpreted.write_some(truth, random)
+    for _ in range(count):
+        interpreted.begin(update, counters, interpreted.Step(interpreted.adam_step()))
+        update.update_(shard, interpreted.ONLY_BUCKET)
 
 
-def build(moments: Any, lr: Any = 1e-2) -> tuple[nn.Module, ShardedAdamW]:
+def of_one_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counters]:
+    """bfloat16 without a master, 8-bit moments."""
+    make = lambda dtype, count=numel: torch.zeros(count, dtype=dtype, device=DEVICE)  # noqa: E731
+    blocks = numel // interpreted.BLOCK_NUMEL
+    shard = Shard(
+        parameter=make(torch.bfloat16),
+        gradient=gradient,
+        exp_avg=make(torch.int8),
+        exp_avg_sq=make(torch.uint8),
+        exp_avg_scale=make(torch.float32, blocks),
+        exp_avg_sq_scale=make(torch.float32, blocks),
+        master=None,
+        remainder=None,
+        blocks=make(torch.int16, blocks),
+        first_block=0,
+    )
+    counters = Counters(make(torch.float32, 1), make(torch.float64, 1), make(torch.int64, 1), make(torch.int64, 1))
+    return shard, counters
+
+
+def test_stochastic_rounding_is_unbiased_on_the_device() -> None:
+    numel = 1 << 22
+    shard, counters = of_one_parameter(numel, torch.ones(numel, device=DEVICE))
+    shard.parameter.fill_(1.0)
+    take_steps(shard, counters, 1)
+    below, above = 1.0 - 2.0**-8, 1.0  # between which 1 - LR lies
+    assert sorted(shard.parameter.float().unique().tolist()) == [below, above]
+    expected = (1.0 - interpreted.LR - below) / (above - below)
+    share = float((shard.parameter == above).float().mean())
+    assert abs(share - expected) < 5 * (expected * (1 - expected) / numel) ** 0.5 + 1e-5
+
+
+def test_offsets_past_two_to_the_31_elements() -> None:
+    """The last elements of a huge shard come out as those of a small one with the same gradients and positions."""
+    numel, last = 2**31 + 8 * 1024, 1024
+    if torch.cuda.mem_get_info()[0] < 10 * numel:
+        pytest.skip("needs 20 GB of memory on the device")
+    random = torch.Generator(DEVICE).manual_seed(0)
+    gradient = torch.zeros(numel, device=DEVICE)
+    gradient[-last:] = torch.randn(last, device=DEVICE, generator=random)
+    shard, counters = of_one_parameter(numel, gradient)
+    small, its_counters = of_one_parameter(last, gradient[-last:].clone())
+    its_counters.first_blocks.sub_((numel - last) // interpreted.BLOCK_NUMEL)
+    take_steps(shard, counters, 2)
+    take_steps(small, its_counters, 2)
+    assert torch.equal(shard.parameter[-last:], small.parameter) and bool(small.parameter.any())
+    assert torch.equal(shard.exp_avg[-last:], small.exp_avg) and torch.equal(shard.exp_avg_sq[-last:], small.exp_avg_sq)
+    assert not bool(shard.parameter[:-last].any())
+
+
+# The step
+
+
+def build(moments: Any, lr: Any, transport: Connect) -> tuple[nn.Module, ShardedAdamW]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).cuda().bfloat16()
-    return model, ShardedAdamW(model.parameters(), lr=lr, max_grad_norm=1.0, precision=Precision(moments=moments))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).to(DEVICE).bfloat16()
+    options: Any = dict(lr=lr, max_grad_norm=1.0, precision=Precision(moments=moments), bucket_mb=0.005)
+    return model, ShardedAdamW(model.parameters(), transport=connected(transport), **options)
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
-def test_a_step_does_not_wait_for_the_device(moments: str) -> None:
-    model, optimizer = build(moments)
-    batch = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+@on_nccl_too
+@of_moments
+def test_a_step_does_not_wait_for_the_device(moments: str, transport: Connect) -> None:
+    model, optimizer = build(moments, 1e-2, transport)
+    batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     for step in range(3):
-        model(batch).float().square().mean().backward()
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # kernels are compiled in the first
+        # In the first, kernels are compiled and the order of buckets is agreed.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
+            model(batch).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         finally:
@@ -75,14 +167,15 @@ def test_a_step_does_not_wait_for_the_device(moments: str) -> None:
     assert int(optimizer.skipped_steps) == 0
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
-def test_a_captured_step_replays_as_steps(moments: str) -> None:
+@on_nccl_too
+@of_moments
+def test_a_captured_step_replays_as_steps(moments: str, transport: Connect) -> None:
     """Forward, backward and step in one CUDA graph, with a learning rate that is changed between replays."""
-    batch = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+    batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     results = []
     for captured in (False, True):
-        lr = torch.tensor(1e-2, device="cuda")
-        model, optimizer = build(moments, lr)
+        lr = torch.tensor(1e-2, device=DEVICE)
+        model, optimizer = build(moments, lr, transport)
 
         def step(model: nn.Module = model, optimizer: ShardedAdamW = optimizer) -> None:
             model(batch).float().square().mean().backward()
@@ -107,3 +200,152 @@ def test_a_captured_step_replays_as_steps(moments: str) -> None:
         torch.cuda.synchronize()
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def train_on_streams(transport: Connect, streams: int) -> list[Tensor]:
+    """Branches of a model on streams of their own: autograd runs their backward, and the hooks, there, too."""
+    torch.manual_seed(0)
+    branches = nn.ModuleList(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256)) for _ in range(6))
+    branches.to(DEVICE)
+    optimizer = ShardedAdamW(branches.parameters(), lr=1e-2, bucket_mb=0.3, transport=connected(transport))
+    sides = [torch.cuda.Stream() for _ in range(streams)]
+    batch = torch.randn(64, 256, device=DEVICE)
+    for _ in range(6):
+        main, outputs = torch.cuda.current_stream(), []
+        for index, branch in enumerate(branches):
+            side = sides[index % streams] if sides else main
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                outputs.append(branch(batch))
+            main.wait_stream(side)
+        torch.stack(outputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().cpu() for p in branches.parameters()]
+
+
+@pytest.mark.usefixtures("slow_transfers")
+def test_gradients_from_several_streams_are_all_waited_for() -> None:
+    expected = train_on_streams(connect, 0)
+    for streams in (0, 3):
+        for a, b in zip(train_on_streams(nccl_of_one, streams), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def train_in_half_precision() -> tuple[float, int]:
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64).to(DEVICE)
+    optimizer = ShardedAdamW(model.parameters(), lr=1e-2)
+    scaler = GradScaler(DEVICE, init_scale=2.0**15, growth_interval=4)
+    for step in range(8):
+        batch = torch.randn(8, 64, generator=torch.Generator().manual_seed(10 * step + rank)).to(DEVICE)
+        with torch.autocast(DEVICE, torch.float16):
+            loss = (model(batch) - batch).float().square().mean()
+        scaler.scale(loss * (float("inf") if (step, rank) == (3, 0) else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    optimizer.check_in_sync()
+    return scaler.get_scale(), int(optimizer.skipped_steps)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_overflow_under_autocast_is_skipped_on_all_ranks(world_size: int) -> None:
+    assert set(on_ranks(world_size, train_in_half_precision)) == {(2.0**15, 1)}
+
+
+def test_the_plan_is_what_is_allocated() -> None:
+    torch.cuda.synchronize()
+    parameters = [nn.Parameter(torch.zeros(3000, 1000, device=DEVICE, dtype=torch.bfloat16)) for _ in range(8)]
+    setting = Setting(precision=Precision(moments="int8"), device=DEVICE)
+    before = torch.cuda.memory_allocated()
+    optimizer = ShardedAdamW(parameters, precision=setting.precision)
+    memory = optimizer.memory()
+    assert memory == plan(parameters, setting)
+    taken = torch.cuda.memory_allocated() - before
+    old = sum(p.nbytes for p in parameters)  # given back
+    assert taken == pytest.approx(memory.total - old, rel=0.01)
+
+
+# What the tests of the CPU show
+
+
+@pytest.fixture(params=[(1, "collective"), (1, "nccl"), (2, "collective"), (4, "collective")], ids=str)
+def ranks_and_transport(request: pytest.FixtureRequest) -> Iterator[tuple[int, str]]:
+    return request.param
+
+
+@pytest.mark.sweep(32)
+@pytest.mark.parametrize("case", parity.FEATURES, ids=lambda case: case.id)
+def test_equals_torch_in_every_feature(case: parity.Case, ranks_and_transport: tuple[int, str]) -> None:
+    """Of torch on the CPU: what is computed there is the same but for last places."""
+    world_size, transport = ranks_and_transport
+    results = on_ranks(world_size, parity.train_sharded, replace(case, device=DEVICE), transport)
+    expected = parity.train_torch(case, world_size)
+    for result in results:
+        for a, b, first in zip(result, expected, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * case.lr)
+            assert torch.equal(a, first)
+
+
+@pytest.mark.parametrize("master", ["split", "fp32", "none"])
+@of_moments
+def test_numbers_are_the_same_on_any_number_of_ranks(moments: str, master: str) -> None:
+    dtypes = ("fp32", "bf16", "fp16")
+    expected = precision.train(dtypes, moments, master, 32.0, device=DEVICE)
+    for world_size in (2, 4):
+        for result in on_ranks(world_size, precision.train, dtypes, moments, master, 0.003, 0, None, DEVICE):
+            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_split_masters_equal_fp32_masters_bit_for_bit() -> None:
+    split, whole = (precision.train(("bf16",), "fp32", m, 32.0, device=DEVICE) for m in ("split", "fp32"))
+    assert all(torch.equal(a, b) for a, b in zip(split, whole, strict=True))
+
+
+@pytest.mark.parametrize("format", [(torch.float32, "fp32", "auto"), (torch.bfloat16, "int8", "split")], ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "devices"), [(1, 2, (DEVICE, DEVICE)), (4, 1, (DEVICE, "cpu")), (2, 4, ("cpu", DEVICE))]
+)
+def test_checkpoints_reshard_and_change_devices(
+    tmp_path: Path, n: int, m: int, devices: tuple[str, str], format: Any
+) -> None:
+    saved = on_ranks(n, checkpoints.save_run, str(tmp_path), format, 0.05, 257, False, devices[0])[0]
+    for loaded in on_ranks(m, checkpoints.load_run, str(tmp_path), format, 0.01, 257, devices[1]):
+        assert differences(saved, loaded) == []
+
+
+@pytest.mark.usefixtures("slow_transfers")
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize(("world_size", "transport"), [(1, "nccl"), (2, "collective"), (4, "collective")])
+def test_overlap_changes_nothing(world_size: int, transport: str, gradient_sync: str) -> None:
+    def run(overlapped: bool) -> list[Any]:
+        options = (False, 12, DEVICE)
+        return on_ranks(world_size, overlap.train, transport, gradient_sync, torch.float32, overlapped, *options)
+
+    for one, other in zip(run(False), run(True), strict=True):
+        assert max(one["pending"]) == 0 and min(other["pending"]) > 5
+        for a, b in zip(one["tensors"], other["tensors"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def find_a_changed_bit() -> list[str]:
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = nn.Linear(300, 100).to(DEVICE)
+    optimizer = ShardedAdamW(model.named_parameters())
+    optimizer.check_in_sync()
+    if rank == 1:
+        with torch.no_grad():
+            model.weight.view(torch.int32)[7, 9] ^= 1
+    try:
+        optimizer.check_in_sync()
+    except RuntimeError as error:
+        return [str(error)]
+    return []
+
+
+def test_a_changed_bit_is_found() -> None:
+    for (said,) in on_ranks(2, find_a_changed_bit):
+        assert "parameter 'weight': rank 1 differs from rank 0, first at element 2109" in said

@@ -78,7 +78,7 @@ def test_what_is_missing_or_wrong_is_named(script: str, variables: dict[str, str
 
 
 DIES_ONCE = """
-import os, signal
+import os, signal, sys
 from datetime import timedelta
 import torch, torch.distributed as dist
 import shardadam
@@ -92,7 +92,7 @@ for _ in range(3):
         os.kill(os.getpid(), signal.SIGKILL)
     optimizer.step()
     optimizer.zero_grad()
-print("done after restart", os.environ["TORCHELASTIC_RESTART_COUNT"])
+sys.stdout.write(f"done after restart {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n")  # at once: both ranks write
 dist.destroy_process_group()
 """
 

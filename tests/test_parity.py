@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shardadam import ShardedAdam, ShardedAdamW
 from shardadam import transport as transports
 from tests.adversarial import AdversarialTransport
+from tests.nccl import nccl_of_one
 from tests.ranks import on_ranks, rank_and_size
 
 SHAPES = ((), (0,), (1,), (7, 15), (129,), (3, 4, 5, 2))
@@ -38,6 +39,7 @@ class Case:
     clip: float | None = None
     two_groups: bool = False
     channels_last: bool = False
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
@@ -53,7 +55,7 @@ def build_parameters(case: Case) -> list[nn.Parameter]:
         value = torch.randn(shape, generator=generator).sign() * (1 + torch.rand(shape, generator=generator))
         if case.channels_last and value.dim() == 4:
             value = value.to(memory_format=torch.channels_last)
-        parameters.append(nn.Parameter(value))
+        parameters.append(nn.Parameter(value.to(case.device)))
     return parameters
 
 
@@ -73,7 +75,7 @@ def loss_of(case: Case, parameters: list[nn.Parameter], rank: int, step: int, mi
     generator = torch.Generator().manual_seed(10_000 * step + 100 * micro + rank)
     total = parameters[0].new_zeros(())
     for index, parameter in enumerate(parameters):
-        target = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        target = torch.randn(parameter.shape, generator=generator).to(parameter)
         if is_used(case, index, rank, step):
             total = total + ((parameter - target) ** 2 * (index + 1)).sum() + (parameter * target).sum() * 3
     return total
@@ -100,7 +102,7 @@ def train_sharded(case: Case, transport: str) -> list[Tensor]:
         for parameter in parameters:
             parameter.data += rank
     optimizer_class = ShardedAdamW if case.adamw else ShardedAdam
-    connected = transports.connect(None)
+    connected = nccl_of_one() if transport == "nccl" else transports.connect(None)
     optimizer = optimizer_class(
         groups_of(case, parameters),
         **hyperparameters(case),
@@ -122,7 +124,7 @@ def train_sharded(case: Case, transport: str) -> list[Tensor]:
             optimizer.clip_grad_norm_(case.clip)
         optimizer.step()
         optimizer.zero_grad()
-    return [parameter.detach().clone() for parameter in parameters]
+    return [parameter.detach().cpu().clone() for parameter in parameters]
 
 
 def train_torch(case: Case, world_size: int) -> list[Tensor]:

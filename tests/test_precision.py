@@ -26,26 +26,32 @@ FORMATS = [
 every_format = pytest.mark.parametrize(("dtype", "moments", "master"), FORMATS)
 
 
-def build_parameters(dtypes: tuple[str, ...]) -> list[nn.Parameter]:
+def build_parameters(dtypes: tuple[str, ...], device: str = "cpu") -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(s, generator=generator).to(DTYPES[d])) for d in dtypes for s in SHAPES]
+    return [nn.Parameter(torch.randn(s, generator=generator).to(device, DTYPES[d])) for d in dtypes for s in SHAPES]
 
 
 def set_gradients(parameters: list[nn.Parameter], step: int) -> None:
     """The same on every rank, so that their mean is so on any number of ranks; one parameter has none at times."""
     generator = torch.Generator().manual_seed(100 + step)
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=parameters[0].device)
     for index, parameter in enumerate(parameters):
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
         if (index, step % 3) != (2, 1):
             loss = loss + (parameter.float() * noise).sum()
     loss.backward()
 
 
 def train(
-    dtypes: tuple[str, ...], moments: Any, master: Any, bucket_mb: float, seed: int = 0, clip: float | None = None
+    dtypes: tuple[str, ...],
+    moments: Any,
+    master: Any,
+    bucket_mb: float,
+    seed: int = 0,
+    clip: float | None = None,
+    device: str = "cpu",
 ) -> list[Tensor]:
-    parameters = build_parameters(dtypes)
+    parameters = build_parameters(dtypes, device)
     optimizer = ShardedAdamW(
         parameters,
         lr=1e-2,
@@ -58,7 +64,7 @@ def train(
         set_gradients(parameters, step)
         optimizer.step()
     states = [state for p in parameters for state in optimizer.full_state(p).values()]
-    return [*(p.detach().clone() for p in parameters), *states]
+    return [whole.detach().cpu().clone() for whole in (*parameters, *states)]
 
 
 @pytest.mark.sweep(3)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from shardadam import ShardedAdamW
 from shardadam import transport as transports
 from shardadam.buckets import StagingPool
-from shardadam.transport import Transport
+from shardadam.transport import SingleProcessTransport, Transport
+from shardadam.transport.base import Finished
 from tests.adversarial import AdversarialTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -503,3 +505,30 @@ def test_the_newest_optimizer_has_the_parameters(gradient_sync: str) -> None:
     assert_all_close([clone(model.parameters())], expect(1, [plain_loss(0)]))
     with pytest.raises(RuntimeError, match="Another optimizer has been built over this one's parameters"):
         older.step()
+
+
+class OnAStream(Finished):
+    def __init__(self) -> None:
+        self.waited_again = 0
+
+    def wait_on_this_stream(self) -> None:
+        self.waited_again += 1
+
+
+def test_who_fills_a_buffer_waits_for_its_last_transfer_until_the_step_is_over() -> None:
+    """Whoever has waited for it before may have been on another stream. After the step, that wait would be for an event
+    of before it, which a CUDA graph's capture must not have.
+    """
+    pool = StagingPool(SingleProcessTransport())
+    bucket: Any = SimpleNamespace(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8)
+    pool.reserve(bucket)
+    transfer = OnAStream()
+    pool.launched(pool.acquire(bucket, may_wait=False), transfer)
+    pool.drain()
+    assert transfer.waited_again == 0
+    staging = pool.acquire(bucket, may_wait=False)
+    assert transfer.waited_again == 1
+    pool.launched(staging, transfer)
+    pool.drain()
+    pool.trim()
+    assert pool.acquire(bucket, may_wait=False) is staging and transfer.waited_again == 1

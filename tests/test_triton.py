@@ -269,6 +269,12 @@ def clone(shard: Shard) -> Shard:
     return replace(shard, **{name: flat.clone() for name, flat in flats_of(shard).items()})
 
 
+def moved(thing: Any, device: str) -> Any:
+    """A Shard or Counters with its tensors on a device."""
+    flats = {f.name: getattr(thing, f.name) for f in fields(thing)}
+    return replace(thing, **{name: flat.to(device) for name, flat in flats.items() if isinstance(flat, Tensor)})
+
+
 def clone_counters(counters: Counters) -> Counters:
     return Counters(*(getattr(counters, field.name).clone() for field in fields(counters)))
 
@@ -325,13 +331,14 @@ def count_reference(counters: Counters, step: Step) -> None:
 
 
 def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -> None:
+    device = counters.steps.device
     used = torch.ones(len(counters.steps), dtype=torch.bool)
     used[list(step.unused)] = False
     update.begin(
-        found_inf=torch.tensor(found_inf),
-        used=used,
+        found_inf=torch.tensor(found_inf, device=device),
+        used=used.to(device),
         host_used=None,
-        coefficient=None if step.coefficient is None else torch.tensor(step.coefficient),
+        coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device=device),
         hyperparameters=step.hyperparameters,
     )
 
@@ -344,24 +351,26 @@ def small_programs() -> Any:
     return triton
 
 
-def differences_from_reference(variant: Variant, positions_before: int = 0) -> list[str]:
+def differences_from_reference(variant: Variant, positions_before: int = 0, device: str = "cpu") -> list[str]:
     random = torch.Generator().manual_seed(VARIANTS.index(variant))
-    ours, counters = build_shard(variant, random), build_counters()
-    counters.first_blocks.sub_(positions_before // BLOCK_NUMEL)
-    truth, true_counters = clone(ours), clone_counters(counters)
+    truth, true_counters = build_shard(variant, random), build_counters()
+    true_counters.first_blocks.sub_(positions_before // BLOCK_NUMEL)
+    ours, counters = moved(clone(truth), device), moved(clone_counters(true_counters), device)
     update = small_programs().TritonUpdate(counters, seed=SEED)
     found = []
     for number, step in enumerate(STEPS):
-        gradient = awkward_values(ours.gradient.numel(), random)
+        gradient = awkward_values(truth.gradient.numel(), random)
         gradient[LITTLE] = 1e-35 * gradient[LITTLE].clamp(-3, 3)
         for shard in (ours, truth):
             shard.gradient.copy_(gradient)
         begin(update, counters, step)
         update.update_(ours, ONLY_BUCKET)
         step_reference(truth, true_counters, step)
-        found += [f"step {number}: {text}" for text in differences(ours, truth, counters, true_counters)]
-        write_some(ours, random)
-        truth = clone(ours)
+        there = moved(ours, "cpu"), moved(counters, "cpu")
+        found += [f"step {number}: {text}" for text in differences(there[0], truth, there[1], true_counters)]
+        truth = moved(clone(ours), "cpu")
+        write_some(truth, random)
+        ours = moved(clone(truth), device)
     return found
 
 

@@ -305,11 +305,11 @@ class GradientReducer(Reducer):
     @torch.no_grad()
     def _launch(self, index: int, *, may_wait: bool) -> None:
         bucket = self._buckets[index]
-        self._join_streams(index, bucket)
         self._pool.progress()
         staging = self._pool.acquire(bucket, may_wait=may_wait)
         send = staging.send[: bucket.numel]
-        self._fill(send, bucket)
+        with self._joined_streams(index, bucket), span("copy_in"):
+            self._fill(send, bucket)
         scale = 1 / self._divisor
         if send.dtype == torch.float16:  # the sum of halves would overflow long before the mean does
             send.mul_(scale)
@@ -373,12 +373,21 @@ class GradientReducer(Reducer):
             if len(member.buckets) == 1 or len({self._launches[b.index] for b in member.buckets}) == 1:
                 del self._held[ordinal]
 
-    def _join_streams(self, index: int, bucket: FlatBucket) -> None:
-        """Gradients may have been computed on several streams; the copy waits for them all."""
-        for stream in self._streams.pop(index, ()):
-            current = torch.cuda.current_stream(bucket.parameters.device)
-            if stream != current:
-                current.wait_stream(stream)
+    @contextmanager
+    def _joined_streams(self, index: int, bucket: FlatBucket) -> Iterator[None]:
+        """Gradients may have been computed on several streams. The copy waits for them all, and they wait for the copy:
+        what is freed after it goes back to the streams that it was allocated on, which may write it again at once.
+        """
+        if index not in self._streams:
+            yield
+            return
+        current = torch.cuda.current_stream(bucket.parameters.device)
+        others = self._streams.pop(index) - {current}
+        for stream in others:
+            current.wait_stream(stream)
+        yield
+        for stream in others:
+            stream.wait_stream(current)
 
 
 def _hook(reducer: weakref.ref[GradientReducer], ordinal: int) -> Callable[[Tensor], None]:

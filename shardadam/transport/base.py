@@ -34,6 +34,10 @@ class Pending(ABC):
     def wait(self) -> None:
         """Completes the transfer; its results are valid on the current stream afterwards."""
 
+    def wait_on_this_stream(self) -> None:
+        """After ``wait``: the same for the current stream, where that is another one by now."""
+        return None
+
     def is_released(self) -> bool:
         """After ``wait``: whether what this rank has sent may be written again; peers may be reading it still."""
         return True

@@ -235,3 +235,6 @@ class OnStream(Pending):
 
     def wait(self) -> None:
         torch.cuda.current_stream(self._stream.device).wait_event(self._event)
+
+    def wait_on_this_stream(self) -> None:
+        self.wait()
