@@ -268,7 +268,7 @@ class ShardedAdam(Optimizer):
             self._clip(seen, max_norm)
         watches = seen.used.device.type == "cpu"
         if watches:
-            self._watch.before_update(self._members, seen.used, seen.found_inf)
+            self._watch.before_update(self._members, seen.used, self._reducer.used, seen.found_inf)
         try:
             self._update(seen)
         except Exception as error:

@@ -104,6 +104,28 @@ def test_a_compiled_wrapper_trains_the_model_itself() -> None:
     assert first == second == []
 
 
+def step_once_more(gradient_sync: str) -> list[str]:
+    """Rank 1 calls ``step`` twice after its second backward, and rank 0 has a backward more instead."""
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+
+    def steps() -> None:
+        for step in range(5):
+            if (step, rank_and_size()[0]) not in ((2, 1), (4, 1)):
+                backward(model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return warned(steps)
+
+
+@pytest.mark.parametrize("gradient_sync", SYNCS)
+def test_a_step_more_than_the_others_take_is_warned_of_once(gradient_sync: str) -> None:
+    alike, other = on_ranks(2, step_once_more, gradient_sync)
+    assert alike == [] and len(other) == 1
+    assert "this rank has had no gradient" in other[0] and __file__ in other[0]
+
+
 def steps_without_zero_grad(gradient_sync: str, clear: str) -> list[str]:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
