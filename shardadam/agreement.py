@@ -8,16 +8,18 @@ import hashlib
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shardadam import roll_call
+
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,10 @@ class Meeting:
         closes it instead, by a verdict that names who is missing: it is written once (compare-and-set), so all ranks
         see the same one. A rank that comes late to a closed round goes on to the next that is open.
 
+    Note: a store that does not answer
+        Where the host that holds the store is cut off, a request to it never returns. Requests are made in a thread,
+        which is given up then. They go by a connection of their own, as one that is given up stays taken.
+
     Args:
         store: None for one rank.
         rank: this rank's position among ``ranks``.
@@ -148,7 +154,7 @@ class Meeting:
     def __init__(self, store: dist.distributed_c10d.Store | None, rank: int, ranks: Sequence[int]) -> None:
         self.rank = rank
         self.ranks = list(ranks)
-        self._store = store
+        self._store = None if store is None else _Requests(store)
         self._round = 0
 
     def exchange(self, text: str, *, what: str, timeout_s: float, linger: bool = False) -> list[str]:
@@ -164,20 +170,24 @@ class Meeting:
             TimeoutError: names the ranks that did not come.
             RuntimeError: the store is gone.
         """
-        if self._store is None:
+        store = self._store
+        if store is None:
             return [text]
         try:
-            texts = self._exchange(self._store, text, what, timeout_s)
+            return store.in_time(lambda: self._exchange_and_linger(store, text, what, timeout_s, linger))
         except dist.DistError as error:
             raise RuntimeError(
                 f"{what}: the store through which ranks meet cannot be reached any more; the process that holds it "
-                f"(rank 0, or torchrun's agent) has probably ended. ({error})"
+                f"(rank 0, or torchrun's agent) has probably ended, or its host is cut off. ({error})"
             ) from error
+
+    def _exchange_and_linger(self, store: _Requests, text: str, what: str, timeout_s: float, linger: bool) -> list[str]:
+        texts = self._exchange(store, text, what, timeout_s)
         with suppress(dist.DistError):  # this rank has what it came for
             read = f"{self._round - 1}/read"
-            self._store.add(read, 1)
+            store.add(read, 1)
             deadline = time.monotonic() + (5 if linger and self.rank == 0 else 0)
-            while time.monotonic() < deadline and self._store.add(read, 0) < len(self.ranks):
+            while time.monotonic() < deadline and store.add(read, 0) < len(self.ranks):
                 time.sleep(0.001)
         return texts
 
@@ -202,9 +212,9 @@ class Meeting:
             yield
         finally:
             done.set()
-            thread.join()
+            thread.join(_ANSWER_S)
 
-    def _exchange(self, store: dist.distributed_c10d.Store, text: str, what: str, timeout_s: float) -> list[str]:
+    def _exchange(self, store: _Requests, text: str, what: str, timeout_s: float) -> list[str]:
         while store.check([self._key("verdict")]):  # closed without this rank
             self._round += 1
         everybody = [self._key(rank) for rank in range(len(self.ranks))]
@@ -219,7 +229,7 @@ class Meeting:
                 f"{what}: {name_ranks([self.ranks[rank] for rank in missing])} did not come within {timeout_s:g} s. "
                 "All ranks of the optimizer's process group must make this call; see what kept the missing ones."
             )
-        extended = store.has_extended_api()  # type: ignore[attr-defined]
+        extended = store.has_extended_api()
         texts = store.multi_get(everybody) if extended else [store.get(key) for key in everybody]
         if this_round > 0:  # whoever is in this round has read the one before
             store.delete_key(self._key(self.rank, this_round - 1))
@@ -228,7 +238,7 @@ class Meeting:
                 store.delete_key(self._key("read", this_round - 1))
         return [bytes(text).decode()[1:] for text in texts]
 
-    def _await_verdict(self, store: dist.distributed_c10d.Store, everybody: Sequence[str], timeout_s: float) -> str:
+    def _await_verdict(self, store: _Requests, everybody: Sequence[str], timeout_s: float) -> str:
         """``complete``, or the positions of the ranks that are missing."""
         verdict_key = self._key("verdict")
         beats: list[int] = []
@@ -252,3 +262,54 @@ class Meeting:
 
     def _key(self, what: object, round: int | None = None) -> str:
         return f"{self._round if round is None else round}/{what}"
+
+
+_ANSWER_S = 10.0
+
+
+class _Requests:
+    """A store, and whether it answers."""
+
+    def __init__(self, store: dist.distributed_c10d.Store) -> None:
+        self._everybodys = store
+        self._own: Any = None
+        self._asked_at: float | None = None  # unless it has answered
+
+    def in_time(self, work: Callable[[], _R]) -> _R:
+        """What ``work`` returns or raises.
+
+        Raises:
+            dist.DistStoreError: a request in it was not answered within 10 s.
+        """
+        results: list[_R] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="shardadam.meeting", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.5)
+            asked_at = self._asked_at
+            if thread.is_alive() and asked_at is not None and time.monotonic() - asked_at > _ANSWER_S:
+                self._own = None
+                raise dist.DistStoreError(f"a request was not answered within {_ANSWER_S:g} s")
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def request(*arguments: Any) -> Any:
+            self._asked_at = time.monotonic()
+            try:
+                if self._own is None:
+                    self._own = roll_call.clone_of(self._everybodys) or self._everybodys
+                return getattr(self._own, name)(*arguments)
+            finally:
+                self._asked_at = None
+
+        return request

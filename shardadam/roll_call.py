@@ -85,13 +85,10 @@ class RollCall:
     def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int) -> None:
         self.places: dict[int, Place] = {}  # by rank, as far as they are known
         self._rank = rank
-        self._store: dist.distributed_c10d.Store | None
-        try:
-            self._store = store.clone()  # type: ignore[attr-defined]
-            self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
-        except (AttributeError, RuntimeError):  # not all kinds of stores can be cloned
-            self._store = None
+        self._store = clone_of(store)
+        if self._store is None:
             return
+        self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
         _answer_in_background(self._store, rank, _PERIOD_S * max(1.0, world_size / 1000))
 
     def report(self, ranks: Sequence[int]) -> str:
@@ -149,6 +146,15 @@ class RollCall:
                 time.sleep(0.05)
         except RuntimeError:  # dist.DistError is one
             return None
+
+
+def clone_of(store: dist.distributed_c10d.Store) -> dist.distributed_c10d.Store | None:
+    """The same by a connection of its own; None where it is of a kind that cannot be cloned."""
+    try:
+        clone: dist.distributed_c10d.Store = store.clone()  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return None
+    return clone
 
 
 _ENDED = "has ended"

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the hosts of test_launchers.py train: a small model, whose rank writes after every step where it is.
 
-... tests/hosts_run.py --steps 8 --out DIRECTORY [--hybrid] [--pace SECONDS] [--timeout SECONDS]
+... tests/hosts_run.py --steps 8 --out DIRECTORY [--hybrid] [--pace SECONDS] [--timeout SECONDS] [--save]
+
+With --save it waits after step 5 for a file DIRECTORY/save, saves a checkpoint, and ends.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import shardadam
 from shardadam import ShardedAdamW
+
+SAVED_STEP = 5
 
 
 def main() -> None:
@@ -28,6 +33,7 @@ def main() -> None:
     parser.add_argument("--hybrid", action="store_true")
     parser.add_argument("--pace", type=float, default=0.0)
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -54,6 +60,11 @@ def main() -> None:
         aside = args.out / f"{rank}.new"
         aside.write_text(json.dumps(told))
         aside.replace(args.out / f"{rank}.json")
+        if args.save and step == SAVED_STEP:
+            while not (args.out / "save").exists():
+                time.sleep(0.1)
+            shardadam.save(args.out / "checkpoint", model=model, optimizer=optimizer, step=step)
+            break
     dist.barrier()
     dist.destroy_process_group()
 

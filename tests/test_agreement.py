@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardadam import ShardedAdamW
+from shardadam import ShardedAdamW, agreement
 from shardadam.agreement import Claim, _describe_difference, name_ranks
 from shardadam.roll_call import RollCall
 from tests.ranks import on_ranks, rank_and_size
@@ -256,3 +258,31 @@ def test_a_store_that_cannot_be_cloned_is_not_asked_where_ranks_stand() -> None:
         "Where the ranks stand is not known: the store by which they met cannot be asked from a thread of its own. "
         "They are: rank 0 (this one), rank 1."
     )
+
+
+class SilentStore:
+    """As one whose host is cut off: requests do not return."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(*_: Any) -> None:
+            self.asked.set()
+            time.sleep(60)
+
+        if name == "clone":
+            raise AttributeError
+        return ask
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_ANSWER_S", 0.3)
+    store: Any = SilentStore()
+    meeting = agreement.Meeting(store, 0, [0, 1])
+    start = time.monotonic()
+    with meeting.signs_of_life():
+        store.asked.wait(5)
+    with pytest.raises(RuntimeError, match="a save: the store through which ranks meet cannot be reached any more"):
+        meeting.exchange("", what="a save", timeout_s=1.0)
+    assert time.monotonic() - start < 5

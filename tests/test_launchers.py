@@ -189,22 +189,26 @@ def test_the_error_names_the_host_that_is_cut_off(how: str, tmp_path: Path) -> N
     assert seconds < 20, seconds
 
 
-@pytest.mark.long
 @needs_hosts
-def test_a_host_that_loses_the_one_with_the_store_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [pytest.param("step", marks=pytest.mark.long), "save"])
+def test_a_host_that_loses_the_one_with_the_store_says_so(when: str, tmp_path: Path) -> None:
+    """A save meets by the store alone, and a request to a host that is cut off returns never."""
+    told = {"step": "RanksParted", "save": "the store through which ranks meet cannot be reached"}[when]
     with two_hosts() as (a, b):
-        options = ("--steps", "10000", "--pace", "0.02", "--timeout", "4")
+        options = ("--steps", "10000", "--pace", "0.02", "--timeout", "4", *(["--save"] if when == "save" else []))
         processes = [start(host, a, tmp_path, *options) for host in (a, b)]
         try:
             await_step(tmp_path, 2, 5)
             a.cut_off()
-            deadline = time.monotonic() + 20
-            while "RanksParted" not in (log := (tmp_path / "host-b.log").read_text()):
+            (tmp_path / "save").touch()
+            deadline = time.monotonic() + 25
+            while told not in (log := (tmp_path / "host-b.log").read_text()):
                 assert time.monotonic() < deadline, log
                 time.sleep(0.1)
         finally:
             end(processes)
-    assert "rank 0 on host-a" in log and "rank 1 on host-b (this one)" in log, log
+    if when == "step":
+        assert "rank 0 on host-a" in log and "rank 1 on host-b (this one)" in log, log
 
 
 def children_of(pid: int) -> list[int]:
