@@ -325,6 +325,14 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def unrepeated(tensor: Tensor) -> Tensor:
+    """Without the repetitions that ``expand`` makes of the same memory, which cannot be written to."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` as one dimension, in the memory order of ``like``; a view where its strides allow it."""
     if not same_order(tensor.stride(), like.stride(), like.shape):

@@ -22,7 +22,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from shardadam import agreement, drift, intake, roll_call, state
-from shardadam.buckets import FlatArena, FlatBucket, Member, NamedParameter, allocate, is_dense, rebind_moved
+from shardadam.buckets import (
+    FlatArena,
+    FlatBucket,
+    Member,
+    NamedParameter,
+    allocate,
+    is_dense,
+    rebind_moved,
+    unrepeated,
+)
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.interrupts import interrupts_held
@@ -597,7 +606,7 @@ class ShardedAdam(Optimizer):
         for tensor in tensors:
             if tensor.numel() == 0:
                 continue
-            whole = tensor.detach()
+            whole = unrepeated(tensor.detach())
             dense = whole if is_dense(whole) else whole.contiguous()
             transfers.append((self._transport.broadcast(dense), whole, dense))
         for pending, whole, dense in transfers:

@@ -120,6 +120,20 @@ def grow_between_clipping_and_step(twin: Twin, how: str) -> list[Tensor]:
     return clones([*parameters, *late])
 
 
+def build_with_expanded() -> list[float]:
+    rank, _ = rank_and_size()
+    trained = nn.Parameter(torch.ones(3))
+    expanded = nn.Parameter(torch.full((1, 4), 1.0 + rank).expand(5, 4), requires_grad=False)
+    optimizer = ShardedAdamW([trained, expanded])
+    optimizer.check_in_sync()
+    return expanded.unique().tolist()
+
+
+def test_frozen_parameters_that_repeat_the_same_memory_are_broadcast() -> None:
+    """All ranks but the first failed to write them, and the first waited for the others."""
+    assert on_ranks(2, build_with_expanded) == [[1.0], [1.0]]
+
+
 @pytest.mark.parametrize("how", ["added", "unfrozen"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_parameters_may_join_between_clipping_and_step(world_size: int, how: str) -> None:
