@@ -30,7 +30,8 @@ from torch import Tensor
 from shardadam import roll_call
 from shardadam.chunks import Visit, sum_sources_
 from shardadam.transport.base import Pending, Staging, Transport, own_slice
-from shardadam.transport.groups import Lease, backend_of_device
+from shardadam.transport.groups import Lease, backend_of_device, timeout_s
+from shardadam.transport.overdue import Overdue
 
 _TAGS = 1 << 15  # as many as every backend has
 _GLANCE_S = 0.0002
@@ -58,6 +59,7 @@ class CollectiveTransport(Transport):
         self._backends = backend_of_device(group)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._exchanges = 0  # that have been started; alike on all ranks
+        self._overdue: Overdue | None = None
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         send = torch.empty(numel, dtype=dtype, device=device)
@@ -126,7 +128,18 @@ class CollectiveTransport(Transport):
         return self._on_host("An all-gather", [*receives, *sends])
 
     def all_reduce(self, block: Tensor) -> Pending:
-        return self._start("An all-reduce", dist.all_reduce, block, block)
+        pending = self._start("An all-reduce", dist.all_reduce, block, block)
+        if self._is_native(block.device):
+            self._watch_stream(block.device)
+        return pending
+
+    def _watch_stream(self, device: torch.device) -> None:
+        """From one all-reduce to the next, which is once a step."""
+        if self._overdue is None:
+            ranks = dist.get_process_group_ranks(self._group)
+            self._overdue = Overdue(device, timeout_s(self._group), partial(roll_call.report, ranks))
+        with torch.cuda.stream(self._streams[device]):
+            self._overdue.started()
 
     def broadcast(self, tensor: Tensor) -> Pending:
         # As bytes in memory order: any dtype and any strides, which backends treat differently.
@@ -138,6 +151,8 @@ class CollectiveTransport(Transport):
         return True
 
     def close(self, *, clean: bool) -> None:
+        if self._overdue is not None:
+            self._overdue.close()
         self._lease.release(clean=clean)
 
     def _start(

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers on a device's stream that do not come to an end are told of before the backend's timeout, once each time.
+
+On the CPU a "stream" here is a count that comes late, or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from shardadam.transport.overdue import Overdue
+
+LIMIT_S = 0.5
+
+
+@pytest.fixture
+def overdue() -> Iterator[Overdue]:
+    watching = Overdue(torch.device("cpu"), LIMIT_S, lambda: "rank 1: has ended")
+    yield watching
+    watching.close()
+
+
+def start_without_an_end(overdue: Any) -> None:
+    """What the host does for a step whose transfers hang: the count on the device stays behind."""
+    overdue._started += 1
+
+
+def told(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("have not come to an end" in record.message for record in caplog.records)
+
+
+def test_what_does_not_end_is_told_once_and_before_the_timeout(
+    overdue: Overdue, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR, "shardadam"):
+        overdue.started()
+        start_without_an_end(overdue)
+        start = time.monotonic()
+        while not told(caplog):
+            assert time.monotonic() - start < 10
+            time.sleep(0.01)
+        assert time.monotonic() - start > 0.7 * LIMIT_S
+        time.sleep(2 * LIMIT_S)
+    assert told(caplog) == 1
+    assert "gives up after 0 s" in caplog.records[0].message and "rank 1: has ended" in caplog.records[0].message
+
+
+def test_what_ends_is_not_told_nor_is_a_pause_between_steps(overdue: Overdue, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, "shardadam"):
+        for pause in (0.1, 0.1, 2 * LIMIT_S, 0.1):
+            overdue.started()
+            time.sleep(pause)
+    assert told(caplog) == 0
+
+
+def test_replays_that_only_the_device_counts_hide_nothing_that_comes_after(
+    overdue: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    overdue.started()
+    overdue._on_device.add_(5)
+    overdue._on_host.copy_(overdue._on_device)
+    with caplog.at_level(logging.ERROR, "shardadam"):
+        time.sleep(2 * LIMIT_S)
+        assert told(caplog) == 0
+        overdue.started()
+        start_without_an_end(overdue)
+        time.sleep(3 * LIMIT_S)
+    assert told(caplog) == 1
+
+
+def test_its_thread_ends_with_it(overdue: Overdue) -> None:
+    import threading
+
+    def watchers() -> int:
+        return sum(thread.name == "shardadam.overdue" for thread in threading.enumerate())
+
+    before = watchers()
+    overdue.close()
+    time.sleep(0.2)
+    assert watchers() == before - 1
