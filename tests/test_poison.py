@@ -217,13 +217,12 @@ class Interrupted:
         signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(3)))
         batch, came = torch.full((3, 24), 0.1 * (rank + 1)), 0
         pipe.send("trains")
-        steps, end = 0, ""
+        end = ""
         try:
             while not pipe.poll():
                 model(batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                steps += 1
         except (KeyboardInterrupt, SystemExit):
             came += 1
         except (RuntimeError, TimeoutError) as error:  # a signal may come while it is being made
@@ -236,6 +235,7 @@ class Interrupted:
             after = "stepped"
         except (RuntimeError, TimeoutError, ValueError) as error:
             after = f"raised {type(error).__name__}"
+        steps = int(optimizer.state[next(model.parameters())]["step"])  # a count beside it may be one behind
         try:
             shardadam.save(self.directory, step=steps, model=model, optimizer=optimizer, timeout_s=2.0)
             after += ", saved"
