@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes or reuses .venv, then runs the tests. Arguments go to pytest; --long runs the full counts of every sweep
-# (tests/conftest.py) instead of seeded samples.
+# Makes or reuses .venv, then runs the tests: in ten minutes all but those that start whole training scripts (launchers,
+# restarts, every block of the README and the docs), which --scripts runs instead. --long runs everything, and the full
+# counts of every sweep (tests/conftest.py) instead of seeded samples. Other arguments go to pytest.
 set -euo pipefail
 
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
 use_venv test launch lint accelerate transformers lightning finetune
 
+case " $* " in
+*" --scripts "*) which=(-m scripts) ;;
+*" --long "*) which=() ;;
+*) which=(-m "not scripts") ;;
+esac
+arguments=()
+for argument in "$@"; do
+    if [[ $argument != --scripts ]]; then arguments+=("$argument"); fi
+done
+
 cd "$ROOT"
 export OMP_NUM_THREADS=1
-exec python -m pytest tests "$@"
+exec python -m pytest tests --durations 15 "${which[@]}" "${arguments[@]}"

@@ -30,6 +30,7 @@ import shardadam
 from shardadam import Precision, ShardedAdamW
 from tests.ranks import on_ranks, rank_and_size
 
+pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (.*?) -->\n\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import shardadam
 from tests.ranks import on_ranks, processes, rank_and_size, restart
 
+pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch")
 STEPS, SAVE_EVERY, DROPOUT = 12, 2, 0.1

@@ -18,6 +18,7 @@ import torch
 
 import shardadam
 
+pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
 SMALL = {"steps": 25, "layers": 2, "width": 64, "heads": 2, "context": 64, "validation-windows": 16, "sample-bytes": 20}
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.hosts import Host, two_hosts, why_no_hosts
 
+pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 RUN = str(ROOT / "tests" / "hosts_run.py")
