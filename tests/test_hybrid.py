@@ -534,3 +534,26 @@ def time_limits() -> list[float]:
 def test_groups_of_a_mesh_have_the_time_limit_of_the_default_group() -> None:
     """init_device_mesh builds its groups with torch's own limit of 30 minutes: a rank that stopped hung all others."""
     assert on_ranks(4, time_limits) == [[DEADLINE_S] * 2] * 4
+
+
+class Listening(SingleProcessTransport):
+    """Remembers for how long it was asked to look out for its peers."""
+
+    def __init__(self, has_a_way: bool) -> None:
+        self.has_a_way = has_a_way
+        self.asked: list[float] = []
+
+    def look_out(self, seconds: float) -> bool:
+        self.asked.append(seconds)
+        return self.has_a_way
+
+
+@pytest.mark.parametrize("has_a_way", [True, False])
+def test_listening_to_the_shard_group_does_not_make_deaf_for_replicas(has_a_way: bool) -> None:
+    """It listened for as long as the pool has patience, while a sum over replicas was what it waited for: every other
+    bucket took 0.25 s over shared memory.
+    """
+    shard, replica = Listening(has_a_way), Listening(True)
+    hybrid = HybridTransport(shard, replica, control=None, meeting=shard.meeting)
+    assert hybrid.look_out(10.0)
+    assert shard.asked[0] < 0.01 and replica.asked == ([] if has_a_way else [10.0])

@@ -25,6 +25,8 @@ from shardadam.chunks import Visit, chunks
 from shardadam.transport.base import Pending, Staging, Transport
 from shardadam.transport.collective import CommunicationStream, OnStream
 
+_GLANCE_S = 0.0005
+
 
 class HybridTransport(Transport):
     """
@@ -106,7 +108,8 @@ class HybridTransport(Transport):
         self._shard.fence()
 
     def look_out(self, seconds: float) -> bool:
-        return self._shard.look_out(seconds)
+        # By turns, and who asks starts what can be in between: the news may be that of the other group.
+        return self._shard.look_out(min(seconds, _GLANCE_S)) or self._replica.look_out(seconds)
 
     def part(self) -> None:
         self._shard.part()
