@@ -26,6 +26,7 @@ MISSING = [
 if MISSING:  # looked for, not imported: importing them takes seconds, which every worker would pay too
     pytest.skip(f"not installed: {', '.join(MISSING)}", allow_module_level=True)
 
+pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
 QUICK = ["--no-probe", "--batch=16", "--max-length=24", "--lr=1e-3", "--log-every=1", "--device=cpu"]
 
