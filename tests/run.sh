@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Makes or reuses .venv, then runs the tests: in ten minutes all but those that start whole training scripts (launchers,
-# restarts, every block of the README and the docs), which --scripts runs instead. --long runs everything, and the full
-# counts of every sweep (tests/conftest.py) instead of seeded samples. Other arguments go to pytest.
+# restarts, accelerate, transformers and Lightning, every block of the README and the docs), which --scripts runs instead.
+# --long runs everything, and the full counts of every sweep (tests/conftest.py) instead of seeded samples. Other
+# arguments go to pytest.
 set -euo pipefail
 
 # shellcheck source=launch/venv.sh

@@ -25,6 +25,7 @@ from shardadam.integrations.accelerate import ShardedAccelerator  # noqa: E402
 from tests import accelerate_run  # noqa: E402
 from tests.accelerate_run import as_launched  # noqa: E402
 
+pytestmark = pytest.mark.scripts
 SCRIPT = Path(accelerate_run.__file__)
 ROOT = SCRIPT.parent.parent
 

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import Strategy  # noqa: E402
 
 from shardadam import ShardedAdamW  # noqa: E402
 
+pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
 
 

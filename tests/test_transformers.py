@@ -25,6 +25,7 @@ from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
 from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer, ShardedTrainerMixin  # noqa: E402
 from tests import trainer_run  # noqa: E402
 
+pytestmark = pytest.mark.scripts
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
