@@ -273,7 +273,7 @@ class _Requests:
     def __init__(self, store: dist.distributed_c10d.Store) -> None:
         self._everybodys = store
         self._own: Any = None
-        self._asked_at: float | None = None  # unless it has answered
+        self._asked_at: dict[int, float] = {}  # by thread, unless it has been answered
 
     def in_time(self, work: Callable[[], _R]) -> _R:
         """What ``work`` returns or raises.
@@ -294,7 +294,7 @@ class _Requests:
         thread.start()
         while thread.is_alive():
             thread.join(0.5)
-            asked_at = self._asked_at
+            asked_at = self._asked_at.get(thread.ident or 0)
             if thread.is_alive() and asked_at is not None and time.monotonic() - asked_at > _ANSWER_S:
                 self._own = None
                 raise dist.DistStoreError(f"a request was not answered within {_ANSWER_S:g} s")
@@ -304,12 +304,12 @@ class _Requests:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def request(*arguments: Any) -> Any:
-            self._asked_at = time.monotonic()
+            self._asked_at[threading.get_ident()] = time.monotonic()
             try:
                 if self._own is None:
                     self._own = roll_call.clone_of(self._everybodys) or self._everybodys
                 return getattr(self._own, name)(*arguments)
             finally:
-                self._asked_at = None
+                del self._asked_at[threading.get_ident()]
 
         return request
