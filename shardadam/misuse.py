@@ -31,17 +31,17 @@ class Watch:
         self, members: Sequence[Member], used: Tensor, used_here: Sequence[bool], found_inf: Tensor
     ) -> None:
         """``used`` and ``found_inf``: over all ranks, as the survey has them; on the CPU."""
-        if not any(used_here) and bool(used.any()):
-            self._say(
-                "step(): this rank has had no gradient since the last step, and other ranks have, so that it counts as "
-                "zeros in their averages. If its batch was not empty: has it called step() once more than they, or "
-                "left out a backward?"
-            )
-        elif not bool(used.any()):
+        if not bool(used.any()):
             self._say(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. Is "
                 "the model that ran backward the one whose parameters the optimizer was given, and not a copy of it, "
                 "or one whose parameters were replaced since?"
+            )
+        elif not any(used_here):
+            self._say(
+                "step(): this rank has had no gradient since the last step, and other ranks have, so that it counts as "
+                "zeros in their averages. If its batch was not empty: has it called step() once more than they, or "
+                "left out a backward?"
             )
         if self._after_step is not None:
             parameter, gradient, version = self._after_step

@@ -105,7 +105,7 @@ def test_a_compiled_wrapper_trains_the_model_itself() -> None:
 
 
 def step_once_more(gradient_sync: str) -> list[str]:
-    """Rank 1 calls ``step`` twice after its second backward, and rank 0 has a backward more instead."""
+    """Rank 1 takes its third and its fifth step without a backward, as if it had called ``step`` twice."""
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
 
