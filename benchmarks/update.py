@@ -322,24 +322,26 @@ def against(form: Form, numel: int, peer: Peer, args: argparse.Namespace) -> dic
     step = peer.build(theirs)
 
     def ours() -> None:
-        optimizer.zero_grad(set_to_none=False)  # new gradients, as far as the optimizer knows, at one pass over them
+        zero(mine)  # new gradients, as far as the optimizer knows
         optimizer.step()
 
-    def zero() -> None:
-        for p in theirs:
-            p.grad.zero_()
-
     def peers() -> None:
-        zero()
+        zero(theirs)
         step()
 
-    times = in_turns({"ours": ours, "peer": peers, "zero": zero}, args.rounds, args.device)
+    contenders = {"ours": ours, "peer": peers, "zero": lambda: zero(theirs)}
+    times = in_turns(contenders, args.rounds, args.device)
     net = {name: [a - b for a, b in zip(times[name], times["zero"], strict=True)] for name in ("ours", "peer")}
     return {
         "ns": [1e9 * taken / numel for taken in net["ours"]],
         "peer_ns": [1e9 * taken / numel for taken in net["peer"]],
         "ratio": ratio(net["peer"], net["ours"]),
     }
+
+
+def zero(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad.zero_()
 
 
 def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
