@@ -507,6 +507,31 @@ def test_the_newest_optimizer_has_the_parameters(gradient_sync: str) -> None:
         older.step()
 
 
+class Stream:
+    """Stands for one of CUDA's."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is freed after it goes back to the streams that it was allocated on, which may write it again at once."""
+    optimizer = ShardedAdamW(build_model().parameters())
+    reducer: Any = optimizer._reducer
+    log: list[str] = []
+    current, side = Stream("current", log), Stream("side", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+    for streams in ({current, side}, {current}):
+        reducer._streams = {0: streams}
+        with reducer._joined_streams(0, optimizer._buckets[0]):
+            log.append("copy")
+        assert reducer._streams == {}
+    assert log == ["current waits for side", "copy", "side waits for current", "copy"]
+
+
 class OnAStream(Finished):
     def __init__(self) -> None:
         self.waited_again = 0
