@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from gpu_train import Job, forward_backward
+from gpu_train import Job, forward_backward  # which finds tests, too
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.nccl import nccl_of_one
+from tests.cuda import nccl_of_one
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

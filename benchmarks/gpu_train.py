@@ -43,7 +43,9 @@ from shardadam import ShardedAdamW
 from shardadam.planner import PlannedParameter, Setting, plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from model import VOCABULARY, Decoder, ModelConfig, next_byte_loss
+from tests.cuda import captured, warm_up
 
 GB = 1e9
 Update = Callable[[], Any]
@@ -237,20 +239,32 @@ def largest(job: Job, small: tuple[int, int], tries: int) -> dict[str, Any]:
             found["contenders"][contender.name] = {"small": [few, more]}  # on the CPU
             continue
         each = (more - few) / (small[1] - small[0])
-        layers = max(small[1], int((available - few) / each) + small[0])
-        fits, too_many = small[1], None
-        for _ in range(tries):
-            if peak_with(contender, with_layers(job, layers)) is None:
-                too_many, layers = layers, layers - 1
-            else:
-                fits, layers = layers, layers + 1
-            if too_many is not None and layers in (fits, too_many):
-                break
+        predicted = int((available - few) / each) + small[0]
+
+        def is_too_large(layers: int, contender: Contender = contender) -> bool:
+            return peak_with(contender, with_layers(job, layers)) is None
+
+        fits, too_many = boundary(is_too_large, small[1], predicted, tries)
         with torch.device("meta"):
             numel = sum(p.numel() for p in Decoder(ModelConfig(fits, job.width, job.width // 64, 8)).parameters())
         found["contenders"][contender.name] = {"layers": fits, "too_many": too_many, "numel": numel, "each": each}
         print(f"{contender.name:>40} | {numel / 1e9:6.2f}B, {fits} layers; {too_many} do not fit", flush=True)
     return found
+
+
+def boundary(is_too_large: Callable[[int], bool], fits: int, predicted: int, tries: int) -> tuple[int, int | None]:
+    """The most that is not too large, and one more, if ``tries`` suffice: from what is ``predicted`` on by ones. What
+    ``fits`` is known to.
+    """
+    tried, too_many = max(fits, predicted), None
+    for _ in range(tries):
+        if is_too_large(tried):
+            too_many, tried = tried, tried - 1
+        else:
+            fits, tried = tried, tried + 1
+        if tried in (fits, too_many):
+            break
+    return fits, too_many
 
 
 def with_layers(job: Job, layers: int) -> Job:
@@ -265,8 +279,8 @@ def capture(job: Job, rounds: int) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     for form in FORMS:
         if form.master == "split":
-            eager, eager_s = _train(job, form, rounds, captured=False)
-            replayed, replayed_s = _train(job, form, rounds, captured=job.device.type == "cuda")
+            eager, eager_s = _train(job, form, rounds, is_captured=False)
+            replayed, replayed_s = _train(job, form, rounds, is_captured=job.device.type == "cuda")
             is_equal = all(torch.equal(a, b) for a, b in zip(eager, replayed, strict=True))
             found[form.moments] = {"equal": is_equal, "eager_seconds": eager_s, "replayed_seconds": replayed_s}
             print(
@@ -277,7 +291,7 @@ def capture(job: Job, rounds: int) -> dict[str, Any]:
     return found
 
 
-def _train(job: Job, form: Form, rounds: int, *, captured: bool) -> tuple[list[Tensor], list[float]]:
+def _train(job: Job, form: Form, rounds: int, *, is_captured: bool) -> tuple[list[Tensor], list[float]]:
     clear(job.device)
     model, tokens = job.model(), job.tokens()
     lr = torch.tensor(1e-4, device=job.device)
@@ -287,19 +301,9 @@ def _train(job: Job, form: Form, rounds: int, *, captured: bool) -> tuple[list[T
         forward_backward(model, tokens)
         update()
 
-    run = step
     if job.device.type == "cuda":
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        run = graph.replay
+        warm_up(step)
+    run = captured(step) if is_captured else step
     seconds = []
     for index in range(rounds):
         lr.fill_(1e-4 / (1 + index))

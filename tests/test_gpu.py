@@ -25,7 +25,7 @@ from tests import test_overlap as overlap
 from tests import test_parity as parity
 from tests import test_precision as precision
 from tests import test_triton as interpreted
-from tests.nccl import nccl_of_one
+from tests.cuda import captured, nccl_of_one, warm_up
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences
 
@@ -45,7 +45,9 @@ def connected(transport: Connect) -> Transport:
 
 @pytest.fixture
 def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every transfer begins some milliseconds late: what does not wait for it reads what was there before."""
+    """In this process every transfer begins some milliseconds late: what does not wait for it reads what was there
+    before.
+    """
     enter = collective.CommunicationStream.__enter__
 
     def late(self: Any) -> Any:
@@ -173,7 +175,7 @@ def test_a_captured_step_replays_as_steps(moments: str, transport: Connect) -> N
     """Forward, backward and step in one CUDA graph, with a learning rate that is changed between replays."""
     batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     results = []
-    for captured in (False, True):
+    for is_captured in (False, True):
         lr = torch.tensor(1e-2, device=DEVICE)
         model, optimizer = build(moments, lr, transport)
 
@@ -182,18 +184,8 @@ def test_a_captured_step_replays_as_steps(moments: str, transport: Connect) -> N
             optimizer.step()
             optimizer.zero_grad()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        run = step
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()
-            run = graph.replay
+        warm_up(step)
+        run = captured(step) if is_captured else step
         for rate in (1e-2, 3e-3, 1e-3):
             lr.fill_(rate)
             run()

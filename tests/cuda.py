@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NCCL with one rank: the library itself has no use for it, but its transfers run on a stream of their own, and what
-does not wait for them shows.
+"""What tests and benchmarks need on a GPU.
+
+NCCL with one rank: the library itself has no use for it, but its transfers run on a stream of their own, and what does
+not wait for them shows.
 """
 
 from __future__ import annotations
 
 import atexit
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,3 +35,21 @@ def nccl_of_one() -> CollectiveTransport:
     pool = GroupPool(dist.new_group(backend="gloo"), Meeting(None, 0, [0]))
     pool.training.append(dist.new_group(backend="nccl"))
     return CollectiveTransport(Lease(pool.control, pool.training[0], pool, 0))
+
+
+def warm_up(step: Callable[[], object]) -> None:
+    """Three times on a stream aside, as a capture wants it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A warm ``step`` as one CUDA graph; call it to replay it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay

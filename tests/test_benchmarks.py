@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks/gpu.py makes of what a GPU shows, which no rehearsal on the CPU comes to: the search for the largest
+model, the reading of a trace, parts that take too long, and goals that are missed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+pytest.importorskip("matplotlib")
+import gpu
+import gpu_trace
+import gpu_train
+
+
+@pytest.mark.parametrize("truth", [4, 5, 17, 20, 23])
+@pytest.mark.parametrize("predicted", [0, 4, 18, 20, 22])
+def test_the_boundary_is_found_from_a_prediction_near_it(truth: int, predicted: int) -> None:
+    tried: list[int] = []
+
+    def is_too_large(layers: int) -> bool:
+        tried.append(layers)
+        return layers > truth
+
+    assert gpu_train.boundary(is_too_large, 4, predicted, 30) == (truth, truth + 1)
+    assert len(tried) == len(set(tried)) <= abs(max(4, predicted) - truth) + 2
+
+
+def test_a_boundary_that_is_too_far_is_not_made_up() -> None:
+    assert gpu_train.boundary(lambda layers: False, 4, 10, 3) == (12, None)
+    assert gpu_train.boundary(lambda layers: True, 4, 10, 3) == (4, 8)
+
+
+def event(name: str, category: str, thread: int, start: float, end: float, **args: int) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": category, "tid": thread, "ts": start, "dur": end - start, "args": args}
+
+
+def test_what_runs_on_a_stream_is_told_by_what_the_host_was_at() -> None:
+    node = "autograd::engine::evaluate_function: AddmmBackward0"
+    events = [
+        event("part.all", "user_annotation", 1, 0, 100),
+        event("shardadam.reduce_scatter", "user_annotation", 2, 30, 40),
+        event("shardadam.copy_in", "user_annotation", 2, 32, 34),
+        event(node, "cpu_op", 2, 20, 29),
+        event("cudaLaunchKernel", "cuda_runtime", 1, 5, 6, correlation=1),
+        event("cudaLaunchKernel", "cuda_runtime", 2, 21, 22, correlation=2),
+        event("cudaMemcpyAsync", "cuda_runtime", 2, 33, 33.5, correlation=3),
+        event("cuLaunchKernelEx", "cuda_driver", 2, 38, 39, correlation=4),
+        event("forward", "kernel", 0, 50, 51, correlation=1, stream=7),
+        event("backward", "kernel", 0, 52, 53, correlation=2, stream=7),
+        event("copy", "gpu_memcpy", 0, 54, 55, correlation=3, stream=7),
+        event("nccl", "kernel", 0, 56, 57, correlation=4, stream=20),
+        event("cudaStreamSynchronize", "cuda_runtime", 1, 60, 61),
+        event("cudaDeviceSynchronize", "cuda_runtime", 1, 101, 102),  # the benchmark's own, after the step
+    ]
+    found = gpu_trace.of_device(events, gpu_trace.of_host(events))
+    assert [(one.part, one.row) for one in found] == [
+        ("forward", "stream 7"),
+        ("backward", "stream 7"),
+        ("copy_in", "stream 7"),
+        ("reduce_scatter", "stream 20"),
+    ]
+    assert gpu_trace.waits(events) == ["cudaStreamSynchronize"]
+
+
+def test_a_part_that_takes_too_long_is_cut_off_with_its_children(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    found = gpu.run(gpu.Part("slow", (sys.executable, "-c", code), 60), tmp_path, 1.0)
+    assert found["end"] == "cut off after 1 s" and found["last_line"] == "begun"
+    time.sleep(3)
+    assert not mark.exists()
+
+
+def test_parts_end_in_what_they_printed_or_in_what_is_missing(tmp_path: Path) -> None:
+    def run(code: str, **options: Any) -> dict[str, Any]:
+        return gpu.run(gpu.Part("part", (sys.executable, "-c", code), 60, **options), tmp_path, 30.0)
+
+    assert run("print('text'); print('{\"a\": 1}')")["found"] == {"a": 1}
+    assert run("import sys; sys.exit(3)")["end"] == "exit code 3"
+    assert run("", tool="no-such-tool")["end"] == "no-such-tool is not installed"
+
+
+def test_a_goal_that_is_missed_is_said_to_be() -> None:
+    form = {"dtype": "torch.bfloat16", "master": "split", "mib": 1024, "gbs": 3000.0}
+    forms = [
+        {**form, "moments": "int8", "floor": 0.81},
+        {**form, "moments": "fp32", "floor": 0.81, "peers": {"by hand": {"ratio": 1.4}, "other": "not installed"}},
+    ]
+    parts = {
+        "update": {"end": "exit code 0", "found": {"forms": forms}},
+        "capture": {"end": "exit code 0", "found": {"job": {}, "fp32": {"equal": False}}},
+        "ranks": {"end": "exit code 0", "found": {"job": {}, "8, fp32": {"planned": 100, "measured": 103}}},
+    }
+    text = "\n".join(gpu.summary({"hardware": {}, "versions": {}, "rehearsal": False, "parts": parts}))
+    assert "int8 moments | 1024 | 3000 | 0.81 | 0.8 met" in text
+    assert "fp32 moments | 1024 | 3000 | 0.81 | 0.9 MISSED" in text
+    assert "by hand | 1.40" in text and "other | not installed" in text
+    assert "NOT EQUAL" in text and "+3.00% (goal 2%)" in text
