@@ -24,7 +24,7 @@ from gpu_train import Job, forward_backward  # which finds tests, too
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
-from tests.cuda import nccl_of_one
+from tests.on_cuda import nccl_of_one
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -45,7 +45,7 @@ from shardadam.planner import PlannedParameter, Setting, plan
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from model import VOCABULARY, Decoder, ModelConfig, next_byte_loss
-from tests.cuda import captured, warm_up
+from tests.on_cuda import captured, warm_up
 
 GB = 1e9
 Update = Callable[[], Any]

@@ -25,7 +25,7 @@ from tests import test_overlap as overlap
 from tests import test_parity as parity
 from tests import test_precision as precision
 from tests import test_triton as interpreted
-from tests.cuda import captured, nccl_of_one, warm_up
+from tests.on_cuda import captured, nccl_of_one, warm_up
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences
 

@@ -19,7 +19,7 @@ import shardadam
 from shardadam import Precision, ShardedAdamW
 from shardadam.transport import Transport, connect
 from tests.adversarial import AdversarialTransport
-from tests.cuda import nccl_of_one
+from tests.on_cuda import nccl_of_one
 from tests.ranks import on_ranks, rank_and_size
 
 TRANSPORTS: dict[str, Callable[[], Transport]] = {

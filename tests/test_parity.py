@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shardadam import ShardedAdam, ShardedAdamW
 from shardadam import transport as transports
 from tests.adversarial import AdversarialTransport
-from tests.cuda import nccl_of_one
+from tests.on_cuda import nccl_of_one
 from tests.ranks import on_ranks, rank_and_size
 
 SHAPES = ((), (0,), (1,), (7, 15), (129,), (3, 4, 5, 2))
