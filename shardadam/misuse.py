@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from shardadam.buckets import Member
 from shardadam.reduction import Reducer
@@ -25,11 +27,12 @@ class Watch:
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._skipped = 0  # in a row
-        self._after_step: tuple[Tensor, Tensor, int] | None = None  # a parameter, its gradient, and that's version
+        self._watched: Tensor | None = None  # a parameter that had a gradient after the last step
+        self._handle: Any = None  # of the hook on it
+        self._left: tuple[int, int] | None = None  # that gradient, as ``_identity`` has it, until it is added to
+        self._was_added_to = False
 
-    def before_update(
-        self, members: Sequence[Member], used: Tensor, used_here: Sequence[bool], found_inf: Tensor
-    ) -> None:
+    def look_at_survey(self, used: Tensor, used_here: Sequence[bool], found_inf: Tensor) -> None:
         """``used`` and ``found_inf``: over all ranks, as the survey has them; on the CPU."""
         if not bool(used.any()):
             self._say(
@@ -43,14 +46,6 @@ class Watch:
                 "zeros in their averages. If its batch was not empty: has it called step() once more than they, or "
                 "left out a backward?"
             )
-        if self._after_step is not None:
-            parameter, gradient, version = self._after_step
-            # Zeroing in place would count as one more change, and a new gradient is another tensor.
-            if parameter.grad is gradient and gradient._version == version + 1:
-                self._say(
-                    "step(): the gradients of the step before are still in p.grad, and backward has added to them. "
-                    "Call optimizer.zero_grad() after every step."
-                )
         self._skipped = self._skipped + 1 if bool(found_inf) else 0
         if self._skipped == _PATIENCE_STEPS:
             self._say(
@@ -58,18 +53,59 @@ class Watch:
                 "rank in each (optimizer.skipped_steps). The model does not train; look at the loss and the inputs."
             )
 
+    def before_update(self) -> None:
+        if self._was_added_to:
+            self._say(
+                "step(): the gradients of the step before are still in p.grad, and backward has added to them. Call "
+                "optimizer.zero_grad() after every step."
+            )
+
     def after_update(self, members: Sequence[Member]) -> None:
-        self._after_step = None
+        """Finds out, when the next backward reaches a parameter that has a gradient now, whether nobody has cleared it:
+        later, one more micro-batch looks the same.
+        """
+        self._was_added_to, self._left = False, None
         for member in members:
-            gradient = member.parameter.grad
-            if gradient is not None:
-                self._after_step = (member.parameter, gradient, gradient._version)
+            parameter = member.parameter
+            if parameter.grad is not None:
+                if parameter is not self._watched:
+                    self.remove_hook()
+                    self._watched = parameter
+                    hook = _accumulation_hook(weakref.ref(self))
+                    self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._left = _identity(parameter.grad)
                 return
+
+    def remove_hook(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def on_accumulation(self, parameter: Tensor) -> None:
+        if self._left is not None and parameter.grad is not None:
+            place, version = self._left
+            self._was_added_to = _identity(parameter.grad) == (place, version + 1)
+            self._left = None
 
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=_stacklevel())
+
+
+def _accumulation_hook(watch: weakref.ref[Watch]) -> Callable[[Tensor], None]:
+    """A hook that does not keep the watch alive."""
+
+    def on_accumulation(parameter: Tensor) -> None:
+        live = watch()
+        if live is not None:
+            live.on_accumulation(parameter)
+
+    return on_accumulation
+
+
+def _identity(gradient: Tensor) -> tuple[int, int]:
+    """Zeroing in place counts as a change, as adding to it does; a new gradient's count begins anew."""
+    return gradient.data_ptr(), gradient._version
 
 
 def _stacklevel() -> int:
@@ -123,3 +159,38 @@ def _look_at_clipped(parameters: Sequence[Tensor]) -> None:
                 stacklevel=_stacklevel(),
             )
             return
+
+
+# A plain optimizer over the same parameters
+
+
+_ours: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # others, since the newest of ours was built
+
+
+def watch_other_optimizers(ours: Optimizer) -> None:
+    """Warns once of each torch optimizer that steps parameters whose gradients go to ``ours``."""
+    _watch_steps()
+    _ours.add(ours)
+    _seen.clear()
+
+
+@cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_look_at_step)
+
+
+def _look_at_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _ours or optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    # Whatever wraps one of ours steps it, and not the parameters, and has its groups.
+    wrapped = {id(group) for one in _ours for group in one.param_groups}
+    parameters = [p for group in optimizer.param_groups if id(group) not in wrapped for p in group["params"]]
+    shared = sum(reducer_of(parameter) is not None for parameter in parameters)
+    if shared:
+        warnings.warn(
+            f"{type(optimizer).__name__}.step(): {shared} of its {len(parameters)} parameters belong to an optimizer "
+            "of shardadam, too, which writes over what another makes of them. Give each parameter to one of the two.",
+            stacklevel=_stacklevel(),
+        )

@@ -35,7 +35,7 @@ from shardadam.buckets import (
 from shardadam.clipping import Survey, clip_coefficient, survey
 from shardadam.gathering import ParameterGatherer, gather_shards
 from shardadam.interrupts import interrupts_held
-from shardadam.misuse import Watch, watch_clipping
+from shardadam.misuse import Watch, watch_clipping, watch_other_optimizers
 from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
@@ -235,8 +235,9 @@ class ShardedAdam(Optimizer):
         self._watch = Watch()
         if gradient_sync != "external":
             watch_clipping()
+        watch_other_optimizers(self)
         self._is_built = True
-        weakref.finalize(self, _release, self._reducer, self._transport).atexit = False
+        weakref.finalize(self, _release, self._reducer, self._watch, self._transport).atexit = False
 
     # The step
 
@@ -275,16 +276,15 @@ class ShardedAdam(Optimizer):
         seen = self._look("step", with_norm=max_norm is not None)
         if max_norm is not None:
             self._clip(seen, max_norm)
-        watches = seen.used.device.type == "cpu"
-        if watches:
-            self._watch.before_update(self._members, seen.used, self._reducer.used, seen.found_inf)
+        self._watch.before_update()
+        if seen.used.device.type == "cpu":
+            self._watch.look_at_survey(seen.used, self._reducer.used, seen.found_inf)
         try:
             self._update(seen)
         except Exception as error:
             self._refuse_to_go_on(f"step() was broken off while it wrote ({type(error).__name__})")
             raise
-        if watches:
-            self._watch.after_update(self._members)
+        self._watch.after_update(self._members)
         return loss
 
     def _update(self, seen: Survey) -> None:
@@ -901,6 +901,7 @@ def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
     return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
 
 
-def _release(reducer: Reducer, transport: Transport) -> None:
+def _release(reducer: Reducer, watch: Watch, transport: Transport) -> None:
     reducer.remove_hooks()
+    watch.remove_hook()
     transport.close(clean=reducer.is_idle)

@@ -126,15 +126,19 @@ def test_a_step_more_than_the_others_take_is_warned_of_once(gradient_sync: str) 
     assert "this rank has had no gradient" in other[0] and __file__ in other[0]
 
 
-def steps_without_zero_grad(gradient_sync: str, clear: str) -> list[str]:
+def steps_without_zero_grad(gradient_sync: str, clear: str, micro_batches: int, with_ddp: bool = False) -> list[str]:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+    runs = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if with_ddp else model
 
     def steps() -> None:
         for _ in range(4):
-            backward(model)
+            for _ in range(micro_batches):
+                backward(runs, 1 / micro_batches)
             optimizer.step()
-            if clear == "none":
+            if clear == "after a look":
+                torch.autograd.grad(model(torch.ones(2, 8)).sum(), list(model.parameters()))
+            if clear in ("none", "after a look"):
                 optimizer.zero_grad()
             elif clear == "zeros":
                 optimizer.zero_grad(set_to_none=False)
@@ -144,14 +148,97 @@ def steps_without_zero_grad(gradient_sync: str, clear: str) -> list[str]:
     return warned(steps)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("clear", ["none", "zeros", "model", "never"])
+@pytest.mark.parametrize("clear", ["none", "zeros", "model", "after a look", "never"])
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_a_forgotten_zero_grad_is_warned_of_once(gradient_sync: str, clear: str, world_size: int) -> None:
+def test_a_forgotten_zero_grad_is_warned_of_once(
+    gradient_sync: str, clear: str, world_size: int, micro_batches: int
+) -> None:
     accumulates = gradient_sync != "backward" and clear == "never"  # "backward" has consumed them in step
-    for said in on_ranks(world_size, steps_without_zero_grad, gradient_sync, clear):
+    for said in on_ranks(world_size, steps_without_zero_grad, gradient_sync, clear, micro_batches):
         assert len(said) == accumulates
-        assert not accumulates or "zero_grad" in said[0]
+        assert not accumulates or ("zero_grad" in said[0] and __file__ in said[0])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("clear", ["none", "zeros", "never"])
+def test_a_forgotten_zero_grad_is_warned_of_under_ddp(clear: str, micro_batches: int) -> None:
+    for said in on_ranks(2, steps_without_zero_grad, "external", clear, micro_batches, True):
+        assert ["zero_grad" in one for one in said] == [True] * (clear == "never")
+
+
+def test_watching_for_zero_grad_leaves_nothing_on_the_model() -> None:
+    model = build_model()
+    for _ in range(3):
+        optimizer = ShardedAdamW(model.parameters(), gradient_sync="external")
+        backward(model)
+        optimizer.step()
+        hooks = [list(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
+        assert sum(len(of_one) for of_one in hooks) == 1
+        del optimizer
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+# Another optimizer over the same parameters
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As SAM and Lookahead are written: its groups are those of the optimizer that it steps."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([torch.zeros(())], {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step()
+
+
+def step_with_another(gradient_sync: str, which: str, built_first: bool) -> list[list[str]]:
+    model, head = build_model(), nn.Linear(4, 1)
+    make = partial(torch.optim.SGD, lr=0.1)
+    parameters = {"all": [*model.parameters(), *head.parameters()], "others": list(head.parameters())}
+    if built_first:
+        other = make(parameters[which])
+        head(model(torch.ones(2, 8))).sum().backward()
+        other.step()
+        other.zero_grad()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+    if which == "wrapper":
+        other = Wrapper(optimizer)
+    elif not built_first:
+        other = make(parameters[which])
+
+    def step() -> None:
+        head(model(torch.ones(2, 8))).sum().backward()
+        if which != "wrapper":
+            optimizer.step()
+        other.step()
+        optimizer.zero_grad()
+        other.zero_grad()
+
+    return [warned(step), warned(step)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("which", "built_first"), [("all", False), ("all", True), ("others", False), ("others", True), ("wrapper", False)]
+)
+@pytest.mark.parametrize("gradient_sync", SYNCS)
+def test_a_plain_optimizer_over_the_same_parameters_is_warned_of_once(
+    gradient_sync: str, which: str, built_first: bool, world_size: int
+) -> None:
+    for first, second in on_ranks(world_size, step_with_another, gradient_sync, which, built_first):
+        assert len(first) == (which == "all") and second == []
+        assert not first or ("SGD.step(): 4 of its 6 parameters" in first[0] and __file__ in first[0])
+
+
+def test_a_plain_optimizer_after_ours_is_dropped_is_fine() -> None:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    del optimizer
+    backward(model)
+    assert warned(torch.optim.SGD(model.parameters(), lr=0.1).step) == []
 
 
 # Gradients written by hand
