@@ -22,7 +22,8 @@ from torch import Tensor
 
 from shardadam.agreement import exchange, name_ranks
 from shardadam.buckets import Member, NamedParameter, is_dense
-from shardadam.state import local_state
+from shardadam.flat_shard import Span
+from shardadam.state import local_state, state_spans
 from shardadam.transport import Transport
 
 _WORDS = 1 << 17
@@ -41,11 +42,13 @@ class Subject:
         what: as in "Ranks hold different values of ...".
         value: of any dtype; its elements are compared in memory order, or in logical order where it has gaps.
         shard: None: all ranks hold it; else the ranks whose ``shard`` is the same.
+        spans: the stretches of the whole that ``value`` holds, one after the other; none: it is the whole.
     """
 
     what: str
     value: Tensor
     shard: int | None = None
+    spans: Sequence[Span] = ()
 
 
 def copies(
@@ -53,13 +56,13 @@ def copies(
 ) -> list[Subject]:
     """What other ranks hold, too, of an optimizer. Local."""
     found = [Subject(f"parameter {one.name!r}", one.parameter.detach()) for some in (members, frozen) for one in some]
-    local = [(member.name, local_state(member)) for member in members]
-    found += [Subject(f"the step of parameter {name!r}", state["step"]) for name, state in local]
+    local = [(member, local_state(member)) for member in members]
+    found += [Subject(f"the step of parameter {member.name!r}", state["step"]) for member, state in local]
     found.append(Subject("skipped_steps", skipped_steps))
     if transport.replicas > 1:
         found += [
-            Subject(f"{kind} of parameter {name!r}", value, transport.rank)
-            for name, state in local
+            Subject(f"{kind} of parameter {member.name!r}", value, transport.rank, state_spans(kind, member))
+            for member, state in local
             for kind, value in state.items()
         ]
     return found
@@ -160,7 +163,7 @@ def _explain(subjects: Sequence[Subject], sums: Sequence[int], shard: int, group
             holders = [place for place, (shard, _) in enumerate(everybody) if key in (None, shard)]
             values = [everybody[place][1][index] for place in holders]
             if len(set(values)) > 1:
-                usual = Counter(values).most_common(1)[0][0]
+                (usual, count), *others = Counter(values).most_common(2)
                 odd = next(place for place, value in zip(holders, values, strict=True) if value != usual)
                 other = next(place for place, value in zip(holders, values, strict=True) if value == usual)
                 what, element = _locate(subjects[index], odd, other, group)
@@ -173,9 +176,10 @@ def _explain(subjects: Sequence[Subject], sums: Sequence[int], shard: int, group
                     else f"first at element {element[0]}, which is {element[1]} on rank {ranks[odd]} and {element[2]} "
                     f"on rank {ranks[other]}"
                 )
+                doubt = " As many hold the one as the other, so which is right is not known." * (count == others[0][1])
                 raise RuntimeError(
                     f"Ranks hold different values of {what}: {name_ranks(unlike)} {verb} from {name_ranks(alike)}, "
-                    f"{where}. {_REMEDY}"
+                    f"{where}.{doubt} {_REMEDY}"
                 )
     raise RuntimeError(f"Ranks hold different numbers of parameters. {_REMEDY}")
 
@@ -183,8 +187,8 @@ def _explain(subjects: Sequence[Subject], sums: Sequence[int], shard: int, group
 def _locate(
     subject: Subject, odd: int, other: int, group: dist.ProcessGroup
 ) -> tuple[str, tuple[int, str, str] | None]:
-    """What it is on the ``odd`` rank, and the first element that differs, with both values; None where all are equal
-    when they are looked at again. Collective.
+    """What it is on the ``odd`` rank, and the first element of the whole that differs, with both values; None where all
+    are equal when they are looked at again. Collective.
     """
     place = dist.get_rank(group)
     takes_part = place in (odd, other)
@@ -193,15 +197,24 @@ def _locate(
     stretch = next((i for i, (a, b) in enumerate(zip(sums[odd], sums[other], strict=False)) if a != b), 0)
     size = 8 * _WORDS // flat.element_size()
     start = min(stretch * size, max(0, flat.numel() - size))  # the last one may be a tail of some bytes
-    texts = exchange((subject.what, flat[start : start + size + 8]) if takes_part else None, group)
-    (what, one), (_, two) = texts[odd], texts[other]
+    chunk = flat[start : start + size + 8]
+    looks = exchange((subject.what, subject.spans, start, chunk) if takes_part else None, group)
+    (what, spans, start, one), (*_, two) = looks[odd], looks[other]
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     positions = (one.view(bits) != two.view(bits)).nonzero()
     if not positions.numel():
         return what, None
     position = int(positions[0])
     first, second = (_shown(some[position], some.view(bits)[position]) for some in (one, two))
-    return what, (start + position, first, second)
+    return what, (_in_the_whole(start + position, spans), first, second)
+
+
+def _in_the_whole(element: int, spans: Sequence[Span]) -> int:
+    for span in spans:
+        if element < span.numel:
+            return span.start + element
+        element -= span.numel
+    return element
 
 
 def _shown(value: Tensor, bits: Tensor) -> str:

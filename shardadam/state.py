@@ -65,13 +65,20 @@ def saved_state(member: Member, *, world_size: int) -> dict[str, Tensor]:
         if name in ("step", "bound"):
             saved[key] = tensor
         elif name in formats.SCALES:
-            saved[key] = _whole_or_shard(tensor, block_spans(member), (block_count(member),), (0,), world_size)
+            saved[key] = _whole_or_shard(tensor, state_spans(name, member), (block_count(member),), (0,), world_size)
         else:
             if name == "remainder":
                 tensor = reference.join(own_elements(member, member.parameter.detach()), tensor)
             order = dimension_order(member.parameter)
-            saved[key] = _whole_or_shard(tensor, spans_of(member), member.shape, order, world_size)
+            saved[key] = _whole_or_shard(tensor, state_spans(name, member), member.shape, order, world_size)
     return saved
+
+
+def state_spans(name: str, member: Member) -> list[Span]:
+    """The stretches of the whole that a tensor of ``local_state`` holds; none of what has no shards."""
+    if name in ("step", "bound"):
+        return []
+    return block_spans(member) if name in formats.SCALES else spans_of(member)
 
 
 def _whole_or_shard(
