@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, update
 from shardadam.layout import Layout
-from shardadam.optimizer import Memory
+from shardadam.memory import Memory
 from shardadam.planner import Setting, memory_of
 from shardadam.transport import Transport, connect
 

@@ -5,7 +5,8 @@ ranks.
 
 from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, load, save
 from shardadam.grad_scaler import GradScaler
-from shardadam.optimizer import Memory, ShardedAdam, ShardedAdamW
+from shardadam.memory import Memory
+from shardadam.optimizer import ShardedAdam, ShardedAdamW
 from shardadam.precision import Precision
 from shardadam.roll_call import RanksParted
 from shardadam.version import __version__

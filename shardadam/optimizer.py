@@ -10,9 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import wraps
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from shardadam import agreement, drift, intake, roll_call, state
+from shardadam import agreement, drift, intake, memory, roll_call, state, whole_state
 from shardadam.buckets import (
     FlatArena,
     FlatBucket,
@@ -33,15 +32,15 @@ from shardadam.buckets import (
     unrepeated,
 )
 from shardadam.clipping import Survey, clip_coefficient, survey
-from shardadam.gathering import ParameterGatherer, gather_shards
+from shardadam.gathering import ParameterGatherer
 from shardadam.interrupts import interrupts_held
+from shardadam.memory import Memory
 from shardadam.misuse import Watch, watch_clipping, watch_other_optimizers
 from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
 from shardadam.tracing import span
 from shardadam.transport import Transport, connect
-from shardadam.update import formats
 
 GradientSync = Literal["backward", "step", "external"]
 
@@ -69,42 +68,6 @@ def _collective(
                 raise
 
     return call
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes that an optimizer holds on this rank, by kind.
-
-    Args:
-        parameters: the flat buffers that trainable parameters are views of; whole on every rank.
-        gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory.
-        gradient_shard: this rank's shard of the reduced gradients. Over shared memory with ``gradient_sync="step"``
-            there is none until the norm, or a full gradient, is wanted.
-        staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the
-            peers.
-        moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
-        master: this rank's shard of the exact values behind low-precision parameters, or of their remainders.
-        scalars: of each parameter, its step counter and the bound on its update.
-        tables: which parameter each 128 elements belong to, and what a kernel must know of each.
-    """
-
-    parameters: int
-    gradients: int
-    gradient_shard: int
-    staging: int
-    moments: int
-    master: int
-    scalars: int
-    tables: int
-
-    @property
-    def state(self) -> int:
-        """What torch.optim.AdamW would call its state: moments, master and step counters."""
-        return self.moments + self.master + self.scalars
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.gradient_shard + self.staging + self.state + self.tables
 
 
 class ShardedAdam(Optimizer):
@@ -651,7 +614,7 @@ class ShardedAdam(Optimizer):
         if not bool(seen.used[member.ordinal]):
             return None
         self._reducer.sum_up()
-        gradient = self._gather(member, attrgetter("shard.gradient"))
+        gradient = whole_state.gather(member, attrgetter("shard.gradient"), self._transport)
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
     @_collective
@@ -664,15 +627,7 @@ class ShardedAdam(Optimizer):
         self._take_in_unfrozen()
         self._gatherer.finish()
         member = self._member(parameter)
-        whole = {"step": self.state[parameter]["step"].clone()}
-        for name in _exact_names(member.arena):
-            whole[name] = self._gather(member, methodcaller("exact_state", name))
-        return whole
-
-    def _gather(self, member: Member, shard_of: Callable[[FlatBucket], Tensor]) -> Tensor:
-        device = member.parameter.device
-        keep = {member.ordinal}
-        return gather_shards(member.buckets, shard_of, self._transport, keep=keep, device=device)[member.ordinal]
+        return whole_state.of_one(member, self._transport)
 
     def _member(self, parameter: Tensor) -> Member:
         for member in self._members:
@@ -684,21 +639,7 @@ class ShardedAdam(Optimizer):
 
     def memory(self) -> Memory:
         """Bytes that the optimizer holds on this rank now, by kind. Local."""
-        arenas = self._arenas
-        return Memory(
-            parameters=sum(arena.parameters.nbytes for arena in arenas),
-            gradients=self._reducer.gradient_bytes(),
-            gradient_shard=sum(arena.gradient_shard.untyped_storage().nbytes() for arena in arenas),
-            staging=self._reducer.staging_bytes(),
-            moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
-            master=_nbytes(arenas, formats.MASTERS),
-            scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
-            tables=sum(
-                arena.blocks.nbytes + counters.places.nbytes + counters.first_blocks.nbytes + arena.update.nbytes
-                for arena in arenas
-                for counters in (arena.counters,)
-            ),
-        )
+        return memory.held_by(self._arenas, self._reducer)
 
     # State
 
@@ -771,19 +712,11 @@ class ShardedAdam(Optimizer):
             id(parameter): index
             for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
         }
-        entries: dict[int, dict[str, Tensor]] = {
-            positions[id(member.parameter)]: {"step": self.state[member.parameter]["step"].cpu().clone()}
-            for member in sorted(self._members, key=lambda member: positions[id(member.parameter)])
-        }
-        for arena in self._arenas:
-            for name in _exact_names(arena):
-                keep = {member.ordinal for member in arena.members} if is_here else set()
-                shard_of = methodcaller("exact_state", name)
-                gathered = gather_shards(arena.buckets, shard_of, self._transport, keep=keep, device="cpu")
-                for member in arena.members:
-                    if is_here:
-                        entries[positions[id(member.parameter)]][name] = gathered[member.ordinal]
-        return {"state": entries, "param_groups": deepcopy(self._packed_groups())} if is_here else None
+        found = whole_state.of_all(self._arenas, self._transport, keep=is_here)
+        if not is_here:
+            return None
+        entries = {positions[id(member.parameter)]: entry for member, entry in found}
+        return {"state": dict(sorted(entries.items())), "param_groups": deepcopy(self._packed_groups())}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -890,15 +823,6 @@ _ALIKE = (
     "Call the same methods in the same order on every rank, and change param groups (schedulers) alike. Nothing has "
     "been written."
 )
-
-
-def _exact_names(arena: FlatArena) -> list[str]:
-    """What ``FlatBucket.exact_state`` can give of an arena."""
-    return [*formats.MOMENTS, *(["master"] if arena.format.master in ("fp32", "split") else [])]
-
-
-def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
-    return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
 
 
 def _release(reducer: Reducer, watch: Watch, transport: Transport) -> None:

@@ -19,7 +19,8 @@ from shardadam import update
 from shardadam.buckets import StagingPool, allocate_counters, block_table
 from shardadam.intake import Options
 from shardadam.layout import Arena, Layout, ParameterSpec, build_layout
-from shardadam.optimizer import GradientSync, Memory
+from shardadam.memory import Memory
+from shardadam.optimizer import GradientSync
 from shardadam.precision import Master, Moments, Precision
 from shardadam.update import formats
 

@@ -21,7 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
     ("grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
-    ("overlap", "misuse", "drift"),
+    ("overlap", "misuse", "drift", "memory", "whole_state"),
     ("reduction", "gathering", "clipping", "state", "intake"),
     ("buckets",),
     ("update", "transport"),

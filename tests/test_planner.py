@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, update
 from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.optimizer import Memory
+from shardadam.memory import Memory
 from shardadam.planner import (
     Fit,
     Need,

@@ -15,7 +15,8 @@ import torch
 
 from shardadam.cli.subject import Subject
 from shardadam.layout import Layout
-from shardadam.optimizer import GradientSync, Memory
+from shardadam.memory import Memory
+from shardadam.optimizer import GradientSync
 from shardadam.planner import (
     Fit,
     PlannedParameter,
