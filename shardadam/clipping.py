@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all ranks must know of the reduced gradients before they update: one small block, all-reduced once a step.
 
-The block holds the squared norm, the non-finite flag, a used-bit for every parameter and, on the CPU, a fingerprint of
-what the ranks are about to do, which must be the same on all. It is computed and read on the device; the host of a GPU
-waits for nothing, unless this rank lacks a gradient itself and has to look which parameters take part.
+The block holds the squared norm, the non-finite flag, a fingerprint of what the ranks are about to do, which must be
+the same on all, and a used-bit for every parameter. It is computed and read on the device; the host of a GPU waits for
+nothing, unless this rank lacks a gradient itself and has to look which parameters take part.
 
 Note: equal fingerprints
-    The block adds up f and f^2 over N ranks. They are integers, below 2^18 and 2^36, and exact in float64 for fewer
-    than 2^17 ranks. N sum(f^2) = sum(f)^2 exactly if all f are equal (Cauchy-Schwarz).
+    The block adds up f and f^2 over N ranks. They are integers, below 2^17 and 2^34, and exact in float64.
+    N sum(f^2) = sum(f)^2 exactly if all f are equal (Cauchy-Schwarz); both fit into 63 bits for 2^14 ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,25 +21,70 @@ from shardadam.gauge import Gauge, are_finite, sum_of_squares
 from shardadam.transport import Transport
 
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+_FINGERPRINT_BITS = 17
 
 
-@dataclass(frozen=True, slots=True)
 class Survey:
     """What is true of the gradients over all ranks.
 
+    ``norm``: 2-norm of all averaged gradients, 0-dim float32; None if it was not asked for. ``found_inf``: 1 if any of
+    them is infinite or NaN, or ranks have given different fingerprints, else 0; 0-dim float32. ``used``: which
+    parameters have had a gradient on any rank, bool, one for each member in order of ordinals. ``all_used``: True if
+    the host knows that all of them have, without having to look.
+
     Args:
-        norm: 2-norm of all averaged gradients, 0-dim float32; None if it was not asked for.
-        found_inf: 1 if any of them is infinite or NaN, else 0; 0-dim float32.
-        used: which parameters have had a gradient on any rank, bool, one for each member in order of ordinals.
-        all_used: True if the host knows that all of them have, without having to look.
-        agrees: False if the host knows that ranks have given different fingerprints. No rank must go on then.
+        block: as it is summed over all ranks.
+        ranks: how many they are.
+        compares: whether there are fingerprints in it.
     """
 
-    norm: Tensor | None
-    found_inf: Tensor
-    used: Tensor
-    all_used: bool
-    agrees: bool = True
+    def __init__(self, block: Tensor, ranks: int, *, with_norm: bool, compares: bool, all_used: bool) -> None:
+        self._block = block
+        self._ranks = ranks
+        self.norm = block[0].sqrt().float() if with_norm else None
+        is_refused = block[1] > 0
+        if compares:
+            total, squares = block[2:4].long().unbind()
+            is_refused |= squares * ranks != total * total
+        self.found_inf = is_refused.float()
+        self.used = block[4:] > 0
+        self.all_used = all_used
+
+    def reading(self) -> Reading:
+        return Reading(self._block, self._ranks)
+
+
+class Reading:
+    """A survey for the host. It is copied when this is made, and whoever looks at it waits for that copy."""
+
+    def __init__(self, block: Tensor, ranks: int) -> None:
+        self._ranks = ranks
+        self._event: torch.cuda.Event | None = None
+        self._block = block
+        if block.is_cuda:
+            self._block = torch.empty_like(block, device="cpu", pin_memory=True).copy_(block, non_blocking=True)
+            self._event = torch.cuda.current_stream(block.device).record_event()
+
+    def _await(self) -> Tensor:
+        if self._event is not None:
+            if not self._event.query():  # type: ignore[no-untyped-call]
+                self._event.synchronize()
+            self._event = None
+        return self._block
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all ranks have given the same fingerprint."""
+        total, squares = map(int, self._await()[2:4].tolist())
+        return self._ranks * squares == total**2
+
+    @property
+    def found_inf(self) -> bool:
+        return bool(self._await()[1] > 0)
+
+    @property
+    def used(self) -> Tensor:
+        return self._await()[4:] > 0
 
 
 @torch.no_grad()
@@ -56,7 +100,7 @@ def survey(
     """Collective: adds up what this rank's gauges have seen, and its used-bits.
 
     Args:
-        fingerprint: of what this rank is about to do, from 0 to 2^32; of it 18 bits count. None on all ranks: not
+        fingerprint: of what this rank is about to do, from 0 to 2^32; of it 17 bits count. None on all ranks: not
             compared.
     """
     block = torch.empty(len(used) + 4, dtype=torch.float64, device=device)
@@ -65,28 +109,17 @@ def survey(
     else:
         block[0] = 0.0
     block[1] = are_finite(gauges, device).logical_not()
-    if fingerprint is None:
-        block[2:4] = 0.0
-    else:
-        fingerprint %= 1 << 18
-        block[2:4] = torch.tensor([fingerprint, fingerprint**2], dtype=torch.float64).to(device)
+    # Fills, as a copy from the host would wait for the device.
+    mine = 0 if fingerprint is None else fingerprint % (1 << _FINGERPRINT_BITS)
+    block[2], block[3] = mine, mine**2
     all_used = all(used)
     if all_used:
         block[4:] = 1.0
     else:
         block[4:] = torch.tensor(used, dtype=torch.float64).to(device)
     transport.all_reduce(block).wait()
-    agrees = True
-    if fingerprint is not None:
-        total, squares = map(int, block[2:4].tolist())
-        agrees = transport.world_size * transport.replicas * squares == total**2
-    return Survey(
-        norm=block[0].sqrt().float() if with_norm else None,
-        found_inf=(block[1] > 0).float(),
-        used=block[4:] > 0,
-        all_used=all_used,
-        agrees=agrees,
-    )
+    ranks = transport.world_size * transport.replicas
+    return Survey(block, ranks, with_norm=with_norm, compares=fingerprint is not None, all_used=all_used)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:

@@ -154,16 +154,25 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
 
 
 def claims(
-    groups: Sequence[Mapping[str, Any]], parameters: Sequence[NamedParameter], *, first_group: int = 0
+    groups: Sequence[Mapping[str, Any]],
+    parameters: Sequence[NamedParameter],
+    *,
+    first_group: int = 0,
+    may_wait: bool = True,
 ) -> list[Claim]:
-    """What all ranks must agree on before they lay ``parameters`` out; ``groups`` are counted from ``first_group``."""
+    """What all ranks must agree on before they lay ``parameters`` out.
+
+    Args:
+        first_group: what ``groups`` are counted from.
+        may_wait: for the device of a learning rate that is a tensor there; without it that is not compared.
+    """
     result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
     for index, group in enumerate(groups, first_group):
         for field in _AGREED_HYPERPARAMETERS:
             value = group[field]
-            result.append(
-                Claim(f"param group {index}", field, repr(value.item() if isinstance(value, Tensor) else value))
-            )
+            if isinstance(value, Tensor):
+                value = value.item() if may_wait or value.device.type == "cpu" else value.device.type
+            result.append(Claim(f"param group {index}", field, repr(value)))
         result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
     for position, named in enumerate(parameters):
         parameter = named.parameter

@@ -32,8 +32,8 @@ class Watch:
         self._left: tuple[int, int] | None = None  # that gradient, as ``_identity`` has it, until it is added to
         self._was_added_to = False
 
-    def look_at_survey(self, used: Tensor, used_here: Sequence[bool], found_inf: Tensor) -> None:
-        """``used`` and ``found_inf``: over all ranks, as the survey has them; on the CPU."""
+    def look_at_survey(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
+        """``used`` and ``found_inf``: over all ranks, as a survey has them; on the CPU."""
         if not bool(used.any()):
             self._say(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. Is "
@@ -46,7 +46,7 @@ class Watch:
                 "zeros in their averages. If its batch was not empty: has it called step() once more than they, or "
                 "left out a backward?"
             )
-        self._skipped = self._skipped + 1 if bool(found_inf) else 0
+        self._skipped = self._skipped + 1 if found_inf else 0
         if self._skipped == _PATIENCE_STEPS:
             self._say(
                 f"step(): the last {_PATIENCE_STEPS} steps were not taken, as a gradient was infinite or NaN on some "

@@ -6,11 +6,10 @@ own.
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -31,7 +30,7 @@ from shardadam.buckets import (
     rebind_moved,
     unrepeated,
 )
-from shardadam.clipping import Survey, clip_coefficient, survey
+from shardadam.clipping import Survey, clip_coefficient
 from shardadam.gathering import ParameterGatherer
 from shardadam.interrupts import interrupts_held
 from shardadam.memory import Memory
@@ -39,6 +38,7 @@ from shardadam.misuse import Watch, watch_clipping, watch_other_optimizers
 from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
 from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
+from shardadam.surveyor import ALIKE, Surveyor
 from shardadam.tracing import span
 from shardadam.transport import Transport, connect
 
@@ -180,8 +180,8 @@ class ShardedAdam(Optimizer):
             self._reducer = GradientReducer(self._transport, hooked=hooked, with_squares=max_grad_norm is not None)
         self._gatherer = ParameterGatherer(self._transport)
         self._overlaps: list[OverlappedForward] = []
-        self._survey: Survey | None = None
-        self._surveyed_rounds = 0
+        self._watch = Watch()
+        self._surveyor = Surveyor(self._transport, self._reducer, self._watch)
         # At the first zero_grad after a step all ranks are level, as it is called right after the step or right before
         # the next backward. At another, one whose forward or backward has raised may have missed a round of its peers.
         self._peers_may_be_ahead = gradient_sync == "backward"
@@ -195,7 +195,6 @@ class ShardedAdam(Optimizer):
         self._consolidated: dict[str, Any] | None = None
         self._refusal: str | None = None
         self._steps = 0  # since the optimizer was built
-        self._watch = Watch()
         if gradient_sync != "external":
             watch_clipping()
         watch_other_optimizers(self)
@@ -240,8 +239,7 @@ class ShardedAdam(Optimizer):
         if max_norm is not None:
             self._clip(seen, max_norm)
         self._watch.before_update()
-        if seen.used.device.type == "cpu":
-            self._watch.look_at_survey(seen.used, self._reducer.used, seen.found_inf)
+        self._surveyor.watch_step()
         try:
             self._update(seen)
         except Exception as error:
@@ -343,30 +341,14 @@ class ShardedAdam(Optimizer):
 
         Raises:
             ValueError: on every rank, where ranks are in different calls, have taken different numbers of steps, or
-                have different hyperparameters. Nothing has been written then.
+                have different hyperparameters. Nothing has been written then; on a GPU it is raised at the next call,
+                and the step was not taken.
         """
         self._reducer.close()
-        seen, rounds = self._survey, self._reducer.rounds
-        if rounds != self._surveyed_rounds and self._options.gradient_sync != "backward":
+        if self._reducer.rounds != self._surveyor.rounds and self._options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # these are other gradients than those that were clipped
-        if seen is None or rounds != self._surveyed_rounds or (with_norm and seen.norm is None):
-            device = self._buckets[0].parameters.device
-            claims = self._intentions(call) if device.type == "cpu" and self._transport.control is not None else None
-            with span("survey"):
-                seen = survey(
-                    self._reducer.gauges(with_squares=with_norm),
-                    self._reducer.used,
-                    transport=self._transport,
-                    with_norm=with_norm,
-                    device=device,
-                    fingerprint=None if claims is None else zlib.crc32(repr(claims).encode()),
-                )
-            if claims is not None and not seen.agrees:
-                agreement.require(claims, self._transport.control, remedy=_ALIKE)
-            if self._reducer.complaint is not None:
-                raise RuntimeError(self._reducer.complaint)
-            self._survey, self._surveyed_rounds = seen, rounds
-        return seen
+        device = self._buckets[0].parameters.device
+        return self._surveyor.look(partial(self._intentions, call), with_norm=with_norm, device=device)
 
     def _intentions(self, call: str) -> list[agreement.Claim]:
         """What ranks must be alike in when they meet in the middle of training."""
@@ -374,7 +356,7 @@ class ShardedAdam(Optimizer):
             agreement.Claim("which call they are in:", "", call),
             agreement.Claim("how many steps they have taken:", "", str(self._steps)),
             agreement.Claim("their gradients:", "", self._reducer.complaint or "in order"),
-            *intake.claims(self.param_groups, []),
+            *intake.claims(self.param_groups, [], may_wait=False),
         ]
 
     def _clip(self, seen: Survey, max_norm: float | Tensor) -> Tensor:
@@ -450,7 +432,7 @@ class ShardedAdam(Optimizer):
 
     def _forget_gradients(self) -> None:
         self._reducer.reset()
-        self._survey = None
+        self._surveyor.forget()
         self._coefficient = self._inverse_scale = None
 
     # Parameters
@@ -513,7 +495,7 @@ class ShardedAdam(Optimizer):
         self._reducer.close_open_round()
         self._reducer.settle()
         self._gatherer.finish()
-        self._survey = None
+        self._surveyor.forget()
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
         arenas = allocate(
@@ -595,7 +577,8 @@ class ShardedAdam(Optimizer):
             RuntimeError: something else does; names the first that does, on which ranks, and the element.
         """
         named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
-        agreement.require(intake.claims(self.param_groups, named), self._transport.control, remedy=_ALIKE)
+        remedy = f"{ALIKE} Nothing has been written."
+        agreement.require(intake.claims(self.param_groups, named), self._transport.control, remedy=remedy)
         self._take_in_unfrozen()
         self._gatherer.finish()
         subjects = drift.copies(self._members, self._frozen, self.skipped_steps, self._transport)
@@ -745,7 +728,7 @@ class ShardedAdam(Optimizer):
         parameters; those are gathered then, which is collective.
         """
         self._consolidated = None
-        self._refusal = None
+        self._refusal = self._surveyor.refusal = None
         for arena in self._arenas:
             arena.update.reload()
         if parameters:
@@ -759,9 +742,10 @@ class ShardedAdam(Optimizer):
         self._refusal = reason
 
     def _check_is_whole(self, call: str) -> None:
-        if self._refusal is not None:
+        refusal = self._refusal or self._surveyor.refusal
+        if refusal is not None:
             raise RuntimeError(
-                f"The optimizer cannot {call}: {self._refusal}. Load a whole checkpoint into it, on all ranks."
+                f"The optimizer cannot {call}: {refusal}. Load a whole checkpoint into it, on all ranks."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -817,12 +801,6 @@ class ShardedAdamW(ShardedAdam):
             bucket_mb=bucket_mb,
             transport=transport,
         )
-
-
-_ALIKE = (
-    "Call the same methods in the same order on every rank, and change param groups (schedulers) alike. Nothing has "
-    "been written."
-)
 
 
 def _release(reducer: Reducer, watch: Watch, transport: Transport) -> None:

@@ -21,6 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
     ("grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
+    ("surveyor",),
     ("overlap", "misuse", "drift", "memory", "whole_state"),
     ("reduction", "gathering", "clipping", "state", "intake"),
     ("buckets",),

@@ -24,6 +24,7 @@ from tests import test_checkpoint_reshard as checkpoints
 from tests import test_overlap as overlap
 from tests import test_parity as parity
 from tests import test_precision as precision
+from tests import test_surveyor as surveyor
 from tests import test_triton as interpreted
 from tests.on_cuda import captured, nccl_of_one, warm_up
 from tests.ranks import on_ranks, rank_and_size
@@ -341,3 +342,10 @@ def find_a_changed_bit() -> list[str]:
 def test_a_changed_bit_is_found() -> None:
     for (said,) in on_ranks(2, find_a_changed_bit):
         assert "parameter 'weight': rank 1 differs from rank 0, first at element 2109" in said
+
+
+@pytest.mark.parametrize("what", surveyor.DISAGREEMENTS)
+def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(what: str, tmp_path: Path) -> None:
+    for found in on_ranks(2, surveyor.disagree, what, "backward", str(tmp_path), DEVICE):
+        assert found["unchanged"] and found["skipped"] == 1 and found["went on"]
+        assert found["next step"].startswith(surveyor.DISAGREEMENTS[what].format(others="rank 0"))
