@@ -108,6 +108,7 @@ class Surveyor:
         used_here, self._used_here = self._used_here, None
         if used_here is not None and self._reading is not None:
             self._watch.look_at_survey(self._reading.used, used_here, self._reading.found_inf)
+            self._reading = None
 
 
 def host_runs_ahead(device: torch.device) -> bool:
