@@ -228,7 +228,11 @@ SRUN = """#!/usr/bin/env bash
 wait $first && wait $second
 """
 SCONTROL = """#!/usr/bin/env bash
-[[ $* == "show hostnames node[1-2]" ]] && printf 'localhost\\nnode2\\n'
+case $* in
+"show hostnames node[1-2]") printf 'localhost\\nnode2\\n' ;;
+"requeue "*) echo "scontrol was asked to $*" ;;
+*) exit 1 ;;
+esac
 """
 
 
@@ -251,6 +255,11 @@ def test_slurm_starts_an_agent_on_every_node(tmp_path: Path) -> None:
     assert sorted(found_in(out)) == [0, 1]
     lost = bash(str(LAUNCH / "slurm.sbatch"), RUN, **{**variables, "SLURM_SUBMIT_DIR": str(tmp_path)})
     assert lost.returncode == 2 and "LAUNCH" in lost.stderr
+    (tmp_path / "srun").write_text("#!/usr/bin/env bash\nexit 7\n")
+    for after, is_queued_again in (("0", True), ("600", False)):
+        failed = bash(str(LAUNCH / "slurm.sbatch"), RUN, **variables, REQUEUE_AFTER=after)
+        assert failed.returncode == 7
+        assert (f"asked to requeue {os.getpid()}" in failed.stdout) == is_queued_again
 
 
 # Files
