@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef
 
 from shardadam.buckets import Member
 from shardadam.reduction import Reducer
@@ -29,7 +30,9 @@ class Watch:
         self._skipped = 0  # in a row
         self._watched: Tensor | None = None  # a parameter that had a gradient after the last step
         self._handle: Any = None  # of the hook on it
-        self._left: tuple[int, int] | None = None  # that gradient, as ``_identity`` has it, until it is added to
+        self._left: tuple[TensorWeakRef, int] | None = (
+            None  # that gradient and its version, as long as nobody clears it
+        )
         self._was_added_to = False
 
     def look_at_survey(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
@@ -61,19 +64,19 @@ class Watch:
             )
 
     def after_update(self, members: Sequence[Member]) -> None:
-        """Finds out, when the next backward reaches a parameter that has a gradient now, whether nobody has cleared it:
-        later, one more micro-batch looks the same.
+        """Finds out, whenever backward reaches a parameter that has a gradient now, whether nobody has cleared it.
+        Later, one more micro-batch would look the same.
         """
         self._was_added_to, self._left = False, None
         for member in members:
             parameter = member.parameter
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.requires_grad:
                 if parameter is not self._watched:
                     self.remove_hook()
                     self._watched = parameter
                     hook = _accumulation_hook(weakref.ref(self))
                     self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self._left = _identity(parameter.grad)
+                self._left = TensorWeakRef(parameter.grad), parameter.grad._version
                 return
 
     def remove_hook(self) -> None:
@@ -81,10 +84,12 @@ class Watch:
             self._handle.remove()
 
     def on_accumulation(self, parameter: Tensor) -> None:
-        if self._left is not None and parameter.grad is not None:
-            place, version = self._left
-            self._was_added_to = _identity(parameter.grad) == (place, version + 1)
-            self._left = None
+        if self._left is None or parameter.grad is None:
+            return
+        left, version = self._left
+        # Zeroing in place counts as a change, as adding does; and a new gradient is another tensor.
+        self._was_added_to = left() is parameter.grad and parameter.grad._version == version + 1
+        self._left = (left, version + 1) if self._was_added_to else None
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -101,11 +106,6 @@ def _accumulation_hook(watch: weakref.ref[Watch]) -> Callable[[Tensor], None]:
             live.on_accumulation(parameter)
 
     return on_accumulation
-
-
-def _identity(gradient: Tensor) -> tuple[int, int]:
-    """Zeroing in place counts as a change, as adding to it does; a new gradient's count begins anew."""
-    return gradient.data_ptr(), gradient._version
 
 
 def _stacklevel() -> int:
@@ -165,14 +165,18 @@ def _look_at_clipped(parameters: Sequence[Tensor]) -> None:
 
 
 _ours: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # others, since the newest of ours was built
+_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+"""Others, and how many of ours and of their own groups there have been when they were looked at."""
+_told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_built = 0
 
 
 def watch_other_optimizers(ours: Optimizer) -> None:
     """Warns once of each torch optimizer that steps parameters whose gradients go to ``ours``."""
+    global _built
+    _built += 1
     _watch_steps()
     _ours.add(ours)
-    _seen.clear()
 
 
 @cache
@@ -181,16 +185,24 @@ def _watch_steps() -> None:
 
 
 def _look_at_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _ours or optimizer in _seen:
+    if torch.compiler.is_compiling() or optimizer in _ours or optimizer in _told:
         return
-    _seen.add(optimizer)
-    # Whatever wraps one of ours steps it, and not the parameters, and has its groups.
-    wrapped = {id(group) for one in _ours for group in one.param_groups}
-    parameters = [p for group in optimizer.param_groups if id(group) not in wrapped for p in group["params"]]
+    state = _built + len(optimizer.param_groups)
+    if _seen.get(optimizer) == state:
+        return
+    _seen[optimizer] = state
+    held = [
+        one for value in vars(optimizer).values() for one in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    if any(isinstance(one, Optimizer) and one in _ours for one in held):
+        return  # it wraps one of ours, and steps that
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shared = sum(reducer_of(parameter) is not None for parameter in parameters)
     if shared:
+        _told.add(optimizer)
         warnings.warn(
             f"{type(optimizer).__name__}.step(): {shared} of its {len(parameters)} parameters belong to an optimizer "
-            "of shardadam, too, which writes over what another makes of them. Give each parameter to one of the two.",
+            "of shardadam, too, which has gradients and master weights of its own, so that one undoes what the other "
+            "does. Give each parameter to one of the two, and drop the one that is not used any more.",
             stacklevel=_stacklevel(),
         )

@@ -239,7 +239,7 @@ class ShardedAdam(Optimizer):
         if max_norm is not None:
             self._clip(seen, max_norm)
         self._watch.before_update()
-        self._surveyor.watch_step()
+        self._surveyor.step_begins()
         try:
             self._update(seen)
         except Exception as error:
@@ -577,6 +577,7 @@ class ShardedAdam(Optimizer):
             RuntimeError: something else does; names the first that does, on which ranks, and the element.
         """
         named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
+        self._surveyor.read()
         remedy = f"{ALIKE} Nothing has been written."
         agreement.require(intake.claims(self.param_groups, named), self._transport.control, remedy=remedy)
         self._take_in_unfrozen()
@@ -728,7 +729,8 @@ class ShardedAdam(Optimizer):
         parameters; those are gathered then, which is collective.
         """
         self._consolidated = None
-        self._refusal = self._surveyor.refusal = None
+        self._refusal = None
+        self._surveyor.state_was_loaded()
         for arena in self._arenas:
             arena.update.reload()
         if parameters:

@@ -5,14 +5,15 @@ something else than the others.
 Note: hosts that run ahead
     On the CPU a survey is read at once, and raises before anything is written. The host of a GPU must not wait for the
     device: there the device itself does not take a step of which ranks disagree, as if a gradient were infinite, and
-    the host reads the survey when it wants the next one, on all ranks at the same point. By then the device has long
-    been there, or else the host is a whole step ahead of it and may wait.
+    the host reads a survey when it wants one in a later step, on all ranks at the same point. By then the device has
+    long been there, or else the host is a whole step ahead of it and may wait.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,21 @@ from shardadam.reduction import Reducer
 from shardadam.tracing import span
 from shardadam.transport import Transport
 
+_MOST_UNREAD = 16
 ALIKE = "Call the same methods in the same order on every rank, and change param groups (schedulers) alike."
+
+
+class _Unread(NamedTuple):
+    """A survey that the host has not read.
+
+    Args:
+        step: how many steps had been taken when it was made.
+        claims: what this rank was about to do; None: not compared.
+    """
+
+    step: int
+    reading: Reading
+    claims: list[Claim] | None
 
 
 class Surveyor:
@@ -37,11 +52,10 @@ class Surveyor:
         self._reducer = reducer
         self._watch = watch
         self._last: Survey | None = None
-        self._runs_ahead = False  # the host
-        # What it has yet to read of the survey.
-        self._reading: Reading | None = None
-        self._claims: list[Claim] | None = None
-        self._used_here: list[bool] | None = None
+        self._steps = 0
+        self._unread: list[_Unread] = []
+        self._reading: Reading | None = None  # of the last survey, and until its step has been watched
+        self._used_here: list[bool] | None = None  # in that step, if it has been taken
 
     def look(self, claims: Callable[[], list[Claim]], *, with_norm: bool, device: torch.device) -> Survey:
         """A survey of the rounds that are closed, made anew where the last one is of others. Collective.
@@ -50,7 +64,7 @@ class Surveyor:
             claims: what ranks must be alike in.
 
         Raises:
-            ValueError: on every rank, where ranks are not alike, or were not at the survey before.
+            ValueError: on every rank, where ranks are not alike, or were not before the last step.
             RuntimeError: this rank's reducer has found something wrong.
         """
         rounds = self._reducer.rounds
@@ -58,7 +72,7 @@ class Surveyor:
             return self._last
         is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not is_captured:
-            self._read()
+            self._read(self._steps if len(self._unread) < _MOST_UNREAD else self._steps + 1)
         mine = None if is_captured or self._transport.control is None else claims()
         with span("survey"):
             seen = survey(
@@ -69,46 +83,62 @@ class Surveyor:
                 device=device,
                 fingerprint=None if mine is None else zlib.crc32(repr(mine).encode()),
             )
-        self._reading, self._claims = None if is_captured else seen.reading(), mine
-        self._runs_ahead = host_runs_ahead(device)
-        if not self._runs_ahead:
-            self._compare("Nothing has been written.")
+        if not is_captured:
+            self._reading = seen.reading()
+            if host_runs_ahead(device):
+                self._unread.append(_Unread(self._steps, self._reading, mine))
+            else:
+                self._compare(self._reading, mine, "Nothing has been written.")
         if self._reducer.complaint is not None:
             raise RuntimeError(self._reducer.complaint)
         self._last, self.rounds = seen, rounds
         return seen
 
-    def watch_step(self) -> None:
-        """The last survey is that of a step which is about to be taken."""
-        if self._reading is not None:
-            self._used_here = list(self._reducer.used)
-            if not self._runs_ahead:
-                self._warn()
+    def step_begins(self) -> None:
+        """The last survey is that of a step which is taken now."""
+        self._steps += 1
+        self._used_here = list(self._reducer.used)
+        if not self._unread:
+            self._warn()
 
     def forget(self) -> None:
         """There are other gradients from now on."""
         self._last = None
 
-    def _read(self) -> None:
-        """What has not been read of the survey before. Collective."""
-        try:
-            self._compare("No rank has taken that step.")
-        except BaseException:
-            # Where they were in different calls, one's gradients may have been gathered into another's parameters.
-            self.refusal = "ranks have disagreed, and what they have sent each other since is not known"
-            raise
-        self._warn()
+    def read(self) -> None:
+        """Reads all that has not been read. Collective.
 
-    def _compare(self, consequence: str) -> None:
-        claims, self._claims = self._claims, None
-        if claims is not None and self._reading is not None and not self._reading.agrees:
+        Raises:
+            ValueError: as ``look``.
+        """
+        self._read(self._steps + 1)
+
+    def state_was_loaded(self) -> None:
+        """What was before does not matter any more."""
+        self._unread.clear()
+        self._reading = self._used_here = self.refusal = None
+
+    def _read(self, step: int) -> None:
+        """The surveys that were made before that step."""
+        while self._unread and self._unread[0].step < step:
+            one = self._unread.pop(0)
+            try:
+                self._compare(one.reading, one.claims, "No rank has taken that step.")
+            except BaseException:
+                # If they were in different calls, one's gradients may have come into another's parameters.
+                self.refusal = "ranks have disagreed, and what they have sent each other since is not known"
+                raise
+        if not self._unread:
+            self._warn()
+
+    def _compare(self, reading: Reading, claims: list[Claim] | None, consequence: str) -> None:
+        if claims is not None and not reading.agrees:
             agreement.require(claims, self._transport.control, remedy=f"{ALIKE} {consequence}")
 
     def _warn(self) -> None:
-        used_here, self._used_here = self._used_here, None
-        if used_here is not None and self._reading is not None:
-            self._watch.look_at_survey(self._reading.used, used_here, self._reading.found_inf)
-            self._reading = None
+        if self._reading is not None and self._used_here is not None:
+            self._watch.look_at_survey(self._reading.used, self._used_here, self._reading.found_inf)
+            self._reading = self._used_here = None
 
 
 def host_runs_ahead(device: torch.device) -> bool:

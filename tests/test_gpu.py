@@ -346,6 +346,6 @@ def test_a_changed_bit_is_found() -> None:
 
 @pytest.mark.parametrize("what", surveyor.DISAGREEMENTS)
 def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(what: str, tmp_path: Path) -> None:
-    for found in on_ranks(2, surveyor.disagree, what, "backward", str(tmp_path), DEVICE):
+    for found in on_ranks(2, surveyor.disagree, what, "backward", str(tmp_path), "step", DEVICE):
         assert found["unchanged"] and found["skipped"] == 1 and found["went on"]
-        assert found["next step"].startswith(surveyor.DISAGREEMENTS[what].format(others="rank 0"))
+        assert found["first"].startswith(surveyor.DISAGREEMENTS[what].format(others="rank 0"))

@@ -8,6 +8,7 @@ On the CPU the host does not run ahead; that it may not read a survey before it 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import Precision, ShardedAdamW, surveyor
-from shardadam.clipping import Survey
+from shardadam.clipping import Reading, Survey
 from tests.ranks import on_ranks, rank_and_size
 
 SYNCS = ("backward", "step", "external")
@@ -72,7 +73,8 @@ def test_training_is_the_same_wherever_surveys_are_read(gradient_sync: str, worl
 # Ranks that are not
 
 
-def disagree(what: str, gradient_sync: str, directory: str, device: str = "cpu") -> dict[str, Any]:
+def disagree(what: str, gradient_sync: str, directory: str, first: str = "step", device: str = "cpu") -> dict[str, Any]:
+    """What the call ``first`` says after a step of which ranks disagree, and what step and save say then."""
     rank, _ = rank_and_size()
     with runs_ahead:
         model, optimizer = build(device, gradient_sync=gradient_sync, max_grad_norm=10.0)
@@ -90,12 +92,14 @@ def disagree(what: str, gradient_sync: str, directory: str, device: str = "cpu")
         optimizer.zero_grad()
         found: dict[str, Any] = {"unchanged": equal(values(model), before), "skipped": int(optimizer.skipped_steps)}
         backward(model, 2)
-        for attempt in ("next step", "another", "save"):
+        calls: dict[str, Callable[[], Any]] = {
+            "step": optimizer.step,
+            "save": lambda: shardadam.save(directory, step=2, model=model, optimizer=optimizer),
+            "check_in_sync": optimizer.check_in_sync,
+        }
+        for attempt, call in (("first", calls[first]), ("step", optimizer.step), ("save", calls["save"])):
             try:
-                if attempt == "save":
-                    shardadam.save(directory, step=2, model=model, optimizer=optimizer)
-                else:
-                    optimizer.step()
+                call()
             except Exception as error:
                 found[attempt] = f"{type(error).__name__}: {error}"
         optimizer.zero_grad()
@@ -119,17 +123,88 @@ DISAGREEMENTS = {
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("gradient_sync", SYNCS)
 @pytest.mark.parametrize("what", DISAGREEMENTS)
+@pytest.mark.parametrize("first", ["step", "save", "check_in_sync"])
 def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(
-    what: str, gradient_sync: str, world_size: int, tmp_path: Path
+    first: str, what: str, gradient_sync: str, world_size: int, tmp_path: Path
 ) -> None:
     others = {2: "rank 0", 3: "ranks 0, 2"}[world_size]
-    for found in on_ranks(world_size, disagree, what, gradient_sync, str(tmp_path)):
+    for found in on_ranks(world_size, disagree, what, gradient_sync, str(tmp_path), first):
         assert found["unchanged"] and found["skipped"] == 1
-        assert found["next step"].startswith(DISAGREEMENTS[what].format(others=others))
-        assert "No rank has taken that step" in found["next step"]
-        assert found["another"].startswith("RuntimeError: The optimizer cannot step: ranks have disagreed")
+        assert found["first"].startswith(DISAGREEMENTS[what].format(others=others))
+        assert "No rank has taken that step" in found["first"]
+        assert found["step"].startswith("RuntimeError: The optimizer cannot step: ranks have disagreed")
         assert "cannot be saved: ranks have disagreed" in found["save"]
         assert found["went on"]
+
+
+def load_at_once(directory: str) -> None:
+    with runs_ahead:
+        model, optimizer = build()
+        backward(model, 0)
+        optimizer.step()
+        shardadam.save(directory, step=1, model=model, optimizer=optimizer)
+        optimizer.zero_grad()
+        backward(model, 1)
+        optimizer.param_groups[0]["lr"] = 1e-2 + rank_and_size()[0]
+        optimizer.step()
+        optimizer.zero_grad()
+        shardadam.load(directory, model=model, optimizer=optimizer)
+        for step in (1, 2):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.check_in_sync()
+
+
+def test_what_ranks_disagreed_on_before_a_checkpoint_was_loaded_is_past(tmp_path: Path) -> None:
+    on_ranks(2, load_at_once, str(tmp_path))
+
+
+def read_while_scaling() -> list[tuple[int, int]]:
+    """In which step which survey was read; every step makes two."""
+    model, optimizer = build()
+    scaler = shardadam.GradScaler("cpu")
+    made: list[Reading] = []
+    found: list[tuple[int, int]] = []
+    init, wait = Reading.__init__, Reading._await
+
+    def make(reading: Reading, *arguments: Any) -> None:
+        init(reading, *arguments)
+        made.append(reading)
+
+    def read(reading: Reading) -> Tensor:
+        found.append((step, made.index(reading) // 2))
+        return wait(reading)
+
+    with runs_ahead, mock.patch.object(Reading, "__init__", make), mock.patch.object(Reading, "_await", read):
+        for step in range(4):
+            scaler.scale(model(torch.full((2, 40), 1.0 + step)).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            optimizer.clip_grad_norm_(1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert len(made) == 8
+    return found
+
+
+def test_no_survey_is_read_in_the_step_that_it_is_made_in() -> None:
+    for found in on_ranks(2, read_while_scaling):
+        assert {made for _, made in found} == {0, 1, 2} and all(step == made + 1 for step, made in found)
+
+
+def look_without_a_step() -> int:
+    with runs_ahead:
+        model, optimizer = build()
+        for step in range(100):
+            backward(model, step)
+            optimizer.full_grad(next(model.parameters()))
+            optimizer.zero_grad()
+        return len(optimizer._surveyor._unread)
+
+
+def test_surveys_that_are_not_read_do_not_pile_up() -> None:
+    assert max(on_ranks(2, look_without_a_step)) <= surveyor._MOST_UNREAD
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 1000, 1 << 14])

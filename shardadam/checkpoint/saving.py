@@ -144,6 +144,7 @@ def save(
     try:
         _check_arguments(step, keep)
         if isinstance(optimizer, ShardedAdam):
+            optimizer._surveyor.read()
             optimizer._check_is_whole("be saved")
             optimizer._gatherer.wait()
         part = _collect(contents_of(model, optimizer), meeting, scheduler, extra, step)
