@@ -95,11 +95,13 @@ def survey(
     transport: Transport,
     with_norm: bool,
     device: torch.device,
+    refuses: bool = False,
     fingerprint: int | None = None,
 ) -> Survey:
     """Collective: adds up what this rank's gauges have seen, and its used-bits.
 
     Args:
+        refuses: no rank is to use these gradients, as if one were infinite.
         fingerprint: of what this rank is about to do, from 0 to 2^32; of it 17 bits count. None on all ranks: not
             compared.
     """
@@ -108,7 +110,7 @@ def survey(
         block[0] = sum_of_squares(gauges, device) / transport.replicas  # all of which add it
     else:
         block[0] = 0.0
-    block[1] = are_finite(gauges, device).logical_not()
+    block[1] = 1.0 if refuses else are_finite(gauges, device).logical_not()
     # Fills, as a copy from the host would wait for the device.
     mine = 0 if fingerprint is None else fingerprint % (1 << _FINGERPRINT_BITS)
     block[2], block[3] = mine, mine**2

@@ -197,7 +197,7 @@ def _locate(
     stretch = next((i for i, (a, b) in enumerate(zip(sums[odd], sums[other], strict=False)) if a != b), 0)
     size = 8 * _WORDS // flat.element_size()
     start = min(stretch * size, max(0, flat.numel() - size))  # the last one may be a tail of some bytes
-    chunk = flat[start : start + size + 8]
+    chunk = flat[start : start + size + 8].clone()  # a view would be sent with all that it is a view of
     looks = exchange((subject.what, subject.spans, start, chunk) if takes_part else None, group)
     (what, spans, start, one), (*_, two) = looks[odd], looks[other]
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]

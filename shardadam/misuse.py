@@ -191,12 +191,14 @@ def _look_at_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _seen.get(optimizer) == state:
         return
     _seen[optimizer] = state
-    held = [
-        one for value in vars(optimizer).values() for one in (value if isinstance(value, (list, tuple)) else [value])
-    ]
+    held = [*vars(optimizer).values()]
+    for value in vars(optimizer).values():
+        held += value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else []
     if any(isinstance(one, Optimizer) and one in _ours for one in held):
         return  # it wraps one of ours, and steps that
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wrapped = {id(group) for one in _ours for group in one.param_groups}  # by something that it wraps
+    groups = [group for group in optimizer.param_groups if id(group) not in wrapped]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     shared = sum(reducer_of(parameter) is not None for parameter in parameters)
     if shared:
         _told.add(optimizer)

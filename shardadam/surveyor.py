@@ -35,11 +35,13 @@ class _Unread(NamedTuple):
     Args:
         step: how many steps had been taken when it was made.
         claims: what this rank was about to do; None: not compared.
+        complaint: the reducer's.
     """
 
     step: int
     reading: Reading
     claims: list[Claim] | None
+    complaint: str | None
 
 
 class Surveyor:
@@ -65,7 +67,7 @@ class Surveyor:
 
         Raises:
             ValueError: on every rank, where ranks are not alike, or were not before the last step.
-            RuntimeError: this rank's reducer has found something wrong.
+            RuntimeError: the reducers of all ranks have found something wrong, now or before the last step.
         """
         rounds = self._reducer.rounds
         if self._last is not None and rounds == self.rounds and (self._last.norm is not None or not with_norm):
@@ -74,6 +76,7 @@ class Surveyor:
         if not is_captured:
             self._read(self._steps if len(self._unread) < _MOST_UNREAD else self._steps + 1)
         mine = None if is_captured or self._transport.control is None else claims()
+        complaint = self._reducer.complaint
         with span("survey"):
             seen = survey(
                 self._reducer.gauges(with_squares=with_norm),
@@ -81,16 +84,17 @@ class Surveyor:
                 transport=self._transport,
                 with_norm=with_norm,
                 device=device,
+                refuses=complaint is not None,
                 fingerprint=None if mine is None else zlib.crc32(repr(mine).encode()),
             )
         if not is_captured:
             self._reading = seen.reading()
             if host_runs_ahead(device):
-                self._unread.append(_Unread(self._steps, self._reading, mine))
+                self._unread.append(_Unread(self._steps, self._reading, mine, complaint))
             else:
                 self._compare(self._reading, mine, "Nothing has been written.")
-        if self._reducer.complaint is not None:
-            raise RuntimeError(self._reducer.complaint)
+        if complaint is not None and not (mine is not None and host_runs_ahead(device)):
+            raise RuntimeError(complaint)
         self._last, self.rounds = seen, rounds
         return seen
 
@@ -128,6 +132,8 @@ class Surveyor:
                 # If they were in different calls, one's gradients may have come into another's parameters.
                 self.refusal = "ranks have disagreed, and what they have sent each other since is not known"
                 raise
+            if one.complaint is not None:
+                raise RuntimeError(one.complaint)
         if not self._unread:
             self._warn()
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -262,7 +263,7 @@ class Clipper(torch.optim.Optimizer):
         return self.inner.step()
 
 
-WRAPPERS: dict[str, Any] = {"wrapper": Wrapper, "clipper": Clipper}
+WRAPPERS: dict[str, Any] = {"wrapper": Wrapper, "clipper": Clipper, "nested": lambda ours: Wrapper(Wrapper(ours))}
 
 
 def step_with_another(gradient_sync: str, which: str, built_first: bool) -> list[list[str]]:
@@ -294,7 +295,7 @@ def step_with_another(gradient_sync: str, which: str, built_first: bool) -> list
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
     ("which", "built_first"),
-    [("all", False), ("all", True), ("others", False), ("others", True), ("wrapper", False), ("clipper", False)],
+    [*product(("all", "others"), (False, True)), *((wrapper, False) for wrapper in WRAPPERS)],
 )
 @pytest.mark.parametrize("gradient_sync", SYNCS)
 def test_a_plain_optimizer_over_the_same_parameters_is_warned_of_once(

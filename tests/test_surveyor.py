@@ -207,6 +207,33 @@ def test_surveys_that_are_not_read_do_not_pile_up() -> None:
     assert max(on_ranks(2, look_without_a_step)) <= surveyor._MOST_UNREAD
 
 
+def write_a_gradient(writers: tuple[int, ...]) -> tuple[bool, list[str]]:
+    rank, _ = rank_and_size()
+    said = []
+    with runs_ahead:
+        model, optimizer = build()
+        before = values(model)
+        backward(model, 0)
+        if rank in writers:
+            next(model.parameters()).grad = torch.ones(30, 40)
+        for _ in range(2):
+            try:
+                optimizer.step()
+                said.append("")
+            except (RuntimeError, ValueError) as error:
+                said.append(str(error))
+            is_unchanged = equal(values(model), before)
+            optimizer.zero_grad()
+            backward(model, 1)
+    return is_unchanged, said
+
+
+@pytest.mark.parametrize("writers", [(0,), (1,), (0, 1)])
+def test_gradients_written_by_hand_are_told_on_every_rank_one_step_later(writers: tuple[int, ...]) -> None:
+    for is_unchanged, (first, second) in on_ranks(2, write_a_gradient, writers):
+        assert is_unchanged and first == "" and "has a gradient in p.grad although" in second
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 1000, 1 << 14])
 @pytest.mark.parametrize("print_of_one", [0, 1, 12_345, 2**17 - 1])
 def test_the_device_and_the_host_see_any_fingerprint_that_differs(ranks: int, print_of_one: int) -> None:
