@@ -36,7 +36,7 @@ COLOURS = {  # Okabe and Ito's
     "backward": "#0072B2",
     "copy_in": "#F0E442",
     "reduce_scatter": "#D55E00",
-    "survey": "#CC79A7",
+    "step_sync": "#CC79A7",
     "update": "#009E73",
     "all_gather": "#E69F00",
 }

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretended import rank_0_of
+from fake_world import rank_0_of
 from torch import Tensor, nn
 from update import FORMS, Form, stock, with_masters
 

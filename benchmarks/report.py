@@ -22,7 +22,7 @@ import matplotlib
 import torch
 import torch.distributed as dist
 from contenders import ENTRIES, Settings, make_data, make_model
-from pretended import rank_0_of
+from fake_world import rank_0_of
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
@@ -206,7 +206,7 @@ COLOURS = {
     "backward": EXTRA,
     "reduce_scatter": OURS,
     "all_gather": YELLOW,
-    "survey": PURPLE,
+    "step_sync": PURPLE,
     "update": GREEN,
 }
 ROWS = ("update", "communication", "forward, backward")
@@ -220,8 +220,8 @@ def kind_of(name: str) -> tuple[str, str] | None:
         return "communication", "all_gather"
     if name.startswith("shardadam.reduce_scatter") or name in ("gloo:all_to_all", "gloo:reduce_scatter"):
         return "communication", "reduce_scatter"
-    if name in ("gloo:all_reduce", "shardadam.survey"):
-        return "communication" if name.startswith("gloo") else "update", "survey"
+    if name in ("gloo:all_reduce", "shardadam.step_sync"):
+        return "communication" if name.startswith("gloo") else "update", "step_sync"
     if name.startswith("shardadam.update") or name == "aten::_fused_adamw_":
         return "update", "update"
     return None

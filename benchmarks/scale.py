@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pretended import rank_0_of
+from fake_world import rank_0_of
 from scale_model import (
     DECODERS,
     FORMS,
@@ -38,8 +38,8 @@ from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, update
 from shardadam.layout import Layout
-from shardadam.memory import Memory
 from shardadam.planner import Setting, memory_of
+from shardadam.state.memory import Memory
 from shardadam.transport import Transport, connect
 
 RANKS = [2**power for power in range(15)]
@@ -117,7 +117,7 @@ def print_times(
     for decoder in DECODERS:
         for scheme, group in (("ring", 16384), ("halving", 16384), ("hybrid", args.shard_group), ("ddp", 1)):
             some = predict(decoder, layouts[decoder.name, group], 16384, scheme, machine, args.overlap_gather)
-            parts = (some.compute, some.reduce, some.survey, some.update, some.gather)
+            parts = (some.compute, some.reduce, some.step_sync, some.update, some.gather)
             print(f"| {decoder.name} | {scheme} | {' | '.join(f'{value:,.3f}' for value in parts)} |")
     print("\nThe same by bucket_mb, 70B, per cent\n")
     sizes = (32, 128, 512, 2048)

@@ -166,14 +166,14 @@ class Overhead:
     """Seconds of a step beside forward and backward."""
 
     reduce: float
-    survey: float
+    step_sync: float
     update: float
     gather: float
     compute: float
 
     @property
     def percent(self) -> float:
-        return 100 * (self.reduce + self.survey + self.update + self.gather) / self.compute
+        return 100 * (self.reduce + self.step_sync + self.update + self.gather) / self.compute
 
 
 def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: float) -> float:
@@ -223,7 +223,7 @@ def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: 
     compute = machine.compute_s(sum(decoder.numels))
     return Overhead(
         reduce=exposed_reduce(numels, [reduce_of[n] for n in numels], compute * 2 / 3),
-        survey=0.0 if scheme == "ddp" else machine.all_reduce_s(8 * (2 + len(decoder.numels)), ranks),
+        step_sync=0.0 if scheme == "ddp" else machine.all_reduce_s(8 * (2 + len(decoder.numels)), ranks),
         update=sum(updates),
         gather=exposed_gather(
             numels[::-1], updates[::-1], [gather_of[n] for n in numels[::-1]], compute / 3, overlap and scheme != "ddp"

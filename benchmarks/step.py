@@ -21,7 +21,7 @@ was when the plain model lay there in its training dtype, libraries warm. "Peak"
 the highest before the first. In the same run: `state`, what the optimizer keeps (moments, masters), and what a rank's
 sockets sent in a step (`wchar` of /proc/self/io), measured in the last step. What went through shared memory is
 not in that: where ours sends next to nothing, each rank has read (N-1)/N of a set of gradients and of parameters
-straight from its neighbours.
+straight from its peers.
 
 **Losses.** The first 5 steps of every contender in every round must give, on every rank, the losses of DDP + AdamW
 (bf16: of DDP + AdamW on fp32 copies) to within `TOLERANCE`, relative. Otherwise: exit code 1.
@@ -83,17 +83,19 @@ PARTS = ("step", "forward", "backward", "update")
 # Time
 
 
-def run_steps(contender: Contender, data: list[torch.Tensor], count: int, visit: Callable[[str], None]) -> list[float]:
-    """Trains; calls `visit` with the name of each part when it is over, and gives the losses."""
+def run_steps(
+    contender: Contender, data: list[torch.Tensor], count: int, on_part: Callable[[str], None]
+) -> list[float]:
+    """Trains; calls `on_part` with the name of each part when it is over, and gives the losses."""
     losses = []
     for index in range(count):
-        visit("start")
+        on_part("start")
         loss = contender.forward(data[index % len(data)])
-        visit("forward")
+        on_part("forward")
         contender.backward(loss)
-        visit("backward")
+        on_part("backward")
         contender.update()
-        visit("update")
+        on_part("update")
         losses.append(loss.item())
     return losses
 
@@ -104,12 +106,12 @@ def one_round(name: str, template: torch.nn.Module, settings: Settings, steps: i
     contender = build(copy.deepcopy(template), settings)
     clock: list[float] = []
 
-    def visit(part: str) -> None:
+    def on_part(part: str) -> None:
         if part == "start":
             dist.barrier()
         clock.append(time.perf_counter())
 
-    losses = run_steps(contender, make_data(dist.get_rank()), WARM_UP + steps, visit)
+    losses = run_steps(contender, make_data(dist.get_rank()), WARM_UP + steps, on_part)
     contender.close()
     del contender
     gc.collect()
@@ -210,12 +212,12 @@ def measure_memory(name: str, settings: Settings, json_path: str) -> None:
     dist.barrier()
     with watching(stepping) as look:
 
-        def visit(part: str) -> None:
+        def on_part(part: str) -> None:
             look()
             if part == "start":
                 sent[0] = sent_bytes()
 
-        losses = run_steps(contender, data, MEMORY_STEPS, visit)
+        losses = run_steps(contender, data, MEMORY_STEPS, on_part)
         sent[0] = sent_bytes() - sent[0]
         dist.barrier()
     measured = {

@@ -96,7 +96,7 @@ def update(optimizer: ShardedAdamW) -> None:
             hyperparameters=optimizer.param_groups[0],
         )
         for bucket in arena.buckets:
-            arena.update.update_(bucket.shard, bucket.plan)
+            arena.update.step_(bucket.shard, bucket.plan)
 
 
 def bytes_moved(optimizer: ShardedAdamW) -> int:

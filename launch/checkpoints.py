@@ -131,7 +131,7 @@ class Saver:
 
     def step_done(self, step: int) -> None:
         if self.writing is not None and self.writing.done() and self.writing.exception() is None:
-            self.settle()  # what failed is told where all ranks are: by the next save
+            self.wait_all()  # what failed is told where all ranks are: by the next save
         if self.args.save_every and step % self.args.save_every == 0:
             self.save(step)
 
@@ -140,10 +140,10 @@ class Saver:
         asked = self.args.save_every or self.args.stop_after or self.args.save_on_sigterm
         if asked and step != self.newest_step:
             self.save(step)
-        self.settle()
+        self.wait_all()
 
     def save(self, step: int) -> None:
-        self.settle()
+        self.wait_all()
         started = time.perf_counter()
         options = {"step": step, "keep": self.args.keep, "asynchronous": self.args.save_async}
         saved = shardadam.save(self.args.save_dir, extra=self.identity, **self.content, **options)
@@ -154,7 +154,7 @@ class Saver:
         else:
             self.report.say(f"step {step}: saved {shown(saved, self.args)}")
 
-    def settle(self) -> None:
+    def wait_all(self) -> None:
         """Waits for what is being written in the background, and raises what it failed with."""
         if self.writing is None:
             return

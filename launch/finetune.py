@@ -44,7 +44,7 @@ from classifier import (
 )
 from data import DataError
 from finetune_arguments import parse_arguments
-from headroom import Demand, Workload, kept_bytes, nearest, room
+from memory_check import Demand, Workload, kept_bytes, nearest, room
 from pretrain import Replicated, Sharded, Timings, average, parameter_groups, synchronize
 from probe import Scores, confusion, probe
 from report import Report, Silence, megabytes
@@ -409,7 +409,7 @@ def check_same_texts(task: docstrings.Task, device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Collective: the most that any rank has taken; on the CPU its whole process, and what neighbours share with it."""
+    """Collective: the most that any rank has taken; on the CPU its whole process, and what peers share with it."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:

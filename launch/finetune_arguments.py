@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import headroom
+import memory_check
 from arguments import Parser, Ranks, add_formats, add_machine, choose_device, not_negative, positive, real
 
 LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
@@ -16,7 +16,7 @@ LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
 
 def memory_size(text: str) -> int:
     try:
-        return headroom.size(text)
+        return memory_check.size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -5,10 +5,10 @@ ranks.
 
 from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, load, save
 from shardadam.grad_scaler import GradScaler
-from shardadam.memory import Memory
 from shardadam.optimizer import ShardedAdam, ShardedAdamW
 from shardadam.precision import Precision
-from shardadam.roll_call import RanksParted
+from shardadam.ranks.desync import RankDesyncError
+from shardadam.state.memory import Memory
 from shardadam.version import __version__
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "GradScaler",
     "Memory",
     "Precision",
-    "RanksParted",
+    "RankDesyncError",
     "ShardedAdam",
     "ShardedAdamW",
     "__version__",

@@ -19,13 +19,13 @@ def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
         yield slice(low, min(low + numel, stop))
 
 
-Visit = Callable[[Tensor], None]
+OnChunk = Callable[[Tensor], None]
 """Called with stretches of a shard one after the other, on the transfer's stream, as soon as they are what they will
 be: on the CPU they are still in the cache then."""
 
 
 def sum_sources_(
-    shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, visit: Visit | None = None
+    shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, on_chunk: OnChunk | None = None
 ) -> None:
     """``scale`` times the sum of ``sources``, in their order and in the dtype of ``shard``, into or onto ``shard``."""
     for chunk in chunks(0, shard.numel(), shard.device):
@@ -34,8 +34,8 @@ def sum_sources_(
         sum_chunk_(total, [source[chunk] for source in sources], scale=scale)
         if accumulate:
             part.add_(total)
-        if visit is not None:
-            visit(part)
+        if on_chunk is not None:
+            on_chunk(part)
 
 
 def sum_chunk_(total: Tensor, sources: Sequence[Tensor], *, scale: float) -> None:

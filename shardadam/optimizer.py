@@ -19,27 +19,29 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from shardadam import agreement, drift, intake, memory, roll_call, state, whole_state
-from shardadam.buckets import (
+from shardadam.checks import arguments, replicas
+from shardadam.checks.misuse import MisuseWarnings, warn_of_torchs_clipping, watch_other_optimizers
+from shardadam.engine.clipping import GlobalGradStats, clip_coefficient
+from shardadam.engine.gathering import ParameterGatherer
+from shardadam.engine.overlap import OverlappedForward, uncovered
+from shardadam.engine.profiling import record
+from shardadam.engine.reduction import ExternalGradients, GradientReducer, Reducer
+from shardadam.engine.step_sync import ALIKE, StepSync
+from shardadam.engine.storage import (
     FlatArena,
     FlatBucket,
-    Member,
     NamedParameter,
+    ShardedParam,
     allocate,
     is_dense,
     rebind_moved,
     unrepeated,
 )
-from shardadam.clipping import Survey, clip_coefficient
-from shardadam.gathering import ParameterGatherer
-from shardadam.interrupts import interrupts_held
-from shardadam.memory import Memory
-from shardadam.misuse import Watch, watch_clipping, watch_other_optimizers
-from shardadam.overlap import OverlappedForward, uncovered
 from shardadam.precision import Precision
-from shardadam.reduction import ExternalGradients, GradientReducer, Reducer
-from shardadam.surveyor import ALIKE, Surveyor
-from shardadam.tracing import span
+from shardadam.ranks import agreement, desync
+from shardadam.ranks.signals import interrupts_held
+from shardadam.state import local, memory, whole
+from shardadam.state.memory import Memory
 from shardadam.transport import Transport, connect
 
 GradientSync = Literal["backward", "step", "external"]
@@ -57,14 +59,14 @@ def _collective(
 
     @wraps(method)
     def call(self: ShardedAdam, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with roll_call.inside(method.__name__), interrupts_held():
+        with desync.in_call(method.__name__), interrupts_held():
             try:
                 return method(self, *args, **kwargs)
             except Exception:
                 raise
             except BaseException as error:
-                self._refuse_to_go_on(f"{method.__name__}() was broken off ({type(error).__name__})")
-                self._transport.part()
+                self._poison(f"{method.__name__}() was broken off ({type(error).__name__})")
+                self._transport.abort()
                 raise
 
     return call
@@ -147,7 +149,7 @@ class ShardedAdam(Optimizer):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        options = intake.Options(
+        options = arguments.Options(
             gradient_sync=gradient_sync,
             max_grad_norm=max_grad_norm,
             precision=Precision() if precision is None else precision,
@@ -165,10 +167,10 @@ class ShardedAdam(Optimizer):
             options.check()
             super().__init__(params, defaults)
             named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
-            intake.check_parameters(named, options.precision)
-            claims += [*options.claims(), *intake.claims(self.param_groups, named)]
+            arguments.check_parameters(named, options.precision)
+            claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
 
-        self._members: list[Member] = []
+        self._params: list[ShardedParam] = []
         self._arenas: list[FlatArena] = []
         self._buckets: list[FlatBucket] = []
         self._frozen: list[NamedParameter] = []
@@ -180,8 +182,8 @@ class ShardedAdam(Optimizer):
             self._reducer = GradientReducer(self._transport, hooked=hooked, with_squares=max_grad_norm is not None)
         self._gatherer = ParameterGatherer(self._transport)
         self._overlaps: list[OverlappedForward] = []
-        self._watch = Watch()
-        self._surveyor = Surveyor(self._transport, self._reducer, self._watch)
+        self._watch = MisuseWarnings()
+        self._step_sync = StepSync(self._transport, self._reducer, self._watch)
         # At the first zero_grad after a step all ranks are level, as it is called right after the step or right before
         # the next backward. At another, one whose forward or backward has raised may have missed a round of its peers.
         self._peers_may_be_ahead = gradient_sync == "backward"
@@ -191,12 +193,12 @@ class ShardedAdam(Optimizer):
         self.grad_norm: Tensor | None = None
         device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._take_in(named)
+        self._add_params(named)
         self._consolidated: dict[str, Any] | None = None
-        self._refusal: str | None = None
+        self._poisoned_by: str | None = None
         self._steps = 0  # since the optimizer was built
         if gradient_sync != "external":
-            watch_clipping()
+            warn_of_torchs_clipping()
         watch_other_optimizers(self)
         self._is_built = True
         weakref.finalize(self, _release, self._reducer, self._watch, self._transport).atexit = False
@@ -222,49 +224,49 @@ class ShardedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._take_in_unfrozen()
-        if not self._members:
+        self._add_unfrozen_params()
+        if not self._params:
             return loss
         if self._reducer.is_superseded:
             raise RuntimeError(
                 "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
                 "Use that one, and drop this one."
             )
-        self._check_is_whole("step")
+        self._check_not_poisoned("step")
         self._refuse_torchs_grad_scaler()
-        self._gatherer.finish()
-        rebind_moved(self._members)
+        self._gatherer.synchronize()
+        rebind_moved(self._params)
         max_norm = self._options.max_grad_norm
         seen = self._look("step", with_norm=max_norm is not None)
         if max_norm is not None:
             self._clip(seen, max_norm)
         self._watch.before_update()
-        self._surveyor.step_begins()
+        self._step_sync.step_begins()
         try:
             self._update(seen)
         except Exception as error:
-            self._refuse_to_go_on(f"step() was broken off while it wrote ({type(error).__name__})")
+            self._poison(f"step() was broken off while it wrote ({type(error).__name__})")
             raise
-        self._watch.after_update(self._members)
+        self._watch.after_update(self._params)
         return loss
 
-    def _update(self, seen: Survey) -> None:
+    def _update(self, seen: GlobalGradStats) -> None:
         """What ``step`` writes. Collective."""
         used = self._begin_update(seen)
         for index in reversed(self._reducer.order):
             bucket = self._buckets[index]
-            with span("update"):
-                bucket.arena.update.update_(bucket.shard, bucket.plan, self._reducer.sources(bucket))
+            with record("update"):
+                bucket.arena.update.step_(bucket.shard, bucket.plan, self._reducer.sources(bucket))
             self._gatherer.dispatch(bucket)
         if self._overlaps:
             self._gatherer.wait_for(uncovered(self._buckets, self._overlaps))
             self._reducer.await_readers()
         else:
-            self._gatherer.finish()
+            self._gatherer.synchronize()
         # The writes went past autograd, by way of the flat buffers: without this, a graph built before the step would
         # be differentiated with the new values and nobody would notice.
         torch.autograd.graph.increment_version(
-            [member.parameter for member in self._members if used is None or used[member.ordinal]]
+            [param.parameter for param in self._params if used is None or used[param.index]]
         )
         self._reducer.learn_order()
         if seen.norm is None or self._inverse_scale is None:
@@ -309,8 +311,8 @@ class ShardedAdam(Optimizer):
         Returns:
             The norm before clipping, 0-dim float32, on the device.
         """
-        self._take_in_unfrozen()
-        if not self._members:
+        self._add_unfrozen_params()
+        if not self._params:
             return torch.zeros(())
         return self._clip(self._look("clip_grad_norm_", with_norm=True), max_norm)
 
@@ -326,17 +328,17 @@ class ShardedAdam(Optimizer):
             RuntimeError: ``model`` has been compiled, and would not wait.
             ValueError: it has none of the optimizer's parameters.
         """
-        members = {id(member.parameter): member for member in self._members}
-        self._overlaps.append(OverlappedForward(model, members, self._gatherer))
+        params = {id(param.parameter): param for param in self._params}
+        self._overlaps.append(OverlappedForward(model, params, self._gatherer))
 
     @_collective
     def synchronize(self) -> None:
         """Waits until all parameters are what the last step has made of them, and no other rank reads them any more.
         Collective: all ranks must call it. Costs nothing without ``overlap_gather``.
         """
-        self._gatherer.finish()
+        self._gatherer.synchronize()
 
-    def _look(self, call: str, *, with_norm: bool) -> Survey:
+    def _look(self, call: str, *, with_norm: bool) -> GlobalGradStats:
         """Closes the round, completes the reduction and finds out what all ranks must know. Collective, once a step.
 
         Raises:
@@ -345,21 +347,21 @@ class ShardedAdam(Optimizer):
                 and the step was not taken.
         """
         self._reducer.close()
-        if self._reducer.rounds != self._surveyor.rounds and self._options.gradient_sync != "backward":
+        if self._reducer.rounds != self._step_sync.rounds and self._options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # these are other gradients than those that were clipped
         device = self._buckets[0].parameters.device
-        return self._surveyor.look(partial(self._intentions, call), with_norm=with_norm, device=device)
+        return self._step_sync.look(partial(self._intentions, call), with_norm=with_norm, device=device)
 
     def _intentions(self, call: str) -> list[agreement.Claim]:
         """What ranks must be alike in when they meet in the middle of training."""
         return [
             agreement.Claim("which call they are in:", "", call),
             agreement.Claim("how many steps they have taken:", "", str(self._steps)),
-            agreement.Claim("their gradients:", "", self._reducer.complaint or "in order"),
-            *intake.claims(self.param_groups, [], may_wait=False),
+            agreement.Claim("their gradients:", "", self._reducer.local_error or "in order"),
+            *arguments.claims(self.param_groups, [], may_wait=False),
         ]
 
-    def _clip(self, seen: Survey, max_norm: float | Tensor) -> Tensor:
+    def _clip(self, seen: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
         assert seen.norm is not None
         norm = seen.norm if self._coefficient is None else seen.norm * self._coefficient
         coefficient = clip_coefficient(norm, max_norm)
@@ -379,19 +381,19 @@ class ShardedAdam(Optimizer):
         Returns:
             1 if a gradient is infinite or NaN on any rank, else 0; 0-dim float32.
         """
-        self._take_in_unfrozen()
-        if not self._members:
+        self._add_unfrozen_params()
+        if not self._params:
             return torch.zeros(())
         if in_place and self._options.gradient_sync != "backward":
-            for member in self._members:
-                if member.parameter.grad is not None and member.parameter.grad.dtype == torch.float16:
+            for param in self._params:
+                if param.parameter.grad is not None and param.parameter.grad.dtype == torch.float16:
                     raise ValueError(
-                        f"unscale_: the gradient of {member.name!r} is float16 and would underflow in p.grad. Build "
+                        f"unscale_: the gradient of {param.name!r} is float16 and would underflow in p.grad. Build "
                         'the optimizer with gradient_sync="backward", or leave unscaling to GradScaler.step.'
                     )
-            for member in self._members:
-                if member.parameter.grad is not None:
-                    member.parameter.grad.mul_(inverse_scale.to(member.parameter.grad.device))
+            for param in self._params:
+                if param.parameter.grad is not None:
+                    param.parameter.grad.mul_(inverse_scale.to(param.parameter.grad.device))
         else:
             self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float()
         return self._look("GradScaler.unscale_", with_norm=self._options.max_grad_norm is not None).found_inf
@@ -409,7 +411,7 @@ class ShardedAdam(Optimizer):
         """Makes torch's GradScaler announce itself; averaged gradients in ``p.grad`` it may treat as any others."""
         return self._options.gradient_sync != "external"
 
-    def _begin_update(self, seen: Survey) -> list[bool] | None:
+    def _begin_update(self, seen: GlobalGradStats) -> list[bool] | None:
         """Counts a step on every arena.
 
         Returns:
@@ -423,8 +425,8 @@ class ShardedAdam(Optimizer):
             device = arena.parameters.device
             arena.update.begin(
                 found_inf=seen.found_inf.to(device),
-                used=seen.used[arena.ordinals].to(device),
-                host_used=None if used is None else used[arena.ordinals],
+                used=seen.used[arena.indices].to(device),
+                host_used=None if used is None else used[arena.indices],
                 coefficient=None if self._coefficient is None else self._coefficient.to(device),
                 hyperparameters=self.param_groups[arena.group_index],
             )
@@ -432,7 +434,7 @@ class ShardedAdam(Optimizer):
 
     def _forget_gradients(self) -> None:
         self._reducer.reset()
-        self._surveyor.forget()
+        self._step_sync.forget()
         self._coefficient = self._inverse_scale = None
 
     # Parameters
@@ -441,23 +443,23 @@ class ShardedAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch. Collective: all ranks must add the same."""
         if not self._is_built:  # called by torch.optim.Optimizer.__init__
-            intake.check_group(param_group, self.defaults)
+            arguments.check_group(param_group, self.defaults)
             super().add_param_group(param_group)
             return
         count = len(self.param_groups)
         try:
             with self._agreement() as claims:
-                intake.check_group(param_group, self.defaults)
+                arguments.check_group(param_group, self.defaults)
                 super().add_param_group(param_group)
                 named = self._named(count)
-                intake.check_parameters(
-                    named, self._options.precision, taken=[member.parameter for member in self._members]
+                arguments.check_parameters(
+                    named, self._options.precision, taken=[param.parameter for param in self._params]
                 )
-                claims += intake.claims(self.param_groups[count:], named, first_group=count)
+                claims += arguments.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]
             raise
-        self._take_in(named)
+        self._add_params(named)
 
     @contextmanager
     def _agreement(self) -> Iterator[list[agreement.Claim]]:
@@ -486,16 +488,16 @@ class ShardedAdam(Optimizer):
         ]
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:group_index])
         return [
-            NamedParameter(parameter, name, group_index, place)
-            for place, (parameter, name) in enumerate(zip(group["params"], names, strict=True), first)
+            NamedParameter(parameter, name, group_index, param_id)
+            for param_id, (parameter, name) in enumerate(zip(group["params"], names, strict=True), first)
         ]
 
-    def _take_in(self, named: Sequence[NamedParameter]) -> None:
-        """Makes the trainable ones members, and gives all of them rank 0's values. Collective; ranks have agreed."""
+    def _add_params(self, named: Sequence[NamedParameter]) -> None:
+        """Makes the trainable ones params, and gives all of them rank 0's values. Collective; ranks have agreed."""
         self._reducer.close_open_round()
-        self._reducer.settle()
-        self._gatherer.finish()
-        self._surveyor.forget()
+        self._reducer.wait_all()
+        self._gatherer.synchronize()
+        self._step_sync.forget()
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
         arenas = allocate(
@@ -503,36 +505,36 @@ class ShardedAdam(Optimizer):
             transport=self._transport,
             precision=self._options.precision,
             bucket_bytes=self._options.bucket_bytes(p.parameter.device for p in trainable),
-            first_ordinal=len(self._members),
+            first_index=len(self._params),
         )
-        members = [member for arena in arenas for member in arena.members]
+        params = [param for arena in arenas for param in arena.params]
         buckets = [bucket for arena in arenas for bucket in arena.buckets]
         self._broadcast([*(bucket.parameters for bucket in buckets), *(p.parameter for p in frozen)])
         for bucket in buckets:
             if bucket.shard.master is not None:
                 bucket.shard.master.copy_(bucket.shard.parameter)
         self._arenas += arenas
-        self._members += members
+        self._params += params
         self._buckets += buckets
         self._frozen += frozen
-        self._reducer.add(members, buckets)
-        for member in members:
-            self.state[member.parameter] = state.torch_state(member)
+        self._reducer.add(params, buckets)
+        for param in params:
+            self.state[param.parameter] = local.torch_state(param)
 
-    def _take_in_unfrozen(self) -> None:
-        """Makes members of parameters that were frozen when they came and are not any more. Collective if there are
+    def _add_unfrozen_params(self) -> None:
+        """Makes params of parameters that were frozen when they came and are not any more. Collective if there are
         any.
         """
         unfrozen = [p for p in self._frozen if p.parameter.requires_grad]
         if not unfrozen:
             return
         with self._agreement() as claims:
-            intake.check_parameters(
-                unfrozen, self._options.precision, taken=[member.parameter for member in self._members]
+            arguments.check_parameters(
+                unfrozen, self._options.precision, taken=[param.parameter for param in self._params]
             )
-            claims += intake.claims([], unfrozen)
+            claims += arguments.claims([], unfrozen)
         self._frozen = [p for p in self._frozen if not p.parameter.requires_grad]
-        self._take_in(unfrozen)
+        self._add_params(unfrozen)
 
     @_collective
     def sync_module(self, module: torch.nn.Module) -> None:
@@ -540,7 +542,7 @@ class ShardedAdam(Optimizer):
 
         Collective. DDP's constructor does the same.
         """
-        self._gatherer.finish()
+        self._gatherer.synchronize()
         seen = {id(p) for group in self.param_groups for p in group["params"]}
         tensors = [*module.parameters(), *module.buffers()]
         self._broadcast([tensor for tensor in tensors if id(tensor) not in seen])
@@ -577,13 +579,13 @@ class ShardedAdam(Optimizer):
             RuntimeError: something else does; names the first that does, on which ranks, and the element.
         """
         named = [named for index in range(len(self.param_groups)) for named in self._named(index)]
-        self._surveyor.read()
+        self._step_sync.read()
         remedy = f"{ALIKE} Nothing has been written."
-        agreement.require(intake.claims(self.param_groups, named), self._transport.control, remedy=remedy)
-        self._take_in_unfrozen()
-        self._gatherer.finish()
-        subjects = drift.copies(self._members, self._frozen, self.skipped_steps, self._transport)
-        drift.check(subjects, self._transport.rank, self._transport.control)
+        agreement.require(arguments.claims(self.param_groups, named), self._transport.control, remedy=remedy)
+        self._add_unfrozen_params()
+        self._gatherer.synchronize()
+        subjects = replicas.copies(self._params, self._frozen, self.skipped_steps, self._transport)
+        replicas.check(subjects, self._transport.rank, self._transport.control)
 
     @_collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
@@ -592,13 +594,13 @@ class ShardedAdam(Optimizer):
         Returns:
             A new tensor of the parameter's shape, float32 (float64 for float64 parameters).
         """
-        self._take_in_unfrozen()
-        member = self._member(parameter)
+        self._add_unfrozen_params()
+        param = self._param(parameter)
         seen = self._look("full_grad", with_norm=self._options.max_grad_norm is not None)
-        if not bool(seen.used[member.ordinal]):
+        if not bool(seen.used[param.index]):
             return None
         self._reducer.sum_up()
-        gradient = whole_state.gather(member, attrgetter("shard.gradient"), self._transport)
+        gradient = whole.gather(param, attrgetter("shard.gradient"), self._transport)
         return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
 
     @_collective
@@ -608,15 +610,15 @@ class ShardedAdam(Optimizer):
         Returns:
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
         """
-        self._take_in_unfrozen()
-        self._gatherer.finish()
-        member = self._member(parameter)
-        return whole_state.of_one(member, self._transport)
+        self._add_unfrozen_params()
+        self._gatherer.synchronize()
+        param = self._param(parameter)
+        return whole.of_one(param, self._transport)
 
-    def _member(self, parameter: Tensor) -> Member:
-        for member in self._members:
-            if member.parameter is parameter:
-                return member
+    def _param(self, parameter: Tensor) -> ShardedParam:
+        for param in self._params:
+            if param.parameter is parameter:
+                return param
         raise ValueError(
             "This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params."
         )
@@ -635,7 +637,7 @@ class ShardedAdam(Optimizer):
         them on any number of ranks; pickling one is refused. On one rank they are ordinary tensors. After
         ``consolidate_state_dict``, and until the next step, it is the whole one on the rank that was named there.
         """
-        self._gatherer.wait()
+        self._gatherer.wait_all()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         if self._consolidated is not None:
@@ -644,11 +646,11 @@ class ShardedAdam(Optimizer):
                 "param_groups": [{**group} for group in self._consolidated["param_groups"]],
             }
         else:
-            members = {id(member.parameter): member for member in self._members}
+            params = {id(param.parameter): param for param in self._params}
             entries = {
-                index: state.saved_state(members[id(parameter)], world_size=self._transport.world_size)
+                index: local.saved_state(params[id(parameter)], world_size=self._transport.world_size)
                 for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
-                if id(parameter) in members
+                if id(parameter) in params
             }
             state_dict = {"state": entries, "param_groups": self._packed_groups()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -686,20 +688,20 @@ class ShardedAdam(Optimizer):
         self._consolidated = self._full_state_dict(to=to)
 
     def _full_state_dict(self, *, to: int) -> dict[str, Any] | None:
-        meeting = self._transport.meeting
-        if not 0 <= to < len(meeting.ranks):
-            raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(meeting.ranks) - 1}")
-        is_here = meeting.rank == to
-        self._take_in_unfrozen()
-        self._gatherer.finish()
+        store_barrier = self._transport.store_barrier
+        if not 0 <= to < len(store_barrier.ranks):
+            raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(store_barrier.ranks) - 1}")
+        is_here = store_barrier.rank == to
+        self._add_unfrozen_params()
+        self._gatherer.synchronize()
         positions = {
             id(parameter): index
             for index, parameter in enumerate(p for group in self.param_groups for p in group["params"])
         }
-        found = whole_state.of_all(self._arenas, self._transport, keep=is_here)
+        found = whole.of_all(self._arenas, self._transport, keep=is_here)
         if not is_here:
             return None
-        entries = {positions[id(member.parameter)]: entry for member, entry in found}
+        entries = {positions[id(param.parameter)]: entry for param, entry in found}
         return {"state": dict(sorted(entries.items())), "param_groups": deepcopy(self._packed_groups())}
 
     @torch.no_grad()
@@ -713,13 +715,13 @@ class ShardedAdam(Optimizer):
         Raises:
             ValueError: it does not fit this optimizer. Nothing has been changed then.
         """
-        self._gatherer.wait()
+        self._gatherer.wait_all()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
-            intake.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
-        state.load_local(self.param_groups, self._members, state_dict)
+            arguments.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
+        local.load_local(self.param_groups, self._params, state_dict)
         self._state_was_loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -729,25 +731,25 @@ class ShardedAdam(Optimizer):
         parameters; those are gathered then, which is collective.
         """
         self._consolidated = None
-        self._refusal = None
-        self._surveyor.state_was_loaded()
+        self._poisoned_by = None
+        self._step_sync.state_was_loaded()
         for arena in self._arenas:
             arena.update.reload()
         if parameters:
             for bucket in self._buckets:
                 self._gatherer.dispatch(bucket)
-            self._gatherer.finish()
-            torch.autograd.graph.increment_version([member.parameter for member in self._members])
+            self._gatherer.synchronize()
+            torch.autograd.graph.increment_version([param.parameter for param in self._params])
 
-    def _refuse_to_go_on(self, reason: str) -> None:
+    def _poison(self, reason: str) -> None:
         """Until state is loaded, ``step`` and ``shardadam.save`` raise."""
-        self._refusal = reason
+        self._poisoned_by = reason
 
-    def _check_is_whole(self, call: str) -> None:
-        refusal = self._refusal or self._surveyor.refusal
-        if refusal is not None:
+    def _check_not_poisoned(self, call: str) -> None:
+        poisoned_by = self._poisoned_by or self._step_sync.poisoned_by
+        if poisoned_by is not None:
             raise RuntimeError(
-                f"The optimizer cannot {call}: {refusal}. Load a whole checkpoint into it, on all ranks."
+                f"The optimizer cannot {call}: {poisoned_by}. Load a whole checkpoint into it, on all ranks."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -805,7 +807,7 @@ class ShardedAdamW(ShardedAdam):
         )
 
 
-def _release(reducer: Reducer, watch: Watch, transport: Transport) -> None:
+def _release(reducer: Reducer, watch: MisuseWarnings, transport: Transport) -> None:
     reducer.remove_hooks()
     watch.remove_hook()
     transport.close(clean=reducer.is_idle)

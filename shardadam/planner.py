@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from shardadam import update
-from shardadam.buckets import StagingPool, allocate_counters, block_table
-from shardadam.intake import Options
+from shardadam.checks.arguments import Options
+from shardadam.engine.reduction.staging import StagingPool
+from shardadam.engine.storage import allocate_counters, block_table
 from shardadam.layout import Arena, Layout, ParameterSpec, build_layout
-from shardadam.memory import Memory
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Master, Moments, Precision
+from shardadam.state.memory import Memory
 from shardadam.update import formats
 
 
@@ -152,7 +153,7 @@ def _arena_bytes(arena: Arena, world_size: int, setting: Setting, *, peak: bool)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
     counters = allocate_counters([0] * len(arena.parameters), arena.offsets, torch.device("meta"))
     block_count, block_dtype = block_table(numel, len(arena.parameters), format, device)
-    tables = counters.places.nbytes + counters.first_blocks.nbytes + block_count * block_dtype.itemsize
+    tables = counters.param_ids.nbytes + counters.first_blocks.nbytes + block_count * block_dtype.itemsize
     if update.has_kernel(dtype, device):
         from shardadam.update.triton import TritonUpdate
 
@@ -181,7 +182,7 @@ def _is_shared(device: torch.device, setting: Setting) -> bool:
 
 
 def _exposes(dtype: torch.dtype, device: torch.device, setting: Setting) -> bool:
-    """Whether ``p.grad`` lies where neighbours read it."""
+    """Whether ``p.grad`` lies where peers read it."""
     travels_as_it_is = setting.precision.wire_dtype(dtype) == dtype
     is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(device, setting)
     return is_read and travels_as_it_is
@@ -279,10 +280,10 @@ def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setti
 
         return max(map(with_bucket, members), default=0)
     device = torch.device(setting.device)
-    exposed = [one for one in trainable if _exposes(one.dtype, device, setting)]
+    viewed = [one for one in trainable if _exposes(one.dtype, device, setting)]
     others = [one for one in trainable if not _exposes(one.dtype, device, setting)]
-    just_made = max((one.nbytes for one in exposed), default=0)  # by autograd, on its way to its place
-    return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(exposed, of=3))
+    just_made = max((one.nbytes for one in viewed), default=0)  # by autograd, on its way to its place
+    return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(viewed, of=3))
 
 
 def _while_summed(parameters: Iterable[PlannedParameter], *, of: int = 2) -> int:

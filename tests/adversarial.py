@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from shardadam.transport import Pending, Staging, Transport, Visit
+from shardadam.transport import OnChunk, Pending, Staging, Transport
 from shardadam.transport.base import own_slice
 
 
@@ -21,7 +21,7 @@ class AdversarialTransport(Transport):
         self._inner = inner
         self.rank, self.world_size, self.replicas = inner.rank, inner.world_size, inner.replicas
         self.control = inner.control
-        self.meeting = inner.meeting
+        self.store_barrier = inner.store_barrier
         self._late: list[_Late] = []
         self._shards: dict[int, Tensor] = {}  # by address: what a shard holds, or will hold once transfers have run
 
@@ -38,7 +38,7 @@ class AdversarialTransport(Transport):
         *,
         scale: float,
         accumulate: bool,
-        visit: Visit | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Pending:
         address = shard.data_ptr()
         self._shards.setdefault(address, shard.clone())
@@ -46,7 +46,9 @@ class AdversarialTransport(Transport):
 
         def run() -> Pending:
             shard.copy_(self._shards.pop(address))
-            inner = self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit)
+            inner = self._inner.reduce_scatter(
+                staging, numel, shard, scale=scale, accumulate=accumulate, on_chunk=on_chunk
+            )
             inner.wait()
             if any(late.address == address for late in self._late):
                 self._shards[address] = shard.clone()

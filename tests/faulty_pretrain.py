@@ -27,7 +27,7 @@ import model
 import pretrain
 import report
 from shardadam.checkpoint import directory, loading, saving
-from shardadam.gathering import ParameterGatherer
+from shardadam.engine.gathering import ParameterGatherer
 
 RANK, ATTEMPT = (int(os.environ.get(name, 0)) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
 FAULTS = [dict(word.split("=") for word in fault.split()) for fault in os.environ.get("FAULTS", "").split(";") if fault]

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shardadam.agreement import Meeting
+from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport import CollectiveTransport
-from shardadam.transport.groups import GroupPool, Lease
+from shardadam.transport.groups import CommGroups, GroupPool
 
 
 def nccl_of_one() -> CollectiveTransport:
@@ -32,9 +32,9 @@ def nccl_of_one() -> CollectiveTransport:
             device_id=torch.device("cuda", 0),
         )
         atexit.register(dist.destroy_process_group)
-    pool = GroupPool(dist.new_group(backend="gloo"), Meeting(None, 0, [0]))
+    pool = GroupPool(dist.new_group(backend="gloo"), StoreBarrier(None, 0, [0]))
     pool.training.append(dist.new_group(backend="nccl"))
-    return CollectiveTransport(Lease(pool.control, pool.training[0], pool, 0))
+    return CollectiveTransport(CommGroups(pool.control, pool.training[0], pool, 0))
 
 
 def warm_up(step: Callable[[], object]) -> None:

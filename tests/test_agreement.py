@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardadam import ShardedAdamW, agreement
-from shardadam.agreement import Claim, _describe_difference, name_ranks
-from shardadam.roll_call import RollCall
+from shardadam import ShardedAdamW
+from shardadam.ranks import store_barrier
+from shardadam.ranks.agreement import Claim, _describe_difference, name_ranks
+from shardadam.ranks.desync import DesyncReporter
 from tests.ranks import on_ranks, rank_and_size
 
 ODD_RANK = 1
@@ -254,7 +255,7 @@ def test_a_store_that_cannot_be_cloned_is_not_asked_where_ranks_stand() -> None:
     """torch's FakeStore, and stores written in Python, raise at clone(): building an optimizer failed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert RollCall(FakeStore(), 0, 2).report([0, 1]) == (
+    assert DesyncReporter(FakeStore(), 0, 2).report([0, 1]) == (
         "Where the ranks stand is not known: the store by which they met cannot be asked from a thread of its own. "
         "They are: rank 0 (this one), rank 1."
     )
@@ -277,12 +278,12 @@ class SilentStore:
 
 
 def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(store_barrier, "_ANSWER_S", 0.3)
     store: Any = SilentStore()
-    meeting = agreement.Meeting(store, 0, [0, 1])
+    barrier = store_barrier.StoreBarrier(store, 0, [0, 1])
     start = time.monotonic()
-    with meeting.signs_of_life():
+    with barrier.heartbeat():
         store.asked.wait(5)
     with pytest.raises(RuntimeError, match="a save: the store through which ranks meet cannot be reached any more"):
-        meeting.exchange("", what="a save", timeout_s=1.0)
+        barrier.exchange("", what="a save", timeout_s=1.0)
     assert time.monotonic() - start < 5

@@ -262,8 +262,8 @@ def test_refuses_a_frozen_parameter_over_the_memory_of_a_trainable_one() -> None
 
 def test_takes_parameters_next_to_each_other_in_memory() -> None:
     memory = torch.ones(20)
-    neighbours = [nn.Parameter(memory[:10]), nn.Parameter(memory[10:])]
-    assert len(ShardedAdamW(neighbours).state) == 2
+    peers = [nn.Parameter(memory[:10]), nn.Parameter(memory[10:])]
+    assert len(ShardedAdamW(peers).state) == 2
 
 
 def test_refuses_to_add_a_parameter_over_the_memory_of_one_it_has() -> None:

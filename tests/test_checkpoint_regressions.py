@@ -209,8 +209,8 @@ def come_late_with_ones_word(directory: str) -> list[str]:
     """Rank 1 shows no sign of life for longer than rank 0 waits, and rank 0 saves again at once."""
     rank, _ = rank_and_size()
     run = build(width=40)
-    meeting = run.optimizer._transport.meeting
-    meeting.signs_of_life = nullcontext
+    barrier = run.optimizer._transport.store_barrier
+    barrier.heartbeat = nullcontext
     fsync = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -231,7 +231,7 @@ def come_late_with_ones_word(directory: str) -> list[str]:
                 outcomes.append(str(error))
             os.fsync = fsync
     finally:
-        del meeting.signs_of_life
+        del barrier.heartbeat
     return outcomes
 
 

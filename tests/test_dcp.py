@@ -29,11 +29,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardadam import Precision, ShardedAdamW, flat_shard
-from shardadam.flat_shard import FlatShard, Span, boxes
+from shardadam import Precision, ShardedAdamW
+from shardadam.state import flat_shard
+from shardadam.state.flat_shard import FlatShard, Span, boxes
+from tests.parity import LR, build_parameters, quadratic
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences
-from tests.twins import LR, build_parameters, quadratic
 
 Everything = dict[str, Tensor]
 

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 import shardadam
 from shardadam import Precision, ShardedAdamW
 from shardadam.checkpoint import DcpReader, files
+from tests.parity import build_parameters, quadratic
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences
 from tests.test_checkpoint_safety import Malicious, replace_object
-from tests.twins import build_parameters, quadratic
 
 SHAPES = {"matrix": (7, 15), "vector": (129,), "convolution": (4, 3, 5, 2), "large": (45, 101)}
 AWKWARD = {**SHAPES, "scalar": (), "empty": (0, 3), "frozen": (5,)}

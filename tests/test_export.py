@@ -22,10 +22,10 @@ from shardadam import CheckpointError, Precision, ShardedAdamW
 from shardadam.checkpoint import export as exporting
 from shardadam.checkpoint import values
 from shardadam.checkpoint.export import FORMATS, export
+from tests.parity import build_parameters, quadratic
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import FORMATS as PRECISIONS
 from tests.runs import build, differences
-from tests.twins import build_parameters, quadratic
 
 TORCH, SAFETENSORS = FORMATS
 

@@ -26,8 +26,8 @@ from torch import nn
 
 import shardadam
 from shardadam import ShardedAdamW
+from tests.parity import build_parameters, quadratic
 from tests.ranks import ANSWER_S, ranks_of
-from tests.twins import build_parameters, quadratic
 
 TIMEOUT_S = 3.0
 VICTIM = 1
@@ -260,7 +260,7 @@ def test_a_fault_ends_on_every_rank_in_an_error_that_names_the_rank(
             if not notices(fault, gradient_sync, rank):
                 assert one.kind == "" and one.grew == 2, what
                 continue
-            assert one.kind in ("RanksParted", "TimeoutError", "ValueError"), what
+            assert one.kind in ("RankDesyncError", "TimeoutError", "ValueError"), what
             assert one.seconds < TIMEOUT_S + 5, what
             assert f"rank {VICTIM}" in one.message or (fault is saves and "did not come" in one.message), what
             assert re.search(FAULTS[fault], one.message), what

@@ -283,7 +283,7 @@ def test_the_probe_finds_what_is_linear_and_scores_count_right() -> None:
     ("text", "count"), [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("500 mb", 5 * 10**8), ("123", 123)]
 )
 def test_sizes_are_read_as_they_are_written(text: str, count: int) -> None:
-    from headroom import size
+    from memory_check import size
 
     assert size(text) == count
 
@@ -319,7 +319,7 @@ def test_sizes_are_read_as_they_are_written(text: str, count: int) -> None:
     ids=["host", "version 2", "version 1", "nothing"],
 )
 def test_free_memory_is_the_hosts_or_the_cgroups(files: dict[str, str], left: int | None, tmp_path: Path) -> None:
-    from headroom import free_host_bytes
+    from memory_check import free_host_bytes
 
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def test_free_memory_is_the_hosts_or_the_cgroups(files: dict[str, str], left: in
 
 
 def test_what_forward_keeps_is_counted_without_parameters_and_gradients_go_at_once() -> None:
-    from headroom import kept_bytes
+    from memory_check import kept_bytes
 
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     unused = nn.Parameter(torch.zeros(3))

@@ -132,7 +132,7 @@ def test_finite_values_past_the_largest_bfloat16_stay_finite() -> None:
     assert found.isinf().tolist() == [False, True]
 
 
-def hash_in_plain_integers(seed: int, step: int, place: int, position: int) -> int:
+def hash_in_plain_integers(seed: int, step: int, param_id: int, position: int) -> int:
     def finalise(x: int) -> int:
         x ^= x >> 16
         x = x * 0x7FEB352D % 2**32
@@ -142,27 +142,32 @@ def hash_in_plain_integers(seed: int, step: int, place: int, position: int) -> i
 
     key = finalise((seed + 0x9E3779B9) % 2**32)
     key = finalise((key + step) % 2**32)
-    key = finalise((key + place) % 2**32)
+    key = finalise((key + param_id) % 2**32)
     return finalise(position % 2**32 ^ key)
 
 
 def test_random_numbers_are_the_documented_ones() -> None:
     """A change of the hash would break the reproducibility of saved runs."""
-    for seed, step, place, position in ((0, 1, 0, 0), (0, 1, 0, 1), (7, 100_000, 3, 2**33 + 5), (2**32 - 1, 5, 9, 127)):
-        found = random_bits(torch.tensor([position]), seed=seed, step=step, place=place)
-        assert int(found) == hash_in_plain_integers(seed, step, place, position)
-    assert int(random_bits(torch.tensor([0]), seed=0, step=1, place=0)) == 335112171
+    for seed, step, param_id, position in (
+        (0, 1, 0, 0),
+        (0, 1, 0, 1),
+        (7, 100_000, 3, 2**33 + 5),
+        (2**32 - 1, 5, 9, 127),
+    ):
+        found = random_bits(torch.tensor([position]), seed=seed, step=step, param_id=param_id)
+        assert int(found) == hash_in_plain_integers(seed, step, param_id, position)
+    assert int(random_bits(torch.tensor([0]), seed=0, step=1, param_id=0)) == 335112171
     inputs = torch.arange(1 << 20)
     assert mix(inputs).unique().numel() == len(inputs)  # type: ignore[union-attr]
 
 
 def test_random_numbers_are_uniform_and_independent() -> None:
     positions = torch.arange(1 << 18)
-    base = random_bits(positions, seed=0, step=1, place=0)
+    base = random_bits(positions, seed=0, step=1, param_id=0)
     others = [
-        random_bits(positions, seed=1, step=1, place=0),
-        random_bits(positions, seed=0, step=2, place=0),
-        random_bits(positions, seed=0, step=1, place=1),
+        random_bits(positions, seed=1, step=1, param_id=0),
+        random_bits(positions, seed=0, step=2, param_id=0),
+        random_bits(positions, seed=0, step=1, param_id=1),
         base.roll(1),
         base.roll(128),
         reference.second_word(base),
@@ -284,7 +289,7 @@ def test_sparse_rows_beside_a_large_coordinate_move_as_in_fp32(beta2: float) -> 
             exp_avg_scale=scales[0],
             exp_avg_sq_scale=scales[1],
             bound_squared=bound,
-            random=random_bits(torch.arange(numel), seed=0, step=step, place=0),
+            random=random_bits(torch.arange(numel), seed=0, step=step, param_id=0),
             **group,  # type: ignore[arg-type]
         )
         bound = reference.bound_squared_after(bound, betas)

@@ -74,7 +74,7 @@ class Arena:
             coefficient=None if coefficient is None else torch.tensor(coefficient),
             hyperparameters=hyperparameters,
         )
-        self.update.update_(self.shard, self.bucket)
+        self.update.step_(self.shard, self.bucket)
 
 
 def hyperparameters(**changed: Any) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def build(format: Format) -> Arena:
     counters = Counters(
         steps=steps,
         bounds=torch.tensor(bounds, dtype=torch.float64),
-        places=torch.tensor([17 + i for i in arena.parameters]),
+        param_ids=torch.tensor([17 + i for i in arena.parameters]),
         first_blocks=torch.tensor(arena.offsets) // 128,
     )
     owners = torch.arange(len(lengths), dtype=torch.int16).repeat_interleave(torch.tensor(lengths) // 128)
@@ -137,7 +137,9 @@ def step_reference(arena: Arena, group: dict[str, Any], *, coefficient: float | 
             stored.pop("exp_avg_sq"),
             step=step,
             bound_squared=float(arena.counters.bounds[index]),
-            random=reference.random_bits(positions, seed=SEED, step=step, place=int(arena.counters.places[index])),
+            random=reference.random_bits(
+                positions, seed=SEED, step=step, param_id=int(arena.counters.param_ids[index])
+            ),
             **stored,
             **group,
         )

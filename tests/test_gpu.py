@@ -24,7 +24,7 @@ from tests import test_checkpoint_reshard as checkpoints
 from tests import test_overlap as overlap
 from tests import test_parity as parity
 from tests import test_precision as precision
-from tests import test_surveyor as surveyor
+from tests import test_step_sync as step_sync
 from tests import test_triton as interpreted
 from tests.on_cuda import captured, nccl_of_one, warm_up
 from tests.ranks import on_ranks, rank_and_size
@@ -90,7 +90,7 @@ def take_steps(shard: Shard, counters: Counters, count: int) -> None:
     update = TritonUpdate(counters, seed=interpreted.SEED)
     for _ in range(count):
         interpreted.begin(update, counters, interpreted.Step(interpreted.adam_step()))
-        update.update_(shard, interpreted.ONLY_BUCKET)
+        update.step_(shard, interpreted.ONLY_BUCKET)
 
 
 def of_one_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counters]:
@@ -344,8 +344,8 @@ def test_a_changed_bit_is_found() -> None:
         assert "parameter 'weight': rank 1 differs from rank 0, first at element 2109" in said
 
 
-@pytest.mark.parametrize("what", surveyor.DISAGREEMENTS)
+@pytest.mark.parametrize("what", step_sync.DISAGREEMENTS)
 def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(what: str, tmp_path: Path) -> None:
-    for found in on_ranks(2, surveyor.disagree, what, "backward", str(tmp_path), "step", DEVICE):
+    for found in on_ranks(2, step_sync.disagree, what, "backward", str(tmp_path), "step", DEVICE):
         assert found["unchanged"] and found["skipped"] == 1 and found["went on"]
-        assert found["first"].startswith(surveyor.DISAGREEMENTS[what].format(others="rank 0"))
+        assert found["first"].startswith(step_sync.DISAGREEMENTS[what].format(others="rank 0"))

@@ -26,10 +26,10 @@ from shardadam.transport import CollectiveTransport, HybridTransport, SingleProc
 from shardadam.transport.groups import timeout_s
 from tests import runs, test_parity
 from tests.adversarial import AdversarialTransport
+from tests.parity import build_parameters, clones, quadratic
 from tests.ranks import DEADLINE_S, on_ranks, rank_and_size
 from tests.runs import FORMATS, differences
 from tests.test_parity import Case, assert_close, groups_of, hyperparameters, loss_of, train_torch
-from tests.twins import build_parameters, clones, quadratic
 
 Shape = tuple[int, int]  # replicas, shards
 SHAPES: list[Shape] = [(2, 2), (4, 1), (1, 4)]
@@ -240,11 +240,11 @@ def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
         staging = transport.staging(numel, torch.float32, torch.device("cpu"))
         staging.send.fill_(rank + 1)
 
-        def visit(part: Tensor, transfer: int = transfer) -> None:
+        def on_chunk(part: Tensor, transfer: int = transfer) -> None:
             seen.setdefault(transfer, []).extend(part.tolist())
 
         pending.append(
-            transport.reduce_scatter(staging, numel, shards[shard], scale=0.5, accumulate=accumulate, visit=visit)
+            transport.reduce_scatter(staging, numel, shards[shard], scale=0.5, accumulate=accumulate, on_chunk=on_chunk)
         )
     for each in pending:
         each.wait()
@@ -543,7 +543,7 @@ class Listening(SingleProcessTransport):
         self.has_a_way = has_a_way
         self.asked: list[float] = []
 
-    def look_out(self, seconds: float) -> bool:
+    def poll(self, seconds: float) -> bool:
         self.asked.append(seconds)
         return self.has_a_way
 
@@ -554,6 +554,6 @@ def test_listening_to_the_shard_group_does_not_make_deaf_for_replicas(has_a_way:
     bucket took 0.25 s over shared memory.
     """
     shard, replica = Listening(has_a_way), Listening(True)
-    hybrid = HybridTransport(shard, replica, control=None, meeting=shard.meeting)
-    assert hybrid.look_out(10.0)
+    hybrid = HybridTransport(shard, replica, control=None, store_barrier=shard.store_barrier)
+    assert hybrid.poll(10.0)
     assert shard.asked[0] < 0.01 and replica.asked == ([] if has_a_way else [10.0])

@@ -57,7 +57,7 @@ def pieces_of(layout: Layout) -> dict[int, list[tuple[Bucket, int, int, int]]]:
 
 
 def ranks_that_matter(bucket: Bucket) -> set[int]:
-    """All ranks where they are few, else those at whose shards anything begins or ends, and their neighbours."""
+    """All ranks where they are few, else those at whose shards anything begins or ends, and their peers."""
     if bucket.world_size * len(bucket.pieces) <= 2_000:
         return set(range(bucket.world_size))
     ranks = {0, bucket.world_size - 1}
@@ -92,7 +92,7 @@ def test_every_element_lies_in_exactly_one_shard(case: Case) -> None:
                 covered[owners[0].parameter, owners[0].start] += segment.numel
             assert end <= bucket.shard_numel
         for piece in bucket.pieces:
-            # The shards that were not looked at and lie wholly inside the piece, as their neighbours inside do.
+            # The shards that were not looked at and lie wholly inside the piece, as their peers inside do.
             first = -(-piece.offset // bucket.shard_numel)
             last = (piece.offset + piece.numel) // bucket.shard_numel
             between = sum(rank not in visited for rank in range(first, last))

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardadam import ShardedAdamW
-from shardadam.buckets import StagingPool
-from shardadam.reduction import GradientReducer
+from shardadam.engine.reduction import GradientReducer
+from shardadam.engine.reduction.staging import StagingPool
 from shardadam.transport import SharedMemoryTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -78,23 +78,23 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     master = storages([state["master"] for state in states if "master" in state])
     counters = [arena.counters for arena in optimizer._arenas]
     scalars = storages([flat for of_arena in counters for flat in (of_arena.steps, of_arena.bounds)])
-    tables = storages([flat for of_arena in counters for flat in (of_arena.places, of_arena.first_blocks)])
+    tables = storages([flat for of_arena in counters for flat in (of_arena.param_ids, of_arena.first_blocks)])
     tables |= storages([arena.blocks for arena in optimizer._arenas])
     tables |= storages([held for arena in optimizer._arenas for held in vars(arena.update).values() if is_tensor(held)])
     reducer = optimizer._reducer
-    exposed, gauges = set(), []
+    views, grad_stats = set(), []
     if isinstance(reducer, GradientReducer):
-        exposed = storages(list(reducer._exposed._flats.values()))
-        gauges = [t for gauge in reducer._gauges.values() for t in (*gauge.extremes, *gauge.sums_of_squares)]
+        views = storages(list(reducer._bucket_views._flats.values()))
+        grad_stats = [t for stats in reducer._grad_stats.values() for t in (*stats.extremes, *stats.sums_of_squares)]
     # What memory() does not count: skipped_steps, numbers known of each bucket, and the board of 64 KiB for small
-    # all-reduces. What lies in neighbours is theirs.
-    known = [flat, exposed, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
+    # all-reduces. What lies in peers is theirs.
+    known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
-    known.append(storages([*mapped(optimizer), *gauges]))
+    known.append(storages([*mapped(optimizer), *grad_stats]))
     rest = live - set().union(*known)
     return {
         "parameters": size(flat),
-        "gradients": size(exposed),
+        "gradients": size(views),
         "moments": size(moments),
         "master": size(master),
         "scalars": size(scalars),
@@ -104,7 +104,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
 
 
 def mapped(optimizer: ShardedAdamW) -> list[Tensor]:
-    """Neighbours' memory that this rank maps, and the board."""
+    """Peers' memory that this rank maps, and the board."""
     transport = optimizer._transport
     if not isinstance(transport, SharedMemoryTransport):
         return []
@@ -302,7 +302,7 @@ def test_gradients_stay_with_their_parameters_in_the_other_modes(gradient_sync: 
 def test_between_steps_the_pool_keeps_no_more_than_two_buffers(world_size: int, gradient_sync: str) -> None:
     for staging, buffer in on_ranks(world_size, staging_after_steps, gradient_sync):
         assert staging <= 2 * buffer
-        assert (staging == 0) == (gradient_sync == "step" and world_size > 1)  # neighbours read p.grad where it lies
+        assert (staging == 0) == (gradient_sync == "step" and world_size > 1)  # peers read p.grad where it lies
 
 
 def staging_after_steps(gradient_sync: str) -> tuple[int, int]:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_  # before anything of shardadam has looked at it
 
-from shardadam import GradScaler, ShardedAdamW, misuse
+from shardadam import GradScaler, ShardedAdamW
+from shardadam.checks import misuse
 from tests.ranks import on_ranks, rank_and_size
 
 SYNCS = ("backward", "step", "external")

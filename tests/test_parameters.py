@@ -20,8 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam import Precision, ShardedAdamW
 from shardadam.update.reference import round_half_away
-from tests.ranks import on_ranks, rank_and_size
-from tests.twins import (
+from tests.parity import (
     LR,
     SHAPES,
     Twin,
@@ -32,6 +31,7 @@ from tests.twins import (
     quadratic,
     run_torch,
 )
+from tests.ranks import on_ranks, rank_and_size
 
 STEPS = 10
 WORLD_SIZES = [1, 2, 4]

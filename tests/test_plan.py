@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from shardadam import Precision, ShardedAdamW
 from shardadam.cli import main
 from shardadam.cli.comparison import KINDS, adamw, fsdp2
+from shardadam.cli.model_source import decoder_of, find_model_source, parse_count
 from shardadam.cli.plan import parse_size
-from shardadam.cli.subject import decoder_of, find_subject, parse_count
 from shardadam.planner import PlannedParameter, Setting, adamw_need, fitting, need
 from tests.ranks import on_ranks
 
@@ -205,14 +205,14 @@ def test_numbers_of_parameters_are_read(text: str, count: int | None) -> None:
 
 @pytest.mark.parametrize("numel", [1, 17, 1000, 12345, 10**6, 124_439_808, 7 * 10**9, 405 * 10**9])
 def test_a_number_becomes_a_decoder_of_exactly_that_size(numel: int) -> None:
-    subject = decoder_of("n", numel)
-    assert subject.numel == subject.trainable_numel == numel
-    assert all(min(one.shape) > 0 for one in subject.planned)
+    source = decoder_of("n", numel)
+    assert source.numel == source.trainable_numel == numel
+    assert all(min(one.shape) > 0 for one in source.planned)
     if numel > 10**8:
-        largest = max(one.numel for one in subject.planned)
+        largest = max(one.numel for one in source.planned)
         assert largest < numel / 3  # no tensor beside which buckets would mean nothing
-        width = dict(subject.parameters)["layers.0.mlp_norm.weight"].numel
-        assert 32 <= width / sum(name.endswith("gate.weight") for name, _ in subject.parameters) <= 200
+        width = dict(source.parameters)["layers.0.mlp_norm.weight"].numel
+        assert 32 <= width / sum(name.endswith("gate.weight") for name, _ in source.parameters) <= 200
 
 
 def test_llama_2s_proportions_are_met() -> None:
@@ -222,7 +222,7 @@ def test_llama_2s_proportions_are_met() -> None:
 
 def test_the_dtype_is_the_models_own_unless_told(tmp_path: Path) -> None:
     def dtypes(what: str, dtype: torch.dtype | None = None) -> set[str]:
-        return set(find_subject(what, dtype).dtypes)
+        return set(find_model_source(what, dtype).dtypes)
 
     assert dtypes("1M") == {"bf16"} and dtypes("1M", torch.float16) == {"fp16"}
     assert dtypes("tests.test_plan:Odd") == {"fp32", "bf16"}
@@ -236,14 +236,14 @@ def test_the_dtype_is_the_models_own_unless_told(tmp_path: Path) -> None:
 def test_the_class_that_a_config_names_is_built_with_its_head(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     for name, config in CONFIGS.items():
-        assert find_subject(write_config(name, tmp_path)).description == config["architectures"][0]  # type: ignore[index]
+        assert find_model_source(write_config(name, tmp_path)).description == config["architectures"][0]  # type: ignore[index]
 
 
 def test_a_config_without_architectures_is_a_bare_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     config = {key: value for key, value in GPT2.items() if key != "architectures"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert find_subject(str(tmp_path / "config.json")).description == "GPT2Model"
+    assert find_model_source(str(tmp_path / "config.json")).description == "GPT2Model"
 
 
 def test_nothing_is_allocated_and_the_network_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_nothing_is_allocated_and_the_network_is_left_alone(tmp_path: Path, monk
     monkeypatch.setattr("socket.socket.connect", shut)
     monkeypatch.setattr("socket.getaddrinfo", shut)
     for what in (write_config("gpt2", tmp_path), "tests.test_plan:launch_decoder"):
-        assert find_subject(what).numel > 0
+        assert find_model_source(what).numel > 0
     assert devices == {"meta"}
 
 
@@ -272,7 +272,7 @@ def test_the_current_directory_is_searched_for_modules(tmp_path: Path, monkeypat
     )
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert find_subject("planned_module:A.make").numel == 8
+    assert find_model_source("planned_module:A.make").numel == 8
     assert sys.path == before
 
 
@@ -392,8 +392,8 @@ def test_sizes_are_read(text: str, nbytes: int) -> None:
 
 
 def test_fits_and_choice_are_the_planners(capsys: pytest.CaptureFixture[str]) -> None:
-    subject = find_subject("10M")
-    parameters = subject.planned
+    source = find_model_source("10M")
+    parameters = source.planned
     asked = Setting(world_size=2, precision=Precision(master="split"), device="cuda")
     for available in (200 * 10**6, 140 * 10**6, 100 * 10**6, 70 * 10**6, 40 * 10**6, 19 * 10**6):
         fit = fitting(parameters, asked, available)
@@ -444,7 +444,7 @@ def test_the_comparison_has_adamw_and_fsdp2(capsys: pytest.CaptureFixture[str]) 
             if (row["gradient_sync"], row["moments"], row["master"]) == (sync, "bf16", "split")
         ]
         assert rows[sync]["bytes"] == row["bytes"]
-    planned = find_subject("10M").planned
+    planned = find_model_source("10M").planned
     assert rows["adamw"]["bytes"]["total"] == adamw_need(planned).total == adamw(planned).total
     assert rows["adamw_fp32_master"]["bytes"]["total"] == 16 * 10**7 + 4 * len(planned)
     single = planned_json(capsys, "10M", "--dtype", "fp32")["comparison"]
@@ -456,13 +456,13 @@ def small_blocks() -> nn.Module:
 
 
 def test_fsdp2_is_all_shards_and_the_largest_module_twice() -> None:
-    subject = find_subject("tests.test_plan:small_blocks", torch.bfloat16)
-    assert {name: len(unit) for name, unit in subject.units().items()} == {"": 1, "blocks.0": 2}
+    source = find_model_source("tests.test_plan:small_blocks", torch.bfloat16)
+    assert {name: len(unit) for name, unit in source.units().items()} == {"": 1, "blocks.0": 2}
     numel, largest = 48 + 16 * 17, 16 * 17
-    found = fsdp2(subject, 2, keeps_masters=True)
+    found = fsdp2(source, 2, keeps_masters=True)
     assert found.kinds["parameters"] == 4 * numel // 2 + 2 * 2 * largest
     assert (found.kinds["gradients"], found.kinds["moments"]) == (4 * numel // 2, 8 * numel // 2)
-    in_bf16 = fsdp2(subject, 4, keeps_masters=False)  # six rows over four ranks: two on the first
+    in_bf16 = fsdp2(source, 4, keeps_masters=False)  # six rows over four ranks: two on the first
     assert in_bf16.kinds["gradients"] == 2 * (2 * 8 + 4 * 16 + 4)
     assert in_bf16.is_estimate and in_bf16.setting is None
 

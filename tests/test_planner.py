@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, update
 from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.memory import Memory
 from shardadam.planner import (
     Fit,
     Need,
@@ -27,6 +26,7 @@ from shardadam.planner import (
     plan,
 )
 from shardadam.precision import Master, Moments
+from shardadam.state.memory import Memory
 from tests.ranks import on_ranks
 
 SHAPES = ((300, 40), (129,), (), (0,), (64, 64), (1,), (7, 15))

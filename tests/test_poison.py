@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import Precision, ShardedAdamW
-from shardadam.interrupts import interrupts_held
+from shardadam.ranks.signals import interrupts_held
 from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of, restart
 
 INJECTIONS = 30  # an ordinary run, in each of four calls

@@ -142,7 +142,7 @@ def from_bits(bits: list[int]) -> Tensor:
 
 
 def sample_of_floats(dtype: torch.dtype) -> Tensor:
-    """All exponents and signs; half of the values are ties or the neighbours of one."""
+    """All exponents and signs; half of the values are ties or the peers of one."""
     rng = random.Random(0)
     low_bits = 16 if dtype == torch.bfloat16 else 13
     bits = []

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardadam import ShardedAdamW
 from shardadam import transport as transports
-from shardadam.buckets import StagingPool
+from shardadam.engine.reduction.staging import StagingPool
 from shardadam.transport import SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
 from tests.adversarial import AdversarialTransport
@@ -115,7 +115,7 @@ def test_an_exception_in_one_ranks_backward_neither_hangs_nor_mixes(
     world_size: int, kind: str, failing_layer: int
 ) -> None:
     """Half-finished rounds that were reset instead of flushed mixed one rank's old bucket with another's new one; a
-    hook that waited for staging while a neighbour sat in the user's own all-reduce was a deadlock.
+    hook that waited for staging while a peer sat in the user's own all-reduce was a deadlock.
     """
     results = on_ranks(world_size, train_with_a_failing_backward, kind, failing_layer)
     steps = [plain_loss(step) if step not in (0, 3) else (lambda model, rank: None) for step in range(6)]
@@ -372,7 +372,7 @@ def gradient_of_a_split_parameter(how: str) -> Tensor | None:
     torch.manual_seed(0)
     first, second = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
     optimizer = ShardedAdamW([*first.parameters(), *second.parameters()], bucket_mb=3072 / 2**20)
-    assert len(optimizer._members[0].buckets) > 1
+    assert len(optimizer._params[0].buckets) > 1
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     for layer in (first, second, second):
         x = layer(x) if how == "plain" else checkpoint(layer, x, use_reentrant=True)
@@ -549,11 +549,11 @@ def test_who_fills_a_buffer_waits_for_its_last_transfer_until_the_step_is_over()
     pool.reserve(bucket)
     transfer = OnAStream()
     pool.launched(pool.acquire(bucket, may_wait=False), transfer)
-    pool.drain()
+    pool.wait_all()
     assert transfer.waited_again == 0
     staging = pool.acquire(bucket, may_wait=False)
     assert transfer.waited_again == 1
     pool.launched(staging, transfer)
-    pool.drain()
+    pool.wait_all()
     pool.trim()
     assert pool.acquire(bucket, may_wait=False) is staging and transfer.waited_again == 1

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
+from tests.parity import LR, Twin, assert_close, build_parameters, clones, quadratic, run_sharded, run_torch
 from tests.ranks import on_ranks
-from tests.twins import LR, Twin, assert_close, build_parameters, clones, quadratic, run_sharded, run_torch
 
 STEPS = 30
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from shardadam import GradScaler, Precision, ShardedAdamW
 from shardadam import transport as transports
-from shardadam.buckets import StagingPool
-from shardadam.transport import SharedMemoryTransport, links, shared_memory
+from shardadam.engine.reduction.staging import StagingPool
+from shardadam.transport import SharedMemoryTransport, shared_memory, unix_sockets
 from tests import test_hybrid, test_parity
+from tests.parity import build_parameters, clones, quadratic
 from tests.ranks import on_ranks, rank_and_size
-from tests.twins import build_parameters, clones, quadratic
 
 DEADLINE_S = 20.0
 BUCKET_MB = 0.001
@@ -70,7 +70,7 @@ def broken(what: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if what == "host":
-            patch.setattr(links, "host_identity", lambda: "elsewhere")
+            patch.setattr(unix_sockets, "host_identity", lambda: "elsewhere")
         elif what in ("bind", "connect"):
             patch.setattr(socket.socket, what, fail)
         elif what == "map":
@@ -78,7 +78,7 @@ def broken(what: str) -> Iterator[None]:
         elif what == "memfd":
             patch.delattr(os, "memfd_create")
         elif what == "user":
-            patch.setattr(links, "_credentials", lambda link: (os.getpid(), os.geteuid() + 1, 0))
+            patch.setattr(unix_sockets, "_credentials", lambda link: (os.getpid(), os.geteuid() + 1, 0))
         yield
 
 
@@ -95,7 +95,7 @@ REASONS = {
 def try_to_build(what: str, transport: str) -> tuple[str, str]:
     rank, _ = rank_and_size()
     with pytest.MonkeyPatch.context() as patch, broken(what) if rank == 1 else nullcontext():
-        patch.setattr(links, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait for the one that cannot connect
+        patch.setattr(unix_sockets, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait for the one that cannot connect
         try:
             optimizer = build(transport=transport)
             found = (type(optimizer._transport).__name__, "")
@@ -126,7 +126,7 @@ def build_collective() -> str:
         raise AssertionError("attached")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transports, "connect_links", refuse)
+        patch.setattr(transports, "connect_sockets", refuse)
         optimizer = build(transport="collective")
         train(optimizer, range(2))
         return type(optimizer._transport).__name__
@@ -202,7 +202,7 @@ def random_case(generator: random.Random) -> Case:
         nan=choose((False, True)),
         scaler=choose((False, True)),
         full_grad=choose((False, True)),
-        # Halves are divided before they travel, but after their sum where neighbours read them: by 3 they round unlike.
+        # Halves are divided before they travel, but after their sum where peers read them: by 3 they round unlike.
         world_size=choose((2, 2, 4) if gradient_sync == "step" and dtype == "float16" else (2, 2, 3, 4)),
     )
 
@@ -379,7 +379,7 @@ def test_what_one_rank_writes_between_steps_stays_its_own(gradient_sync: str, wo
 
 
 def try_to_write() -> list[str]:
-    """Ways to write a neighbour's memory, or to take it away, that have worked."""
+    """Ways to write a peer's memory, or to take it away, that have worked."""
     received: list[tuple[int, int]] = []
     map_memory = shared_memory._map
 
@@ -526,9 +526,9 @@ def run_late(late: int) -> dict[str, Any]:
         optimizer.zero_grad()
         found[f"staging {step}"] = optimizer.memory().staging // optimizer._buckets[0].parameters.nbytes
     dist.barrier()
-    transport._links.listen()
+    transport._sockets.poll()
     gc.collect()
-    found["neighbours"] = len(transport._staging)
+    found["peers"] = len(transport._staging)
     found["mappings"] = mappings() - sum(len(buffers) for buffers in transport._shared.values())
     return found
 
@@ -541,8 +541,8 @@ def test_staging_grows_while_a_peer_is_late_and_shrinks_everywhere(late: int) ->
     assert early["grown"] > 6 and early["seconds"] < LATE_S - 0.1, results  # it has lost its patience once
     for result, past in zip(results, before, strict=True):
         assert result["staging 1"] == 2 and result["staging 2"] == 2
-        assert result["neighbours"] == 2
-        assert result["mappings"] - past == 4  # two of this rank's own, two of the neighbour's
+        assert result["peers"] == 2
+        assert result["mappings"] - past == 4  # two of this rank's own, two of the peer's
 
 
 def mappings_of_the_past() -> int:
@@ -554,7 +554,7 @@ def mappings_of_the_past() -> int:
 
 
 def attach_among_strangers() -> tuple[str, list[str]]:
-    meet = links._meet
+    meet = unix_sockets._meet
     strangers: list[socket.socket] = []
 
     def meet_after_strangers(own: int, listener: socket.socket, everybody: Any, *rest: Any) -> Any:
@@ -573,8 +573,8 @@ def attach_among_strangers() -> tuple[str, list[str]]:
         return meet(own, listener, everybody, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(links, "_meet", meet_after_strangers)
-        patch.setattr(links, "_HELLO_TIMEOUT_S", 0.1)  # one of them says nothing
+        patch.setattr(unix_sockets, "_meet", meet_after_strangers)
+        patch.setattr(unix_sockets, "_HELLO_TIMEOUT_S", 0.1)  # one of them says nothing
         optimizer = build()
     train(optimizer, range(2))
     heard = []
@@ -600,9 +600,9 @@ def test_strangers_are_dropped_and_ranks_attach_all_the_same() -> None:
 def test_the_secret_is_of_no_use_to_another_user(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(struct.pack("=I", 3) + b"s" * 16)
-    monkeypatch.setattr(links, "_credentials", lambda link: (os.getpid(), uid, 0))
+    monkeypatch.setattr(unix_sockets, "_credentials", lambda link: (os.getpid(), uid, 0))
     with ours, theirs:
-        assert links._who(ours, b"s" * 16) == (3 if uid == os.geteuid() else None)
+        assert unix_sockets._who(ours, b"s" * 16) == (3 if uid == os.geteuid() else None)
 
 
 def names_in_use() -> dict[str, Any]:

@@ -24,9 +24,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils._pytree import tree_map
 
 from shardadam import Precision, ShardedAdam, ShardedAdamW
-from shardadam.flat_shard import FlatShard, Span
+from shardadam.state.flat_shard import FlatShard, Span
+from tests.parity import LR, assert_close, build_parameters, clones, quadratic
 from tests.ranks import on_ranks, rank_and_size
-from tests.twins import LR, assert_close, build_parameters, clones, quadratic
 
 STEPS = 10
 BUCKET_MB = 0.001
@@ -175,7 +175,7 @@ def load_torch_whole(saved: dict[str, Any], bucket_mb: float) -> list[dict[str, 
     parameters = build()
     optimizer = sharded(parameters, bucket_mb=bucket_mb)
     optimizer.load_state_dict(saved["optimizer"])
-    pieces = max(len(member.buckets) for member in optimizer._members)
+    pieces = max(len(member.buckets) for member in optimizer._params)
     assert (pieces > 1) == (bucket_mb < 0.001)
     return [optimizer.full_state(p) for p in parameters]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from shardadam import ShardedAdam, ShardedAdamW
+from tests.parity import LR, Twin, assert_twins_agree, build_parameters, clones, quadratic
 from tests.ranks import on_ranks, rank_and_size
-from tests.twins import LR, Twin, assert_twins_agree, build_parameters, clones, quadratic
 
 STEPS = 8
 MODES = ["backward", "step", "external"]

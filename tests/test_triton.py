@@ -207,7 +207,7 @@ def build_counters() -> Counters:
     return Counters(
         steps=torch.tensor(STEPS_BEFORE, dtype=torch.float32),
         bounds=torch.tensor([0.0, 10.0, 31.0, 53.0, math.inf, 1e30, 1e-3], dtype=torch.float64),
-        places=torch.tensor([0, 3, 4, 5, 9, 11, 1000]),
+        param_ids=torch.tensor([0, 3, 4, 5, 9, 11, 1000]),
         first_blocks=blocks.cumsum(0) - blocks,
     )
 
@@ -316,7 +316,7 @@ def step_reference(shard: Shard, counters: Counters, step: Step) -> None:
             exp_avg_scale=part.exp_avg_scale,
             exp_avg_sq_scale=part.exp_avg_sq_scale,
             bound_squared=float(counters.bounds[index]),
-            random=reference.random_bits(positions, seed=SEED, step=t, place=int(counters.places[index])),
+            random=reference.random_bits(positions, seed=SEED, step=t, param_id=int(counters.param_ids[index])),
             **hyperparameters,
         )
     count_reference(counters, step)
@@ -364,7 +364,7 @@ def differences_from_reference(variant: Variant, positions_before: int = 0, devi
         for shard in (ours, truth):
             shard.gradient.copy_(gradient)
         begin(update, counters, step)
-        update.update_(ours, ONLY_BUCKET)
+        update.step_(ours, ONLY_BUCKET)
         step_reference(truth, true_counters, step)
         there = moved(ours, "cpu"), moved(counters, "cpu")
         found += [f"step {number}: {text}" for text in differences(there[0], truth, there[1], true_counters)]
@@ -381,7 +381,7 @@ def differences_after_no_step(variant: Variant) -> list[str]:
     before, counters_before = clone(shard), clone_counters(counters)
     update = small_programs().TritonUpdate(counters, seed=SEED)
     begin(update, counters, STEPS[0], found_inf=1.0)
-    update.update_(shard, ONLY_BUCKET)
+    update.step_(shard, ONLY_BUCKET)
     return differences(shard, before, counters, counters_before)
 
 
@@ -415,7 +415,7 @@ def differences_at_ties(variant: Variant) -> list[str]:
 def differences_at_largest_codes() -> list[str]:
     """The largest of each block has a random number of 0, and may lie a last place past the largest code's square."""
     positions = torch.arange(2**22)
-    random = reference.random_bits(positions, seed=SEED, step=1, place=0)
+    random = reference.random_bits(positions, seed=SEED, step=1, param_id=0)
     positions = positions[(random & 0xFFFF == 0) | (random >> 16 == 0)]
     count = len(positions)
     numbers = torch.Generator().manual_seed(0)
@@ -436,7 +436,7 @@ def differences_at_largest_codes() -> list[str]:
     counters = Counters(
         steps=torch.zeros(count),
         bounds=torch.zeros(count, dtype=torch.float64),
-        places=torch.zeros(count, dtype=torch.int64),
+        param_ids=torch.zeros(count, dtype=torch.int64),
         first_blocks=torch.arange(count) - positions // BLOCK_NUMEL,
     )
     return differences_after(Step(adam_step()), shard, counters)
@@ -446,7 +446,7 @@ def differences_after(step: Step, shard: Shard, counters: Counters) -> list[str]
     truth, true_counters = clone(shard), clone_counters(counters)
     update = small_programs().TritonUpdate(counters, seed=SEED)
     begin(update, counters, step)
-    update.update_(shard, ONLY_BUCKET)
+    update.step_(shard, ONLY_BUCKET)
     step_reference(truth, true_counters, step)
     return differences(shard, truth, counters, true_counters)
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.buckets import Member, is_dense
 from shardadam.checkpoint.files import CheckpointError, TensorSpec
-from shardadam.flat_shard import dimension_order
+from shardadam.engine.storage import ShardedParam, is_dense
 from shardadam.optimizer import ShardedAdam
-from shardadam.state import block_count, local_state
+from shardadam.state.flat_shard import dimension_order
+from shardadam.state.local import block_count, local_state
 from shardadam.update import formats
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -33,7 +33,7 @@ class OwnedParameter:
     """A parameter whose state is sharded, by its name in the checkpoint."""
 
     name: str
-    member: Member
+    param: ShardedParam
     in_model: bool
 
     @property
@@ -102,7 +102,7 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
                 contents.replicated[f"model.{name}"] = value
     if optimizer is None:
         return contents
-    members = {id(member.parameter): member for member in optimizer._members}
+    params = {id(param.parameter): param for param in optimizer._params}
     given = {id(p): name for group in optimizer.param_groups for p, name in _given_names(group)}
     position = 0
     for group in optimizer.param_groups:
@@ -110,9 +110,9 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
         for parameter in group["params"]:
             name = names.get(id(parameter)) or given.get(id(parameter)) or f"parameters.{position}"
             contents.groups[-1].append(name)
-            if id(parameter) in members:
+            if id(parameter) in params:
                 in_model = id(parameter) in names
-                contents.owned.append(OwnedParameter(name, members[id(parameter)], in_model))
+                contents.owned.append(OwnedParameter(name, params[id(parameter)], in_model))
                 if in_model:
                     del contents.replicated[f"model.{name}"]
             position += 1
@@ -165,13 +165,13 @@ def spec_of(tensor: Tensor) -> TensorSpec:
     return TensorSpec(tensor.dtype, tuple(tensor.shape), order)
 
 
-def state_specs(member: Member) -> dict[str, TensorSpec]:
+def state_specs(param: ShardedParam) -> dict[str, TensorSpec]:
     """The tensors of a parameter's state in storage; a remainder is stored as the float32 master it makes."""
-    of_parameter = spec_of(member.parameter)
+    of_parameter = spec_of(param.parameter)
     specs = {}
-    for kind, tensor in local_state(member).items():
+    for kind, tensor in local_state(param).items():
         if kind in formats.SCALES:
-            specs[kind] = TensorSpec(tensor.dtype, (block_count(member),), (0,))
+            specs[kind] = TensorSpec(tensor.dtype, (block_count(param),), (0,))
         elif kind == "remainder":
             specs["master"] = TensorSpec(torch.float32, of_parameter.shape, of_parameter.order)
         elif kind not in ("step", "bound"):

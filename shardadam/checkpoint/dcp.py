@@ -32,7 +32,7 @@ from shardadam.checkpoint.contents import PARAM_GROUPS
 from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.checkpoint.values import Values
-from shardadam.flat_shard import Box, boxes
+from shardadam.state.flat_shard import Box, boxes
 
 
 @dataclass(slots=True)

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.buckets import Member, memory_order, rebind_moved
 from shardadam.checkpoint import contents as things
 from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.contents import Contents, OwnedParameter, contents_of
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
-from shardadam.checkpoint.saving import ARRIVAL, exchange, meeting_for, settle_background
-from shardadam.flat_shard import dimension_order
+from shardadam.checkpoint.saving import ARRIVAL, exchange, store_barrier_for, wait_for_background_save
+from shardadam.engine.storage import ShardedParam, memory_order, rebind_moved
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
-from shardadam.state import load_group_, local_state, spans_of
+from shardadam.state.flat_shard import dimension_order
+from shardadam.state.local import load_group_, local_state, spans_of
 from shardadam.update import formats, reference
 
 
@@ -76,41 +76,41 @@ def load(
         CheckpointError: there is no checkpoint, or it is not whole, or does not fit. Nothing has been changed then,
             unless the message says so: damage within a file is met only when it is read.
     """
-    settle_background()
+    wait_for_background_save()
     directory = Path(directory).absolute()
-    meeting = meeting_for(optimizer)
+    store_barrier = store_barrier_for(optimizer)
     what = f"load from {directory}"
 
     def agree(failure: Exception | None, phase: str, value: Any = None, *, is_last: bool = False) -> list[Any]:
         return exchange(
-            meeting, failure, value, call="load", phase=phase, what=what, timeout_s=timeout_s, is_last=is_last
+            store_barrier, failure, value, call="load", phase=phase, what=what, timeout_s=timeout_s, is_last=is_last
         )
 
     failure: Exception | None = None
     path = ""
     try:
-        path = str(directories.newest(directory)) if meeting.rank == 0 else ""
+        path = str(directories.newest(directory)) if store_barrier.rank == 0 else ""
     except Exception as error:
         failure = error
     path = agree(failure, ARRIVAL, path)[0]
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
-        optimizer._take_in_unfrozen()
+        optimizer._add_unfrozen_params()
 
     with ExitStack() as opened:
         try:
             reader = opened.enter_context(Reader(Path(path)))
             contents = contents_of(model, optimizer)
             if optimizer is not None:
-                rebind_moved(optimizer._members)
+                rebind_moved(optimizer._params)
             _check_fit(contents, reader, scheduler)
-            objects = _read_objects(contents, reader, scheduler, meeting.rank)
+            objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
         except Exception as error:
             failure = error
         agree(failure, "checked")
         with _halfway(path, optimizer):
             try:
-                with torch.no_grad(), meeting.signs_of_life():
+                with torch.no_grad(), store_barrier.heartbeat():
                     _read_tensors(contents, reader)
             except Exception as error:
                 failure = error
@@ -120,13 +120,13 @@ def load(
                 optimizer._state_was_loaded(parameters=model is not None)
             try:
                 _set_objects(contents, objects, scheduler)
-                if random_states and f"rng.{meeting.rank}" in objects:
-                    things.set_random_state(objects[f"rng.{meeting.rank}"])
+                if random_states and f"rng.{store_barrier.rank}" in objects:
+                    things.set_random_state(objects[f"rng.{store_barrier.rank}"])
             except Exception as error:
                 failure = error
             agree(failure, "done", is_last=True)
         extras = reader.content["extras"]
-        extra = extras[meeting.rank] if meeting.rank < len(extras) else None
+        extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
 
 
@@ -137,7 +137,7 @@ def _halfway(path: str, optimizer: ShardedAdam | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if optimizer is not None:
-            optimizer._refuse_to_go_on(f"loading {path} has failed halfway")
+            optimizer._poison(f"loading {path} has failed halfway")
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(
@@ -160,7 +160,7 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
         _check_names("the model", reader, expected=contents.model_keys, found=found)
         _check_names("the model", reader, expected=contents.objects.keys(), found=objects)
         shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
-        shapes |= {p.value_key: tuple(p.member.shape) for p in contents.owned}
+        shapes |= {p.value_key: tuple(p.param.shape) for p in contents.owned}
         _check_shapes(reader, {aliases.get(key, key): shape for key, shape in shapes.items()})
     if contents.optimizer is not None:
         saved = reader.content.get("optimizer")
@@ -175,10 +175,10 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
             )
         for parameter in contents.owned:
             if parameter.name in saved["parameters"]:
-                numel = torch.Size(parameter.member.shape).numel()
+                numel = torch.Size(parameter.param.shape).numel()
                 blocks = (-(-numel // ALIGNMENT_NUMEL),)
                 shapes = {
-                    key: blocks if kind in formats.SCALES else tuple(parameter.member.shape)
+                    key: blocks if kind in formats.SCALES else tuple(parameter.param.shape)
                     for kind in (*formats.MOMENTS, *formats.SCALES, "master")
                     for key in (parameter.state_key(kind),)
                     if key in tensors or kind in formats.MOMENTS
@@ -250,17 +250,17 @@ def _read_tensors(contents: Contents, reader: Reader) -> None:
     saved = reader.content.get("optimizer") or {"parameters": {}}
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
-        for low, high, elements in _stretches(parameter.member):
+        for low, high, elements in _stretches(parameter.param):
             if contents.model is not None and source.dtype("parameter") is not None:
-                _read_parameter(parameter.member, source, low, high)
+                _read_parameter(parameter.param, source, low, high)
             if parameter.name in saved["parameters"]:
-                _read_state(parameter.member, source, low, high, elements)
+                _read_state(parameter.param, source, low, high, elements)
 
 
-def _stretches(member: Member) -> Iterator[tuple[int, int, slice]]:
+def _stretches(param: ShardedParam) -> Iterator[tuple[int, int, slice]]:
     """This rank's spans, cut so that what is converted stays small; and where they lie in its part of the state."""
     begin = 0
-    for span in spans_of(member):
+    for span in spans_of(param):
         for low, high in cut(span.start, span.start + span.numel, 4 * ITEM_BYTES):
             yield low, high, slice(begin + low - span.start, begin + high - span.start)
         begin += span.numel
@@ -274,10 +274,10 @@ class _Source:
         self._keys = {kind: parameter.state_key(kind) for kind in (*formats.MOMENTS, *formats.SCALES, "master")}
         self._keys["parameter"] = aliases.get(parameter.value_key, parameter.value_key)
         self._keys = {kind: key for kind, key in self._keys.items() if key in reader.index.tensors}
-        self._order = dimension_order(parameter.member.parameter)
+        self._order = dimension_order(parameter.param.parameter)
         self._reordered: dict[str, Tensor] = {}
         if any(self._spec(kind).order != self._order for kind in self._keys if kind not in formats.SCALES):
-            self._reorder(parameter.member)
+            self._reorder(parameter.param)
 
     def dtype(self, kind: str) -> torch.dtype | None:
         if self._reordered:
@@ -299,7 +299,7 @@ class _Source:
     def _spec(self, kind: str) -> TensorSpec:
         return self._reader.index.tensors[self._keys[kind]].spec
 
-    def _reorder(self, member: Member) -> None:
+    def _reorder(self, param: ShardedParam) -> None:
         """Positions in memory mean other elements here than there: the whole tensors have to be turned."""
         raw = {}
         for kind in self._keys:
@@ -309,7 +309,7 @@ class _Source:
             raw.update(zip(formats.MOMENTS, formats.read_moments(raw), strict=True))
         for kind, flat in raw.items():
             if kind not in formats.SCALES:
-                self._reordered[kind] = memory_order(in_shape(flat, self._spec(kind)), member.parameter)
+                self._reordered[kind] = memory_order(in_shape(flat, self._spec(kind)), param.parameter)
 
 
 def in_shape(flat: Tensor, spec: TensorSpec) -> Tensor:
@@ -318,8 +318,8 @@ def in_shape(flat: Tensor, spec: TensorSpec) -> Tensor:
     return flat.view([spec.shape[dim] for dim in spec.order]).permute(logical)
 
 
-def _read_parameter(member: Member, source: _Source, low: int, high: int) -> None:
-    parameter = memory_order(member.parameter.detach(), member.parameter)[low:high]
+def _read_parameter(param: ShardedParam, source: _Source, low: int, high: int) -> None:
+    parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
     stored = source.dtype("parameter")
     if stored == parameter.dtype:
         _copy_(parameter, source.read("parameter", low, high, parameter))
@@ -329,11 +329,11 @@ def _read_parameter(member: Member, source: _Source, low: int, high: int) -> Non
         parameter.copy_(reference.round_half_away(exact, parameter.dtype) if narrow else exact)
 
 
-def _read_state(member: Member, source: _Source, low: int, high: int, elements: slice) -> None:
+def _read_state(param: ShardedParam, source: _Source, low: int, high: int, elements: slice) -> None:
     blocks = slice(elements.start // ALIGNMENT_NUMEL, -(-elements.stop // ALIGNMENT_NUMEL))
     state = {
         kind: tensor[blocks if kind in formats.SCALES else elements]
-        for kind, tensor in local_state(member).items()
+        for kind, tensor in local_state(param).items()
         if kind not in ("step", "bound")
     }
     kinds = (*formats.MOMENTS, *formats.SCALES)
@@ -346,7 +346,7 @@ def _read_state(member: Member, source: _Source, low: int, high: int, elements: 
         saved = {kind: source.read(kind, low, high).to(device) for kind in kinds if source.dtype(kind) is not None}
         formats.write_moments_(state, *formats.read_moments(saved))
     if "master" in state or "remainder" in state:
-        parameter = memory_order(member.parameter.detach(), member.parameter)[low:high]
+        parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
         master = parameter
         if source.dtype("master") is not None:
             master = source.read("master", low, high).to(parameter.device)
@@ -385,19 +385,19 @@ def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
     contents.optimizer.skipped_steps.fill_(saved["skipped_steps"])
     groups = contents.optimizer.param_groups
     for parameter in contents.owned:
-        member, entry = parameter.member, saved["parameters"].get(parameter.name)
-        counters, state = member.arena.counters, local_state(member)
+        param, entry = parameter.param, saved["parameters"].get(parameter.name)
+        counters, state = param.arena.counters, local_state(param)
         if entry is None:  # it was frozen then, and starts anew
             for kind in (*formats.MOMENTS, *formats.SCALES):
                 if kind in state:
                     state[kind].zero_()
-            own = memory_order(member.parameter.detach(), member.parameter)
-            for low, high, elements in _stretches(member):
+            own = memory_order(param.parameter.detach(), param.parameter)
+            for low, high, elements in _stretches(param):
                 at = {kind: state[kind][elements] for kind in formats.MASTERS if kind in state}
                 formats.write_master_(at, own[low:high], own[low:high])
         steps = 0.0 if entry is None else entry["step"]
-        counters.steps[member.index] = steps
-        betas = groups[member.arena.group_index]["betas"]
+        counters.steps[param.arena_index] = steps
+        betas = groups[param.arena.group_index]["betas"]
         known = entry is not None and "bound" in entry
         bound = float.fromhex(entry["bound"]) if known else reference.bound_squared_at(steps, betas)
-        counters.bounds[member.index] = bound
+        counters.bounds[param.arena_index] = bound

@@ -17,8 +17,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from shardadam.agreement import Meeting
-from shardadam.buckets import Member, is_dense, memory_order, rebind_moved
 from shardadam.checkpoint import contents as things
 from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.contents import Contents, contents_of
@@ -34,10 +32,12 @@ from shardadam.checkpoint.files import (
     safely_pickled,
     write_durably,
 )
+from shardadam.engine.storage import ShardedParam, is_dense, memory_order, rebind_moved
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
-from shardadam.state import local_state, spans_of
-from shardadam.transport.groups import meeting_of
+from shardadam.ranks.store_barrier import StoreBarrier
+from shardadam.state.local import local_state, spans_of
+from shardadam.transport.groups import store_barrier_of
 from shardadam.update import formats, reference
 from shardadam.version import __version__
 
@@ -135,28 +135,28 @@ def save(
 
     The states of torch's, Python's and NumPy's random number generators are saved on each rank, too.
     """
-    settle_background()
+    wait_for_background_save()
     directory = Path(directory).absolute()
-    meeting = meeting_for(optimizer)
+    store_barrier = store_barrier_for(optimizer)
     part: Part | None = None
     name = ""
     failure: Exception | None = None
     try:
         _check_arguments(step, keep)
         if isinstance(optimizer, ShardedAdam):
-            optimizer._surveyor.read()
-            optimizer._check_is_whole("be saved")
-            optimizer._gatherer.wait()
-        part = _collect(contents_of(model, optimizer), meeting, scheduler, extra, step)
-        if meeting.rank == 0:
-            with meeting.signs_of_life():  # it may have much to remove that a crash has left
+            optimizer._step_sync.read()
+            optimizer._check_not_poisoned("be saved")
+            optimizer._gatherer.wait_all()
+        part = _collect(contents_of(model, optimizer), store_barrier, scheduler, extra, step)
+        if store_barrier.rank == 0:
+            with store_barrier.heartbeat():  # it may have much to remove that a crash has left
                 name = directories.prepare(directory, step)
     except Exception as error:
         failure = error
     what = f"save to {directory}"
     try:
         arrival = {"step": step, "name": name}
-        answers = exchange(meeting, failure, arrival, call="save", phase=ARRIVAL, what=what, timeout_s=timeout_s)
+        answers = exchange(store_barrier, failure, arrival, call="save", phase=ARRIVAL, what=what, timeout_s=timeout_s)
         steps = sorted({answer["step"] for answer in answers})
         if len(steps) > 1:
             raise CheckpointError(f"{what}: ranks disagree on the step, found {steps}.")
@@ -167,19 +167,19 @@ def save(
     name = answers[0]["name"]
     assert part is not None
     if not asynchronous:
-        return _write(directory, name, part, meeting, keep=keep, timeout_s=timeout_s)
+        return _write(directory, name, part, store_barrier, keep=keep, timeout_s=timeout_s)
     staged: Part | Exception
     try:
         staged = _staged(part)
     except Exception as error:  # no memory, probably; the others learn it from the thread
         staged = error
-    return _in_background(lambda: _write(directory, name, staged, meeting, keep=keep, timeout_s=timeout_s))
+    return _in_background(lambda: _write(directory, name, staged, store_barrier, keep=keep, timeout_s=timeout_s))
 
 
-def meeting_for(optimizer: ShardedAdam | None) -> Meeting:
+def store_barrier_for(optimizer: ShardedAdam | None) -> StoreBarrier:
     if isinstance(optimizer, ShardedAdam):
-        return optimizer._transport.meeting
-    return meeting_of(None) or Meeting(None, 0, [0])
+        return optimizer._transport.store_barrier
+    return store_barrier_of(None) or StoreBarrier(None, 0, [0])
 
 
 def _check_arguments(step: int, keep: int | None) -> None:
@@ -194,7 +194,7 @@ ARRIVAL = "arrival"
 
 
 def exchange(
-    meeting: Meeting,
+    store_barrier: StoreBarrier,
     failure: Exception | None,
     value: Any = None,
     *,
@@ -217,7 +217,7 @@ def exchange(
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
     mine = {"call": call, "phase": phase, "failure": message, "value": value}
     while True:
-        texts = meeting.exchange(json.dumps(mine), what=what, timeout_s=timeout_s, linger=is_last)
+        texts = store_barrier.exchange(json.dumps(mine), what=what, timeout_s=timeout_s, linger=is_last)
         answers = [json.loads(text) for text in texts]
         phases = {answer["phase"] for answer in answers}
         calls = sorted({answer["call"] for answer in answers})
@@ -231,7 +231,7 @@ def exchange(
         if isinstance(failure, OSError):
             raise CheckpointError(f"{what}: {failure}.") from failure
         raise failure
-    for rank, answer in zip(meeting.ranks, answers, strict=True):
+    for rank, answer in zip(store_barrier.ranks, answers, strict=True):
         if answer["failure"] is not None:
             raise CheckpointError(f"{what}: rank {rank} failed, so no rank goes on. There: {answer['failure']}")
     return [answer["value"] for answer in answers]
@@ -240,14 +240,14 @@ def exchange(
 # What goes in
 
 
-def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, step: int) -> Part:
+def _collect(contents: Contents, store_barrier: StoreBarrier, scheduler: Any, extra: Any, step: int) -> Part:
     try:
         extra = json.loads(json.dumps(extra))  # as it is now
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"extra: found something that JSON cannot hold ({error}).") from error
     if contents.optimizer is not None:
-        rebind_moved(contents.optimizer._members)
-    rank, world_size = meeting.rank, len(meeting.ranks)
+        rebind_moved(contents.optimizer._params)
+    rank, world_size = store_barrier.rank, len(store_barrier.ranks)
     part = Part(extra=extra)
     objects: dict[str, Any] = {f"rng.{rank}": things.random_state()}
     part.description = {
@@ -262,11 +262,11 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
     written = contents.owned if optimizer is None or optimizer._transport.replica == 0 else []
     for parameter in written:
         if contents.model is not None:
-            _add_shards(part, parameter.value_key, things.spec_of(parameter.member.parameter), parameter.member)
+            _add_shards(part, parameter.value_key, things.spec_of(parameter.param.parameter), parameter.param)
     _add_replicated(part, contents.replicated, rank, world_size)
     for parameter in written:
-        for kind, spec in things.state_specs(parameter.member).items():
-            _add_shards(part, parameter.state_key(kind), spec, parameter.member, kind)
+        for kind, spec in things.state_specs(parameter.param).items():
+            _add_shards(part, parameter.state_key(kind), spec, parameter.param, kind)
     if rank == 0:
         objects |= contents.objects
     if rank == 0 and scheduler is not None:
@@ -281,7 +281,7 @@ def _collect(contents: Contents, meeting: Meeting, scheduler: Any, extra: Any, s
             "skipped_steps": int(optimizer.skipped_steps),
             "moments": optimizer._options.precision.moments,
             "masters": sorted({arena.format.master for arena in optimizer._arenas}),
-            "parameters": {parameter.name: _scalars(local_state(parameter.member)) for parameter in contents.owned},
+            "parameters": {parameter.name: _scalars(local_state(parameter.param)) for parameter in contents.owned},
         }
     part.objects = {key: safely_pickled(key, value) for key, value in objects.items()}  # as they are now
     return part
@@ -296,27 +296,27 @@ def _scalars(state: Mapping[str, Tensor]) -> dict[str, float | str]:
     }
 
 
-def _add_shards(part: Part, key: str, spec: TensorSpec, member: Member, kind: str | None = None) -> None:
+def _add_shards(part: Part, key: str, spec: TensorSpec, param: ShardedParam, kind: str | None = None) -> None:
     """This rank's spans of the parameter (kind None) or of a tensor of its state."""
     part.specs[key] = spec
     unit = ALIGNMENT_NUMEL if kind in formats.SCALES else 1
     begin = 0
-    for span in spans_of(member):
+    for span in spans_of(param):
         # Several at a time bounds what is made anew where a remainder becomes a master, or leaves a GPU.
         for low, high in cut(span.start, span.start + span.numel, 4 * ITEM_BYTES):
             elements = slice(low - span.start + begin, high - span.start + begin)
-            part.stretches.append(Stretch(key, spec, low // unit, _reading(member, kind, low, high, elements)))
+            part.stretches.append(Stretch(key, spec, low // unit, _reading(param, kind, low, high, elements)))
         begin += span.numel
 
 
-def _reading(member: Member, kind: str | None, low: int, high: int, elements: slice) -> Callable[[], Tensor]:
+def _reading(param: ShardedParam, kind: str | None, low: int, high: int, elements: slice) -> Callable[[], Tensor]:
     """Reads ``low : high`` of the parameter, which are ``elements`` of this rank's part of it."""
 
     def read() -> Tensor:
-        parameter = memory_order(member.parameter.detach(), member.parameter)[low:high]
+        parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
         if kind is None:
             return parameter
-        state = local_state(member)
+        state = local_state(param)
         if kind in formats.SCALES:
             return state[kind][elements.start // ALIGNMENT_NUMEL : -(-elements.stop // ALIGNMENT_NUMEL)]
         if kind == "master" and "remainder" in state:
@@ -361,15 +361,15 @@ def _staged(part: Part) -> Part:
     """The same with everything copied into memory of its own on the CPU. One at a time."""
     stretches, used = [], set()
     for stretch in part.stretches:
-        flat, place = stretch.read(), (stretch.key, stretch.start)
-        copied = _staging.get(place)
+        flat, key = stretch.read(), (stretch.key, stretch.start)
+        copied = _staging.get(key)
         if copied is None or (copied.dtype, copied.shape) != (flat.dtype, flat.shape):
-            copied = _staging[place] = torch.empty_like(flat, device="cpu")
+            copied = _staging[key] = torch.empty_like(flat, device="cpu")
         copied.copy_(flat)
-        used.add(place)
+        used.add(key)
         stretches.append(replace(stretch, read=partial(_itself, copied)))
-    for place in _staging.keys() - used:
-        del _staging[place]
+    for key in _staging.keys() - used:
+        del _staging[key]
     return replace(part, stretches=stretches)
 
 
@@ -385,7 +385,7 @@ def _write(
     directory: Path,
     name: str,
     part: Part | Exception,
-    meeting: Meeting,
+    store_barrier: StoreBarrier,
     *,
     keep: int | None,
     timeout_s: float,
@@ -395,32 +395,32 @@ def _write(
 
     def agree(failure: Exception | None, phase: str, *, is_last: bool = False) -> None:
         what = f"save to {directory / name}"
-        exchange(meeting, failure, call=name, phase=phase, what=what, timeout_s=timeout_s, is_last=is_last)
+        exchange(store_barrier, failure, call=name, phase=phase, what=what, timeout_s=timeout_s, is_last=is_last)
 
     try:
         failure: Exception | None = None
         try:
             if isinstance(part, Exception):
                 raise part
-            with meeting.signs_of_life():
-                _write_part(aside, part, meeting.rank)
+            with store_barrier.heartbeat():
+                _write_part(aside, part, store_barrier.rank)
         except Exception as error:
             failure = error
         agree(failure, "written")
         try:
-            if meeting.rank == 0:
+            if store_barrier.rank == 0:
                 assert isinstance(part, Part)
-                with meeting.signs_of_life():
-                    _write_manifest(aside, part, len(meeting.ranks))
+                with store_barrier.heartbeat():
+                    _write_manifest(aside, part, len(store_barrier.ranks))
                     directories.publish(directory, name)
         except Exception as error:
             failure = error
         agree(failure, "published", is_last=True)
     except BaseException:
-        if meeting.rank == 0:
+        if store_barrier.rank == 0:
             directories.discard(directory, name)
         raise
-    if meeting.rank == 0 and keep is not None:
+    if store_barrier.rank == 0 and keep is not None:
         try:
             directories.retire(directory, keep)
         except OSError as error:
@@ -489,7 +489,7 @@ def _in_background(work: Callable[[], Path]) -> Future[Path]:
     return future
 
 
-def settle_background() -> None:
+def wait_for_background_save() -> None:
     """Waits for a save in the background, and raises what it failed with, once."""
     global _running
     if _running is not None:

@@ -23,7 +23,7 @@ PIECE_NUMEL = 2**17
 """What ``Values.pieces`` yields at once: a multiple of ``ALIGNMENT_NUMEL``."""
 
 STATE = (*formats.MOMENTS, "master")
-Reading = Callable[[int, int], Tensor]
+ReadFn = Callable[[int, int], Tensor]
 
 
 class Values:
@@ -76,7 +76,7 @@ class Values:
         keys = [key for key in self._reader.index.objects if key.startswith("model.")]
         return {key: self._reader.read_object(key) for key in keys}
 
-    def opened(self, key: str) -> Reading:
+    def opened(self, key: str) -> ReadFn:
         """A function that gives elements ``start : stop`` in memory order: 1-D, on the CPU, verified. Each item is read
         once if stretches are asked for in ascending order.
         """
@@ -129,7 +129,7 @@ class _Items:
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self._held[:0]
 
 
-def _decoding(key: str, numel: int, codes: Reading, scales: Reading) -> Reading:
+def _decoding(key: str, numel: int, codes: ReadFn, scales: ReadFn) -> ReadFn:
     kind = key.rpartition(".")[2]
     scale = formats.SCALES[formats.MOMENTS.index(kind)]
 

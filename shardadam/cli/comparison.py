@@ -13,9 +13,8 @@ from typing import Any, cast, get_args
 
 import torch
 
-from shardadam.cli.subject import Subject
+from shardadam.cli.model_source import ModelSource
 from shardadam.layout import Layout
-from shardadam.memory import Memory
 from shardadam.optimizer import GradientSync
 from shardadam.planner import (
     Fit,
@@ -28,6 +27,7 @@ from shardadam.planner import (
     need_of,
 )
 from shardadam.precision import Master, Moments, Precision
+from shardadam.state.memory import Memory
 
 KINDS = ("parameters", "gradients", "gradient_shard", "staging", "moments", "master", "scalars", "tables")
 MOST_RANKS = 1024
@@ -72,7 +72,7 @@ class Comparison:
         fit: None where no memory is known.
     """
 
-    subject: Subject
+    source: ModelSource
     asked: Setting
     hosts: int
     available: int | None
@@ -92,12 +92,12 @@ class Comparison:
         return next(way for way in self.formats if self.is_asked(way))
 
 
-def compare(subject: Subject, asked: Setting, *, hosts: int = 1, available: int | None = None) -> Comparison:
+def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: int | None = None) -> Comparison:
     """
     Raises:
         ValueError, TypeError: the optimizer would refuse ``asked``.
     """
-    planned = subject.planned
+    planned = source.planned
     asked = replace(asked, precision=_explicit(asked, planned))
 
     @cache
@@ -130,9 +130,9 @@ def compare(subject: Subject, asked: Setting, *, hosts: int = 1, available: int 
         peers.append(judged(lambda ranks: adamw_with_masters(planned)))
     peers += [way for way in formats if way.setting is not None and way.setting.precision == asked.precision]
     keeps_masters = asked.precision.master != "none"
-    peers.append(judged(lambda ranks: fsdp2(subject, ranks, keeps_masters=keeps_masters)))
+    peers.append(judged(lambda ranks: fsdp2(source, ranks, keeps_masters=keeps_masters)))
     fit = None if available is None else _fitting(planned, asked, available, layout_of(asked.world_size))
-    return Comparison(subject, asked, hosts, available, formats, tuple(peers), fit)
+    return Comparison(source, asked, hosts, available, formats, tuple(peers), fit)
 
 
 def _fitting(planned: Sequence[PlannedParameter], asked: Setting, available: int, layout: Layout) -> Fit:
@@ -208,7 +208,7 @@ def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Way:
     )
 
 
-def fsdp2(subject: Subject, ranks: int, *, keeps_masters: bool) -> Way:
+def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Way:
     """An estimate of ``fully_shard`` with torch.optim.AdamW.
 
     Everything is sharded along its first dimension: parameters, gradients and two moments; and the largest module that
@@ -222,14 +222,14 @@ def fsdp2(subject: Subject, ranks: int, *, keeps_masters: bool) -> Way:
             (MixedPrecisionPolicy).
     """
     parameters = gradients = steps = 0
-    for one in subject.planned:
+    for one in source.planned:
         rows = one.shape[0] if one.shape else 1
         shard = -(-rows // ranks) * (one.numel // rows) if rows else 0
         nbytes = shard * (4 if keeps_masters and one.dtype in LOW else one.dtype.itemsize)
         parameters += nbytes
         gradients += nbytes * one.trainable
         steps += 4 * one.trainable
-    largest = max(sum(one.nbytes for one in unit) for unit in subject.units().values())
+    largest = max(sum(one.nbytes for one in unit) for unit in source.units().values())
     return _of_peer(
         "fsdp2",
         is_estimate=True,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shardadam.cli.text import binary_size, table
-from shardadam.transport.links import why_not_here
+from shardadam.transport.unix_sockets import why_not_here
 from shardadam.version import __version__
 
 PACKAGES = ("numpy", "safetensors", "accelerate", "transformers", "lightning", "peft", "deepspeed")

@@ -13,9 +13,9 @@ from typing import Any, get_args
 
 from shardadam.cli.comparison import KINDS, MOST_RANKS, Comparison, Way, compare
 from shardadam.cli.errors import CommandError
+from shardadam.cli.model_source import DTYPES, find_model_source
 from shardadam.cli.plan_plot import plot
 from shardadam.cli.plan_text import as_text
-from shardadam.cli.subject import DTYPES, find_subject
 from shardadam.optimizer import GradientSync
 from shardadam.planner import Need, Setting
 from shardadam.precision import Master, Moments, Precision
@@ -125,9 +125,9 @@ def parse_size(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     setting = _setting(options)
-    subject = find_subject(options.what, DTYPES.get(options.dtype), download=options.download)
+    source = find_model_source(options.what, DTYPES.get(options.dtype), download=options.download)
     try:
-        found = compare(subject, setting, hosts=options.hosts, available=options.memory)
+        found = compare(source, setting, hosts=options.hosts, available=options.memory)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     if options.plot is not None:
@@ -159,17 +159,17 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 def as_json(found: Comparison) -> dict[str, Any]:
     """What ``--help`` describes."""
-    subject, asked = found.subject, found.asked
+    source, asked = found.source, found.asked
     return {
         "version": 1,
         "what": {
-            "name": subject.what,
-            "source": subject.source,
-            "description": subject.description,
-            "tensors": len(subject.parameters),
-            "parameters": subject.numel,
-            "trainable": subject.trainable_numel,
-            "dtypes": subject.dtypes,
+            "name": source.what,
+            "source": source.source,
+            "description": source.description,
+            "tensors": len(source.parameters),
+            "parameters": source.numel,
+            "trainable": source.trainable_numel,
+            "dtypes": source.dtypes,
         },
         "asked": {
             "ranks": found.ranks,

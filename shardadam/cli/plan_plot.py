@@ -53,7 +53,7 @@ def plot(found: Comparison, path: Path) -> None:
     axes.set_xlim(0, 1.1 * max(*left, (found.available or 0) / unit.nbytes))
     axes.set_xlabel(f"{unit.name} a rank, without activations")
     axes.set_title(
-        f"{found.subject.what}: {found.subject.numel:,} parameters on {plural(found.ranks, 'rank')}", loc="left"
+        f"{found.source.what}: {found.source.numel:,} parameters on {plural(found.ranks, 'rank')}", loc="left"
     )
     figure.legend(loc="outside lower center", ncol=3, frameon=False, fontsize=9)
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 
 from shardadam.cli.comparison import LOW, MOST_RANKS, Comparison, Way
-from shardadam.cli.subject import Subject
+from shardadam.cli.model_source import ModelSource
 from shardadam.cli.text import Unit, binary_size, plural, table
 from shardadam.planner import Fit, Setting
 
@@ -34,15 +34,15 @@ def as_text(found: Comparison) -> str:
 
 
 def _head(found: Comparison) -> str:
-    asked, subject = found.asked, found.subject
+    asked, source = found.asked, found.source
     where = f"{plural(found.ranks, 'rank')} on {plural(found.hosts, 'host')}, {asked.device}"
     if asked.replicas > 1:
         where += f", {plural(asked.replicas, 'replica')} of the state over {plural(asked.world_size, 'rank')} each"
     facts = [
-        ("model", f"{subject.what}: {subject.description}"),
-        ("parameters", _parameters(subject)),
+        ("model", f"{source.what}: {source.description}"),
+        ("parameters", _parameters(source)),
         ("ranks", where),
-        ("optimizer", _call(asked, subject)),
+        ("optimizer", _call(asked, source)),
         ("buckets", binary_size(asked.bucket_bytes)),
     ]
     if found.available is not None:
@@ -50,30 +50,28 @@ def _head(found: Comparison) -> str:
     return table(facts, right=())
 
 
-def _parameters(subject: Subject) -> str:
-    dtypes = ", ".join(
-        f"{name} {count:,}" if len(subject.dtypes) > 1 else name for name, count in subject.dtypes.items()
-    )
-    frozen = subject.numel - subject.trainable_numel
-    return f"{subject.numel:,} in {plural(len(subject.parameters), 'tensor')}, {dtypes}" + (
+def _parameters(source: ModelSource) -> str:
+    dtypes = ", ".join(f"{name} {count:,}" if len(source.dtypes) > 1 else name for name, count in source.dtypes.items())
+    frozen = source.numel - source.trainable_numel
+    return f"{source.numel:,} in {plural(len(source.parameters), 'tensor')}, {dtypes}" + (
         f"; {frozen:,} of them frozen" if frozen else ""
     )
 
 
-def _has_masters(subject: Subject) -> bool:
-    return any(one.trainable and one.dtype in LOW for one in subject.planned)
+def _has_masters(source: ModelSource) -> bool:
+    return any(one.trainable and one.dtype in LOW for one in source.planned)
 
 
-def _call(setting: Setting, subject: Subject) -> str:
+def _call(setting: Setting, source: ModelSource) -> str:
     precision = [f'moments="{setting.precision.moments}"']
-    if _has_masters(subject):
+    if _has_masters(source):
         precision.append(f'master="{setting.precision.master}"')
     return f'ShardedAdamW(gradient_sync="{setting.gradient_sync}", precision=Precision({", ".join(precision)}))'
 
 
 def _kinds(found: Comparison, unit: Unit) -> str:
     """Every format with the ``gradient_sync`` asked for."""
-    has_masters = _has_masters(found.subject)
+    has_masters = _has_masters(found.source)
     columns = {
         "parameters": ("parameters",),
         "gradients": ("gradients",),

@@ -12,26 +12,26 @@ from functools import partial
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam.agreement import exchange
-from shardadam.chunks import Visit
+from shardadam.chunks import OnChunk
+from shardadam.ranks.agreement import exchange
 from shardadam.transport.base import Pending, Staging, Transport
 from shardadam.transport.collective import CollectiveTransport
-from shardadam.transport.groups import Lease, backend_of_device, lease_groups, lease_mesh, timeout_s
+from shardadam.transport.groups import CommGroups, backend_of_device, comm_groups, mesh_comm_groups, timeout_s
 from shardadam.transport.hybrid import HybridTransport
-from shardadam.transport.links import Links
-from shardadam.transport.links import connect as connect_links
 from shardadam.transport.shared_memory import SharedMemoryTransport
 from shardadam.transport.single import SingleProcessTransport
+from shardadam.transport.unix_sockets import PeerSockets
+from shardadam.transport.unix_sockets import connect as connect_sockets
 
 __all__ = [
     "CollectiveTransport",
     "HybridTransport",
+    "OnChunk",
     "Pending",
     "SharedMemoryTransport",
     "SingleProcessTransport",
     "Staging",
     "Transport",
-    "Visit",
     "connect",
 ]
 
@@ -55,33 +55,35 @@ def connect(
         TypeError: ``process_group`` is something else.
     """
     if not (isinstance(process_group, DeviceMesh) and process_group.ndim == 2):
-        return _connect_group(lease_groups(process_group), kind=kind, exact_sums=exact_sums)
-    mesh = lease_mesh(process_group)
+        return _connect_group(comm_groups(process_group), kind=kind, exact_sums=exact_sums)
+    mesh = mesh_comm_groups(process_group)
     shard = _connect_group(mesh.shard, kind=kind, exact_sums=exact_sums)
     if mesh.replica is None:
         return shard
-    assert mesh.meeting is not None
-    return HybridTransport(shard, CollectiveTransport(mesh.replica), control=mesh.control, meeting=mesh.meeting)
+    assert mesh.store_barrier is not None
+    return HybridTransport(
+        shard, CollectiveTransport(mesh.replica), control=mesh.control, store_barrier=mesh.store_barrier
+    )
 
 
-def _connect_group(lease: Lease | None, *, kind: str, exact_sums: bool) -> Transport:
+def _connect_group(groups: CommGroups | None, *, kind: str, exact_sums: bool) -> Transport:
     """The transport for a shard group; None: of this rank alone."""
-    if lease is None:
+    if groups is None:
         return SingleProcessTransport()
-    collective = CollectiveTransport(lease, exact_sums=exact_sums)
+    collective = CollectiveTransport(groups, exact_sums=exact_sums)
     # Ranks that want different things are told so later, when all that they must agree on is compared.
-    if set(exchange(kind, lease.control)) != {kind} or kind == "collective":
+    if set(exchange(kind, groups.control)) != {kind} or kind == "collective":
         return collective
-    links: Links | str = "the process group has no backend for the CPU"
-    if "cpu" in backend_of_device(lease.training):
-        ranks = dist.get_process_group_ranks(lease.training)
-        exchange_here = partial(exchange, group=lease.control)
-        links = connect_links(collective.rank, ranks, exchange_here, timeout_s(lease.training))
-    if isinstance(links, Links):
-        return SharedMemoryTransport(collective, links)
+    sockets: PeerSockets | str = "the process group has no backend for the CPU"
+    if "cpu" in backend_of_device(groups.training):
+        ranks = dist.get_process_group_ranks(groups.training)
+        exchange_here = partial(exchange, group=groups.control)
+        sockets = connect_sockets(collective.rank, ranks, exchange_here, timeout_s(groups.training))
+    if isinstance(sockets, PeerSockets):
+        return SharedMemoryTransport(collective, sockets)
     if kind == "shared_memory":
         collective.close(clean=True)
         raise RuntimeError(
-            f'transport: "shared_memory" is not possible here: {links}. Use "auto", which then takes "collective".'
+            f'transport: "shared_memory" is not possible here: {sockets}. Use "auto", which then takes "collective".'
         )
     return collective

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.agreement import Meeting
-from shardadam.chunks import Visit
+from shardadam.chunks import OnChunk
+from shardadam.ranks.store_barrier import StoreBarrier
 
 
 class Pending(ABC):
@@ -75,7 +75,7 @@ class Transport(ABC):
     """Moves flat buffers among the ranks of one process group, for one optimizer.
 
     ``rank`` and ``world_size`` are those of the shard group; ``replicas`` of them hold the same, and this rank is in
-    the ``replica``-th; ``control`` and ``meeting`` are of all.
+    the ``replica``-th; ``control`` and ``store_barrier`` are of all.
     """
 
     rank: int
@@ -83,7 +83,7 @@ class Transport(ABC):
     replica: int = 0
     replicas: int = 1
     control: dist.ProcessGroup | None = None  # for what ranks must agree on; None for one rank
-    meeting: Meeting = Meeting(None, 0, [0])
+    store_barrier: StoreBarrier = StoreBarrier(None, 0, [0])
 
     def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocates a zeroed flat buffer that parameters will be views of."""
@@ -119,7 +119,7 @@ class Transport(ABC):
         *,
         scale: float,
         accumulate: bool,
-        visit: Visit | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Pending:
         """Sums ``staging.send[:numel]`` over ranks; ``scale`` times this rank's slice of the sum goes to ``shard``.
 
@@ -127,7 +127,7 @@ class Transport(ABC):
             numel: a multiple of the world size.
             shard: ``numel / world_size`` elements, float32 or float64, whatever travels. Not valid before ``wait``.
             accumulate: add to what ``shard`` holds, instead of overwriting it.
-            visit: sees what ``shard`` holds in the end.
+            on_chunk: sees what ``shard`` holds in the end.
         """
 
     @abstractmethod
@@ -146,11 +146,11 @@ class Transport(ABC):
         """Returns when all ranks have come here."""
         self.all_reduce(torch.zeros(1)).wait()
 
-    def look_out(self, seconds: float) -> bool:
+    def poll(self, seconds: float) -> bool:
         """Waits a moment for news of the peers; False, at once, where there is no way to. Local."""
         return False
 
-    def part(self) -> None:
+    def abort(self) -> None:
         """Tells the others, where there is a way to, that this rank does not go on with them. Local."""
         return None
 

@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam import roll_call
-from shardadam.chunks import Visit, sum_sources_
+from shardadam.chunks import OnChunk, sum_sources_
+from shardadam.ranks import desync
 from shardadam.transport.base import Pending, Staging, Transport, own_slice
-from shardadam.transport.groups import Lease, backend_of_device, timeout_s
-from shardadam.transport.overdue import Overdue
+from shardadam.transport.groups import CommGroups, backend_of_device, timeout_s
+from shardadam.transport.watchdog import Watchdog
 
 _TAGS = 1 << 15  # as many as every backend has
 _GLANCE_S = 0.0002
@@ -47,11 +47,11 @@ class CollectiveTransport(Transport):
         exact_sums: sum by all-to-all on NCCL too.
     """
 
-    def __init__(self, lease: Lease, *, exact_sums: bool = False) -> None:
-        group = lease.training
-        self.control = lease.control
-        self.meeting = lease.pool.meeting
-        self._lease = lease
+    def __init__(self, groups: CommGroups, *, exact_sums: bool = False) -> None:
+        group = groups.training
+        self.control = groups.control
+        self.store_barrier = groups.pool.store_barrier
+        self._comm_groups = groups
         self._exact_sums = exact_sums
         self._group = group
         self.rank = dist.get_rank(group)
@@ -59,7 +59,7 @@ class CollectiveTransport(Transport):
         self._backends = backend_of_device(group)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._exchanges = 0  # that have been started; alike on all ranks
-        self._overdue: Overdue | None = None
+        self._watchdog: Watchdog | None = None
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         send = torch.empty(numel, dtype=dtype, device=device)
@@ -76,11 +76,11 @@ class CollectiveTransport(Transport):
         *,
         scale: float,
         accumulate: bool,
-        visit: Visit | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Pending:
         send = staging.send[:numel]
         own = own_slice(send, self.rank, self.world_size)
-        sum_up = partial(sum_sources_, shard, scale=scale, accumulate=accumulate, visit=visit)
+        sum_up = partial(sum_sources_, shard, scale=scale, accumulate=accumulate, on_chunk=on_chunk)
         if staging.receive is None:
             with self._on_stream(send.device) as stream:
                 _reduce_scatter(own, send, group=self._group)
@@ -135,25 +135,25 @@ class CollectiveTransport(Transport):
 
     def _watch_stream(self, device: torch.device) -> None:
         """From one all-reduce to the next, which is once a step."""
-        if self._overdue is None:
+        if self._watchdog is None:
             ranks = dist.get_process_group_ranks(self._group)
-            self._overdue = Overdue(device, timeout_s(self._group), partial(roll_call.report, ranks))
+            self._watchdog = Watchdog(device, timeout_s(self._group), partial(desync.report, ranks))
         with torch.cuda.stream(self._streams[device]):
-            self._overdue.started()
+            self._watchdog.started()
 
     def broadcast(self, tensor: Tensor) -> Pending:
         # As bytes in memory order: any dtype and any strides, which backends treat differently.
         flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         return self._start("A broadcast", dist.broadcast, flat, flat, group_src=0)
 
-    def look_out(self, seconds: float) -> bool:
+    def poll(self, seconds: float) -> bool:
         time.sleep(min(seconds, _GLANCE_S))  # the backend's own threads go on meanwhile
         return True
 
     def close(self, *, clean: bool) -> None:
-        if self._overdue is not None:
-            self._overdue.close()
-        self._lease.release(clean=clean)
+        if self._watchdog is not None:
+            self._watchdog.close()
+        self._comm_groups.release(clean=clean)
 
     def _start(
         self, what: str, collective: Callable[..., Any], buffer: Tensor, *arguments: Any, **options: Any
@@ -175,7 +175,7 @@ class CollectiveTransport(Transport):
         try:
             yield
         except RuntimeError as error:
-            raise roll_call.parted(f"{what} with the other ranks", error, self._group) from error
+            raise desync.desync_error(f"{what} with the other ranks", error, self._group) from error
 
     def _is_native(self, device: torch.device) -> bool:
         """Whether transfers run on the device's stream."""

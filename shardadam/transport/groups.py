@@ -3,7 +3,7 @@
 
 Note: groups are leased, not destroyed
     An optimizer dies when the garbage collector pleases, at different times on different ranks. Destroying its groups
-    then would upset torch: it names the groups that only their members build by counting how many a process has, and
+    then would upset torch: it names the groups that only their params build by counting how many a process has, and
     ranks with unlike counts wait for each other for ever. So groups stay, and the next optimizer over the same ranks
     takes one that all of them have free.
 """
@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam import roll_call
-from shardadam.agreement import Meeting, exchange
+from shardadam.ranks import desync
+from shardadam.ranks.agreement import exchange
+from shardadam.ranks.store_barrier import StoreBarrier
 
 
 @dataclass(eq=False)
-class Lease:
+class CommGroups:
     """Two groups over the same ranks, for one optimizer alone until ``release``.
 
     Args:
@@ -47,23 +48,23 @@ class GroupPool:
     """The groups of ours over the ranks of one group of the user's. ``free`` is what this rank knows to be so."""
 
     control: dist.ProcessGroup
-    meeting: Meeting
+    store_barrier: StoreBarrier
     training: list[dist.ProcessGroup] = field(default_factory=list)
     free: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
-class MeshLease:
+class MeshCommGroups:
     """Groups for hybrid sharding. ``shard`` and ``replica`` are None where they would be of this rank alone.
 
     Args:
-        control, meeting: as of a ``Lease``, over all ranks of the mesh; None where this process is alone.
+        control, store_barrier: as of a ``CommGroups``, over all ranks of the mesh; None where this process is alone.
     """
 
-    shard: Lease | None
-    replica: Lease | None
+    shard: CommGroups | None
+    replica: CommGroups | None
     control: dist.ProcessGroup | None
-    meeting: Meeting | None
+    store_barrier: StoreBarrier | None
 
 
 _pools: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupPool] = weakref.WeakKeyDictionary()
@@ -71,10 +72,10 @@ _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist
     weakref.WeakKeyDictionary()
 )
 """By the default group of their time, and by ranks: groups over all ranks of a mesh, where the user has none."""
-_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
+_store_barriers: weakref.WeakKeyDictionary[dist.ProcessGroup, StoreBarrier] = weakref.WeakKeyDictionary()
 
 
-def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease | None:
+def comm_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> CommGroups | None:
     """Groups of our own over the ranks of ``process_group``, or None where this process is alone.
 
     Collective: all ranks of ``process_group`` must call it.
@@ -98,10 +99,10 @@ def lease_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> Lease 
     else:
         slot = len(pool.training)
         pool.training.append(_new_group(users, _backend_name(users)))
-    return Lease(pool.control, pool.training[slot], pool, slot)
+    return CommGroups(pool.control, pool.training[slot], pool, slot)
 
 
-def lease_mesh(mesh: DeviceMesh) -> MeshLease:
+def mesh_comm_groups(mesh: DeviceMesh) -> MeshCommGroups:
     """Groups of our own for hybrid sharding over a 2-D ``mesh``, whose rows are shard groups and whose columns are
     replica groups. Collective: all ranks of ``mesh`` must call it.
 
@@ -116,12 +117,14 @@ def lease_mesh(mesh: DeviceMesh) -> MeshLease:
             f"process_group: found a DeviceMesh of ranks {ranks}, expected ranks in ascending order in every row (a "
             "shard group). Build it with init_device_mesh."
         )
-    shard, replica = lease_groups(mesh.get_group(1)), lease_groups(mesh.get_group(0))
+    shard, replica = comm_groups(mesh.get_group(1)), comm_groups(mesh.get_group(0))
     if shard is None or replica is None:
         alone = shard or replica
-        return MeshLease(shard, replica, *(None, None) if alone is None else (alone.control, alone.pool.meeting))
+        return MeshCommGroups(
+            shard, replica, *(None, None) if alone is None else (alone.control, alone.pool.store_barrier)
+        )
     everybody = _pool_of(_group_over([rank for row in ranks for rank in row], like=mesh.get_group(1)))
-    return MeshLease(shard, replica, everybody.control, everybody.meeting)
+    return MeshCommGroups(shard, replica, everybody.control, everybody.store_barrier)
 
 
 def _group_over(ranks: list[int], *, like: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -136,26 +139,26 @@ def _group_over(ranks: list[int], *, like: dist.ProcessGroup) -> dist.ProcessGro
     return groups[key]
 
 
-def meeting_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> Meeting | None:
+def store_barrier_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> StoreBarrier | None:
     """Where the ranks of ``process_group`` meet; None where this process is alone. Local."""
     users = _resolve(process_group)
     return None if users is None or dist.get_world_size(users) == 1 else _meeting_of(users)
 
 
-def _meeting_of(users: dist.ProcessGroup) -> Meeting:
-    if users not in _meetings:
+def _meeting_of(users: dist.ProcessGroup) -> StoreBarrier:
+    if users not in _store_barriers:
         # torch tells the store of a group to nobody but its own modules. Groups have names that are theirs alone.
         everybodys = dist.distributed_c10d._get_default_store()
         store = dist.distributed_c10d.PrefixStore(f"shardadam/{users.group_name}", everybodys)
-        _meetings[users] = Meeting(store, dist.get_rank(users), dist.get_process_group_ranks(users))
-    return _meetings[users]
+        _store_barriers[users] = StoreBarrier(store, dist.get_rank(users), dist.get_process_group_ranks(users))
+    return _store_barriers[users]
 
 
 def _pool_of(users: dist.ProcessGroup) -> GroupPool:
     if users not in _pools:
         control = _new_group(users, _control_backend(users))
-        places = exchange(roll_call.Place.here(), control)
-        roll_call.attend(dict(zip(dist.get_process_group_ranks(users), places, strict=True)))
+        processes = exchange(desync.ProcessInfo.here(), control)
+        desync.register(dict(zip(dist.get_process_group_ranks(users), processes, strict=True)))
         _pools[users] = GroupPool(control, _meeting_of(users))
     return _pools[users]
 

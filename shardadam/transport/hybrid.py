@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.agreement import Meeting
-from shardadam.chunks import Visit, chunks
+from shardadam.chunks import OnChunk, chunks
+from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport.base import Pending, Staging, Transport
 from shardadam.transport.collective import CommunicationStream, OnStream
 
@@ -33,18 +33,18 @@ class HybridTransport(Transport):
     Args:
         shard: over the ranks that split one copy of the state; it allocates.
         replica: over the ranks that hold the same shard, one in each shard group.
-        control, meeting: over all of them.
+        control, store_barrier: over all of them.
     """
 
     def __init__(
-        self, shard: Transport, replica: Transport, *, control: dist.ProcessGroup | None, meeting: Meeting
+        self, shard: Transport, replica: Transport, *, control: dist.ProcessGroup | None, store_barrier: StoreBarrier
     ) -> None:
         self.rank = shard.rank
         self.world_size = shard.world_size
         self.replica = replica.rank
         self.replicas = replica.world_size
         self.control = control
-        self.meeting = meeting
+        self.store_barrier = store_barrier
         self._shard = shard
         self._replica = replica
         self._scattering: deque[_ShardSum] = deque()  # whose sums over replicas have not been started
@@ -75,11 +75,11 @@ class HybridTransport(Transport):
         *,
         scale: float,
         accumulate: bool,
-        visit: Visit | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Pending:
         total = torch.empty_like(shard) if accumulate else shard
         scattering = self._shard.reduce_scatter(staging, numel, total, scale=scale, accumulate=False)
-        finish = partial(_finish, shard, total, accumulate, visit)
+        finish = partial(_finish, shard, total, accumulate, on_chunk)
         if not scattering.on_host:
             with self._on_stream(shard.device) as stream:
                 scattering.wait()
@@ -107,13 +107,13 @@ class HybridTransport(Transport):
     def fence(self) -> None:
         self._shard.fence()
 
-    def look_out(self, seconds: float) -> bool:
+    def poll(self, seconds: float) -> bool:
         # By turns, and who asks starts what can be in between: the news may be that of the other group.
-        return self._shard.look_out(min(seconds, _GLANCE_S)) or self._replica.look_out(seconds)
+        return self._shard.poll(min(seconds, _GLANCE_S)) or self._replica.poll(seconds)
 
-    def part(self) -> None:
-        self._shard.part()
-        self._replica.part()
+    def abort(self) -> None:
+        self._shard.abort()
+        self._replica.abort()
 
     def close(self, *, clean: bool) -> None:
         self._shard.close(clean=clean)
@@ -193,13 +193,13 @@ class _ShardSum(Pending):
         self._scattering.await_release()
 
 
-def _finish(shard: Tensor, total: Tensor, accumulate: bool, visit: Visit | None) -> None:
+def _finish(shard: Tensor, total: Tensor, accumulate: bool, on_chunk: OnChunk | None) -> None:
     """``total`` is the sum over all ranks; unless it is added to ``shard``, it is in there already."""
-    if not accumulate and visit is None:
+    if not accumulate and on_chunk is None:
         return
     for chunk in chunks(0, shard.numel(), shard.device):
         part = shard[chunk]
         if accumulate:
             part.add_(total[chunk])
-        if visit is not None:
-            visit(part)
+        if on_chunk is not None:
+            on_chunk(part)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks of one host, on the CPU: they read each other's memory. No bytes go through sockets but fences.
 
-Every rank's buffers are its own: nobody else may write them. Neighbours map them read-only and take what they need
+Every rank's buffers are its own: nobody else may write them. Peers map them read-only and take what they need
 straight out of them, in one pass: a reduce-scatter sums this rank's slice of everybody's staging, in rank order; an
 all-gather copies everybody's slice out of their parameters. What is not in shared memory (tensors on other devices,
 or that others have allocated) goes the way of the transport within.
@@ -13,7 +13,7 @@ Note: three things that a transfer waits for
     is: where ranks have come to different ones nothing is read.
 
 Note: memory without names
-    Buffers are anonymous memfds, whose descriptors go to the neighbours over the links. They are sealed: nobody can
+    Buffers are anonymous memfds, whose descriptors go to the peers over the sockets. They are sealed: nobody can
     resize them, and nobody who is sent one can map it for writing. The kernel frees them with the last process that
     maps them, however it ends; parameters in them live as long as their tensors do. A forked child shares them with
     its parent instead of copying them.
@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam import roll_call
-from shardadam.chunks import Visit, sum_sources_
+from shardadam.chunks import OnChunk, sum_sources_
+from shardadam.ranks import desync
 from shardadam.transport.base import Finished, Pending, Staging, Transport, own_slice
-from shardadam.transport.links import Links
+from shardadam.transport.unix_sockets import PeerSockets
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
 _BOARD_BYTES = 1 << 16
@@ -94,17 +94,17 @@ class SharedMemoryTransport(Transport):
     """
     Args:
         inner: over the same ranks, for what is not in shared memory.
-        links: to the same ranks.
+        sockets: to the same ranks.
     """
 
-    def __init__(self, inner: Transport, links: Links) -> None:
+    def __init__(self, inner: Transport, sockets: PeerSockets) -> None:
         self.rank = inner.rank
         self.world_size = inner.world_size
         self.control = inner.control
-        self.meeting = inner.meeting
+        self.store_barrier = inner.store_barrier
         self._inner = inner
-        self._links = links
-        links.on_record = self._on_record
+        self._sockets = sockets
+        sockets.on_record = self._on_record
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
         self._last = 0  # the number of the last transfer
         self._ready = [0] * self.world_size  # of each rank: the last transfer it is READY for
@@ -118,7 +118,7 @@ class SharedMemoryTransport(Transport):
         self._board: Tensor | None = None
         self._blocks = 0  # how many have been all-reduced
         # By address and size.
-        self._places: dict[tuple[int, int], list[Tensor]] = {}
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._slices: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     # Buffers
@@ -134,9 +134,9 @@ class SharedMemoryTransport(Transport):
         return self._share(numel * dtype.itemsize).view(dtype)
 
     def sources(self, flat: Tensor) -> list[Tensor]:
-        places = self._places_of(flat)
-        assert places is not None
-        return [own_slice(place, self.rank, self.world_size) for place in places]
+        views = self._views_of(flat)
+        assert views is not None
+        return [own_slice(view, self.rank, self.world_size) for view in views]
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         if device.type != "cpu":
@@ -145,14 +145,14 @@ class SharedMemoryTransport(Transport):
         number = self._staging_count
         self._staging_count += 1
         self._numbers[memory.data_ptr()] = number
-        self._links.tell(_Kind.STAGING, number, memory.nbytes, descriptor)
+        self._sockets.send(_Kind.STAGING, number, memory.nbytes, descriptor)
         os.close(descriptor)
         return Staging(memory.view(dtype), None)
 
     def discard(self, staging: Staging) -> None:
         number = self._numbers.pop(staging.send.data_ptr(), None)
         if number is not None:
-            self._links.tell(_Kind.DISCARDED, number)
+            self._sockets.send(_Kind.DISCARDED, number)
         else:
             self._inner.discard(staging)
 
@@ -163,36 +163,36 @@ class SharedMemoryTransport(Transport):
         memory, descriptor = _allocate(nbytes)
         buffers = self._shared.setdefault(index, {})
         buffers[self.rank] = memory
-        self._links.tell(_Kind.SHARED, index, nbytes, descriptor)
+        self._sockets.send(_Kind.SHARED, index, nbytes, descriptor)
         os.close(descriptor)
-        self._links.wait_for(buffers.__contains__, "Allocating shared memory")
+        self._sockets.wait_for(buffers.__contains__, "Allocating shared memory")
         return memory
 
-    def _places_of(self, flat: Tensor) -> list[Tensor] | None:
+    def _views_of(self, flat: Tensor) -> list[Tensor] | None:
         """The same place in the memory of all ranks, in rank order; None if ``flat`` is not in a shared buffer."""
         key = (flat.data_ptr(), flat.nbytes)
-        if key not in self._places:
+        if key not in self._views:
             for buffers in list(self._shared.values()):
                 own = buffers[self.rank]
                 start = flat.data_ptr() - own.data_ptr()
                 if start >= 0 and start + flat.nbytes <= own.nbytes:
-                    self._places[key] = [
+                    self._views[key] = [
                         buffers[rank][start : start + flat.nbytes].view(flat.dtype) for rank in range(self.world_size)
                     ]
                     break
             else:
                 return None
-        return self._places[key]
+        return self._views[key]
 
     def _slices_of(self, flat: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Every neighbour's slice of ``flat``: here, and in its own memory."""
+        """Every peer's slice of ``flat``: here, and in its own memory."""
         key = (flat.data_ptr(), flat.nbytes)
         if key not in self._slices:
-            places = self._places_of(flat)
-            if places is None:
+            views = self._views_of(flat)
+            if views is None:
                 return None
             self._slices[key] = [
-                (own_slice(flat, rank, self.world_size), own_slice(places[rank], rank, self.world_size))
+                (own_slice(flat, rank, self.world_size), own_slice(views[rank], rank, self.world_size))
                 for rank in self._peers
             ]
         return self._slices[key]
@@ -207,11 +207,13 @@ class SharedMemoryTransport(Transport):
         *,
         scale: float,
         accumulate: bool,
-        visit: Visit | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Pending:
         lies_in = self._numbers.get(staging.send.data_ptr())
         if lies_in is None:
-            return self._inner.reduce_scatter(staging, numel, shard, scale=scale, accumulate=accumulate, visit=visit)
+            return self._inner.reduce_scatter(
+                staging, numel, shard, scale=scale, accumulate=accumulate, on_chunk=on_chunk
+            )
         number = self._announce(_Begun(_What.REDUCE_SCATTER, numel * staging.send.itemsize, lies_in))
         dtype = staging.send.dtype
 
@@ -223,7 +225,7 @@ class SharedMemoryTransport(Transport):
                 else:
                     whole = self._staging[rank, begun[rank].lies_in].view(dtype)[:numel]
                 sources.append(own_slice(whole, self.rank, self.world_size))
-            sum_sources_(shard, sources, scale=scale, accumulate=accumulate, visit=visit)
+            sum_sources_(shard, sources, scale=scale, accumulate=accumulate, on_chunk=on_chunk)
 
         return _Read(self, number, read)
 
@@ -239,13 +241,13 @@ class SharedMemoryTransport(Transport):
         return _Read(self, self._announce(_Begun(_What.ALL_GATHER, flat.nbytes)), read)
 
     def broadcast(self, tensor: Tensor) -> Pending:
-        places = self._places_of(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
-        if places is None:
+        views = self._views_of(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+        if views is None:
             return self._inner.broadcast(tensor)
 
         def read(_: dict[int, _Begun]) -> None:
             if self.rank != 0:
-                tensor.copy_(places[0])
+                tensor.copy_(views[0])
 
         return _Read(self, self._announce(_Begun(_What.BROADCAST, tensor.nbytes)), read)
 
@@ -254,13 +256,13 @@ class SharedMemoryTransport(Transport):
             return self._inner.all_reduce(block)
         if self._board is None or self._board.nbytes < 2 * block.nbytes:
             self._board = self._share(max(_BOARD_BYTES, 4 * block.nbytes))
-        self._links.check_open("An all-reduce")  # a forked child would write its parent's board
+        self._sockets.check_open("An all-reduce")  # a forked child would write its parent's board
         # Two halves in turn: whoever writes one again has seen all others begin with the other, and so end with this.
         start = self._blocks % 2 * (self._board.nbytes // 2)
         self._blocks += 1
-        places = self._places_of(self._board[start : start + block.nbytes])
-        assert places is not None
-        blocks = [place.view(block.dtype).view(block.shape) for place in places]
+        views = self._views_of(self._board[start : start + block.nbytes])
+        assert views is not None
+        blocks = [view.view(block.dtype).view(block.shape) for view in views]
         blocks[self.rank].copy_(block)
         self.await_ready(self._announce(_Begun(_What.ALL_REDUCE, block.nbytes), is_read=False))
         block.copy_(blocks[0])
@@ -271,15 +273,15 @@ class SharedMemoryTransport(Transport):
     def fence(self) -> None:
         self.await_ready(self._announce(_Begun(_What.FENCE, 0), is_read=False))
 
-    def look_out(self, seconds: float) -> bool:
-        self._links.listen(seconds)
+    def poll(self, seconds: float) -> bool:
+        self._sockets.poll(seconds)
         return True
 
-    def part(self) -> None:
-        self._links.give_up("this rank has been interrupted in the middle of a transfer.")
+    def abort(self) -> None:
+        self._sockets.abort("this rank has been interrupted in the middle of a transfer.")
 
     def close(self, *, clean: bool) -> None:
-        self._links.close()
+        self._sockets.close()
         self._inner.close(clean=clean)
 
     # What transfers need
@@ -291,42 +293,43 @@ class SharedMemoryTransport(Transport):
             for rank in self._peers:
                 self._unread[rank].add(self._last)
         self._begun[self.rank, self._last] = begun
-        self._links.tell(_Kind.READY, self._last, begun.packed())
+        self._sockets.send(_Kind.READY, self._last, begun.packed())
         return self._last
 
     def await_ready(self, number: int, *, until_sent: bool = True) -> dict[int, _Begun]:
         """What the others have begun, by rank.
 
         Raises:
-            RanksParted: another transfer than this rank.
+            RankDesyncError: another transfer than this rank.
         """
         own = self._begun[self.rank, number]
-        self._links.wait_for(lambda rank: self._ready[rank] >= number, f"In {own.what.words}", until_sent=until_sent)
+        self._sockets.wait_for(lambda rank: self._ready[rank] >= number, f"In {own.what.words}", until_sent=until_sent)
         del self._begun[self.rank, number]
         begun = {rank: self._begun.pop((rank, number)) for rank in self._peers}
+        names = self._sockets.names
         for rank, theirs in begun.items():
             if not theirs.meets(own):
-                raise self._links.parted(
-                    roll_call.RanksParted(
-                        f"Rank {self._links.names[rank]} has begun {theirs} where rank {self._links.names[self.rank]} "
-                        f"has begun {own}: they have made different calls, or other numbers of backward passes."
+                raise self._sockets.abort_with(
+                    desync.RankDesyncError(
+                        f"Rank {names[rank]} has begun {theirs} where rank {names[self.rank]} has begun {own}: they "
+                        "have made different calls, or other numbers of backward passes."
                     )
                 )
         return begun
 
     def is_ready(self, number: int) -> bool:
-        self._links.listen()
+        self._sockets.poll()
         return all(self._ready[rank] >= number for rank in self._peers)
 
     def has_read(self, number: int) -> None:
-        self._links.tell(_Kind.READ, number)
+        self._sockets.send(_Kind.READ, number)
 
     def is_released(self, number: int) -> bool:
-        self._links.listen()
+        self._sockets.poll()
         return not any(number in self._unread[rank] for rank in self._peers)
 
     def await_release(self, number: int) -> None:
-        self._links.wait_for(lambda rank: number not in self._unread[rank], "Waiting for the others to read")
+        self._sockets.wait_for(lambda rank: number not in self._unread[rank], "Waiting for the others to read")
 
     def _on_record(self, rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
         if kind == _Kind.READY:
@@ -349,7 +352,7 @@ class SharedMemoryTransport(Transport):
 
 
 class _Read(Pending):
-    """Reads from the neighbours when all of them are READY."""
+    """Reads from the peers when all of them are READY."""
 
     def __init__(
         self, transport: SharedMemoryTransport, number: int, read: Callable[[dict[int, _Begun]], None]
@@ -362,7 +365,7 @@ class _Read(Pending):
         return self._transport.is_ready(self._number)
 
     def wait(self) -> None:
-        # A neighbour that has all it needs for this one may not look at its socket before the next fence.
+        # A peer that has all it needs for this one may not look at its socket before the next fence.
         self._read(self._transport.await_ready(self._number, until_sent=False))
         self._transport.has_read(self._number)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardadam.chunks import Visit, sum_sources_
+from shardadam.chunks import OnChunk, sum_sources_
 from shardadam.transport.base import Finished, Pending, Staging, Transport
 
 
@@ -21,9 +21,9 @@ class SingleProcessTransport(Transport):
         *,
         scale: float,
         accumulate: bool,
-        visit: Visit | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> Pending:
-        sum_sources_(shard, [staging.send[:numel]], scale=scale, accumulate=accumulate, visit=visit)
+        sum_sources_(shard, [staging.send[:numel]], scale=scale, accumulate=accumulate, on_chunk=on_chunk)
         return Finished()
 
     def all_gather(self, flat: Tensor) -> Pending:

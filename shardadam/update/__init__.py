@@ -37,7 +37,7 @@ class Update(Protocol):
         coefficient: Tensor | None,
         hyperparameters: Mapping[str, Any],
     ) -> None:
-        """Counts a step; ``update_`` takes it.
+        """Counts a step; ``step_`` takes it.
 
         Args:
             found_inf: 1 if any gradient on any rank is not finite, and nothing may be written; 0-dim float32.
@@ -46,7 +46,7 @@ class Update(Protocol):
             hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
         """
 
-    def update_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+    def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
         """One step on a bucket's shard, in place. Its gradient may be overwritten; it is summed from ``sources`` as the
         update goes, where there are any.
         """

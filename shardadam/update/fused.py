@@ -85,7 +85,7 @@ class FusedUpdate:
     def reload(self) -> None:
         self._runs.load(zip(self._counters.steps.tolist(), self._counters.bounds.tolist(), strict=True))
 
-    def update_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+    def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
         runs = self._runs.runs(bucket, self._host_used)
         if not runs or self._skip:
             return
@@ -198,7 +198,7 @@ class FusedUpdate:
         if self._keys is None:
             key = reference.mix((self._seed + 0x9E3779B9) & 0xFFFFFFFF)
             keys = reference.mix(key + counters.steps.long() & 0xFFFFFFFF)
-            self._keys = reference.mix(keys + counters.places & 0xFFFFFFFF).to(torch.int32)  # type: ignore[union-attr]
+            self._keys = reference.mix(keys + counters.param_ids & 0xFFFFFFFF).to(torch.int32)  # type: ignore[union-attr]
         owners = shard.blocks.long()
         blocks = torch.arange(shard.first_block, shard.first_block + len(owners), device=owners.device)
         starts = ((blocks - counters.first_blocks[owners]) * ALIGNMENT_NUMEL).to(torch.int32)

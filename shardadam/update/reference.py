@@ -198,16 +198,16 @@ def mix(word: Tensor | int) -> Tensor | int:
     return word ^ (word >> 16)
 
 
-def random_bits(positions: Tensor, *, seed: int, step: int, place: int) -> Tensor:
+def random_bits(positions: Tensor, *, seed: int, step: int, param_id: int) -> Tensor:
     """32 random bits, int64, for each of ``positions`` (int64) in a parameter.
 
     Args:
         step: t of the parameter.
-        place: the parameter's place among all parameters of the optimizer, in the order of its param groups.
+        param_id: the parameter's place among all parameters of the optimizer, in the order of its param groups.
     """
     key = mix((seed + 0x9E3779B9) & 0xFFFFFFFF)
     key = mix((key + step) & 0xFFFFFFFF)
-    key = mix((key + place) & 0xFFFFFFFF)
+    key = mix((key + param_id) & 0xFFFFFFFF)
     return mix(positions & 0xFFFFFFFF ^ key)  # type: ignore[return-value]
 
 
@@ -217,7 +217,7 @@ def second_word(random: Tensor) -> Tensor:
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """float32 ``value`` as one of its two neighbours in bfloat16 or float16, such that the mean over all 16-bit
+    """float32 ``value`` as one of its two peers in bfloat16 or float16, such that the mean over all 16-bit
     ``random`` is ``value``.
 
     Finite values past bfloat16's largest become that; infinities and NaNs stay what they are.

@@ -90,11 +90,11 @@ class Counters:
     Args:
         steps: t, float32: steps in which the parameter took part.
         bounds: C^2 after those steps, float64 (``reference.bound_squared_after``).
-        places: the parameter's place among all parameters of the optimizer, int64.
+        param_ids: the parameter's place among all parameters of the optimizer, int64.
         first_blocks: where the parameter begins in the arena, in units of ``ALIGNMENT_NUMEL`` elements, int64.
     """
 
     steps: Tensor
     bounds: Tensor
-    places: Tensor
+    param_ids: Tensor
     first_blocks: Tensor

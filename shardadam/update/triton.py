@@ -84,7 +84,7 @@ class TritonUpdate:
             prologue[(triton.cdiv(counters.steps.numel(), PROLOGUE_LANES),)](
                 counters.steps,
                 counters.bounds,
-                counters.places,
+                counters.param_ids,
                 counters.first_blocks,
                 counters.steps.numel(),
                 used,
@@ -107,7 +107,7 @@ class TritonUpdate:
                 enable_fp_fusion=False,
             )
 
-    def update_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+    def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
         block_count = shard.blocks.numel()
         if block_count == 0:
             return
@@ -171,7 +171,7 @@ def _bits(value: float) -> int:
 def prologue(
     steps,
     bounds,
-    places,
+    param_ids,
     first_blocks,
     count,
     used,
@@ -222,7 +222,7 @@ def prologue(
     tl.store(bounds + index, kept + as_float64(new_bound), mask=taken)
 
     t = step.to(tl.int32)
-    place = tl.load(places + index, mask=inside, other=0).to(tl.uint32)
+    param_id = tl.load(param_ids + index, mask=inside, other=0).to(tl.uint32)
     first_block = tl.load(first_blocks + index, mask=inside, other=0).to(tl.int32)
     of_step = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
     row = table + (1 + index) * COLUMNS
@@ -230,7 +230,7 @@ def prologue(
     tl.store(row + STEP_SIZE, (rate / (1.0 - power(b1, t))).to(tl.float32), mask=taken)
     tl.store(row + CORRECTION, (1.0 / tl.sqrt(1.0 - power(b2, t))).to(tl.float32), mask=taken)
     tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
-    tl.store(row + KEY, mixed(of_step + place).to(tl.float32, bitcast=True), mask=taken)
+    tl.store(row + KEY, mixed(of_step + param_id).to(tl.float32, bitcast=True), mask=taken)
     tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
 
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks: of arguments, of misuse, and of replicas. Nothing here changes what is trained."""

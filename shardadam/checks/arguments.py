@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may come in: checks of arguments, param groups and parameters, and what ranks must agree on about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from shardadam.engine.storage import NamedParameter, is_dense
+from shardadam.precision import Precision
+from shardadam.ranks.agreement import Claim
+
+_CPU_BUCKET_BYTES = 8 * 2**20  # what ranks of a host read from each other had better come from their caches
+_GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes a rank for its full bandwidth
+_AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of an optimizer that no param group can change. ``transport`` is a name."""
+
+    gradient_sync: str
+    max_grad_norm: float | None
+    precision: Precision
+    bucket_mb: float | None
+    transport: str
+
+    def bucket_bytes(self, devices: Iterable[torch.device]) -> int:
+        """How large the buckets of parameters on ``devices`` shall be."""
+        if self.bucket_mb is None:
+            return _CPU_BUCKET_BYTES if all(device.type == "cpu" for device in devices) else _GPU_BUCKET_BYTES
+        return round(self.bucket_mb * 2**20)
+
+    def check(self) -> None:
+        if self.gradient_sync not in ("backward", "step", "external"):
+            raise ValueError(f"gradient_sync: found {self.gradient_sync!r}, expected 'backward', 'step' or 'external'")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm: found {self.max_grad_norm!r}, expected None or a number of 0 or more")
+        if not isinstance(self.precision, Precision):
+            raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
+        size = self.bucket_mb
+        if size is not None and not (size > 0 and math.isfinite(size) and self.bucket_bytes([]) > 0):
+            raise ValueError(f"bucket_mb: found {size!r}, expected None or a positive number of MiB, a byte at least")
+        if self.transport not in ("auto", "collective", "shared_memory"):
+            raise ValueError(
+                f"transport: found {self.transport!r}, expected 'auto', 'collective', 'shared_memory' or a Transport"
+            )
+
+    def claims(self) -> list[Claim]:
+        return [Claim("the optimizer", field.name, repr(getattr(self, field.name))) for field in fields(self)]
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises unless the hyperparameters of a param group are such as Adam can work with."""
+    values = {**defaults, **group}
+    lr = values["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: found a tensor of {lr.numel()} elements, expected a float or a tensor of one")
+    _check_number("lr", lr, 0)
+    _check_number("eps", values["eps"], 0)
+    _check_number("weight_decay", values["weight_decay"], 0)
+    betas = values["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
+        raise ValueError(f"betas: found {betas!r}, expected two floats")
+    for index, beta in enumerate(betas):
+        _check_number(f"betas[{index}]", beta, 0, 1)
+    if values["amsgrad"]:
+        raise ValueError("amsgrad: found True, which is not supported: its third moment has no shard. Leave it False.")
+    if values["differentiable"]:
+        raise ValueError(
+            "differentiable: found True, which is not supported: the update runs in place. Leave it False."
+        )
+    parameters = group.get("params")
+    if isinstance(parameters, (list, tuple)):
+        _check_repeated(parameters)
+
+
+def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises unless ``low <= value < high``."""
+    if not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
+    if not bool(low <= value) or not bool(value < high or high == math.inf):
+        expected = f"{low} or more" if high == math.inf else f"at least {low} and less than {high}"
+        raise ValueError(f"{name}: found {value!r}, expected {expected}")
+
+
+def _check_repeated(parameters: Iterable[Any]) -> None:
+    seen: dict[int, int] = {}
+    for index, entry in enumerate(parameters):
+        parameter = entry[1] if isinstance(entry, tuple) else entry
+        if id(parameter) in seen:
+            raise ValueError(
+                f"A parameter appears twice in one param group, at positions {seen[id(parameter)]} and {index}. Give "
+                "every parameter once; model.parameters() lists tied ones once."
+            )
+        seen[id(parameter)] = index
+
+
+def check_parameters(parameters: Sequence[NamedParameter], precision: Precision, taken: Sequence[Tensor] = ()) -> None:
+    """Raises unless every parameter can become a view of a flat buffer without changing what anybody else sees.
+
+    Args:
+        taken: parameters that the optimizer holds already.
+    """
+    for named in parameters:
+        parameter, name = named.parameter, named.name
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(f"Parameter {name!r} is not initialised yet. Run a forward of its lazy module first.")
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"Parameter {name!r} is on the meta device and has no values. Materialise it first (to_empty)."
+            )
+        if not parameter.requires_grad:
+            continue
+        if is_traceable_wrapper_subclass(parameter):
+            raise TypeError(
+                f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism "
+                "and fully_shard are not supported yet. Use torch.optim.AdamW for it."
+            )
+        if parameter.layout != torch.strided:
+            raise TypeError(
+                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided)"
+            )
+        precision.check_parameter(parameter.dtype, name)
+        if not is_dense(parameter):
+            raise ValueError(
+                f"Parameter {name!r} has gaps or overlaps in memory (shape {tuple(parameter.shape)}, strides "
+                f"{parameter.stride()}). Give the module a parameter of its own: nn.Parameter(p.detach().clone())."
+            )
+    _check_overlaps([*parameters, *(NamedParameter(p, "one taken in before", 0, 0) for p in taken)])
+
+
+def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
+    """Two tensors over one memory would part silently when one of them gets a place in a flat buffer."""
+    extents = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), p.requires_grad, named.name)
+        for named in parameters
+        for p in (named.parameter,)
+        if p.numel() > 0
+    )
+    for (device, _, end, trains, name), (next_device, start, _, next_trains, next_name) in pairwise(extents):
+        if device == next_device and start < end and (trains or next_trains):
+            raise ValueError(
+                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory. To tie them, "
+                "assign one nn.Parameter to both modules."
+            )
+
+
+def claims(
+    groups: Sequence[Mapping[str, Any]],
+    parameters: Sequence[NamedParameter],
+    *,
+    first_group: int = 0,
+    may_wait: bool = True,
+) -> list[Claim]:
+    """What all ranks must agree on before they lay ``parameters`` out.
+
+    Args:
+        first_group: what ``groups`` are counted from.
+        may_wait: for the device of a learning rate that is a tensor there; without it that is not compared.
+    """
+    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
+    for index, group in enumerate(groups, first_group):
+        for field in _AGREED_HYPERPARAMETERS:
+            value = group[field]
+            if isinstance(value, Tensor):
+                value = value.item() if may_wait or value.device.type == "cpu" else value.device.type
+            result.append(Claim(f"param group {index}", field, repr(value)))
+        result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
+    for position, named in enumerate(parameters):
+        parameter = named.parameter
+        result.append(Claim(f"the name of parameter {position}", "", repr(named.name)))
+        subject = f"parameter {named.name!r}"
+        result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
+        result.append(Claim(subject, "dtype", str(parameter.dtype)))
+        result.append(Claim(subject, "strides", str(tuple(parameter.stride()))))
+        result.append(Claim(subject, "device type", parameter.device.type))
+        result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
+    return result

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan is for: a number of parameters, a Hugging Face config or a function that builds a model. Nothing is
+allocated: models are built on the meta device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardadam.cli.errors import CommandError
+from shardadam.planner import PlannedParameter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What shall be trained.
+
+    Args:
+        source: "number", "hugging_face" or "function".
+        parameters: by name, in the order of ``model.named_parameters()``; tied ones once.
+    """
+
+    what: str
+    source: str
+    description: str
+    parameters: tuple[tuple[str, PlannedParameter], ...]
+
+    @property
+    def planned(self) -> list[PlannedParameter]:
+        return [parameter for _, parameter in self.parameters]
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.planned)
+
+    @property
+    def trainable_numel(self) -> int:
+        return sum(parameter.numel for parameter in self.planned if parameter.trainable)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Elements of each dtype."""
+        counts: Counter[str] = Counter()
+        for parameter in self.planned:
+            counts[dtype_name(parameter.dtype)] += parameter.numel
+        return dict(counts)
+
+    def units(self) -> dict[str, list[PlannedParameter]]:
+        """Parameters by the module that ``fully_shard`` would be called on, going by names: every numbered module
+        ("model.layers.3"), the outermost of nested ones; "" for all the rest, which the root has.
+        """
+        found: dict[str, list[PlannedParameter]] = {}
+        for name, parameter in self.parameters:
+            parts = name.split(".")[:-1]
+            numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+            found.setdefault(".".join(parts[: numbers[0] + 1]) if numbers else "", []).append(parameter)
+        return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def find_model_source(what: str, dtype: torch.dtype | None = None, *, download: bool = False) -> ModelSource:
+    """Of what the user has typed.
+
+    Args:
+        dtype: of all floating-point parameters; None: that of the model, and bfloat16 for a number.
+        download: a name that is not in the local cache may be looked up on the Hugging Face Hub.
+
+    Raises:
+        CommandError: it cannot be found or built; says what was expected.
+    """
+    numel = parse_count(what)
+    if numel is not None:
+        found = decoder_of(what, numel)
+        dtype = dtype or torch.bfloat16
+    elif Path(what).exists():
+        found = _of_hugging_face(what, download=False)
+    elif re.fullmatch(r"[\w.]+:[\w.]+", what):
+        found = _of_function(what)
+    elif what.startswith(("/", ".", "~")) or what.endswith((".json", ".py", "/")):
+        raise CommandError(f"{what}: no such file or directory, expected a config.json or a directory that has one")
+    else:
+        found = _of_hugging_face(what, download=download)
+    if not any(parameter.trainable and parameter.numel for parameter in found.planned):
+        raise CommandError(f"{what}: found a model without trainable parameters, expected one to train")
+    return found if dtype is None else _cast(found, dtype)
+
+
+def _cast(source: ModelSource, dtype: torch.dtype) -> ModelSource:
+    parameters = (
+        (name, replace(parameter, dtype=dtype) if parameter.dtype.is_floating_point else parameter)
+        for name, parameter in source.parameters
+    )
+    return replace(source, parameters=tuple(parameters))
+
+
+# A number
+
+
+def parse_count(text: str) -> int | None:
+    """The number of parameters that "7B", "350M", "1.3e9" or "1000" means; None for what means none."""
+    match = re.fullmatch(r"(\d+\.?\d*(?:[eE]\+?\d+)?)([KkMmBbTt]?)", text.replace(",", "").replace("_", ""))
+    if match is None:
+        return None
+    number = float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2].lower()]
+    if not 1 <= number <= 1e13:
+        raise CommandError(f"found {text} parameters, expected a number of 1 to 10^13")
+    return round(number)
+
+
+def decoder_of(what: str, numel: int) -> ModelSource:
+    """A decoder of exactly ``numel`` parameters, with the proportions of Llama 2: layers of four square matrices and
+    three of 8/3 the width, one layer for each 128 of width, an embedding and a head of 32,000 tokens (fewer in small
+    models). What does not divide goes to the vocabulary, and what is left then to the last norm.
+    """
+
+    def vocabulary_of(width: int) -> int:
+        return min(32_000, max(1, numel // (8 * width)))
+
+    def size(width: int) -> int:
+        layer = sum(_numel(shape) for _, shape in _layer_shapes(width))
+        return 2 * vocabulary_of(width) * width + width + max(1, width // 128) * layer
+
+    widths = [width for width in (*range(16, 128, 16), *range(128, 2**17, 128)) if size(width) <= numel]
+    if not widths:
+        return ModelSource(what, "number", "one vector", (("weight", PlannedParameter((numel,))),))
+    width = widths[-1]
+    layer = sum(_numel(shape) for _, shape in _layer_shapes(width))
+    vocabulary = vocabulary_of(width)
+    # Between two widths the number of layers takes up most of the difference.
+    layers = max(1, (numel - 2 * vocabulary * width - width) // layer)
+    vocabulary = (numel - layers * layer - width) // (2 * width)
+    rest = numel - layers * layer - 2 * vocabulary * width
+    shapes = [
+        ("embedding.weight", (vocabulary, width)),
+        *((f"layers.{index}.{name}", shape) for index in range(layers) for name, shape in _layer_shapes(width)),
+        ("norm.weight", (rest,)),
+        ("head.weight", (vocabulary, width)),
+    ]
+    description = f"a decoder of {layers:,} layers, width {width:,}, {vocabulary:,} tokens"
+    return ModelSource(what, "number", description, tuple((name, PlannedParameter(shape)) for name, shape in shapes))
+
+
+def _layer_shapes(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden = -(-8 * width // (3 * 16)) * 16
+    for name in ("query", "key", "value", "out"):
+        yield f"attention.{name}.weight", (width, width)
+    yield "mlp.gate.weight", (hidden, width)
+    yield "mlp.up.weight", (hidden, width)
+    yield "mlp.down.weight", (width, hidden)
+    yield "attention_norm.weight", (width,)
+    yield "mlp_norm.weight", (width,)
+
+
+def _numel(shape: Iterable[int]) -> int:
+    return PlannedParameter(tuple(shape)).numel
+
+
+# A model
+
+
+def _of_model(what: str, source: str, model: nn.Module) -> ModelSource:
+    return ModelSource(what, source, type(model).__name__, tuple(PlannedParameter.of_model(model).items()))
+
+
+def _of_hugging_face(what: str, *, download: bool) -> ModelSource:
+    """A file or a directory is never looked up anywhere else."""
+    path = Path(what)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CommandError(f"{what}: found a directory without config.json, expected a Hugging Face model's")
+    if importlib.util.find_spec("transformers") is None:
+        raise CommandError(
+            f"{what}: a Hugging Face config needs transformers, which is not installed: pip install "
+            "'shardadam[transformers]'. A number of parameters (7B) or module:function need nothing else."
+        )
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(what, local_files_only=not download)
+    except Exception as error:
+        raise CommandError(_why_no_config(what, error, download=download)) from error
+    try:
+        # The class that trains, heads included, where the config names one.
+        name = (getattr(config, "architectures", None) or [""])[0]
+        build = getattr(transformers, name, None) or transformers.AutoModel.from_config
+        with torch.device("meta"):
+            model = build(config)
+    except Exception as error:
+        raise CommandError(f"{what}: transformers cannot build it: {_said_by(error)}") from error
+    source = _of_model(what, "hugging_face", model)
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    return _cast(source, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _why_no_config(what: str, error: Exception, *, download: bool) -> str:
+    if Path(what).exists():
+        return f"{what}: not a config that transformers can read: {_said_by(error)}"
+    where = f"on the Hugging Face Hub: {_said_by(error)}"
+    if not download:
+        where = "in the local Hugging Face cache (--download looks it up on the Hub)."
+    return (
+        f"{what}: neither a number of parameters (7B, 350M, 1.3e9), nor a file, a directory or module:function, nor a "
+        f"model {where}"
+    )
+
+
+def _of_function(what: str) -> ModelSource:
+    """The current directory is where ``python`` would look first, too."""
+    module_name, _, function_name = what.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        model = _built_by(what, module_name, function_name)
+    finally:
+        sys.path.remove(here)
+    return _of_model(what, "function", model)
+
+
+def _built_by(what: str, module_name: str, function_name: str) -> nn.Module:
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise CommandError(f"{what}: no module {error.name!r} here or among those installed") from error
+        raise CommandError(f"{what}: importing {module_name} failed: {_said_by(error)}") from error
+    except Exception as error:
+        raise CommandError(f"{what}: importing {module_name} failed: {_said_by(error)}") from error
+    try:
+        function = attrgetter(function_name)(module)
+    except AttributeError as error:
+        raise CommandError(f"{what}: module {module_name!r} has no {function_name!r}") from error
+    if not callable(function):
+        raise CommandError(f"{what}: found a {type(function).__name__}, expected a function that returns an nn.Module")
+    try:
+        with torch.device("meta"):
+            model = function()
+    except Exception as error:
+        raise CommandError(f"{what}: calling it on the meta device failed: {_said_by(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"{what}: returned a {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def _said_by(error: Exception) -> str:
+    """What it says, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat storage: parameters as views of it, gradient shards, moments and masters.
+
+Holds tensors where ``layout.py`` says; moves nothing between ranks and knows no arithmetic of Adam.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from shardadam import layout, update
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.precision import Format, Precision
+from shardadam.transport import Transport
+from shardadam.transport.base import own_slice
+from shardadam.update import Counters, Shard, Update, formats
+
+
+@dataclass(eq=False, slots=True)
+class ShardedParam:
+    """One trainable parameter of the optimizer and where it lives.
+
+    ``index`` counts all params in the order of the arenas they lie in, ``index`` those of the arena; ``place`` is
+    that among all parameters of the optimizer. ``spans`` are the stretches of the parameter that lie in this rank's
+    shards, in memory order, and lie in ``state_slice`` of the arena's state one after the other.
+    """
+
+    parameter: Tensor
+    name: str
+    index: int
+    arena_index: int
+    param_id: int
+    arena: FlatArena
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    address: int = 0
+    buckets: list[FlatBucket] = field(default_factory=list)
+    segments: list[layout.Segment] = field(default_factory=list)
+    state_start: int = 0
+
+    @property
+    def state_slice(self) -> slice:
+        return slice(self.state_start, self.state_start + sum(segment.numel for segment in self.segments))
+
+    @property
+    def block_slice(self) -> slice:
+        """Where the scales of its blocks of ``ALIGNMENT_NUMEL`` elements lie."""
+        state = self.state_slice
+        return slice(state.start // ALIGNMENT_NUMEL, -(-state.stop // ALIGNMENT_NUMEL))
+
+
+@dataclass(eq=False, slots=True)
+class FlatArena:
+    """The flat storage of one (param group, dtype, device): parameters whole, everything else this rank's shards of
+    it: ``state`` as ``update/formats.py`` names it, ``blocks`` as ``Shard`` describes it.
+    """
+
+    group_index: int
+    format: Format
+    params: list[ShardedParam]
+    buckets: list[FlatBucket]
+    parameters: Tensor
+    gradient_shard: Tensor
+    state: dict[str, Tensor]
+    blocks: Tensor
+    counters: Counters
+    update: Update
+
+    @property
+    def indices(self) -> slice:
+        return slice(self.params[0].index, self.params[-1].index + 1)
+
+
+@dataclass(eq=False, slots=True)
+class FlatBucket:
+    """One bucket's slices of its arena: ``parameters`` whole, and this rank's shard.
+
+    ``index`` counts the buckets of the optimizer.
+    """
+
+    plan: layout.Bucket
+    arena: FlatArena
+    pieces: list[tuple[ShardedParam, layout.Piece]]
+    segments: list[tuple[ShardedParam, layout.Segment]]
+    parameters: Tensor
+    shard: Shard
+    wire_dtype: torch.dtype
+    index: int = -1
+
+    @property
+    def numel(self) -> int:
+        return self.plan.numel
+
+    def exact_state(self, name: str) -> Tensor:
+        """The shard's exp_avg, exp_avg_sq or master, in float32 (float64) whatever it is stored in."""
+        stored = {key: getattr(self.shard, key) for key in self.arena.state}
+        if name != "master":
+            return formats.read_moments(stored)[formats.MOMENTS.index(name)]
+        master = formats.read_master(stored, self.shard.parameter)
+        return self.shard.parameter if master is None else master
+
+
+@dataclass(frozen=True, slots=True)
+class NamedParameter:
+    """A parameter to be taken in, with the param group it belongs to and its place among all parameters."""
+
+    parameter: Tensor
+    name: str
+    group_index: int
+    param_id: int
+
+
+def allocate(
+    parameters: Sequence[NamedParameter],
+    *,
+    transport: Transport,
+    precision: Precision,
+    bucket_bytes: int,
+    first_index: int,
+) -> list[FlatArena]:
+    """Builds the flat storage of ``parameters`` and makes them views of it, with their values unchanged.
+
+    Args:
+        first_index: how many params there are already.
+    """
+    specs = [
+        layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device))
+        for named in parameters
+        for p in (named.parameter,)
+    ]
+    plan = layout.build_layout(specs, world_size=transport.world_size, bucket_bytes=bucket_bytes)
+    arenas = []
+    for index, arena_plan in enumerate(plan.arenas):
+        in_arena = [parameters[i] for i in arena_plan.parameters]
+        arena = _allocate_arena(arena_plan, in_arena, transport, precision, first_index)
+        indices = {i: position for position, i in enumerate(arena_plan.parameters)}
+        for bucket in plan.buckets:
+            if bucket.arena == index:
+                pieces = tuple(replace(piece, parameter=indices[piece.parameter]) for piece in bucket.pieces)
+                wire_dtype = precision.wire_dtype(arena.parameters.dtype)
+                _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype)
+        first_index += len(arena.params)
+        arenas.append(arena)
+    if any(named.parameter.device.type == "cpu" for named in parameters):
+        _return_freed_memory()
+    return arenas
+
+
+def _return_freed_memory() -> None:
+    """Lets go of the parameters' old memory: glibc keeps freed blocks of up to 32 MiB unless it is asked."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _allocate_arena(
+    plan: layout.Arena,
+    parameters: Sequence[NamedParameter],
+    transport: Transport,
+    precision: Precision,
+    first_index: int,
+) -> FlatArena:
+    first = parameters[0]
+    dtype, device = first.parameter.dtype, first.parameter.device
+    numel = plan.numel // transport.world_size
+    format = precision.format(dtype, device)
+    counters = allocate_counters([named.param_id for named in parameters], plan.offsets, device)
+    block_count, block_dtype = block_table(numel, len(parameters), format, device)
+    arena = FlatArena(
+        group_index=first.group_index,
+        format=format,
+        params=[],
+        buckets=[],
+        parameters=transport.parameters(plan.numel, dtype, device),
+        gradient_shard=torch.empty(numel, dtype=format.exact_dtype, device=device),  # written before it is read
+        state=formats.allocate(format, numel, device),
+        blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
+        counters=counters,
+        update=update.choose(counters, dtype, seed=precision.seed, rank=transport.rank),
+    )
+    for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
+        shape, stride = named.parameter.shape, named.parameter.stride()
+        numbers = (first_index + index, index, named.param_id)
+        param = ShardedParam(named.parameter, named.name, *numbers, arena, offset, shape, stride)
+        bind(param)
+        arena.params.append(param)
+    return arena
+
+
+def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: torch.device) -> Counters:
+    """Of parameters that have not been updated yet, and begin at ``offsets`` of their arena."""
+    return Counters(
+        steps=torch.zeros(len(param_ids), dtype=torch.float32, device=device),
+        bounds=torch.zeros(len(param_ids), dtype=torch.float64, device=device),
+        param_ids=torch.tensor(param_ids, device=device),
+        first_blocks=torch.tensor([offset // ALIGNMENT_NUMEL for offset in offsets], device=device),
+    )
+
+
+def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
+    """Length and dtype of ``Shard.blocks`` for a rank's ``numel`` elements; length 0 where the update needs none."""
+    is_needed = format.is_random or update.has_kernel(format.dtype, device)
+    return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
+
+
+def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype) -> None:
+    start = plan.offset // plan.world_size
+    shard = slice(start, start + plan.shard_numel)
+    blocks = slice(shard.start // ALIGNMENT_NUMEL, shard.stop // ALIGNMENT_NUMEL)
+    whole = arena.parameters[plan.offset : plan.offset + plan.numel]
+    segments = list(plan.segments(rank))
+    if arena.blocks.numel() > 0:
+        _fill_blocks(arena.blocks[blocks], segments)
+
+    def state(name: str) -> Tensor | None:
+        flat = arena.state.get(name)
+        return None if flat is None else flat[blocks if name in formats.SCALES else shard]
+
+    bucket = FlatBucket(
+        plan=plan,
+        arena=arena,
+        pieces=[(arena.params[piece.parameter], piece) for piece in plan.pieces],
+        segments=[(arena.params[segment.parameter], segment) for segment in segments],
+        parameters=whole,
+        shard=Shard(
+            parameter=own_slice(whole, rank, plan.world_size),
+            gradient=arena.gradient_shard[shard],
+            exp_avg=arena.state["exp_avg"][shard],
+            exp_avg_sq=arena.state["exp_avg_sq"][shard],
+            exp_avg_scale=state("exp_avg_scale"),
+            exp_avg_sq_scale=state("exp_avg_sq_scale"),
+            master=state("master"),
+            remainder=state("remainder"),
+            blocks=arena.blocks[blocks],
+            first_block=(plan.offset + rank * plan.shard_numel) // ALIGNMENT_NUMEL,
+        ),
+        wire_dtype=wire_dtype,
+    )
+    arena.buckets.append(bucket)
+    for param, _ in bucket.pieces:
+        param.buckets.append(bucket)
+    for param, segment in bucket.segments:
+        if not param.segments:
+            param.state_start = start + segment.offset
+        param.segments.append(segment)
+
+
+def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
+    """Says which parameter each block belongs to; padding counts to the one before it."""
+    if segments:
+        firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
+        lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
+        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype)
+        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths)))
+
+
+def bind(param: ShardedParam) -> None:
+    """Copies the parameter into its arena and makes it a view of it; shape, strides and identity stay."""
+    parameter = param.parameter
+    if parameter.numel() > 0:
+        view = view_of(param.arena.parameters, param)
+        view.copy_(parameter.detach())
+        parameter.data = view
+    param.address = parameter.data_ptr()
+
+
+def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
+    """The parameter's place in a flat buffer of its arena's size.
+
+    The view has a storage of its own that aliases the buffer's memory: torch.save, safetensors and deepcopy then see an
+    ordinary tensor instead of a slice of something large, and writes to one do not count as writes to all.
+    """
+    parameter = param.parameter
+    begin = param.offset * flat.element_size()
+    storage = flat.untyped_storage()[begin : begin + parameter.numel() * flat.element_size()]
+    view = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    return view.set_(storage, 0, param.shape, param.stride)
+
+
+def rebind_moved(params: Sequence[ShardedParam]) -> None:
+    """Takes back parameters whose data somebody has replaced (``p.data = ...``, ``model.to``) by a tensor of the same
+    kind.
+
+    Raises:
+        RuntimeError: a parameter has another device, dtype, shape or memory format than it was taken in with. None of
+            them has been changed then.
+    """
+    moved = [param for param in params if param.parameter.data_ptr() != param.address]
+    for param in moved:
+        parameter, flat = param.parameter, param.arena.parameters
+        found = (parameter.device, parameter.dtype, parameter.shape)
+        expected = (flat.device, flat.dtype, param.shape)
+        if found != expected or not same_order(parameter.stride(), param.stride, param.shape):
+            raise RuntimeError(
+                f"Parameter {param.name!r} was replaced after the optimizer was built: found {_describe(*found)} with "
+                f"strides {parameter.stride()}, expected {_describe(*expected)} with strides {param.stride}. Call "
+                "model.to(...) before building the optimizer."
+            )
+    for param in moved:
+        bind(param)
+
+
+def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{dtype} of shape {tuple(shape)} on {device}"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def unrepeated(tensor: Tensor) -> Tensor:
+    """Without the repetitions that ``expand`` makes of the same memory, which cannot be written to."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` as one dimension, in the memory order of ``like``; a view where its strides allow it."""
+    if not same_order(tensor.stride(), like.stride(), like.shape):
+        ordered = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+        tensor = ordered.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def same_order(one: tuple[int, ...], other: tuple[int, ...], shape: torch.Size) -> bool:
+    """Equal strides but for dimensions of size 1, whose stride means nothing."""
+    return one == other or all(a == b for a, b, size in zip(one, other, shape, strict=True) if size != 1)

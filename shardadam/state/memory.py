@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that an optimizer holds on a rank, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardadam.engine.reduction import Reducer
+from shardadam.engine.storage import FlatArena
+from shardadam.update import formats
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that an optimizer holds on this rank, by kind.
+
+    Args:
+        parameters: the flat buffers that trainable parameters are views of; whole on every rank.
+        gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory.
+        gradient_shard: this rank's shard of the reduced gradients. Over shared memory with ``gradient_sync="step"``
+            there is none until the norm, or a full gradient, is wanted.
+        staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the
+            peers.
+        moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
+        master: this rank's shard of the exact values behind low-precision parameters, or of their remainders.
+        scalars: of each parameter, its step counter and the bound on its update.
+        tables: which parameter each 128 elements belong to, and what a kernel must know of each.
+    """
+
+    parameters: int
+    gradients: int
+    gradient_shard: int
+    staging: int
+    moments: int
+    master: int
+    scalars: int
+    tables: int
+
+    @property
+    def state(self) -> int:
+        """What torch.optim.AdamW would call its state: moments, master and step counters."""
+        return self.moments + self.master + self.scalars
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.gradient_shard + self.staging + self.state + self.tables
+
+
+def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
+    return Memory(
+        parameters=sum(arena.parameters.nbytes for arena in arenas),
+        gradients=reducer.gradient_bytes(),
+        gradient_shard=sum(arena.gradient_shard.untyped_storage().nbytes() for arena in arenas),
+        staging=reducer.staging_bytes(),
+        moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
+        master=_nbytes(arenas, formats.MASTERS),
+        scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
+        tables=sum(
+            arena.blocks.nbytes + counters.param_ids.nbytes + counters.first_blocks.nbytes + arena.update.nbytes
+            for arena in arenas
+            for counters in (arena.counters,)
+        ),
+    )
+
+
+def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
+    return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
