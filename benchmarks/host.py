@@ -70,7 +70,7 @@ def measure(gradient_sync: str, parameters: int, buckets: int, rounds: int) -> d
         times["step"].append(timed(optimizer.step))
         times["torch"].append(timed(replay))
         times["python"].append(times["step"][-1] - times["torch"][-1])
-    print(f"{gradient_sync}: {len(optimizer._buckets)} buckets, {len(record.calls)} calls of torch")
+    print(f"{gradient_sync}: {len(optimizer._engine.parameters.buckets)} buckets, {len(record.calls)} calls of torch")
     return times
 
 

@@ -86,7 +86,7 @@ def parameters_of(dtype: torch.dtype, numel: int, device: torch.device) -> list[
 
 
 def update(optimizer: ShardedAdamW) -> None:
-    for arena in optimizer._arenas:
+    for arena in optimizer._engine.parameters.arenas:
         device = arena.parameters.device
         arena.update.begin(
             found_inf=torch.zeros((), device=device),
@@ -100,12 +100,12 @@ def update(optimizer: ShardedAdamW) -> None:
 
 
 def bytes_moved(optimizer: ShardedAdamW) -> int:
-    (arena,) = optimizer._arenas
+    (arena,) = optimizer._engine.parameters.arenas
     return 2 * (arena.parameters.nbytes + kept_bytes(optimizer)) + arena.gradient_shard.nbytes
 
 
 def kept_bytes(optimizer: ShardedAdamW) -> int:
-    (arena,) = optimizer._arenas
+    (arena,) = optimizer._engine.parameters.arenas
     names = (*formats.MOMENTS, *formats.SCALES, *formats.MASTERS)
     return sum(arena.state[name].nbytes for name in names if name in arena.state)
 
@@ -113,7 +113,7 @@ def kept_bytes(optimizer: ShardedAdamW) -> int:
 def bytes_of_an_element(form: Form) -> float:
     """Of a shard: parameter, float32 gradient and state."""
     optimizer = build(form, 2**14, torch.device("cpu"))
-    return (optimizer._arenas[0].parameters.nbytes + kept_bytes(optimizer)) / 2**14 + 4
+    return (optimizer._engine.parameters.arenas[0].parameters.nbytes + kept_bytes(optimizer)) / 2**14 + 4
 
 
 # Peers
@@ -236,7 +236,7 @@ def extra_bytes(optimizer: ShardedAdamW, device: torch.device) -> int:
     parameters = optimizer.param_groups[0]["params"]
     for _ in range(2):  # staging is there after the first, and stays
         sum(p.sum() for p in parameters).backward()
-        optimizer._look("step", with_norm=False)
+        optimizer._engine.sync_before("step", optimizer.param_groups, with_norm=False)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -267,7 +267,7 @@ def watching() -> Iterator[Callable[[], int]]:
 
 def measure_update(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
     optimizer = build(form, numel, args.device)
-    for arena in optimizer._arenas:
+    for arena in optimizer._engine.parameters.arenas:
         arena.gradient_shard.normal_()
     moved = bytes_moved(optimizer)
     copied = min(moved // 2, COPY_BYTES)

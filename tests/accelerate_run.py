@@ -145,7 +145,7 @@ def train(
     if sharded:
         full = optimizer.optimizer.full_state_dict()
         found["state"] = full.get("state", {})
-        found["rounds"] = optimizer.optimizer._reducer.rounds
+        found["rounds"] = optimizer.optimizer._engine.reducer.rounds
     return found
 
 

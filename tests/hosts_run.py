@@ -53,8 +53,8 @@ def main() -> None:
         time.sleep(args.pace)
         told = {
             "step": step,
-            "transport": type(optimizer._transport).__name__,
-            "within": type(getattr(optimizer._transport, "_shard", optimizer._transport)).__name__,
+            "transport": type(optimizer._engine.transport).__name__,
+            "within": type(getattr(optimizer._engine.transport, "_shard", optimizer._engine.transport)).__name__,
             "parameters": [p.flatten().tolist() for p in model.parameters()],
         }
         aside = args.out / f"{rank}.new"

@@ -76,8 +76,8 @@ def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, 
     return {
         "calls": record.calls,
         "in_backward": in_backward,
-        "bucket_bytes": [bucket.parameters.nbytes for bucket in optimizer._buckets],
-        "order": list(optimizer._reducer.order),
+        "bucket_bytes": [bucket.parameters.nbytes for bucket in optimizer._engine.parameters.buckets],
+        "order": list(optimizer._engine.reducer.order),
         "parameters": len(list(model.parameters())),
     }
 
@@ -117,7 +117,7 @@ def record_timeline() -> list[str]:
     timeline: list[str] = []
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: timeline.append("gradient"))
-    transport = optimizer._transport
+    transport = optimizer._engine.transport
     reduce_scatter = transport.reduce_scatter
 
     def recorded(*arguments: Any, **options: Any) -> Any:
@@ -207,7 +207,7 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
     kernel = torch._fused_adamw_ if adamw else torch._fused_adam_
     shards = [
         [t.clone() for t in (bucket.shard.parameter, bucket.shard.exp_avg, bucket.shard.exp_avg_sq)]
-        for bucket in optimizer._buckets
+        for bucket in optimizer._engine.parameters.buckets
     ]
     for step in range(10):
         gradients = []  # of every rank, on every rank
@@ -219,7 +219,7 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
         model.zero_grad()
         model(batch(100 * step + rank)).square().mean().backward()
         optimizer.step()
-        for bucket, (parameter, exp_avg, exp_avg_sq) in zip(optimizer._buckets, shards, strict=True):
+        for bucket, (parameter, exp_avg, exp_avg_sq) in zip(optimizer._engine.parameters.buckets, shards, strict=True):
             total = torch.zeros(bucket.numel)
             for peer in range(world_size):
                 for member, piece in bucket.pieces:
@@ -232,7 +232,7 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
             )  # fmt: skip
     return [
         pair
-        for bucket, expected in zip(optimizer._buckets, shards, strict=True)
+        for bucket, expected in zip(optimizer._engine.parameters.buckets, shards, strict=True)
         for shard in (bucket.shard,)
         for pair in zip((shard.parameter.clone(), shard.exp_avg, shard.exp_avg_sq), expected, strict=True)
     ]

@@ -90,7 +90,10 @@ def train(case: Case, shape: Shape, kind: str) -> dict[str, Any]:
         optimizer.zero_grad()
     return {
         "parameters": clones(parameters),
-        "shard": (transport.rank, [state.clone() for arena in optimizer._arenas for state in arena.state.values()]),
+        "shard": (
+            transport.rank,
+            [state.clone() for arena in optimizer._engine.parameters.arenas for state in arena.state.values()],
+        ),
         "norms": norms,
     }
 
@@ -346,7 +349,7 @@ def broadcast_under_way(transport: str) -> list[list[Tensor]]:
         generator = torch.Generator().manual_seed(4 * step + rank)
         model(torch.randn(4, 16, generator=generator)).square().sum().backward()
         time.sleep(0.01 * ((rank + step) % 3))
-        optimizer._reducer._pool._in_flight[0].pending.done()  # starts what can be, here more and there less
+        optimizer._engine.reducer._pool._in_flight[0].pending.done()  # starts what can be, here more and there less
         optimizer.sync_module(model)
         synced.append(model[8].weight.detach().clone())
         optimizer.step()
@@ -526,7 +529,9 @@ def test_state_dicts_and_dcp(tmp_path: Path, shape: Shape) -> None:
 
 def time_limits() -> list[float]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
-    transport = ShardedAdamW([nn.Parameter(torch.ones(8))], process_group=mesh, transport="collective")._transport
+    transport = ShardedAdamW(
+        [nn.Parameter(torch.ones(8))], process_group=mesh, transport="collective"
+    )._engine.transport
     assert isinstance(transport, HybridTransport)
     return [timeout_s(inner._group) for inner in (transport._shard, transport._replica)]  # type: ignore[attr-defined]
 

@@ -76,12 +76,19 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     states = [optimizer.state[parameter] for parameter in parameters]
     moments = storages([state[name] for state in states for name in ("exp_avg", "exp_avg_sq")])
     master = storages([state["master"] for state in states if "master" in state])
-    counters = [arena.counters for arena in optimizer._arenas]
+    counters = [arena.counters for arena in optimizer._engine.parameters.arenas]
     scalars = storages([flat for of_arena in counters for flat in (of_arena.steps, of_arena.bounds)])
     tables = storages([flat for of_arena in counters for flat in (of_arena.param_ids, of_arena.first_blocks)])
-    tables |= storages([arena.blocks for arena in optimizer._arenas])
-    tables |= storages([held for arena in optimizer._arenas for held in vars(arena.update).values() if is_tensor(held)])
-    reducer = optimizer._reducer
+    tables |= storages([arena.blocks for arena in optimizer._engine.parameters.arenas])
+    tables |= storages(
+        [
+            held
+            for arena in optimizer._engine.parameters.arenas
+            for held in vars(arena.update).values()
+            if is_tensor(held)
+        ]
+    )
+    reducer = optimizer._engine.reducer
     views, grad_stats = set(), []
     if isinstance(reducer, GradientReducer):
         views = storages(list(reducer._bucket_views._flats.values()))
@@ -105,7 +112,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
 
 def mapped(optimizer: ShardedAdamW) -> list[Tensor]:
     """Peers' memory that this rank maps, and the board."""
-    transport = optimizer._transport
+    transport = optimizer._engine.transport
     if not isinstance(transport, SharedMemoryTransport):
         return []
     shared = [t for buffers in transport._shared.values() for rank, t in buffers.items() if rank != transport.rank]
@@ -328,7 +335,7 @@ def staging_beside_a_late_peer(transport: str, late_s: float) -> int:
     if rank == 1:
         time.sleep(late_s)
     loss.backward()
-    room = optimizer._reducer._pool
+    room = optimizer._engine.reducer._pool
     buffers = len(list(room.buffers()))
     optimizer.step()
     return buffers

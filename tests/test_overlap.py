@@ -90,7 +90,7 @@ def train(
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
-        pending.append(len(optimizer._gatherer._pending))
+        pending.append(len(optimizer._engine.gatherer._pending))
         optimizer.zero_grad()
         losses.append(loss.detach())
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -173,7 +173,7 @@ def read_everything_after_a_step(directory: Path) -> list[bool]:
         tokens = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(rank))
         model(tokens, 0).float().square().mean().backward()
         optimizer.step()
-        assert optimizer._gatherer.has_pending
+        assert optimizer._engine.gatherer.has_pending
 
     def whole(tensors: Any) -> bool:
         return all(bool(t.isfinite().all()) for t in tensors)

@@ -152,7 +152,7 @@ def test_one_bucket_needs_one_buffer() -> None:
 def test_buckets_are_as_large_as_the_optimizers_where_nobody_says_how_large() -> None:
     parameters = [nn.Parameter(torch.zeros(2**20)) for _ in range(5)]
     optimizer = ShardedAdamW(parameters)
-    assert len(lay_out(parameters, Setting()).buckets) == len(optimizer._buckets) == 3
+    assert len(lay_out(parameters, Setting()).buckets) == len(optimizer._engine.parameters.buckets) == 3
     assert lay_out(parameters * 8, Setting(device="cuda")) == lay_out(
         parameters * 8, Setting(device="cuda", bucket_mb=32)
     )

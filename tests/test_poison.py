@@ -177,7 +177,7 @@ def interrupt_every_launch() -> tuple[int, int, list[float]]:
     """How many interrupts came, how many buckets were launched by then, and what became of the parameters."""
     parameters = [nn.Parameter(torch.ones(300)) for _ in range(4)]
     optimizer = ShardedAdamW(parameters, lr=0.1, bucket_mb=0.001)
-    start = optimizer._transport.reduce_scatter
+    start = optimizer._engine.transport.reduce_scatter
     came = 0
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -185,13 +185,13 @@ def interrupt_every_launch() -> tuple[int, int, list[float]]:
         time.sleep(0.01)  # here it would strike
         return start(*args, **kwargs)
 
-    optimizer._transport.reduce_scatter = interrupted  # type: ignore[method-assign]
+    optimizer._engine.transport.reduce_scatter = interrupted  # type: ignore[method-assign]
     try:
         sum(p.sum() for p in parameters).backward()
     except KeyboardInterrupt:
         came += 1
-    optimizer._transport.reduce_scatter = start  # type: ignore[method-assign]
-    launched = sum(optimizer._reducer._launches)  # type: ignore[attr-defined]
+    optimizer._engine.transport.reduce_scatter = start  # type: ignore[method-assign]
+    launched = sum(optimizer._engine.reducer._launches)  # type: ignore[attr-defined]
     optimizer.step()
     return came, launched, [float(p.detach().mean()) for p in parameters]
 
@@ -292,7 +292,7 @@ def break_off(error: type[BaseException], transport: str, directory: str) -> lis
     before = [p.detach().clone() for p in model.parameters()]
     said = []
     if rank_and_size()[0] == 0:
-        dispatch, optimizer._gatherer.dispatch = optimizer._gatherer.dispatch, _raise(error)  # type: ignore[method-assign]
+        dispatch, optimizer._engine.gatherer.dispatch = optimizer._engine.gatherer.dispatch, _raise(error)  # type: ignore[method-assign]
     for call in ("step", "step", "save"):
         try:
             if call == "step":
@@ -304,7 +304,7 @@ def break_off(error: type[BaseException], transport: str, directory: str) -> lis
         except (Exception, KeyboardInterrupt) as problem:
             said.append(str(problem) or type(problem).__name__)
     if rank_and_size()[1] == 1:
-        optimizer._gatherer.dispatch = dispatch  # type: ignore[method-assign]
+        optimizer._engine.gatherer.dispatch = dispatch  # type: ignore[method-assign]
         optimizer.zero_grad()
         shardadam.load(directory, model=model, optimizer=optimizer)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

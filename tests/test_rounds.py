@@ -88,7 +88,7 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
-    assert len(optimizer._buckets) > StagingPool.SIZE + 2
+    assert len(optimizer._engine.parameters.buckets) > StagingPool.SIZE + 2
     for step in range(6):
         x = batch(step, rank)
         for index, layer in enumerate(model):
@@ -156,7 +156,7 @@ def train_with_rank_dependent_graphs(kind: str) -> tuple[list[Tensor], list[int]
         branching_loss(step, world_size)(model, rank).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return clone(model.parameters()), list(optimizer._reducer.order)
+    return clone(model.parameters()), list(optimizer._engine.reducer.order)
 
 
 def branching_loss(step: int, world_size: int) -> Callable[[nn.Sequential, int], Tensor]:
@@ -193,13 +193,13 @@ def learned_order() -> tuple[list[int], list[int]]:
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
-    before = list(optimizer._reducer.order)
+    before = list(optimizer._engine.reducer.order)
     x = batch(0, rank)
     for layer in model if rank else reversed(model):  # rank 0's order must win
         x = layer(x)
     x.square().mean().backward()
     optimizer.step()
-    return before, list(optimizer._reducer.order)
+    return before, list(optimizer._engine.reducer.order)
 
 
 def test_the_launch_order_is_the_one_rank_0_has_seen() -> None:
@@ -255,10 +255,10 @@ def rounds_of_reentrant_checkpointing() -> tuple[int, bool]:
     model.blocks[1] = nn.Tanh()  # nothing is used twice
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
     launches: list[int] = []
-    launch = optimizer._reducer._launch
-    optimizer._reducer._launch = lambda index, **options: (launches.append(index), launch(index, **options))  # type: ignore
+    launch = optimizer._engine.reducer._launch
+    optimizer._engine.reducer._launch = lambda index, **options: (launches.append(index), launch(index, **options))  # type: ignore
     model(batch(0, 0).requires_grad_()).square().mean().backward()
-    return len(launches), len(launches) == len(optimizer._buckets)
+    return len(launches), len(launches) == len(optimizer._engine.parameters.buckets)
 
 
 def test_a_nested_backward_does_not_close_the_round_of_the_outer_one() -> None:
@@ -354,7 +354,9 @@ def grow_and_shrink() -> tuple[int, int, int]:
     if rank == 0:
         time.sleep(0.5)
     loss.backward()
-    one = optimizer._reducer._pool._transport.staging(optimizer._buckets[0].numel, torch.float32, torch.device("cpu"))
+    one = optimizer._engine.reducer._pool._transport.staging(
+        optimizer._engine.parameters.buckets[0].numel, torch.float32, torch.device("cpu")
+    )
     during = optimizer.memory().staging
     optimizer.step()
     return during, optimizer.memory().staging, one.nbytes
@@ -372,7 +374,7 @@ def gradient_of_a_split_parameter(how: str) -> Tensor | None:
     torch.manual_seed(0)
     first, second = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
     optimizer = ShardedAdamW([*first.parameters(), *second.parameters()], bucket_mb=3072 / 2**20)
-    assert len(optimizer._params[0].buckets) > 1
+    assert len(optimizer._engine.parameters.params[0].buckets) > 1
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     for layer in (first, second, second):
         x = layer(x) if how == "plain" else checkpoint(layer, x, use_reentrant=True)
@@ -520,13 +522,13 @@ class Stream:
 def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is freed after it goes back to the streams that it was allocated on, which may write it again at once."""
     optimizer = ShardedAdamW(build_model().parameters())
-    reducer: Any = optimizer._reducer
+    reducer: Any = optimizer._engine.reducer
     log: list[str] = []
     current, side = Stream("current", log), Stream("side", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
     for streams in ({current, side}, {current}):
         reducer._streams = {0: streams}
-        with reducer._joined_streams(0, optimizer._buckets[0]):
+        with reducer._joined_streams(0, optimizer._engine.parameters.buckets[0]):
             log.append("copy")
         assert reducer._streams == {}
     assert log == ["current waits for side", "copy", "side waits for current", "copy"]

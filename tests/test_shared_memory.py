@@ -54,8 +54,8 @@ def train(optimizer: ShardedAdamW, steps: Sequence[int]) -> list[Tensor]:
 
 
 def transport_of(optimizer: ShardedAdamW) -> SharedMemoryTransport:
-    assert isinstance(optimizer._transport, SharedMemoryTransport)
-    return optimizer._transport
+    assert isinstance(optimizer._engine.transport, SharedMemoryTransport)
+    return optimizer._engine.transport
 
 
 # Which transport
@@ -98,7 +98,7 @@ def try_to_build(what: str, transport: str) -> tuple[str, str]:
         patch.setattr(unix_sockets, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait for the one that cannot connect
         try:
             optimizer = build(transport=transport)
-            found = (type(optimizer._transport).__name__, "")
+            found = (type(optimizer._engine.transport).__name__, "")
             train(optimizer, range(2))
         except RuntimeError as error:
             found = ("RuntimeError", str(error))
@@ -109,7 +109,7 @@ def build_where_it_is_impossible(what: str) -> tuple[str, tuple[str, str], str]:
     found = try_to_build(what, "auto")[0], try_to_build(what, "shared_memory")
     optimizer = build()
     train(optimizer, range(2))  # nothing is left that could be in the way
-    return (*found, type(optimizer._transport).__name__)
+    return (*found, type(optimizer._engine.transport).__name__)
 
 
 @pytest.mark.parametrize("what", list(REASONS))
@@ -129,7 +129,7 @@ def build_collective() -> str:
         patch.setattr(transports, "connect_sockets", refuse)
         optimizer = build(transport="collective")
         train(optimizer, range(2))
-        return type(optimizer._transport).__name__
+        return type(optimizer._engine.transport).__name__
 
 
 def test_collective_never_attaches() -> None:
@@ -268,7 +268,7 @@ def run_case(case: Case, transport: str) -> dict[str, Any]:
     for index, parameter in enumerate(parameters):
         found[f"parameter {index}"] = parameter.detach().clone()
         found |= {f"{name} {index}": value for name, value in optimizer.full_state(parameter).items()}
-    found["kind"] = type(optimizer._transport).__name__
+    found["kind"] = type(optimizer._engine.transport).__name__
     return found
 
 
@@ -439,7 +439,7 @@ def outlive(directory: str) -> bool:
     optimizer = build(parameters, gradient_sync="step")
     train(optimizer, range(3))
     expected = clones(parameters)
-    optimizer._transport.close(clean=True)
+    optimizer._engine.transport.close(clean=True)
     del optimizer
     gc.collect()
     dist.barrier()
@@ -519,12 +519,14 @@ def run_late(late: int) -> dict[str, Any]:
             start = time.monotonic()
             quadratic(parameters, rank, step).backward()
             found["seconds"] = time.monotonic() - start
-            found["grown"] = optimizer.memory().staging // optimizer._buckets[0].parameters.nbytes
+            found["grown"] = optimizer.memory().staging // optimizer._engine.parameters.buckets[0].parameters.nbytes
         else:
             quadratic(parameters, rank, step).backward()
         optimizer.step()
         optimizer.zero_grad()
-        found[f"staging {step}"] = optimizer.memory().staging // optimizer._buckets[0].parameters.nbytes
+        found[f"staging {step}"] = (
+            optimizer.memory().staging // optimizer._engine.parameters.buckets[0].parameters.nbytes
+        )
     dist.barrier()
     transport._sockets.poll()
     gc.collect()
@@ -587,7 +589,7 @@ def attach_among_strangers() -> tuple[str, list[str]]:
         except OSError as error:
             heard.append(str(error))
         stranger.close()
-    return type(optimizer._transport).__name__, heard
+    return type(optimizer._engine.transport).__name__, heard
 
 
 def test_strangers_are_dropped_and_ranks_attach_all_the_same() -> None:
@@ -638,7 +640,7 @@ def begin_differently(mine: str, theirs: str) -> str:
         "fence": transport.fence,
         "all-reduce": lambda: transport.all_reduce(block).wait(),
         "larger all-reduce": lambda: transport.all_reduce(torch.ones(5)).wait(),
-        "all-gather": lambda: transport.all_gather(optimizer._buckets[0].parameters).wait(),
+        "all-gather": lambda: transport.all_gather(optimizer._engine.parameters.buckets[0].parameters).wait(),
     }
     try:
         begin[mine if rank_and_size()[0] == 0 else theirs]()

@@ -175,7 +175,7 @@ def load_torch_whole(saved: dict[str, Any], bucket_mb: float) -> list[dict[str, 
     parameters = build()
     optimizer = sharded(parameters, bucket_mb=bucket_mb)
     optimizer.load_state_dict(saved["optimizer"])
-    pieces = max(len(member.buckets) for member in optimizer._params)
+    pieces = max(len(member.buckets) for member in optimizer._engine.parameters.params)
     assert (pieces > 1) == (bucket_mb < 0.001)
     return [optimizer.full_state(p) for p in parameters]
 

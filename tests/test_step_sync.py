@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import shardadam
 from shardadam import Precision, ShardedAdamW
 from shardadam.engine import step_sync
-from shardadam.engine.clipping import GlobalGradStats, HostCopy
+from shardadam.engine.step_sync import GlobalGradStats, HostCopy
 from tests.ranks import on_ranks, rank_and_size
 
 SYNCS = ("backward", "step", "external")
@@ -201,7 +201,7 @@ def look_without_a_step() -> int:
             backward(model, step)
             optimizer.full_grad(next(model.parameters()))
             optimizer.zero_grad()
-        return len(optimizer._step_sync._unread)
+        return len(optimizer._engine.step_sync._unread)
 
 
 def test_surveys_that_are_not_read_do_not_pile_up() -> None:

@@ -149,7 +149,7 @@ def train(moments: Any, on_kernel: bool) -> list[Tensor]:
         optimizer = ShardedAdamW(groups, lr=1e-2, precision=precision, bucket_mb=0.001, max_grad_norm=3.0)
     finally:
         update.KERNEL_DEVICES.discard("cpu")
-    kinds = {type(arena.update).__name__ for arena in optimizer._arenas}
+    kinds = {type(arena.update).__name__ for arena in optimizer._engine.parameters.arenas}
     assert kinds == {"TritonUpdate" if on_kernel else "FusedUpdate"}
     norms = []
     for step in range(4):

@@ -32,7 +32,7 @@ DEADLINE_S = 20.0
 
 def build(**options: Any) -> ShardedAdamW:
     optimizer = ShardedAdamW(build_parameters(), lr=1e-2, **{"bucket_mb": 0.001, **options})
-    assert isinstance(optimizer._transport, SharedMemoryTransport)
+    assert isinstance(optimizer._engine.transport, SharedMemoryTransport)
     return optimizer
 
 
@@ -45,8 +45,8 @@ def advance(optimizer: ShardedAdamW, steps: Sequence[int]) -> None:
 
 
 def links_of(optimizer: ShardedAdamW) -> PeerSockets:
-    assert isinstance(optimizer._transport, SharedMemoryTransport)
-    return optimizer._transport._sockets
+    assert isinstance(optimizer._engine.transport, SharedMemoryTransport)
+    return optimizer._engine.transport._sockets
 
 
 # Ranks that end, or stop

@@ -102,7 +102,7 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
                 contents.replicated[f"model.{name}"] = value
     if optimizer is None:
         return contents
-    params = {id(param.parameter): param for param in optimizer._params}
+    params = {id(param.parameter): param for param in optimizer._checkpoint_seam.params}
     given = {id(p): name for group in optimizer.param_groups for p, name in _given_names(group)}
     position = 0
     for group in optimizer.param_groups:

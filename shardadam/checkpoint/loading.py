@@ -21,7 +21,7 @@ from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.contents import Contents, OwnedParameter, contents_of
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.checkpoint.saving import ARRIVAL, exchange, store_barrier_for, wait_for_background_save
-from shardadam.engine.storage import ShardedParam, memory_order, rebind_moved
+from shardadam.engine.storage import ShardedParam, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order
@@ -95,14 +95,14 @@ def load(
     path = agree(failure, ARRIVAL, path)[0]
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
-        optimizer._add_unfrozen_params()
+        optimizer._checkpoint_seam.before_load()
 
     with ExitStack() as opened:
         try:
             reader = opened.enter_context(Reader(Path(path)))
             contents = contents_of(model, optimizer)
             if optimizer is not None:
-                rebind_moved(optimizer._params)
+                optimizer._checkpoint_seam.bind_moved()
             _check_fit(contents, reader, scheduler)
             objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
         except Exception as error:
@@ -117,7 +117,7 @@ def load(
             agree(failure, "read")
             if optimizer is not None:
                 _set_scalars(contents, reader.content["optimizer"])
-                optimizer._state_was_loaded(parameters=model is not None)
+                optimizer._checkpoint_seam.after_load(parameters=model is not None)
             try:
                 _set_objects(contents, objects, scheduler)
                 if random_states and f"rng.{store_barrier.rank}" in objects:
@@ -137,7 +137,7 @@ def _halfway(path: str, optimizer: ShardedAdam | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if optimizer is not None:
-            optimizer._poison(f"loading {path} has failed halfway")
+            optimizer._checkpoint_seam.poison(f"loading {path} has failed halfway")
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(

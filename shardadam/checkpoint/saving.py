@@ -32,7 +32,7 @@ from shardadam.checkpoint.files import (
     safely_pickled,
     write_durably,
 )
-from shardadam.engine.storage import ShardedParam, is_dense, memory_order, rebind_moved
+from shardadam.engine.storage import ShardedParam, is_dense, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
 from shardadam.ranks.store_barrier import StoreBarrier
@@ -144,9 +144,7 @@ def save(
     try:
         _check_arguments(step, keep)
         if isinstance(optimizer, ShardedAdam):
-            optimizer._step_sync.read()
-            optimizer._check_not_poisoned("be saved")
-            optimizer._gatherer.wait_all()
+            optimizer._checkpoint_seam.before_save()
         part = _collect(contents_of(model, optimizer), store_barrier, scheduler, extra, step)
         if store_barrier.rank == 0:
             with store_barrier.heartbeat():  # it may have much to remove that a crash has left
@@ -178,7 +176,7 @@ def save(
 
 def store_barrier_for(optimizer: ShardedAdam | None) -> StoreBarrier:
     if isinstance(optimizer, ShardedAdam):
-        return optimizer._transport.store_barrier
+        return optimizer._checkpoint_seam.store_barrier
     return store_barrier_of(None) or StoreBarrier(None, 0, [0])
 
 
@@ -245,8 +243,6 @@ def _collect(contents: Contents, store_barrier: StoreBarrier, scheduler: Any, ex
         extra = json.loads(json.dumps(extra))  # as it is now
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"extra: found something that JSON cannot hold ({error}).") from error
-    if contents.optimizer is not None:
-        rebind_moved(contents.optimizer._params)
     rank, world_size = store_barrier.rank, len(store_barrier.ranks)
     part = Part(extra=extra)
     objects: dict[str, Any] = {f"rng.{rank}": things.random_state()}
@@ -259,7 +255,7 @@ def _collect(contents: Contents, store_barrier: StoreBarrier, scheduler: Any, ex
     }
     optimizer = contents.optimizer
     # Replicas hold the same shards: the first of them writes.
-    written = contents.owned if optimizer is None or optimizer._transport.replica == 0 else []
+    written = contents.owned if optimizer is None or optimizer._checkpoint_seam.is_writer else []
     for parameter in written:
         if contents.model is not None:
             _add_shards(part, parameter.value_key, things.spec_of(parameter.param.parameter), parameter.param)
@@ -279,8 +275,7 @@ def _collect(contents: Contents, store_barrier: StoreBarrier, scheduler: Any, ex
         part.description["optimizer"] = {
             "groups": contents.groups,
             "skipped_steps": int(optimizer.skipped_steps),
-            "moments": optimizer._options.precision.moments,
-            "masters": sorted({arena.format.master for arena in optimizer._arenas}),
+            **optimizer._checkpoint_seam.description(),
             "parameters": {parameter.name: _scalars(local_state(parameter.param)) for parameter in contents.owned},
         }
     part.objects = {key: safely_pickled(key, value) for key, value in objects.items()}  # as they are now

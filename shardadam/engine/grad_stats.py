@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL
 
+_CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
 
 class GradStats:
     """Looks at stretches of a flat gradient shard while they are in the cache; nothing waits for the device.
@@ -45,3 +47,8 @@ def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
 def sum_of_squares(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
     """Of all that they have seen; 0-dim float64."""
     return torch.stack([square.to(device) for stats in grad_stats for square in stats.sums_of_squares]).sum()
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """What torch.nn.utils.clip_grad_norm_ would multiply gradients by, 0-dim."""
+    return (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)

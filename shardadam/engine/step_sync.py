@@ -1,39 +1,168 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When ranks look together at what all of them must know before they write, and what becomes of one that is about to do
-something else than the others.
+"""The one small all-reduce before a step: what all ranks must know before any of them writes.
+
+One block of float64 carries the squared norm, a non-finite flag, a fingerprint of what each rank is about to do, and a
+bit per parameter that says whether it had a gradient. It is computed, reduced and used on the device.
+
+Note: equal fingerprints
+    The block adds up f and f^2 over N ranks. They are integers below 2^17 and 2^34, exact in float64. N sum(f^2) equals
+    sum(f)^2 exactly if and only if all f are equal (Cauchy-Schwarz); both fit into 63 bits for 2^14 ranks.
 
 Note: hosts that run ahead
-    On the CPU a survey is read at once, and raises before anything is written. The host of a GPU must not wait for the
-    device: there the device itself does not take a step of which ranks disagree, as if a gradient were infinite, and
-    the host reads a survey when it wants one in a later step, on all ranks at the same point. By then the device has
-    long been there, or else the host is a whole step ahead of it and may wait.
+    On the CPU the block is read at once, and a disagreement raises before anything is written. The host of a GPU must
+    not wait for the device. There the device itself skips a step on which ranks disagree, as it skips one with an
+    infinite gradient, and the host reads the block in a later step, at the same point on all ranks. By then the device
+    has passed it, or the host is a whole step ahead and may wait.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from shardadam.checks.misuse import MisuseWarnings
-from shardadam.engine.clipping import GlobalGradStats, HostCopy, all_reduce_stats
+from shardadam.engine.grad_stats import GradStats, are_finite, sum_of_squares
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import Reducer
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import Transport
 
+_FINGERPRINT_BITS = 17
+_HEADER = 4  # norm^2, non-finite, sum of f, sum of f^2; a bit per parameter follows
 _MOST_UNREAD = 16
 ALIKE = "Call the same methods in the same order on every rank, and change param groups (schedulers) alike."
 
 
-class _UnreadStats(NamedTuple):
-    """A survey that the host has not read.
+@dataclass(slots=True)
+class Poison:
+    """Why an optimizer must not go on until a whole checkpoint is loaded: ``reason``, or None if it may."""
+
+    reason: str | None = None
+
+    def check(self, call: str) -> None:
+        """
+        Raises:
+            RuntimeError: there is a reason; ``call`` is what cannot be done.
+        """
+        if self.reason is not None:
+            raise RuntimeError(
+                f"The optimizer cannot {call}: {self.reason}. Load a whole checkpoint into it, on all ranks."
+            )
+
+
+class GlobalGradStats:
+    """What holds for the gradients of all ranks together.
+
+    ``norm``: 2-norm of all averaged gradients, 0-dim float32; None if it was not asked for. ``found_inf``: 1 if any of
+    them is infinite or NaN, or if ranks gave different fingerprints, else 0; 0-dim float32. ``used``: which parameters
+    had a gradient on any rank; bool, by ``ShardedParam.index``. ``all_used``: the host knows that all of them had,
+    without reading the device.
 
     Args:
-        step: how many steps had been taken when it was made.
+        block: summed over all ranks.
+        ranks: how many they are.
+        compares: the block holds fingerprints.
+    """
+
+    def __init__(self, block: Tensor, ranks: int, *, with_norm: bool, compares: bool, all_used: bool) -> None:
+        self._block = block
+        self._ranks = ranks
+        self.norm = block[0].sqrt().float() if with_norm else None
+        is_skipped = block[1] > 0
+        if compares:
+            total, squares = block[2:_HEADER].long().unbind()
+            is_skipped |= squares * ranks != total * total
+        self.found_inf = is_skipped.float()
+        self.used = block[_HEADER:] > 0
+        self.all_used = all_used
+
+    def host_copy(self) -> HostCopy:
+        return HostCopy(self._block, self._ranks)
+
+
+class HostCopy:
+    """The block, copied to the host without waiting; reading a property waits for the copy."""
+
+    def __init__(self, block: Tensor, ranks: int) -> None:
+        self._ranks = ranks
+        self._event: torch.cuda.Event | None = None
+        self._block = block
+        if block.is_cuda:
+            self._block = torch.empty_like(block, device="cpu", pin_memory=True).copy_(block, non_blocking=True)
+            self._event = torch.cuda.current_stream(block.device).record_event()
+
+    def _await(self) -> Tensor:
+        if self._event is not None:
+            if not self._event.query():  # type: ignore[no-untyped-call]
+                self._event.synchronize()
+            self._event = None
+        return self._block
+
+    @property
+    def agrees(self) -> bool:
+        """All ranks gave the same fingerprint."""
+        total, squares = map(int, self._await()[2:_HEADER].tolist())
+        return self._ranks * squares == total**2
+
+    @property
+    def found_inf(self) -> bool:
+        return bool(self._await()[1] > 0)
+
+    @property
+    def used(self) -> Tensor:
+        return self._await()[_HEADER:] > 0
+
+
+@torch.no_grad()
+def all_reduce_stats(
+    stats: Sequence[GradStats],
+    used: Sequence[bool],
+    *,
+    transport: Transport,
+    with_norm: bool,
+    device: torch.device,
+    skips: bool = False,
+    fingerprint: int | None = None,
+) -> GlobalGradStats:
+    """Adds up the stats and used-bits of all ranks. Collective: all ranks must call it.
+
+    Args:
+        stats: of this rank's gradient shards.
+        used: which parameters had a gradient on this rank.
+        skips: no rank is to use these gradients, as if one of them were infinite.
+        fingerprint: of what this rank is about to do, from 0 to 2^32, of which 17 bits count; None on all ranks: not
+            compared.
+    """
+    block = torch.empty(len(used) + _HEADER, dtype=torch.float64, device=device)
+    if with_norm:
+        block[0] = sum_of_squares(stats, device) / transport.replicas  # every replica adds it
+    else:
+        block[0] = 0.0
+    block[1] = 1.0 if skips else are_finite(stats, device).logical_not()
+    # Fills: a copy from the host would wait for the device.
+    mine = 0 if fingerprint is None else fingerprint % (1 << _FINGERPRINT_BITS)
+    block[2], block[3] = mine, mine**2
+    all_used = all(used)
+    if all_used:
+        block[_HEADER:] = 1.0
+    else:
+        block[_HEADER:] = torch.tensor(used, dtype=torch.float64, device="cpu").to(device)
+    transport.all_reduce(block).wait()
+    ranks = transport.world_size * transport.replicas
+    return GlobalGradStats(block, ranks, with_norm=with_norm, compares=fingerprint is not None, all_used=all_used)
+
+
+class _Unread(NamedTuple):
+    """A sync whose block the host has not read.
+
+    Args:
+        step: ``StepSync.steps`` when it was made.
         claims: what this rank was about to do; None: not compared.
         local_error: the reducer's.
     """
@@ -45,92 +174,96 @@ class _UnreadStats(NamedTuple):
 
 
 class StepSync:
-    """``rounds``: how many the reducer had run at the last sync. ``poisoned_by``: why the optimizer must not go on."""
+    """Runs the all-reduce, and reads its block on the host when that may wait.
 
-    def __init__(self, transport: Transport, reducer: Reducer, warnings: MisuseWarnings) -> None:
+    ``steps``: how many have been taken since the optimizer was built. ``rounds``: the reducer's ``rounds`` at the last
+    sync.
+    """
+
+    def __init__(self, transport: Transport, reducer: Reducer, warnings: MisuseWarnings, poison: Poison) -> None:
+        self.steps = 0
         self.rounds = 0
-        self.poisoned_by: str | None = None
         self._transport = transport
         self._reducer = reducer
         self._warnings = warnings
+        self._poison = poison
         self._last: GlobalGradStats | None = None
-        self._steps = 0
-        self._unread: list[_UnreadStats] = []
-        self._host_copy: HostCopy | None = None  # of the last survey, and until its step has been watched
-        self._used_here: list[bool] | None = None  # in that step, if it has been taken
+        self._unread: list[_Unread] = []
+        self._host_copy: HostCopy | None = None  # of the last sync, until the warnings have seen it
+        self._used_here: list[bool] | None = None  # in the step that followed it
 
-    def look(self, claims: Callable[[], list[Claim]], *, with_norm: bool, device: torch.device) -> GlobalGradStats:
-        """A survey of the rounds that are closed, made anew where the last one is of others. Collective.
+    def sync(self, claims: Callable[[], list[Claim]], *, with_norm: bool, device: torch.device) -> GlobalGradStats:
+        """The stats of the closed rounds; all-reduced anew only if there were rounds since, or no norm. Collective.
 
         Args:
-            claims: what ranks must be alike in.
+            claims: what all ranks must claim alike.
 
         Raises:
-            ValueError: on every rank, where ranks are not alike, or were not before the last step.
-            RuntimeError: the reducers of all ranks have found something wrong, now or before the last step.
+            ValueError: on every rank, if ranks disagree now, or disagreed before the last step.
+            RuntimeError: the reducers of all ranks found an error, now or before the last step.
         """
         rounds = self._reducer.rounds
         if self._last is not None and rounds == self.rounds and (self._last.norm is not None or not with_norm):
             return self._last
         is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not is_captured:
-            self._read(self._steps if len(self._unread) < _MOST_UNREAD else self._steps + 1)
+            self._read(self.steps if len(self._unread) < _MOST_UNREAD else self.steps + 1)
         mine = None if is_captured or self._transport.control is None else claims()
         local_error = self._reducer.local_error
         with record("step_sync"):
-            seen = all_reduce_stats(
+            stats = all_reduce_stats(
                 self._reducer.grad_stats(with_squares=with_norm),
                 self._reducer.used,
                 transport=self._transport,
                 with_norm=with_norm,
                 device=device,
-                refuses=local_error is not None,
+                skips=local_error is not None,
                 fingerprint=None if mine is None else zlib.crc32(repr(mine).encode()),
             )
         if not is_captured:
-            self._host_copy = seen.host_copy()
+            self._host_copy = stats.host_copy()
             if host_runs_ahead(device):
-                self._unread.append(_UnreadStats(self._steps, self._host_copy, mine, local_error))
+                self._unread.append(_Unread(self.steps, self._host_copy, mine, local_error))
             else:
                 self._compare(self._host_copy, mine, "Nothing has been written.")
         if local_error is not None and not (mine is not None and host_runs_ahead(device)):
             raise RuntimeError(local_error)
-        self._last, self.rounds = seen, rounds
-        return seen
+        self._last, self.rounds = stats, rounds
+        return stats
 
     def step_begins(self) -> None:
-        """The last survey is that of a step which is taken now."""
-        self._steps += 1
+        """Counts a step, which uses the last sync."""
+        self.steps += 1
         self._used_here = list(self._reducer.used)
         if not self._unread:
             self._warn()
 
     def forget(self) -> None:
-        """There are other gradients from now on."""
+        """The gradients have been used or discarded: the next ``sync`` all-reduces anew."""
         self._last = None
 
-    def read(self) -> None:
-        """Reads all that has not been read. Collective.
+    def read_all(self) -> None:
+        """Reads every block that the host has not read. Collective.
 
         Raises:
-            ValueError: as ``look``.
+            ValueError, RuntimeError: as ``sync``.
         """
-        self._read(self._steps + 1)
+        self._read(self.steps + 1)
 
     def state_was_loaded(self) -> None:
-        """What was before does not matter any more."""
+        """Drops what was not read: the loaded state replaces whatever went wrong."""
         self._unread.clear()
-        self._host_copy = self._used_here = self.poisoned_by = None
+        self._host_copy = self._used_here = None
 
     def _read(self, step: int) -> None:
-        """The surveys that were made before that step."""
+        """Reads the blocks of syncs made before that step."""
         while self._unread and self._unread[0].step < step:
             one = self._unread.pop(0)
             try:
                 self._compare(one.host_copy, one.claims, "No rank has taken that step.")
             except BaseException:
-                # If they were in different calls, one's gradients may have come into another's parameters.
-                self.poisoned_by = "ranks have disagreed, and what they have sent each other since is not known"
+                # In different calls, one parameter's gradients may have been summed with another's.
+                self._poison.reason = "ranks have disagreed, and what they have sent each other since is not known"
                 raise
             if one.local_error is not None:
                 raise RuntimeError(one.local_error)
@@ -148,4 +281,5 @@ class StepSync:
 
 
 def host_runs_ahead(device: torch.device) -> bool:
+    """The host must not wait for what it has enqueued."""
     return device.type != "cpu"

@@ -89,7 +89,7 @@ class ShardedAccelerator(Accelerator):
     ) -> AcceleratedOptimizer:
         if getattr(optimizer, "_is_accelerate_prepared", False):
             return super().prepare_optimizer(optimizer, device_placement)
-        if not isinstance(optimizer, ShardedAdam) or optimizer._options.gradient_sync == "external":
+        if not isinstance(optimizer, ShardedAdam) or optimizer.gradient_sync == "external":
             found = 'one with gradient_sync="external"' if isinstance(optimizer, ShardedAdam) else type(optimizer)
             raise TypeError(
                 f"prepare: found as optimizer {found}, expected a ShardedAdam or ShardedAdamW with gradient_sync "

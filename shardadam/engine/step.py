@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step, in order: reduction, statistics, the sync of all ranks, update, gathering.
+
+``StepEngine`` holds the rooms of one optimizer and passes gradients from one to the next. It knows torch's param groups
+as arguments only, and has no surface of torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardadam.checks import arguments
+from shardadam.checks.arguments import Options
+from shardadam.checks.misuse import MisuseWarnings
+from shardadam.engine.gathering import ParameterGatherer
+from shardadam.engine.grad_stats import clip_coefficient
+from shardadam.engine.overlap import OverlappedForward, uncovered
+from shardadam.engine.parameters import ShardedParameters
+from shardadam.engine.profiling import record
+from shardadam.engine.reduction import ExternalGradients, GradientReducer, Reducer
+from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
+from shardadam.engine.storage import NamedParameter, ShardedParam, rebind_moved
+from shardadam.ranks import agreement
+from shardadam.ranks.agreement import Claim
+from shardadam.state import whole
+from shardadam.transport import Transport
+
+ParamGroups = Sequence[Mapping[str, Any]]
+
+
+class StepEngine:
+    """The rooms of one optimizer.
+
+    ``grad_norm`` and ``skipped_steps`` are the optimizer's; ``poison`` says why it must not go on.
+
+    Args:
+        device: where ``skipped_steps`` is counted.
+    """
+
+    def __init__(self, transport: Transport, options: Options, device: torch.device) -> None:
+        self.transport = transport
+        self.options = options
+        self.parameters = ShardedParameters(transport, options)
+        self.reducer: Reducer
+        if options.gradient_sync == "external":
+            self.reducer = ExternalGradients()
+        else:
+            with_squares = options.max_grad_norm is not None
+            self.reducer = GradientReducer(
+                transport, hooked=options.gradient_sync == "backward", with_squares=with_squares
+            )
+        self.gatherer = ParameterGatherer(transport)
+        self.warnings = MisuseWarnings()
+        self.poison = Poison()
+        self.step_sync = StepSync(transport, self.reducer, self.warnings, self.poison)
+        self.grad_norm: Tensor | None = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._overlaps: list[OverlappedForward] = []
+        # What gradients are multiplied by: the clip coefficient and 1 / the loss scale together, and the latter alone.
+        self._coefficient: Tensor | None = None
+        self._inverse_scale: Tensor | None = None
+        # The first zero_grad after a step finds all ranks at the same round, because it follows the step or precedes
+        # the next backward. At a second one, a rank whose forward or backward raised may lack rounds of its peers.
+        self._peers_may_be_ahead = options.gradient_sync == "backward"
+
+    # Parameters
+
+    def add_params(self, named: Sequence[NamedParameter]) -> list[ShardedParam]:
+        """Adds parameters that all ranks have agreed on; returns those that are trainable. Collective."""
+        self.reducer.close_open_round()
+        self.reducer.wait_all()
+        self.gatherer.synchronize()
+        self.step_sync.forget()
+        params, buckets = self.parameters.add(named)
+        self.reducer.add(params, buckets)
+        return params
+
+    def add_unfrozen_params(self) -> list[ShardedParam]:
+        """Adds those that were frozen when they were given and are trainable now. Collective if there are any."""
+        unfrozen = self.parameters.take_unfrozen()
+        return self.add_params(unfrozen) if unfrozen else []
+
+    # The step
+
+    def step(self, param_groups: ParamGroups) -> None:
+        """Reduces what is left, syncs, updates this rank's shards and gathers parameters. Collective."""
+        self._check_may_step()
+        self.gatherer.synchronize()
+        rebind_moved(self.parameters.params)
+        max_norm = self.options.max_grad_norm
+        stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
+        if max_norm is not None:
+            self._clip(stats, max_norm)
+        self.step_sync.step_begins()
+        try:
+            self._update(stats, param_groups)
+            self.forget_gradients()
+        except Exception as error:
+            self.poison.reason = f"step() was broken off while it wrote ({type(error).__name__})"
+            raise
+        self._peers_may_be_ahead = False
+
+    def sync_before(self, call: str, param_groups: ParamGroups, *, with_norm: bool) -> GlobalGradStats:
+        """Completes the reduction, and all-reduces what ranks must know before any of them writes. Collective.
+
+        Args:
+            call: the method that is being called; it must be the same on all ranks.
+
+        Raises:
+            ValueError: on every rank, if ranks are in different calls, have taken different numbers of steps, or have
+                different hyperparameters. Nothing has been written. On a GPU the next call raises it, and the device
+                has skipped the step.
+        """
+        self.reducer.close()
+        if self.reducer.rounds != self.step_sync.rounds and self.options.gradient_sync != "backward":
+            self._coefficient = self._inverse_scale  # other gradients than those that were clipped
+        device = self.parameters.buckets[0].parameters.device
+        return self.step_sync.sync(partial(self._claims, call, param_groups), with_norm=with_norm, device=device)
+
+    def _claims(self, call: str, param_groups: ParamGroups) -> list[Claim]:
+        """What must be the same on all ranks in the middle of training."""
+        return [
+            Claim("which call they are in:", "", call),
+            Claim("how many steps they have taken:", "", str(self.step_sync.steps)),
+            Claim("their gradients:", "", self.reducer.local_error or "in order"),
+            *arguments.claims(param_groups, [], may_wait=False),
+        ]
+
+    def _check_may_step(self) -> None:
+        if self.reducer.is_superseded:
+            raise RuntimeError(
+                "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
+                "Use that one, and drop this one."
+            )
+        self.poison.check("step")
+
+    def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
+        """Updates bucket by bucket, in the order in which the next forward needs them; gathers each at once."""
+        used = self._begin_update(stats, param_groups)
+        parameters = self.parameters
+        for index in reversed(self.reducer.order):
+            bucket = parameters.buckets[index]
+            with record("update"):
+                bucket.arena.update.step_(bucket.shard, bucket.plan, self.reducer.sources(bucket))
+            self.gatherer.dispatch(bucket)
+        if self._overlaps:
+            self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
+            self.reducer.await_readers()
+        else:
+            self.gatherer.synchronize()
+        # Flat buffers were written, not the parameters: tell autograd, or a graph built before the step would be
+        # differentiated with the new values.
+        torch.autograd.graph.increment_version(
+            [param.parameter for param in parameters.params if used is None or used[param.index]]
+        )
+        self.reducer.learn_order()
+        if stats.norm is None or self._inverse_scale is None:
+            self.grad_norm = stats.norm
+        else:
+            self.grad_norm = stats.norm * self._inverse_scale
+
+    def _begin_update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> list[bool] | None:
+        """Gives every arena the inputs of this step.
+
+        Returns:
+            Which parameters take part, as far as the host knows: None for all.
+        """
+        self.skipped_steps += stats.found_inf.to(self.skipped_steps)
+        arenas = self.parameters.arenas
+        # A rank that had all gradients knows that all parameters take part; another must read the device.
+        must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
+        used = stats.used.tolist() if must_read else None
+        for arena in arenas:
+            device = arena.parameters.device
+            arena.update.begin(
+                found_inf=stats.found_inf.to(device),
+                used=stats.used[arena.indices].to(device),
+                host_used=None if used is None else used[arena.indices],
+                coefficient=None if self._coefficient is None else self._coefficient.to(device),
+                hyperparameters=param_groups[arena.group_index],
+            )
+        return used
+
+    # Before the step
+
+    def clip_grad_norm_(self, max_norm: float | Tensor, param_groups: ParamGroups) -> Tensor:
+        """Makes the next step clip; returns the norm before. Collective."""
+        return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
+
+    def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
+        assert stats.norm is not None
+        norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
+        coefficient = clip_coefficient(norm, max_norm)
+        self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
+        return norm
+
+    def unscale(self, inverse_scale: Tensor, param_groups: ParamGroups, *, in_place: bool) -> Tensor:
+        """Takes a loss scale out of the gradients that are there; clipping, ``full_grad`` and ``step`` see them without
+        it. Collective.
+
+        Args:
+            inverse_scale: 1 / the loss scale, a tensor of one element.
+            in_place: unscale what stays in ``p.grad`` there.
+
+        Returns:
+            1 if a gradient is infinite or NaN on any rank, else 0; 0-dim float32.
+        """
+        if in_place and self.options.gradient_sync != "backward":
+            self._unscale_in_place(inverse_scale)
+        else:
+            self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float()
+        with_norm = self.options.max_grad_norm is not None
+        return self.sync_before("GradScaler.unscale_", param_groups, with_norm=with_norm).found_inf
+
+    def _unscale_in_place(self, inverse_scale: Tensor) -> None:
+        gradients = [(param, param.parameter.grad) for param in self.parameters.params]
+        for param, gradient in gradients:
+            if gradient is not None and gradient.dtype == torch.float16:
+                raise ValueError(
+                    f"unscale_: the gradient of {param.name!r} is float16 and would underflow in p.grad. Build "
+                    'the optimizer with gradient_sync="backward", or leave unscaling to GradScaler.step.'
+                )
+        for _, gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(inverse_scale.to(gradient.device))
+
+    def full_grad(self, parameter: Tensor, param_groups: ParamGroups) -> Tensor | None:
+        """The averaged gradient as ``step`` would use it; None if no rank has one. Collective."""
+        param = self.parameters.find(parameter)
+        with_norm = self.options.max_grad_norm is not None
+        stats = self.sync_before("full_grad", param_groups, with_norm=with_norm)
+        if not bool(stats.used[param.index]):
+            return None
+        self.reducer.sum_up()
+        gradient = whole.gather(param, attrgetter("shard.gradient"), self.transport)
+        return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
+
+    # After the step
+
+    def zero_grad(self) -> None:
+        """Discards what has been reduced. Collective with ``gradient_sync="backward"``."""
+        if self._peers_may_be_ahead:
+            most = agreement.largest(self.reducer.rounds_since_reset, self.transport.control)
+            self.reducer.catch_up(most)
+        self._peers_may_be_ahead = self.options.gradient_sync == "backward"
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        self.reducer.reset()
+        self.step_sync.forget()
+        self._coefficient = self._inverse_scale = None
+
+    def overlap_gather(self, model: nn.Module) -> None:
+        """From now on ``step`` leaves all-gathers under way, and the forward of ``model`` waits for them. Local."""
+        self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer))
+
+    def state_was_loaded(self, *, parameters: bool = False) -> None:
+        """The state, and with ``parameters`` this rank's shards of the parameters, have been written from outside.
+
+        Collective with ``parameters``: they are gathered.
+        """
+        self.poison.reason = None
+        self.step_sync.state_was_loaded()
+        for arena in self.parameters.arenas:
+            arena.update.reload()
+        if parameters:
+            for bucket in self.parameters.buckets:
+                self.gatherer.dispatch(bucket)
+            self.gatherer.synchronize()
+            torch.autograd.graph.increment_version(self.parameters.taken())
+
+    def release(self) -> None:
+        """Gives back hooks and what the transport holds; its optimizer is gone. Local."""
+        self.reducer.remove_hooks()
+        self.transport.close(clean=self.reducer.is_idle)

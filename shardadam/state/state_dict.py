@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's state dict of an optimizer, made of this rank's shards, or whole on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from shardadam.engine.parameters import ShardedParameters
+from shardadam.state import local, whole
+from shardadam.transport import Transport
+
+ParamGroups = Sequence[Mapping[str, Any]]
+StateDict = dict[str, Any]
+
+
+def local_state_dict(parameters: ShardedParameters, param_groups: ParamGroups, *, world_size: int) -> StateDict:
+    """This rank's shard of every tensor, in the optimizer's own memory. Local."""
+    params = parameters.by_id()
+    entries = {
+        position: local.saved_state(params[key], world_size=world_size)
+        for key, position in _positions(param_groups).items()
+        if key in params
+    }
+    return {"state": entries, "param_groups": _packed(param_groups)}
+
+
+def whole_state_dict(
+    parameters: ShardedParameters, param_groups: ParamGroups, transport: Transport, *, to: int
+) -> StateDict | None:
+    """New, whole tensors on the CPU on rank ``to``; None on the others. Collective.
+
+    Raises:
+        ValueError: ``to`` is no rank of the optimizer's process group.
+    """
+    barrier = transport.store_barrier
+    if not 0 <= to < len(barrier.ranks):
+        raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(barrier.ranks) - 1}")
+    is_here = barrier.rank == to
+    found = whole.of_all(parameters.arenas, transport, keep=is_here)
+    if not is_here:
+        return None
+    positions = _positions(param_groups)
+    entries = {positions[id(param.parameter)]: entry for param, entry in found}
+    return {"state": dict(sorted(entries.items())), "param_groups": deepcopy(_packed(param_groups))}
+
+
+def shallow_copy(state_dict: StateDict) -> StateDict:
+    """Copies the dicts and lists: callers may rename keys, as get_optimizer_state_dict does."""
+    return {
+        "state": {index: {**entry} for index, entry in state_dict["state"].items()},
+        "param_groups": [{**group} for group in state_dict["param_groups"]],
+    }
+
+
+def _positions(param_groups: ParamGroups) -> dict[int, int]:
+    """The position of every parameter among all of them, by its ``id``."""
+    parameters = (parameter for group in param_groups for parameter in group["params"])
+    return {id(parameter): position for position, parameter in enumerate(parameters)}
+
+
+def _packed(param_groups: ParamGroups) -> list[dict[str, Any]]:
+    """The param groups, with positions in place of parameters; ``params`` comes last, as in torch."""
+    positions = _positions(param_groups)
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        | {"params": [positions[id(parameter)] for parameter in group["params"]]}
+        for group in param_groups
+    ]
