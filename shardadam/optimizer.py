@@ -63,8 +63,8 @@ def _collective(
 class ShardedAdam(Optimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
-    Collective: all ranks must build the same optimizer over the same model. Rank 0's parameter values are broadcast,
-    and trainable parameters become views of flat buffers; shape, strides, ties and identity stay.
+    Collective: all ranks must build the same optimizer over the same model. It broadcasts rank 0's parameter values and
+    makes trainable parameters views of flat buffers; their shape, strides, ties and identity stay.
 
     Args:
         params: what torch.optim.Adam takes: tensors, (name, tensor) pairs, or param groups of either.
@@ -75,27 +75,26 @@ class ShardedAdam(Optimizer):
         amsgrad: True is refused.
         maximize: maximise the objective instead of minimising it.
         decoupled_weight_decay: decay as in AdamW.
-        process_group: a ProcessGroup or a 1-D DeviceMesh to shard over; None: the default group, or this process alone
-            where none is initialised. A 2-D DeviceMesh (replicas, shards): state is split over its last dimension, and
-            the shards are the same along its first; gradients are averaged over both (hybrid sharding).
-        gradient_sync: who averages gradients over ranks, and when. ``"backward"``: reduce-scatter while backward runs,
-            full gradients freed (ZeRO-2); ``step`` consumes them. ``"step"``: they stay in ``p.grad`` and are reduced
-            inside ``step`` (ZeRO-1). ``"external"``: ``p.grad`` is already averaged (DDP, Trainer), only state is
-            sharded.
+        process_group: a ProcessGroup or a 1-D DeviceMesh to shard over. None: the default group, or this process alone
+            if torch.distributed is not initialised. A 2-D DeviceMesh (replicas, shards) splits state over its last
+            dimension, keeps equal shards along its first, and averages gradients over both (hybrid sharding).
+        gradient_sync: who averages gradients over ranks, and when. ``"backward"``: this optimizer reduce-scatters them
+            while backward runs and frees them (ZeRO-2). ``"step"``: they stay in ``p.grad``, and ``step`` reduces them
+            (ZeRO-1). ``"external"``: ``p.grad`` is averaged already (DDP, Trainer); only state is sharded.
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
-        precision: number formats of state and wire.
+        precision: number formats of the state, and of gradients in transfer.
         bucket_mb: size of a bucket, in MiB of parameters; None: 8 on the CPU, 32 on GPUs.
-        transport: ``"shared_memory"``: ranks of one host read each other's memory, for what is on the CPU;
-            ``"collective"``: torch.distributed; ``"auto"``: the first where it is possible, else the second; or a
-            Transport, for this optimizer alone.
-        foreach: accepted, so that this is a drop-in, and ignored: the update is always a fused one.
+        transport: ``"shared_memory"``: CPU ranks of one host read each other's memory. ``"collective"``:
+            torch.distributed. ``"auto"``: shared memory where possible, else torch.distributed. Or a Transport that
+            belongs to this optimizer alone.
+        foreach: accepted for compatibility and ignored: the update is always fused.
         capturable: as ``foreach``.
         fused: as ``foreach``.
         differentiable: True is refused.
 
     Raises:
         ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
-        RuntimeError: another rank has failed to build its optimizer.
+        RuntimeError: another rank could not build its optimizer.
     """
 
     _is_built = False
@@ -192,17 +191,21 @@ class ShardedAdam(Optimizer):
     @_collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step with the averages over ranks of all gradients since the last. Collective.
+        """Updates parameters with the gradients since the last step, averaged over ranks. Collective.
 
-        A parameter that has a gradient on no rank is left alone; one that has a gradient on some counts as zero on the
-        others. If a gradient is infinite or NaN on any rank, nothing changes on any but ``skipped_steps``.
+        Leaves a parameter alone if it has a gradient on no rank; if it has one on some ranks, the others count as zero.
+        If a gradient is infinite or NaN on any rank, no rank changes anything but ``skipped_steps``.
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.
 
+        Returns:
+            What ``closure`` returned, else None.
+
         Raises:
             RuntimeError: a parameter was moved to another device, dtype or shape after the optimizer was built, or
-                another optimizer has been built over it.
+                another optimizer was built over it, or an earlier call was interrupted while it wrote.
+            ValueError: on every rank, if ranks make different calls or have different hyperparameters.
         """
         loss = None
         if closure is not None:
@@ -217,29 +220,29 @@ class ShardedAdam(Optimizer):
 
     @_collective
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discards all gradients, reduced or not; ``model.zero_grad()`` cannot reach those that are reduced.
+        """Discards all gradients, also those that are reduced already, which ``model.zero_grad()`` cannot reach.
 
-        Collective with ``gradient_sync`` "backward": it completes what is under way. Called once after (or before) each
-        step, as usual, it costs nothing; called again, because a batch is skipped, it also lets a rank whose forward
-        or backward has raised catch up with the others.
+        Collective with ``gradient_sync="backward"``: it completes reductions under way. The first call after a step
+        costs nothing. A further one, to skip a batch, also lets a rank whose forward or backward raised catch up.
         """
         if self._is_built:
             self._engine.zero_grad()
         super().zero_grad(set_to_none)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside, backward accumulates into ``p.grad`` on this rank and reduces nothing, as in DDP.
+        """Makes backward accumulate into ``p.grad`` and reduce nothing inside the block, as in DDP.
 
-        All ranks must use it alike. Gradients go into the next backward outside, or into ``step``.
+        All ranks must use it alike. The next backward outside, or ``step``, reduces what has accumulated.
         """
         return self._engine.reducer.no_sync()
 
     @_collective
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
-        """Clips the 2-norm of all averaged gradients together to ``max_norm``; ``step`` applies the scale. Collective.
+        """Clips the 2-norm of all averaged gradients together to ``max_norm``. Collective.
 
-        The scale is that of the gradients as they are now. Further gradients, if backward runs before ``step``, get it
-        too; with ``gradient_sync`` "step" and "external" gradients that have changed since are taken unclipped.
+        ``step`` applies the scale, which is computed from the gradients as they are now. If backward runs again before
+        ``step``, its gradients get the same scale; with ``gradient_sync`` "step" and "external", gradients that change
+        before ``step`` are not clipped.
 
         Returns:
             The norm before clipping, 0-dim float32, on the device.
@@ -250,23 +253,24 @@ class ShardedAdam(Optimizer):
         return self._engine.clip_grad_norm_(max_norm, self.param_groups)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
-        """From now on ``step`` does not wait for its all-gathers; they run under the next forward of ``model``, each of
-        whose modules waits for its own parameters. Local; all ranks must call it.
+        """Runs all-gathers under the next forward of ``model``: from now on ``step`` returns without waiting for them.
 
-        Call it before torch.compile. The model's forward, ``state_dict`` and ``load_state_dict`` wait, and so do the
-        optimizer's methods. Before anything else reads or writes parameters after a step (copies, averages, writes by
-        hand, a submodule's parameters used without a forward), call ``synchronize``.
+        Every module waits for its own parameters. The model's forward, ``state_dict`` and ``load_state_dict`` wait, and
+        so do the optimizer's methods. Call ``synchronize`` before anything else reads or writes parameters after a
+        step: copies, averages, writes by hand, parameters used without calling their module. Local, but all ranks must
+        call it; call it before torch.compile.
 
         Raises:
-            RuntimeError: ``model`` has been compiled, and would not wait.
-            ValueError: it has none of the optimizer's parameters.
+            RuntimeError: ``model`` is compiled already, and would not wait.
+            ValueError: ``model`` has none of the optimizer's parameters.
         """
         self._engine.overlap_gather(model)
 
     @_collective
     def synchronize(self) -> None:
-        """Waits until all parameters are what the last step has made of them, and no other rank reads them any more.
-        Collective: all ranks must call it. Costs nothing without ``overlap_gather``.
+        """Waits until all parameters are gathered and no peer reads them any more. Collective.
+
+        Costs nothing without ``overlap_gather``.
         """
         self._engine.gatherer.synchronize()
 
@@ -289,7 +293,7 @@ class ShardedAdam(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Makes torch's GradScaler announce itself; averaged gradients in ``p.grad`` it may treat as any others."""
+        """True makes torch's GradScaler set ``grad_scale`` around ``step``, which then refuses it."""
         return self.gradient_sync != "external"
 
     # Parameters
@@ -320,15 +324,15 @@ class ShardedAdam(Optimizer):
             self.state[param.parameter] = local.torch_state(param)
 
     def _add_unfrozen_params(self) -> None:
-        """Adds parameters that were frozen when they were given and are not any more. Collective if there are any."""
+        """Adds parameters that were frozen before and are trainable now. Collective if there are any."""
         for param in self._engine.add_unfrozen_params():
             self.state[param.parameter] = local.torch_state(param)
 
     @_collective
     def sync_module(self, module: torch.nn.Module) -> None:
-        """Broadcasts rank 0's values of what the optimizer does not see: buffers, and parameters it was not given.
+        """Broadcasts rank 0's buffers, and its parameters that this optimizer was not given. Collective.
 
-        Collective. DDP's constructor does the same.
+        DDP's constructor does the same.
         """
         self._engine.gatherer.synchronize()
         seen = {id(p) for group in self.param_groups for p in group["params"]}
@@ -339,16 +343,15 @@ class ShardedAdam(Optimizer):
 
     @_collective
     def check_in_sync(self) -> None:
-        """Proves with checksums that all ranks hold the same: parameters, frozen ones too, step counters,
-        ``skipped_steps`` and hyperparameters; with hybrid sharding also the state of ranks with equal shards.
-        Collective.
+        """Checks with checksums that all ranks hold the same bits. Collective.
 
-        Reads all of it once, in stretches of 1 MiB, and exchanges one number a rank; changes nothing. What one rank
-        alone holds (its shard of the moments, without replicas) has no copy to compare with.
+        Compares parameters, frozen ones too, step counters, ``skipped_steps`` and hyperparameters; with hybrid
+        sharding also the state of replicas. Reads everything once, sends one number per rank, and changes nothing. A
+        shard without replicas has no copy to compare with.
 
         Raises:
-            ValueError: hyperparameters, or a parameter's shape, dtype, strides or ``requires_grad``, differ.
-            RuntimeError: something else does; names the first that does, on which ranks, and the element.
+            ValueError: hyperparameters differ, or a parameter's shape, dtype, strides or ``requires_grad``.
+            RuntimeError: other values differ; names the first of them, and the ranks.
         """
         engine = self._engine
         engine.step_sync.read_all()
@@ -362,17 +365,17 @@ class ShardedAdam(Optimizer):
 
     @_collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
-        """The parameter's averaged gradient as ``step`` would use it, or None if it has one on no rank. Collective.
+        """The parameter's averaged gradient as ``step`` would use it. Collective.
 
         Returns:
-            A new tensor of the parameter's shape, float32 (float64 for float64 parameters).
+            A new tensor of the parameter's shape, float32 (float64 for float64 parameters); None if no rank has one.
         """
         self._add_unfrozen_params()
         return self._engine.full_grad(parameter, self.param_groups)
 
     @_collective
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The parameter's whole state: step, exp_avg, exp_avg_sq and, for low precision with one, master. Collective.
+        """The parameter's whole state: step, exp_avg, exp_avg_sq and, where there is one, master. Collective.
 
         Returns:
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
@@ -388,12 +391,12 @@ class ShardedAdam(Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's form, with this rank's shard of every tensor. Local.
+        """This rank's shard of the state, in torch's form. Local.
 
-        On several ranks, tensors are ``FlatShard``: of the parameter's shape, with this rank's elements alone, in the
-        format they are stored in and in the optimizer's own memory. torch.distributed.checkpoint saves them, and loads
-        them on any number of ranks; pickling one is refused. On one rank they are ordinary tensors. After
-        ``consolidate_state_dict``, and until the next step, it is the whole one on the rank that was named there.
+        On several ranks, tensors are ``FlatShard``: they have the parameter's shape, hold this rank's elements only,
+        and share the optimizer's memory and format. torch.distributed.checkpoint saves them, and loads them on any
+        number of ranks; pickling one raises TypeError. On one rank they are ordinary tensors. After
+        ``consolidate_state_dict``, and until the next step, the rank named there gets the whole state instead.
         """
         self._engine.gatherer.wait_all()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -409,11 +412,11 @@ class ShardedAdam(Optimizer):
 
     @_collective
     def full_state_dict(self) -> dict[str, Any]:
-        """The whole state as a plain torch.optim.Adam/AdamW has it, on rank 0; an empty dict elsewhere. Collective.
+        """The whole state on rank 0, as torch.optim.Adam/AdamW has it; an empty dict on other ranks. Collective.
 
         Tensors are new, on the CPU, of the parameters' shapes, and float32 (float64 for float64 parameters) whatever
-        they are stored in. Parameters below float32 with a master also have ``master``, which torch's optimizers keep
-        and do not use.
+        format they are stored in. Parameters with a master also have ``master``, which torch's optimizers keep and
+        ignore.
         """
         return self._whole_state_dict(to=0) or {}
 
@@ -435,14 +438,13 @@ class ShardedAdam(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a ``state_dict()`` of this rank's, or a whole one of a torch.optim.Adam/AdamW, of which it keeps its
-        shard.
+        """Loads this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW. Local.
 
-        Local. Hyperparameters of the param groups are loaded too, as in torch. Master weights that ``state_dict`` does
-        not hold are taken from the parameters: load the model first.
+        Loads the hyperparameters of the param groups too, as torch does. If ``state_dict`` has no master weights, they
+        are taken from the parameters: load the model first.
 
         Raises:
-            ValueError: it does not fit this optimizer. Nothing has been changed then.
+            ValueError: ``state_dict`` does not fit this optimizer. Nothing has been changed.
         """
         self._engine.gatherer.wait_all()
         state_dict = state_dict.copy()

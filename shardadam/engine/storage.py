@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flat storage: parameters as views of it, gradient shards, moments and masters.
+"""Flat storage: arenas that parameters are views of, and this rank's shards of gradients, moments and masters.
 
-Holds tensors where ``layout.py`` says; moves nothing between ranks and knows no arithmetic of Adam.
+Holds tensors where ``layout.py`` says. Moves nothing between ranks, and knows no arithmetic of Adam.
 """
 
 from __future__ import annotations
@@ -25,11 +25,19 @@ from shardadam.update import Counters, Shard, Update, formats
 
 @dataclass(eq=False, slots=True)
 class ShardedParam:
-    """One trainable parameter of the optimizer and where it lives.
+    """One trainable parameter of the optimizer, and where it lies.
 
-    ``index`` counts all params in the order of the arenas they lie in, ``index`` those of the arena; ``place`` is
-    that among all parameters of the optimizer. ``spans`` are the stretches of the parameter that lie in this rank's
-    shards, in memory order, and lie in ``state_slice`` of the arena's state one after the other.
+    Args:
+        parameter: a view of ``arena.parameters`` at ``offset``, in elements.
+        index: position among all ``ShardedParam`` of the optimizer, arena by arena.
+        arena_index: position in its arena.
+        param_id: position among all parameters in the optimizer's ``param_groups``, frozen ones included.
+        shape, stride: of the parameter when it was added.
+        address: of the view's memory; another one means that ``p.data`` was replaced.
+        buckets: those that hold a part of it.
+        segments: the parts of it in this rank's shards, in memory order. Their state lies in ``state_slice`` of the
+            arena's state, one after the other.
+        state_start: where that begins.
     """
 
     parameter: Tensor
@@ -59,8 +67,10 @@ class ShardedParam:
 
 @dataclass(eq=False, slots=True)
 class FlatArena:
-    """The flat storage of one (param group, dtype, device): parameters whole, everything else this rank's shards of
-    it: ``state`` as ``update/formats.py`` names it, ``blocks`` as ``Shard`` describes it.
+    """The flat storage of one (param group, dtype, device).
+
+    ``parameters`` is whole; everything else is this rank's shards: ``gradient_shard``, ``state`` (named in
+    ``update/formats.py``), ``blocks`` (``update.Shard`` describes it).
     """
 
     group_index: int
@@ -81,9 +91,9 @@ class FlatArena:
 
 @dataclass(eq=False, slots=True)
 class FlatBucket:
-    """One bucket's slices of its arena: ``parameters`` whole, and this rank's shard.
+    """One bucket's slices of its arena: all of ``parameters``, and this rank's ``shard``.
 
-    ``index`` counts the buckets of the optimizer.
+    ``index``: position among all buckets of the optimizer.
     """
 
     plan: layout.Bucket
@@ -100,7 +110,7 @@ class FlatBucket:
         return self.plan.numel
 
     def exact_state(self, name: str) -> Tensor:
-        """The shard's exp_avg, exp_avg_sq or master, in float32 (float64) whatever it is stored in."""
+        """The shard's exp_avg, exp_avg_sq or master, decoded to float32 (float64 for float64 parameters)."""
         stored = {key: getattr(self.shard, key) for key in self.arena.state}
         if name != "master":
             return formats.read_moments(stored)[formats.MOMENTS.index(name)]
@@ -110,7 +120,7 @@ class FlatBucket:
 
 @dataclass(frozen=True, slots=True)
 class NamedParameter:
-    """A parameter to be taken in, with the param group it belongs to and its place among all parameters."""
+    """A parameter to be added, its param group, and its position among all parameters (``param_id``)."""
 
     parameter: Tensor
     name: str
@@ -126,10 +136,10 @@ def allocate(
     bucket_bytes: int,
     first_index: int,
 ) -> list[FlatArena]:
-    """Builds the flat storage of ``parameters`` and makes them views of it, with their values unchanged.
+    """Builds flat storage for ``parameters`` and makes them views of it; their values do not change.
 
     Args:
-        first_index: how many params there are already.
+        first_index: how many ``ShardedParam`` the optimizer has already.
     """
     specs = [
         layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device))
@@ -155,7 +165,7 @@ def allocate(
 
 
 def _return_freed_memory() -> None:
-    """Lets go of the parameters' old memory: glibc keeps freed blocks of up to 32 MiB unless it is asked."""
+    """Returns the parameters' old memory to the system: glibc keeps freed blocks of up to 32 MiB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -196,7 +206,7 @@ def _allocate_arena(
 
 
 def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: torch.device) -> Counters:
-    """Of parameters that have not been updated yet, and begin at ``offsets`` of their arena."""
+    """Counters at zero for parameters that begin at ``offsets`` of their arena, in elements."""
     return Counters(
         steps=torch.zeros(len(param_ids), dtype=torch.float32, device=device),
         bounds=torch.zeros(len(param_ids), dtype=torch.float64, device=device),
@@ -206,7 +216,7 @@ def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: 
 
 
 def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
-    """Length and dtype of ``Shard.blocks`` for a rank's ``numel`` elements; length 0 where the update needs none."""
+    """Length and dtype of ``Shard.blocks`` for a rank's ``numel`` elements; length 0 if the update needs none."""
     is_needed = format.is_random or update.has_kernel(format.dtype, device)
     return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
 
@@ -254,7 +264,7 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
 
 
 def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
-    """Says which parameter each block belongs to; padding counts to the one before it."""
+    """Writes which parameter each block belongs to; padding belongs to the parameter before it."""
     if segments:
         firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
         lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
@@ -263,7 +273,7 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
 
 
 def bind(param: ShardedParam) -> None:
-    """Copies the parameter into its arena and makes it a view of it; shape, strides and identity stay."""
+    """Copies the parameter into its arena and makes it a view; shape, strides and identity stay."""
     parameter = param.parameter
     if parameter.numel() > 0:
         view = view_of(param.arena.parameters, param)
@@ -273,10 +283,10 @@ def bind(param: ShardedParam) -> None:
 
 
 def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
-    """The parameter's place in a flat buffer of its arena's size.
+    """The parameter's view of a flat buffer as long as its arena.
 
-    The view has a storage of its own that aliases the buffer's memory: torch.save, safetensors and deepcopy then see an
-    ordinary tensor instead of a slice of something large, and writes to one do not count as writes to all.
+    The view has a storage of its own that aliases the buffer's memory. torch.save, safetensors and deepcopy then see an
+    ordinary tensor, not a slice of a large one, and a write to one view does not bump the versions of all.
     """
     parameter = param.parameter
     begin = param.offset * flat.element_size()
@@ -286,12 +296,11 @@ def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
 
 
 def rebind_moved(params: Sequence[ShardedParam]) -> None:
-    """Takes back parameters whose data somebody has replaced (``p.data = ...``, ``model.to``) by a tensor of the same
-    kind.
+    """Binds parameters again whose data was replaced by a tensor of the same kind (``p.data = ...``, ``model.to``).
 
     Raises:
-        RuntimeError: a parameter has another device, dtype, shape or memory format than it was taken in with. None of
-            them has been changed then.
+        RuntimeError: a parameter has another device, dtype, shape or memory format than when it was added. None of
+            them has been changed.
     """
     moved = [param for param in params if param.parameter.data_ptr() != param.address]
     for param in moved:
@@ -313,7 +322,7 @@ def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> st
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """True if the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    """True if the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -323,7 +332,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def unrepeated(tensor: Tensor) -> Tensor:
-    """Without the repetitions that ``expand`` makes of the same memory, which cannot be written to."""
+    """Drops the repetitions that ``expand`` makes of the same memory, which cannot be written to."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
@@ -331,7 +340,7 @@ def unrepeated(tensor: Tensor) -> Tensor:
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` as one dimension, in the memory order of ``like``; a view where its strides allow it."""
+    """``tensor`` in one dimension, in the memory order of ``like``; a view where its strides allow one."""
     if not same_order(tensor.stride(), like.stride(), like.shape):
         ordered = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)
@@ -339,5 +348,5 @@ def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def same_order(one: tuple[int, ...], other: tuple[int, ...], shape: torch.Size) -> bool:
-    """Equal strides but for dimensions of size 1, whose stride means nothing."""
+    """True if strides are equal, leaving out dimensions of size 1, whose stride means nothing."""
     return one == other or all(a == b for a, b, size in zip(one, other, shape, strict=True) if size != 1)
