@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``memory()`` is what really lives, state is 1/N, and full gradients never exist all at once."""
+"""``memory()`` reports what is allocated, state is 1/N, and full gradients never exist all at once."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def measure(kind: str, gradient_sync: str, bucket_mb: float) -> list[dict[str, A
     optimizer = ShardedAdamW(parameters, bucket_mb=bucket_mb, gradient_sync=gradient_sync)  # type: ignore[arg-type]
 
     def facts() -> dict[str, Any]:
-        # Gloo's threads let go of what they have moved a little after the wait for it has returned.
+        # Gloo's threads free their buffers a little after the wait returns.
         for _ in range(100):
             if reported(optimizer) == count(optimizer, parameters, others):
                 break
@@ -326,7 +326,7 @@ def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
 
 
 def staging_beside_a_late_peer(transport: str, late_s: float) -> int:
-    """How many buffers of staging there are when backward ends, of which the last but one rank's is late."""
+    """How many staging buffers there are when backward ends and the last rank but one is late."""
     rank, _ = rank_and_size()
     parameters = [nn.Parameter(torch.ones(512)) for _ in range(12)]
     optimizer = ShardedAdamW(parameters, bucket_mb=2048 / 2**20, transport=transport)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks find out about each other where the host runs ahead of the device: one step later, and nothing that they
-disagree on is written.
+"""Where the host runs ahead of the device, a disagreement of ranks is raised one step later, and no rank writes the step
+that they disagreed on.
 
-On the CPU the host does not run ahead; that it may not read a survey before it wants the next is fake_world.
+The CPU's host does not run ahead: the tests make ``StepSync`` treat it as one that does.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def train(gradient_sync: str, ahead: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_training_is_the_same_wherever_surveys_are_read(gradient_sync: str, world_size: int) -> None:
+def test_training_is_the_same_whenever_host_copies_are_read(gradient_sync: str, world_size: int) -> None:
     now = on_ranks(world_size, train, gradient_sync, False)
     assert all(equal(a, b) for a, b in zip(on_ranks(world_size, train, gradient_sync, True), now, strict=True))
 
@@ -75,7 +75,7 @@ def test_training_is_the_same_wherever_surveys_are_read(gradient_sync: str, worl
 
 
 def disagree(what: str, gradient_sync: str, directory: str, first: str = "step", device: str = "cpu") -> dict[str, Any]:
-    """What the call ``first`` says after a step of which ranks disagree, and what step and save say then."""
+    """The error of the call ``first`` after a step on which ranks disagreed, then those of step and save."""
     rank, _ = rank_and_size()
     with runs_ahead:
         model, optimizer = build(device, gradient_sync=gradient_sync, max_grad_norm=10.0)
@@ -162,7 +162,7 @@ def test_what_ranks_disagreed_on_before_a_checkpoint_was_loaded_is_past(tmp_path
 
 
 def read_while_scaling() -> list[tuple[int, int]]:
-    """In which step which survey was read; every step makes two."""
+    """Pairs (step in which a host copy was read, step that made it); every step makes two."""
     model, optimizer = build()
     scaler = shardadam.GradScaler("cpu")
     made: list[HostCopy] = []
@@ -189,12 +189,12 @@ def read_while_scaling() -> list[tuple[int, int]]:
     return found
 
 
-def test_no_survey_is_read_in_the_step_that_it_is_made_in() -> None:
+def test_no_host_copy_is_read_in_the_step_that_made_it() -> None:
     for found in on_ranks(2, read_while_scaling):
         assert {made for _, made in found} == {0, 1, 2} and all(step == made + 1 for step, made in found)
 
 
-def look_without_a_step() -> int:
+def sync_without_a_step() -> int:
     with runs_ahead:
         model, optimizer = build()
         for step in range(100):
@@ -204,8 +204,8 @@ def look_without_a_step() -> int:
         return len(optimizer._engine.step_sync._unread)
 
 
-def test_surveys_that_are_not_read_do_not_pile_up() -> None:
-    assert max(on_ranks(2, look_without_a_step)) <= step_sync._MOST_UNREAD
+def test_unread_host_copies_do_not_pile_up() -> None:
+    assert max(on_ranks(2, sync_without_a_step)) <= step_sync._MOST_UNREAD
 
 
 def write_a_gradient(writers: tuple[int, ...]) -> tuple[bool, list[str]]:
