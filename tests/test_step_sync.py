@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the host runs ahead of the device, a disagreement of ranks is raised one step later, and no rank writes the step
-that they disagreed on.
+"""Where the host runs ahead of the device, a disagreement of ranks is raised one step later, and no rank writes the
+step that they disagreed on.
 
 The CPU's host does not run ahead: the tests make ``StepSync`` treat it as one that does.
 """
