@@ -40,7 +40,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from shardadam import Precision, ShardedAdamW
-from shardadam.update import formats
+from shardadam.update import StepInputs, formats
 
 MIB = 2**20
 COPY_BYTES = 4 * 2**30  # at most: a larger one is no faster
@@ -89,11 +89,13 @@ def update(optimizer: ShardedAdamW) -> None:
     for arena in optimizer._engine.parameters.arenas:
         device = arena.parameters.device
         arena.update.begin(
-            found_inf=torch.zeros((), device=device),
-            used=torch.ones(len(arena.members), dtype=torch.bool, device=device),
-            host_used=None,
-            coefficient=None,
-            hyperparameters=optimizer.param_groups[0],
+            StepInputs(
+                found_inf=torch.zeros((), device=device),
+                used=torch.ones(len(arena.members), dtype=torch.bool, device=device),
+                host_used=None,
+                coefficient=None,
+                hyperparameters=optimizer.param_groups[0],
+            )
         )
         for bucket in arena.buckets:
             arena.update.step_(bucket.shard, bucket.plan)

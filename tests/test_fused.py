@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardadam.layout import ParameterSpec, build_layout
 from shardadam.precision import Format
-from shardadam.update import Counters, Shard, formats, reference
+from shardadam.update import Counters, Shard, StepInputs, formats, reference
 from shardadam.update.fused import FusedUpdate, adopt_written_
 
 BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -68,11 +68,13 @@ class Arena:
     ) -> None:
         used = [index != unused for index in range(len(NUMELS))]
         self.update.begin(
-            found_inf=torch.tensor(float(inf)),
-            used=torch.tensor(used),
-            host_used=used,
-            coefficient=None if coefficient is None else torch.tensor(coefficient),
-            hyperparameters=hyperparameters,
+            StepInputs(
+                found_inf=torch.tensor(float(inf)),
+                used=torch.tensor(used),
+                host_used=used,
+                coefficient=None if coefficient is None else torch.tensor(coefficient),
+                hyperparameters=hyperparameters,
+            )
         )
         self.update.step_(self.shard, self.bucket)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from shardadam.update import reference
 from shardadam.update.reference import BLOCK_NUMEL
-from shardadam.update.shard import Counters, Shard
+from shardadam.update.shard import Counters, Shard, StepInputs
 from tests.test_reference import sample_of_floats
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -335,11 +335,13 @@ def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -
     used = torch.ones(len(counters.steps), dtype=torch.bool)
     used[list(step.unused)] = False
     update.begin(
-        found_inf=torch.tensor(found_inf, device=device),
-        used=used.to(device),
-        host_used=None,
-        coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device=device),
-        hyperparameters=step.hyperparameters,
+        StepInputs(
+            found_inf=torch.tensor(found_inf, device=device),
+            used=used.to(device),
+            host_used=None,
+            coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device=device),
+            hyperparameters=step.hyperparameters,
+        )
     )
 
 

@@ -30,6 +30,7 @@ from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import whole
 from shardadam.transport import Transport
+from shardadam.update import StepInputs
 
 ParamGroups = Sequence[Mapping[str, Any]]
 
@@ -179,11 +180,13 @@ class StepEngine:
         for arena in arenas:
             device = arena.parameters.device
             arena.update.begin(
-                found_inf=stats.found_inf.to(device),
-                used=stats.used[arena.indices].to(device),
-                host_used=None if used is None else used[arena.indices],
-                coefficient=None if self._coefficient is None else self._coefficient.to(device),
-                hyperparameters=param_groups[arena.group_index],
+                StepInputs(
+                    found_inf=stats.found_inf.to(device),
+                    used=stats.used[arena.indices].to(device),
+                    host_used=None if used is None else used[arena.indices],
+                    coefficient=None if self._coefficient is None else self._coefficient.to(device),
+                    hyperparameters=param_groups[arena.group_index],
+                )
             )
         return used
 

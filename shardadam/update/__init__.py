@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from shardadam.layout import Bucket
 from shardadam.update.fused import FusedUpdate
-from shardadam.update.shard import Counters, Shard, Sources
+from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
-__all__ = ["Counters", "Shard", "Sources", "Update", "choose", "has_kernel"]
+__all__ = ["Counters", "Shard", "Sources", "StepInputs", "Update", "choose", "has_kernel"]
 
 KERNEL_DEVICES = {"cuda"}
 
@@ -28,23 +26,8 @@ class Update(Protocol):
 
     needs_host_used: bool
 
-    def begin(
-        self,
-        *,
-        found_inf: Tensor,
-        used: Tensor,
-        host_used: Sequence[bool] | None,
-        coefficient: Tensor | None,
-        hyperparameters: Mapping[str, Any],
-    ) -> None:
-        """Counts a step; ``step_`` takes it.
-
-        Args:
-            found_inf: 1 if any gradient on any rank is not finite, and nothing may be written; 0-dim float32.
-            used: which parameters take part, bool; ``host_used`` is the same, None where all of them do.
-            coefficient: what gradients are multiplied by, 0-dim float32; None for 1.
-            hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
-        """
+    def begin(self, inputs: StepInputs) -> None:
+        """Advances the counters by one step of ``inputs``; then ``step_`` updates one bucket after the other."""
 
     def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
         """One step on a bucket's shard, in place. Its gradient may be overwritten; it is summed from ``sources`` as the

@@ -9,8 +9,7 @@ case is then done in few passes, and ``reference`` does the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from shardadam.chunks import chunks, sum_chunk_
 from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Run
 from shardadam.update import reference
 from shardadam.update.runs import RunTable
-from shardadam.update.shard import Counters, Shard, Sources
+from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
 _LARGEST_BFLOAT16 = 3.3895e38
 
@@ -53,29 +52,21 @@ class FusedUpdate:
         self._limits: Tensor | None = None
         self._keys: Tensor | None = None
 
-    def begin(
-        self,
-        *,
-        found_inf: Tensor,
-        used: Tensor,
-        host_used: Sequence[bool] | None,
-        coefficient: Tensor | None,
-        hyperparameters: Mapping[str, Any],
-    ) -> None:
+    def begin(self, inputs: StepInputs) -> None:
         counters = self._counters
-        if host_used is not None and not all(host_used):
-            self._runs.advance(host_used)
-        self._host_used = host_used
-        self._found_inf = None if self._on_cpu else found_inf
-        self._skip = self._on_cpu and bool(found_inf)
-        self._coefficient = coefficient
-        self._hyperparameters = hyperparameters
+        if inputs.host_used is not None and not all(inputs.host_used):
+            self._runs.advance(inputs.host_used)
+        self._host_used = inputs.host_used
+        self._found_inf = None if self._on_cpu else inputs.found_inf
+        self._skip = self._on_cpu and bool(inputs.found_inf)
+        self._coefficient = inputs.coefficient
+        self._hyperparameters = inputs.hyperparameters
         # What the step needs of the counters as they were, before they advance.
         self._limits = counters.bounds.sqrt().float()
         self._keys = None
-        taken = used & (found_inf == 0)
+        taken = inputs.used & (inputs.found_inf == 0)
         counters.steps.add_(taken)
-        after = _bounds_after(counters.bounds, hyperparameters["betas"])
+        after = _bounds_after(counters.bounds, inputs.hyperparameters["betas"])
         counters.bounds.copy_(torch.where(taken, after, counters.bounds))
 
     @property

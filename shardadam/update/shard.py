@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -98,3 +99,22 @@ class Counters:
     bounds: Tensor
     param_ids: Tensor
     first_blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """What one step needs beside the shards and the counters, for all parameters of one arena.
+
+    Args:
+        found_inf: 0-dim float32: 1 if a gradient on any rank is not finite, and then nothing is written; else 0.
+        used: bool, one for each parameter of the arena: whether it takes part in this step.
+        host_used: ``used`` on the host; None if all parameters take part, or if the update reads ``used`` alone.
+        coefficient: what gradients are multiplied by, 0-dim float32; None for 1.
+        hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
+    """
+
+    found_inf: Tensor
+    used: Tensor
+    host_used: Sequence[bool] | None
+    coefficient: Tensor | None
+    hyperparameters: Mapping[str, Any]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from shardadam.chunks import sum_sources_
 from shardadam.layout import Bucket
 from shardadam.update.reference import BLOCK_NUMEL, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
-from shardadam.update.shard import Counters, Shard, Sources
+from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
 EXACT = True
 """Whether roots and quotients are correctly rounded and no multiplication is fused with an addition."""
@@ -66,16 +65,9 @@ class TritonUpdate:
     def reload(self) -> None:
         return None
 
-    def begin(
-        self,
-        *,
-        found_inf: Tensor,
-        used: Tensor,
-        host_used: Sequence[bool] | None,
-        coefficient: Tensor | None,
-        hyperparameters: Mapping[str, Any],
-    ) -> None:
-        counters, lr = self._counters, hyperparameters["lr"]
+    def begin(self, inputs: StepInputs) -> None:
+        counters, hyperparameters = self._counters, inputs.hyperparameters
+        lr = hyperparameters["lr"]
         beta1, beta2 = map(float, hyperparameters["betas"])
         lr_is_there = isinstance(lr, Tensor) and lr.device == counters.steps.device
         kept_bound = 0.0 if beta1 == 0 else beta1**2 / beta2 if beta2 > 0 else math.inf
@@ -87,9 +79,9 @@ class TritonUpdate:
                 counters.param_ids,
                 counters.first_blocks,
                 counters.steps.numel(),
-                used,
-                found_inf,
-                coefficient,
+                inputs.used,
+                inputs.found_inf,
+                inputs.coefficient,
                 lr if lr_is_there else None,
                 _bits(0.0 if lr_is_there else float(lr)),
                 _bits(beta1),
