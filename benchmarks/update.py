@@ -91,7 +91,7 @@ def update(optimizer: ShardedAdamW) -> None:
         arena.update.begin(
             StepInputs(
                 found_inf=torch.zeros((), device=device),
-                used=torch.ones(len(arena.members), dtype=torch.bool, device=device),
+                used=torch.ones(len(arena.params), dtype=torch.bool, device=device),
                 host_used=None,
                 coefficient=None,
                 hyperparameters=optimizer.param_groups[0],
