@@ -300,7 +300,7 @@ def step_reference(shard: Shard, counters: Counters, step: Step) -> None:
         if index in step.unused:
             continue
         rows = (shard.blocks == index).nonzero().flatten()
-        part = shard.part(slice(int(rows[0]) * BLOCK_NUMEL, (int(rows[-1]) + 1) * BLOCK_NUMEL))
+        part = shard.narrow(slice(int(rows[0]) * BLOCK_NUMEL, (int(rows[-1]) + 1) * BLOCK_NUMEL))
         t = int(counters.steps[index]) + 1
         begin = (part.first_block - int(counters.first_blocks[index])) * BLOCK_NUMEL
         positions = torch.arange(begin, begin + part.parameter.numel())

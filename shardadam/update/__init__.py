@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of Adam on one flat shard: a readable truth (``reference``) and the fast forms that must equal it."""
+"""The arithmetic of Adam on one flat shard.
+
+``reference`` is slow, readable and defines the result. ``triton`` equals it bit for bit; ``fused`` equals it up to the
+rounding of torch's own kernel. Nothing here communicates.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +22,32 @@ KERNEL_DEVICES = {"cuda"}
 
 
 class Update(Protocol):
-    """The update of one arena on one rank. Reads and writes everything where it lies; on CUDA the host never waits.
+    """Updates the shards of one arena on one rank, in place. On CUDA the host never waits for the device.
 
     Args:
-        needs_host_used: whether ``begin`` must be told on the host which parameters take part.
+        needs_host_used: whether ``StepInputs.host_used`` must be given when some parameters take no part.
     """
 
     needs_host_used: bool
 
     def begin(self, inputs: StepInputs) -> None:
-        """Advances the counters by one step of ``inputs``; then ``step_`` updates one bucket after the other."""
+        """Counts one step of all parameters of the arena; call it before the ``step_`` of each bucket."""
 
     def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
-        """One step on a bucket's shard, in place. Its gradient may be overwritten; it is summed from ``sources`` as the
-        update goes, where there are any.
+        """Updates one bucket's shard in place.
+
+        Args:
+            shard: its gradient may be overwritten.
+            bucket: the bucket that the shard is a slice of.
+            sources: replace ``shard.gradient``: the update sums them as it goes.
         """
 
     def reload(self) -> None:
-        """The counters have been written from outside."""
+        """Takes over counters that were written from outside, by a load for example."""
 
     @property
     def nbytes(self) -> int:
-        """What it holds of its own, in bytes, beside the counters."""
+        """Bytes that the update itself holds on the device, without the counters."""
 
 
 def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
@@ -48,6 +56,12 @@ def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def choose(counters: Counters, dtype: torch.dtype, *, seed: int, rank: int) -> Update:
+    """The update of an arena of ``dtype`` on the counters' device: the Triton kernel where there is one, else torch's.
+
+    Args:
+        seed: of stochastic rounding.
+        rank: of this process in its shard group.
+    """
     if has_kernel(dtype, counters.steps.device):
         from shardadam.update.triton import TritonUpdate
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State as it is stored: allocated, read as exact values, and written from them.
+"""Allocates the stored state, and converts it to exact values and back: for loading, saving and inspection.
 
-A state is a dict of flat tensors: ``exp_avg`` and ``exp_avg_sq``, their scales where they are codes, and ``master`` or
-``remainder`` where there is one. Nothing here is on the path of a step.
+A state is a dict of flat tensors: ``exp_avg`` and ``exp_avg_sq``, their scales if they are codes, and ``master`` or
+``remainder`` if there is one. A step never calls anything here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from shardadam.update import reference
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 MASTERS = ("master", "remainder")
-_NEAREST = 0x80008000  # the random bits that make stochastic rounding round to the nearest
+_NEAREST = 0x80008000  # with these random bits, stochastic rounding rounds to the nearest value
 
 
 def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Length and dtype of all that the state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``, consists of."""
+    """Length and dtype of each tensor in the state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``."""
     exact = format.exact_dtype
     moments = {
         "fp32": (exact, exact),
@@ -41,7 +41,7 @@ def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
 
 
 def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tensor]:
-    """The state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``: zeros, which mean zero in every format."""
+    """A state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``, all zero: zero bits mean 0 in every format."""
     return {
         name: torch.zeros(length, dtype=dtype, device=device)
         for name, (length, dtype) in tensors(format, numel).items()
@@ -49,7 +49,7 @@ def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tens
 
 
 def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """exp_avg and exp_avg_sq in float32, or float64 where they are."""
+    """exp_avg and exp_avg_sq in float32, or in float64 if they are stored so. May return the stored tensors."""
     m, v = (state[name] for name in MOMENTS)
     if SCALES[0] in state:
         numel = m.numel()
@@ -61,7 +61,7 @@ def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def write_moments_(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """The nearest that the format can hold."""
+    """Stores ``exp_avg`` and ``exp_avg_sq``, each value rounded to the nearest that the format can hold."""
     random = torch.full((), _NEAREST, dtype=torch.int64, device=exp_avg.device)
     if SCALES[0] in state:
         m, v = _pad(exp_avg.float()), _pad(exp_avg_sq.float())
@@ -78,14 +78,17 @@ def write_moments_(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Ten
 
 
 def read_master(state: Mapping[str, Tensor], parameter: Tensor) -> Tensor | None:
-    """The exact values behind ``parameter``; None where it has no master."""
+    """The exact values behind ``parameter``; None if the state has neither master nor remainder."""
     if "remainder" in state:
         return reference.join(parameter, state["remainder"])
     return state.get("master")
 
 
 def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor) -> None:
-    """Keeps ``master`` behind ``parameter``; where it does not round to that, the parameter counts."""
+    """Stores ``master`` as the exact values behind ``parameter``.
+
+    Where ``master`` does not round to ``parameter``, the parameter is the exact value.
+    """
     if "remainder" in state:
         rounded, remainder = reference.split(master.float(), parameter.dtype)
         state["remainder"].copy_(torch.where(rounded == parameter, remainder, 0))
@@ -94,6 +97,6 @@ def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor
 
 
 def _pad(flat: Tensor) -> Tensor:
-    """With zeros up to whole blocks."""
+    """``flat``, filled up with zeros to whole blocks."""
     missing = -flat.numel() % ALIGNMENT_NUMEL
     return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat

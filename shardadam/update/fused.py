@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's own fused Adam(W) on the runs of one shard, for the CPU and for any device without a kernel of ours.
+"""The update by torch's fused Adam(W) kernel, for CPUs and for devices and dtypes without a Triton kernel.
 
-Where moments and weights are stored as they are, it works on them in place. Other formats are decoded into float32,
-updated and encoded again, a stretch at a time that stays in cache. On the CPU the host may look at values: the common
-case is then done in few passes, and ``reference`` does the others.
+A shard in the dtype of the arithmetic is updated in place. Other formats are decoded to float32, updated and encoded
+again, one chunk at a time so that it stays in cache. On CPUs the host may read values: ordinary ones take a short path,
+and ``reference`` handles NaNs and infinities.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from shardadam.update import reference
 from shardadam.update.runs import RunTable
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
-_LARGEST_BFLOAT16 = 3.3895e38
+_LARGEST_BFLOAT16 = 3.3895e38  # a float32 below this cannot be rounded to infinity
 
 
 class Scratch:
-    """Room for stretches, for as long as a bucket's update takes: fresh memory for each would cost page faults."""
+    """Named buffers that the chunks of one bucket reuse: fresh memory for each chunk would cost page faults."""
 
     def __init__(self) -> None:
         self._flats: dict[str, Tensor] = {}
 
-    def like(self, flat: Tensor, chunk: slice, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The room called ``name``, of the length of ``chunk``, of the device and, unless told, the dtype of
-        ``flat``."""
+    def take(self, flat: Tensor, chunk: slice, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The buffer ``name``, uninitialised: as long as ``chunk``, on the device and (by default) in the dtype of
+        ``flat``.
+        """
         numel = chunk.stop - chunk.start
-        room = self._flats.get(name)
-        if room is None or room.numel() < numel:
-            room = self._flats[name] = torch.empty(numel, dtype=dtype or flat.dtype, device=flat.device)
-        return room[:numel]
+        buffer = self._flats.get(name)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._flats[name] = torch.empty(numel, dtype=dtype or flat.dtype, device=flat.device)
+        return buffer[:numel]
 
 
 class FusedUpdate:
-    """An ``Update`` by way of torch's kernel."""
+    """An ``Update`` (see there) by torch's fused kernel."""
 
     needs_host_used = True
 
@@ -61,7 +62,7 @@ class FusedUpdate:
         self._skip = self._on_cpu and bool(inputs.found_inf)
         self._coefficient = inputs.coefficient
         self._hyperparameters = inputs.hyperparameters
-        # What the step needs of the counters as they were, before they advance.
+        # The moments that this step decodes obey the bounds of the step before: read them before they advance.
         self._limits = counters.bounds.sqrt().float()
         self._keys = None
         taken = inputs.used & (inputs.found_inf == 0)
@@ -80,7 +81,7 @@ class FusedUpdate:
         runs = self._runs.runs(bucket, self._host_used)
         if not runs or self._skip:
             return
-        if sources is None and not shard.is_coded:
+        if sources is None and not shard.is_encoded:
             flats = (shard.parameter, shard.gradient, shard.exp_avg, shard.exp_avg_sq)
             if runs[0].stop - runs[0].start == shard.parameter.numel():
                 lists = [[flat] for flat in flats]
@@ -88,7 +89,7 @@ class FusedUpdate:
                 lists = [[flat[run.start : run.stop] for run in runs] for flat in flats]
             self._adam_(*lists, runs=runs)
             return
-        step = self._step_coded_ if shard.is_coded else self._step_plain_
+        step = self._step_encoded_ if shard.is_encoded else self._step_plain_
         if self._on_cpu and _is_common(shard):
             step = self._step_bfloat16_
         scratch = Scratch()
@@ -97,7 +98,7 @@ class FusedUpdate:
                 if sources is None:
                     gradient = shard.gradient[chunk]
                 else:
-                    gradient = scratch.like(shard.gradient, chunk, "gradient")
+                    gradient = scratch.take(shard.gradient, chunk, "gradient")
                     sum_chunk_(gradient, [source[chunk] for source in sources.slices], scale=sources.scale)
                 step(shard, chunk, run, gradient, scratch)
 
@@ -133,41 +134,41 @@ class FusedUpdate:
         )
 
     def _step_plain_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """One step on a stretch that is stored as it is worked on."""
+        """Updates a chunk that is stored in the dtype of the arithmetic."""
         flats = (shard.parameter, shard.exp_avg, shard.exp_avg_sq)
         weight, m, v = (flat[chunk] for flat in flats)
         self._adam_([weight], [gradient], [m], [v], runs=[run])
 
     def _step_bfloat16_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """The same as ``_step_coded_`` where ``_is_common``: in few passes, and without a temporary."""
+        """``_step_encoded_`` for the formats of ``_is_common``: in fewer passes, and without temporaries."""
         parameter = shard.parameter[chunk]
-        bits = scratch.like(parameter, chunk, "bits", torch.int32)
+        bits = scratch.take(parameter, chunk, "bits", torch.int32)
         if shard.master is not None:
             weight = shard.master[chunk]
-            rounded = scratch.like(parameter, chunk, "rounded")
+            rounded = scratch.take(parameter, chunk, "rounded")
             rounded.copy_(_ties_away(weight, out=bits))
             if not _are_same(rounded, parameter):
                 adopt_written_(weight, parameter)
         else:
             assert shard.remainder is not None
             remainder = shard.remainder[chunk]
-            weight = scratch.like(parameter, chunk, "weight", torch.float32)
+            weight = scratch.take(parameter, chunk, "weight", torch.float32)
             weight.copy_(parameter).view(torch.int32).add_(remainder)
             if not _is_finite(weight):
                 weight.copy_(reference.join(parameter, remainder))
         if self._coefficient is not None:
-            gradient = torch.mul(gradient, self._coefficient, out=scratch.like(gradient, chunk, "scaled"))
+            gradient = torch.mul(gradient, self._coefficient, out=scratch.take(gradient, chunk, "scaled"))
         self._adam_([weight], [gradient], [shard.exp_avg[chunk]], [shard.exp_avg_sq[chunk]], runs=[run], is_scaled=True)
         if not _is_finite(weight):
-            self._write_weight(shard.part(chunk, gradient), weight, None)
+            self._write_weight(shard.narrow(chunk, gradient), weight, None)
             return
         parameter.copy_(_ties_away(weight, out=bits))
         if shard.remainder is not None:
-            remainder.copy_(weight.view(torch.int32))  # its low bits
+            remainder.copy_(weight.view(torch.int32))  # the copy keeps the low 16 bits
 
-    def _step_coded_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """One step on a stretch that is not stored as it is worked on."""
-        shard = shard.part(chunk, gradient)
+    def _step_encoded_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
+        """Decodes a chunk, updates it and encodes it again."""
+        shard = shard.narrow(chunk, gradient)
         random = self._random_words(shard) if shard.is_random else None
         weight = _read_weight(shard)
         if shard.exp_avg_scale is not None:
@@ -184,10 +185,10 @@ class FusedUpdate:
         self._write_moments(shard, m, v, random)
 
     def _random_words(self, shard: Shard) -> Tensor:
-        """32 random bits an element, int32, as ``reference.random_bits`` has them."""
+        """32 random bits for each element, int32: those of ``reference.random_bits``."""
         counters = self._counters
         if self._keys is None:
-            key = reference.mix((self._seed + 0x9E3779B9) & 0xFFFFFFFF)
+            key = reference.mix((self._seed + reference.GOLDEN_WORD) & 0xFFFFFFFF)
             keys = reference.mix(key + counters.steps.long() & 0xFFFFFFFF)
             self._keys = reference.mix(keys + counters.param_ids & 0xFFFFFFFF).to(torch.int32)  # type: ignore[union-attr]
         owners = shard.blocks.long()
@@ -209,7 +210,7 @@ class FusedUpdate:
             parameter = round_half_away(weight, dtype)
         else:
             assert random is not None
-            second = _mix_(random + (0x9E3779B9 - 2**32))
+            second = _mix_(random + (reference.GOLDEN_WORD - 2**32))
             parameter = _round_stochastically(weight, dtype, second.bitwise_and_(0xFFFF))
         self._store_(shard.parameter, parameter)
 
@@ -238,7 +239,7 @@ class FusedUpdate:
 
 
 def _bounds_after(bounds: Tensor, betas: tuple[float, float]) -> Tensor:
-    """``reference.bound_squared_after`` of many parameters."""
+    """``reference.bound_squared_after`` for all parameters at once."""
     beta1, beta2 = betas
     if beta1 == 0:
         kept = torch.zeros_like(bounds)
@@ -249,17 +250,18 @@ def _bounds_after(bounds: Tensor, betas: tuple[float, float]) -> Tensor:
     return kept + (1 - beta1) ** 2 / (1 - beta2)
 
 
-# Each of these equals what ``reference`` has under its name.
+# Fast forms of what ``reference`` has under the same name. A helper that asks for a value of a tensor does so on CPUs
+# only, as anywhere else the host would wait for the device.
 
 
 def _is_common(shard: Shard) -> bool:
-    """Whether the parameter is bfloat16, with an exact master and float32 moments."""
+    """Whether the parameter is bfloat16 with an exact master (float32 or split) and float32 moments."""
     has_master = shard.master is not None or shard.remainder is not None
     return shard.parameter.dtype == torch.bfloat16 and has_master and shard.exp_avg.dtype == torch.float32
 
 
 def _read_weight(shard: Shard) -> Tensor:
-    """The exact weight: in place where it is stored as such."""
+    """The exact weight: the stored master or float32 parameter itself, else a new tensor."""
     parameter = shard.parameter
     if shard.master is not None:
         adopt_written_(shard.master, parameter)
@@ -274,33 +276,36 @@ def _read_weight(shard: Shard) -> Tensor:
 
 
 def adopt_written_(master: Tensor, parameter: Tensor) -> None:
-    """Where ``master`` does not round to ``parameter``, somebody has written the parameter: the parameter counts."""
+    """Replaces ``master`` by ``parameter`` where it does not round to it: the user has written the parameter there."""
     rounded = round_half_away(master, parameter.dtype)
     torch.where(rounded != parameter, parameter.to(master.dtype), master, out=master)
 
 
 def round_half_away(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """As in ``reference``."""
     if dtype == torch.bfloat16 and _is_finite(master):
         return _ties_away(master).to(dtype)
     return reference.round_half_away(master, dtype)
 
 
 def _ties_away(master: Tensor, out: Tensor | None = None) -> Tensor:
-    """Finite ``master``, moved off the exact ties of bfloat16 such that torch's cast rounds them away from zero.
+    """Moves finite ``master`` off the exact ties of bfloat16, so that torch's cast rounds them away from zero.
 
     Args:
-        out: int32, where the result is to lie.
+        out: int32; receives the result's bits.
     """
     return torch.bitwise_or(master.view(torch.int32), 1, out=out).view(torch.float32)
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, on the CPU. As whole words: torch.equal takes 1.2 ns an element of bfloat16, 0.7 ns one of int64."""
+    """Whether two CPU tensors are equal bit for bit. Compares 8-byte words: torch.equal takes 1.2 ns for each bfloat16
+    element, but 0.7 ns for each int64, which holds four.
+    """
     return torch.equal(one.view(torch.int64), other.view(torch.int64))
 
 
 def _mix_(words: Tensor) -> Tensor:
-    """In int32, whose products wrap as they should and whose right shifts need their copies of the sign cut off."""
+    """``reference.mix`` in int32, in place. Products wrap as in uint32; sign bits that a shift copies are masked."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
         words ^= (words >> shift).bitwise_and_((1 << 32 - shift) - 1)
         if factor != 1:
@@ -309,14 +314,14 @@ def _mix_(words: Tensor) -> Tensor:
 
 
 def _round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """``random``: int32, overwritten."""
+    """As in ``reference``; ``random`` is int32 and is overwritten."""
     if dtype == torch.bfloat16 and _is_within(value, _LARGEST_BFLOAT16):
         return random.add_(value.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(dtype)
     return reference.round_stochastically(value, dtype, random)
 
 
 def _encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes are flat."""
+    """As in ``reference``, for flat ``value``; the codes are flat, too."""
     rows = value.view(-1, ALIGNMENT_NUMEL)
     scale = rows.amax(dim=1).mul_(1 / largest**2)
     scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0)
@@ -343,14 +348,14 @@ def _decode_moments(shard: Shard, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether the host knows that all of ``value`` is finite."""
+    """Whether all of ``value`` is finite. Always False off the CPU, where the host must not read it."""
     if value.device.type != "cpu":
         return False
     return math.isfinite(float(value.sum())) or _is_within(value, math.inf)
 
 
 def _is_within(value: Tensor, limit: float) -> bool:
-    """Whether the host knows that all of ``value`` lies between plus and minus ``limit``, and no NaN among it."""
+    """Whether all of ``value`` lies strictly between ``-limit`` and ``limit``, no NaN. Always False off the CPU."""
     if value.device.type != "cpu":
         return False
     low, high = torch.aminmax(value)

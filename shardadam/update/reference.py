@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam and AdamW, and every format that state is stored in, in plain torch operations: the truth for the fast forms.
+"""Adam and AdamW, and every format of the stored state, in plain torch operations: defines what the fast forms compute.
 
-Read ``step_`` first: what is stored is decoded to float32, ``adam_`` does the arithmetic, and the result is encoded
-again. Imports nothing of the project. ``python -m shardadam.update.reference`` prints the worked example of the README.
+Read ``step_`` first: it decodes what is stored to float32, ``adam_`` does the arithmetic, and the result is encoded
+again. Imports nothing of the project. ``python -m shardadam.update.reference`` prints a worked example.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 BLOCK_NUMEL = 128
-"""Elements that share one scale where moments are stored in 8 bits."""
+"""Number of elements that share one scale when moments are stored in 8 bits."""
+GOLDEN_WORD = 0x9E3779B9
+"""2^32 over the golden ratio: an odd constant without a pattern, added to seeds and to words that must differ."""
 
 
 def step_(
@@ -32,21 +34,22 @@ def step_(
     random: Tensor | None = None,
     **hyperparameters: Any,
 ) -> None:
-    """One step on a flat tensor in any format, in place.
+    """Takes one step on a flat tensor in any format, in place.
 
     Args:
-        parameter: 1-D, any floating dtype. Below float32 it has a ``master``, or a ``remainder``, or is rounded
+        parameter: 1-D, any floating dtype. Below float32 it has a ``master`` or a ``remainder``, or is rounded
             stochastically.
-        gradient: averaged over ranks and scaled; same shape.
+        gradient: averaged over ranks, and scaled; same shape.
         exp_avg, exp_avg_sq: the moments m and v: float32 or float64; bfloat16; or codes, int8 and uint8, with
-            ``exp_avg_scale`` and ``exp_avg_sq_scale``, float32, one for each ``BLOCK_NUMEL`` elements.
-        step: t, 1 at the first step.
-        master: float32. Where it does not round to ``parameter``, somebody has written the parameter since, and the
-            parameter counts.
-        remainder: int16; with the parameter's bits it makes a float32 master.
-        bound_squared: C^2 of the last step (``bound_squared_after``), for 8-bit moments.
-        random: 32 random bits an element, int64 (``random_bits``), for what is rounded stochastically.
-        hyperparameters: of ``adam_``.
+            ``exp_avg_scale`` and ``exp_avg_sq_scale``.
+        step: t; 1 at the first step.
+        master: float32. Where it does not round to ``parameter``, the user has written the parameter since, and the
+            parameter replaces it.
+        remainder: int16; with the parameter's bits it makes a float32 master (``join``).
+        exp_avg_scale, exp_avg_sq_scale: float32, one for each ``BLOCK_NUMEL`` elements.
+        bound_squared: C^2 after the step before (``bound_squared_after``); used for 8-bit moments only.
+        random: int64, 32 random bits for each element (``random_bits``); needed for stochastic rounding.
+        hyperparameters: those of ``adam_``.
     """
     if master is not None:
         written = round_half_away(master, parameter.dtype) != parameter
@@ -87,7 +90,7 @@ def step_(
         exp_avg_sq.copy_(round_stochastically(v, exp_avg_sq.dtype, random >> 16))
 
 
-# The arithmetic
+# Arithmetic
 
 
 def adam_(
@@ -104,8 +107,12 @@ def adam_(
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015, algorithm 1) or, with decoupled decay, AdamW (Loshchilov & Hutter 2019,
-    algorithm 2), in place, on tensors of one shape and dtype, float32 or float64. ``step`` is t, 1 at the first step.
+    """Takes one step in place: Adam (Kingma & Ba 2015, algorithm 1), or AdamW (Loshchilov & Hutter 2019, algorithm 2)
+    with ``decoupled_weight_decay``.
+
+    Args:
+        weight, gradient, exp_avg, exp_avg_sq: of one shape and dtype, float32 or float64.
+        step: t; 1 at the first step.
     """
     beta1, beta2 = betas
     g = -gradient if maximize else gradient
@@ -121,7 +128,7 @@ def adam_(
 
 
 def square_root(value: Tensor) -> Tensor:
-    """Correctly rounded; torch.sqrt on the CPU is not, in float32."""
+    """The correctly rounded square root; torch.sqrt of float32 on the CPU is not correctly rounded."""
     return value.double().sqrt().to(value.dtype)
 
 
@@ -129,12 +136,12 @@ def square_root(value: Tensor) -> Tensor:
 
 
 def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 ``value`` rounded to bfloat16 or float16, exact ties away from zero.
+    """Rounds float32 ``value`` to bfloat16 or float16, exact ties away from zero.
 
     torch's cast rounds exact ties to even and is the same otherwise.
     """
     nearest = value.to(dtype)
-    # The next value away from zero is one more in the bits of either format.
+    # In both formats, the bits plus one are the next value away from zero.
     away = (nearest.view(torch.int16) + 1).view(dtype)
     magnitude = value.abs()
     below, above = magnitude - nearest.float().abs(), away.float().abs() - magnitude
@@ -143,12 +150,12 @@ def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float32 ``master`` as a parameter of ``dtype``, which is it rounded half away, and an int16 remainder.
+    """Splits float32 ``master`` into a parameter of ``dtype``, rounded half away from zero, and an int16 remainder.
 
-    bfloat16: the remainder is the low 16 bits of the master, so ``join`` gives every finite master back bit for bit,
-    infinities too, and NaNs but those that lie wholly in the low bits (signalling ones, which no arithmetic
-    makes): they become quiet, since the high bits alone would be an infinity. float16: the remainder counts units of
-    2^-16 of the parameter's last place, away from zero; exact where ``abs(master) >= 2**-17``.
+    bfloat16: the remainder is the low 16 bits of the master. ``join`` restores every master bit for bit, except a NaN
+    whose high bits alone would be an infinity (a signalling one, which no arithmetic makes): it becomes a quiet NaN.
+    float16: the remainder counts units of 2^-16 of the parameter's last place, away from zero; exact where
+    ``abs(master) >= 2**-17``.
     """
     if dtype == torch.bfloat16:
         bits = master.view(torch.int32)
@@ -163,9 +170,9 @@ def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join(parameter: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master behind a parameter; the inverse of ``split``.
+    """The float32 master of a parameter and its remainder; the inverse of ``split``.
 
-    A remainder counts only where the two together split into this parameter again. Elsewhere somebody has written the
+    The remainder is used only where the result splits into this parameter again. Elsewhere the user has written the
     parameter since (zeros, say), and the parameter is the master.
     """
     if parameter.dtype == torch.bfloat16:
@@ -181,7 +188,7 @@ def join(parameter: Tensor, remainder: Tensor) -> Tensor:
 
 
 def float16_ulp(value: Tensor) -> Tensor:
-    """The unit in the last place of float16 at float32 ``value``, subnormal numbers included."""
+    """The unit in the last place of float16 at float32 ``value``, as float32; right for subnormal float16, too."""
     exponent = (value.view(torch.int32) >> 23 & 0xFF).clamp(min=127 - 14)
     return (exponent - 10 << 23).view(torch.float32)
 
@@ -190,7 +197,7 @@ def float16_ulp(value: Tensor) -> Tensor:
 
 
 def mix(word: Tensor | int) -> Tensor | int:
-    """A bijection of 32-bit words that leaves no pattern of its input (the finaliser "lowbias32", C. Wellons)."""
+    """A bijection of 32-bit words whose output shows no pattern of its input: the hash "lowbias32" of C. Wellons."""
     word = word ^ (word >> 16)
     word = word * 0x7FEB352D & 0xFFFFFFFF
     word = word ^ (word >> 15)
@@ -199,28 +206,29 @@ def mix(word: Tensor | int) -> Tensor | int:
 
 
 def random_bits(positions: Tensor, *, seed: int, step: int, param_id: int) -> Tensor:
-    """32 random bits, int64, for each of ``positions`` (int64) in a parameter.
+    """32 random bits, int64, for each of ``positions`` (int64): the offsets of elements in their parameter.
 
     Args:
+        seed: any int; of ``Precision``.
         step: t of the parameter.
-        param_id: the parameter's place among all parameters of the optimizer, in the order of its param groups.
+        param_id: the parameter's position in ``param_groups``, counted over all groups.
     """
-    key = mix((seed + 0x9E3779B9) & 0xFFFFFFFF)
+    key = mix((seed + GOLDEN_WORD) & 0xFFFFFFFF)
     key = mix((key + step) & 0xFFFFFFFF)
     key = mix((key + param_id) & 0xFFFFFFFF)
     return mix(positions & 0xFFFFFFFF ^ key)  # type: ignore[return-value]
 
 
 def second_word(random: Tensor) -> Tensor:
-    """32 more bits."""
-    return mix(random + 0x9E3779B9 & 0xFFFFFFFF)  # type: ignore[return-value]
+    """32 more random bits for each element, from the first ones."""
+    return mix(random + GOLDEN_WORD & 0xFFFFFFFF)  # type: ignore[return-value]
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """float32 ``value`` as one of its two peers in bfloat16 or float16, such that the mean over all 16-bit
-    ``random`` is ``value``.
+    """Rounds float32 ``value`` down or up to bfloat16 or float16, so that the mean over all 16-bit ``random`` is
+    ``value``.
 
-    Finite values past bfloat16's largest become that; infinities and NaNs stay what they are.
+    Finite values past the largest bfloat16 become the largest; infinities and NaNs stay as they are.
     """
     if dtype == torch.bfloat16:
         bits = value.view(torch.int32)
@@ -238,13 +246,14 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> T
 
 LARGEST_M, LARGEST_V = 127, 255
 LARGEST_ROOT = 2.0**63
-"""v saturates at the square of this."""
+"""The largest square root of v that is stored; a larger v saturates at its square."""
 
 
 def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 moments as codes, int8 and uint8, and the scales of their blocks.
+    """Encodes float32 moments as int8 and uint8 codes and a float32 scale of each block, for m and for v.
 
-    m is stored as its signed square root, v as its fourth root. A v of zero keeps the code 0, any other has at least 1.
+    The code of m is its signed square root, the code of v its fourth root, in units of the scale. A v of zero has the
+    code 0, any other v at least 1.
     """
     m, root = exp_avg.view(-1, BLOCK_NUMEL), square_root(exp_avg_sq).clamp(max=LARGEST_ROOT).view(-1, BLOCK_NUMEL)
     random = random.view(-1, BLOCK_NUMEL)
@@ -256,8 +265,8 @@ def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor) -> tuple
 
 
 def encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes c, float32 whole numbers, of ``value >= 0`` in rows that share a scale: ``value`` is about ``c^2 scale``,
-    and is exactly that in the mean over all 16-bit ``random``.
+    """Encodes ``value >= 0``, whose rows share a scale each, as codes c (whole numbers in float32) with ``value`` about
+    ``c^2 scale``: the mean of ``c^2 scale`` over all 16-bit ``random`` is ``value``.
     """
     scale = value.amax(dim=1) * (1 / largest**2)
     scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0)
@@ -271,22 +280,24 @@ def encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Te
 def decode_moments(
     m_codes: Tensor, v_codes: Tensor, m_scale: Tensor, v_scale: Tensor, bound_squared: float
 ) -> tuple[Tensor, Tensor]:
-    """m and v, float32, with ``abs(m) <= C sqrt(v)`` as exact moments have it."""
+    """Decodes m and v to float32, and clamps m to ``abs(m) <= C sqrt(v)``, which holds for exact moments."""
     m, c = m_codes.float().view(-1, BLOCK_NUMEL), v_codes.float().view(-1, BLOCK_NUMEL)
     m = m * m.abs() * m_scale[:, None]
     root = c * c * v_scale[:, None]
-    if math.sqrt(bound_squared) <= torch.finfo(torch.float32).max:  # else there is no bound, and 0 times it no number
+    if (
+        math.sqrt(bound_squared) <= torch.finfo(torch.float32).max
+    ):  # past float32 there is no bound: 0 times infinity is NaN
         limit = math.sqrt(bound_squared) * root
         m = m.clamp(-limit, limit)
     return m.flatten(), (root * root).flatten()
 
 
 def bound_squared_after(bound_squared: float, betas: tuple[float, float]) -> float:
-    """C_t^2 from C_{t-1}^2, where ``abs(m_t) <= C_t sqrt(v_t)`` for any gradients; C_0 = 0.
+    """C_t^2 from C_{t-1}^2, such that ``abs(m_t) <= C_t sqrt(v_t)`` for all gradients; C_0 = 0.
 
     By Cauchy-Schwarz: ``b1 |m| + (1 - b1) |g| <= (b1 C / sqrt(b2)) sqrt(b2 v) + ((1 - b1) / sqrt(1 - b2)) sqrt(1 - b2)
     |g|``, and the two second factors are the sides of a right triangle with hypotenuse ``sqrt(v_t)``. Holds for any
-    sequence of betas; there is no bound after ``b2 = 0`` unless b1 = 0.
+    sequence of betas. With b2 = 0 there is no bound (infinity), unless b1 = 0.
     """
     beta1, beta2 = betas
     if beta1 * bound_squared == 0 or beta1 == 0:
@@ -297,7 +308,7 @@ def bound_squared_after(bound_squared: float, betas: tuple[float, float]) -> flo
 
 
 def bound_squared_at(step: float, betas: tuple[float, float]) -> float:
-    """C^2 after ``step`` steps, if the betas were the same in all of them: the sum of a geometric series."""
+    """C^2 after ``step`` steps with the same betas in all of them: the sum of a geometric series."""
     beta1, beta2 = betas
     if step == 0:
         return 0.0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slices of a shard one fused kernel call may treat alike: parameters that have taken equal numbers of steps.
+"""Cuts a shard into runs: slices whose parameters have taken equally many steps, so that one fused call updates them.
 
-Known on the host without asking the device: whether a step was skipped is not, but a skipped step is skipped by all, so
-parameters that took part in the same steps have the same count whatever became of those steps.
+Works on the host and never reads the device. The device alone knows whether a step was skipped, but all parameters skip
+it together, so parameters that took part in the same steps have equal counts either way.
 """
 
 from __future__ import annotations
@@ -13,31 +13,36 @@ from shardadam.layout import Bucket, Run, equal_runs
 
 
 class RunTable:
-    """The runs of every bucket's shard of one arena on one rank; all its parameters start with no step taken."""
+    """The runs of each bucket's shard, for one arena on one rank. At first no parameter has taken a step.
+
+    Args:
+        rank: whose shards are cut.
+        count: number of parameters in the arena.
+    """
 
     def __init__(self, rank: int, count: int) -> None:
         self._rank = rank
-        self._labels: list[int] = [0] * count  # of each parameter; equal labels: equal counts of steps
-        self._whole: dict[int, list[Run]] = {}  # by a bucket's offset: its runs when all its parameters take part
+        self._labels: list[int] = [0] * count  # one for each parameter; equal labels mean equally many steps
+        self._cached: dict[int, list[Run]] = {}  # by bucket offset: its runs when all of its parameters take part
 
     def load(self, counts: Iterable[Hashable]) -> None:
-        """Sets the counts of all parameters."""
+        """Replaces the step counts of all parameters."""
         self._relabel(list(counts))
 
     def advance(self, used: Sequence[bool]) -> None:
-        """A step is taken in which only ``used`` parameters take part."""
+        """Counts a step in which only the ``used`` parameters take part."""
         self._relabel(list(zip(self._labels, used, strict=True)))
 
     def runs(self, bucket: Bucket, used: Sequence[bool] | None) -> list[Run]:
-        """The runs of one bucket; ``used`` None: all parameters take part."""
+        """The runs of one bucket's shard. ``used`` None: all parameters take part."""
         if used is not None:
             labels = [label if takes_part else None for label, takes_part in zip(self._labels, used, strict=True)]
             return equal_runs(bucket, self._rank, labels)
-        if bucket.offset not in self._whole:
-            self._whole[bucket.offset] = equal_runs(bucket, self._rank, self._labels)
-        return self._whole[bucket.offset]
+        if bucket.offset not in self._cached:
+            self._cached[bucket.offset] = equal_runs(bucket, self._rank, self._labels)
+        return self._cached[bucket.offset]
 
     def _relabel(self, keys: Sequence[Hashable]) -> None:
         numbers: dict[Hashable, int] = {}
         self._labels = [numbers.setdefault(key, len(numbers)) for key in keys]
-        self._whole.clear()
+        self._cached.clear()

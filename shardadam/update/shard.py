@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the update works on: a flat shard as it is stored, and the counters of the parameters in it."""
+"""The inputs of an update, as plain data: a flat shard in its stored formats, counters, and what one step adds to them.
+
+Nothing here computes. ``update/reference.py`` says what the formats mean.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,26 @@ from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL
 
+_ONE_PER_BLOCK = ("exp_avg_scale", "exp_avg_sq_scale", "blocks")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """A rank's flat shard, in the formats of ``update/reference.py``; 1-D tensors, contiguous, on one device.
+    """A rank's flat shard in its stored formats: 1-D contiguous tensors of one length, on one device.
+
+    A block is ``ALIGNMENT_NUMEL`` elements; a shard is a whole number of blocks.
 
     Args:
-        parameter: the parameters' slice, in their dtype.
-        gradient: averaged over ranks; float32, float64 for float64 parameters. Its memory may not be there while there
-            are ``Sources`` to sum instead.
+        parameter: the shard's slice of the parameters, in their dtype.
+        gradient: averaged over ranks; float32, or float64 for float64 parameters. Not read when ``step_`` is given
+            ``Sources``; its storage may be freed then.
         exp_avg, exp_avg_sq: float32 (float64), bfloat16, or int8 and uint8 codes.
-        exp_avg_scale, exp_avg_sq_scale: float32, one for every ``ALIGNMENT_NUMEL`` elements, with codes only.
+        exp_avg_scale, exp_avg_sq_scale: float32, one for each block; None unless the moments are codes.
         master: float32, or None.
-        remainder: int16, or None. Without either, a parameter below float32 is rounded stochastically.
-        blocks: which parameter of the arena each ``ALIGNMENT_NUMEL`` elements belong to, as an index into ``Counters``;
-            int16 or int32. Padding counts to the parameter before it.
-        first_block: where the shard begins in its arena, in units of ``ALIGNMENT_NUMEL`` elements.
+        remainder: int16, or None. With neither, a parameter below float32 is rounded stochastically.
+        blocks: for each block the parameter that it belongs to, as an index into ``Counters``; int16 or int32. Padding
+            belongs to the parameter before it.
+        first_block: the shard's offset in its arena, in blocks.
     """
 
     parameter: Tensor
@@ -41,43 +48,46 @@ class Shard:
     first_block: int
 
     @property
-    def is_coded(self) -> bool:
-        """Whether anything is stored in another format than it is worked on."""
+    def is_encoded(self) -> bool:
+        """Whether the parameter or the moments are stored in another dtype than the arithmetic uses."""
         return not self.parameter.dtype == self.exp_avg.dtype == self.gradient.dtype
 
     @property
     def is_random(self) -> bool:
-        """Whether anything is rounded stochastically."""
+        """Whether the parameter or the moments are rounded stochastically."""
         exact = self.gradient.dtype
         has_weight = self.parameter.dtype == exact or self.master is not None or self.remainder is not None
         return self.exp_avg.dtype != exact or not has_weight
 
-    def part(self, elements: slice, gradient: Tensor | None = None) -> Shard:
-        """The elements from ``start`` to ``stop``, which are multiples of ``ALIGNMENT_NUMEL``.
+    def narrow(self, elements: slice, gradient: Tensor | None = None) -> Shard:
+        """The shard's ``elements``, as views.
 
         Args:
-            gradient: theirs, if it is not the shard's.
+            elements: start and stop are multiples of ``ALIGNMENT_NUMEL``.
+            gradient: of these elements; None: the shard's own.
         """
         blocks = slice(elements.start // ALIGNMENT_NUMEL, elements.stop // ALIGNMENT_NUMEL)
-        parts: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "gradient" and gradient is not None:
-                parts["gradient"] = gradient
-                continue
-            of_blocks = field.name in ("exp_avg_scale", "exp_avg_sq_scale", "blocks")
-            parts[field.name] = value[blocks if of_blocks else elements] if isinstance(value, Tensor) else value
-        parts["first_block"] = self.first_block + blocks.start
-        return Shard(**parts)
+                value = gradient
+            elif isinstance(value, Tensor):
+                value = value[blocks if field.name in _ONE_PER_BLOCK else elements]
+            values[field.name] = value
+        values["first_block"] = self.first_block + blocks.start
+        return Shard(**values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """Where the gradient of a shard comes from, if it has not been summed up: ``scale`` times the sum of ``slices``, in
-    their order and in float32 (float64).
+    """Gradients that the update sums itself: ``scale`` times the sum of ``slices``, in their order.
+
+    The sum is made in float32, or in float64 for float64 parameters.
 
     Args:
-        slices: of every rank, as long as the shard, in the dtype of the parameters.
+        slices: one of each rank, as long as the shard, in the dtype of the parameters.
+        scale: multiplies the sum.
     """
 
     slices: list[Tensor]
@@ -86,13 +96,13 @@ class Sources:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Counters:
-    """What the update must know of each parameter of an arena, on its device; all of one length.
+    """State of each parameter of an arena, on the arena's device; all tensors have one element for each parameter.
 
     Args:
-        steps: t, float32: steps in which the parameter took part.
-        bounds: C^2 after those steps, float64 (``reference.bound_squared_after``).
-        param_ids: the parameter's place among all parameters of the optimizer, int64.
-        first_blocks: where the parameter begins in the arena, in units of ``ALIGNMENT_NUMEL`` elements, int64.
+        steps: float32; t, the number of steps in which the parameter took part.
+        bounds: float64; C^2 after those steps (``reference.bound_squared_after``).
+        param_ids: int64; the parameter's position in ``param_groups``, counted over all groups.
+        first_blocks: int64; the parameter's offset in the arena, in blocks of ``ALIGNMENT_NUMEL`` elements.
     """
 
     steps: Tensor

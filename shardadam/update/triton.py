@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="untyped-decorator,import-untyped"
-"""The update as one Triton kernel a shard: every format of ``update/reference.py``, bit for bit.
+"""The update by Triton: one kernel for each shard, equal bit for bit to ``update/reference.py`` in every format.
 
-Device functions bear the names of the reference's and do its operations in its order. A prologue advances the
-counters and leaves what the kernel must know in device memory, so the host waits for nothing. Imports Triton.
+Device functions have the names of the reference's functions and do the same operations in the same order. Before them a
+prologue kernel advances the counters and writes the step's scalars to device memory, so the host never waits. Imports
+Triton, so it must be imported only where ``has_kernel`` says so.
 """
 
 from __future__ import annotations
@@ -21,34 +22,47 @@ from torch import Tensor
 
 from shardadam.chunks import sum_sources_
 from shardadam.layout import Bucket
-from shardadam.update.reference import BLOCK_NUMEL, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
+from shardadam.update.reference import BLOCK_NUMEL, GOLDEN_WORD, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
 EXACT = True
 """Whether roots and quotients are correctly rounded and no multiplication is fused with an addition."""
 ROWS, WARPS = 8, 4
-"""Blocks of a program and the warps that work on them."""
+"""Blocks of elements that one program of the update works on, and its warps."""
 INTERPRETED_ROWS = 1024
-"""Blocks of a program in Triton's interpreter, whose cost is by the program."""
+"""The same in Triton's interpreter, which takes its time for each program, not for each block."""
 PROLOGUE_LANES = 128
+"""Parameters that one program of the prologue works on."""
 
-# Columns of the table that the prologue writes, float32: row 0 is of all parameters, then there is one row for each, in
-# which KEY and FIRST_BLOCK are the bits of int32.
+# The table that the prologue writes for the update: float32, COLUMNS wide.
 COLUMNS = tl.constexpr(8)
-TAKEN, STEP_SIZE, CORRECTION, BOUND, KEY, FIRST_BLOCK = (tl.constexpr(column) for column in range(6))
+# Row 0, for all parameters: the coefficient, with the sign of ``maximize``; b1, 1 - b1, b2, 1 - b2, eps; the factor of
+# decoupled weight decay, 1 - lr decay; and the factor of L2 decay. Without the one kind of decay its factor is 1, or 0.
 COEFFICIENT, BETA1, REST1, BETA2, REST2, EPS, DECAY, L2 = (tl.constexpr(column) for column in range(8))
+# Row 1 + i, for parameter i: 1 if it takes this step, else 0; lr / (1 - b1^t); 1 / sqrt(1 - b2^t); C before this step;
+# the key of its random bits and its first block in the arena, these two as the bits of an int32.
+TAKEN, STEP_SIZE, CORRECTION, BOUND, KEY, FIRST_BLOCK = (tl.constexpr(column) for column in range(6))
 
 BLOCK = tl.constexpr(BLOCK_NUMEL)
 MAX_M, MAX_V, MAX_ROOT = tl.constexpr(LARGEST_M), tl.constexpr(LARGEST_V), tl.constexpr(LARGEST_ROOT)
+SECOND_WORD = tl.constexpr(GOLDEN_WORD)
+"""Added to random bits to make 32 more of them."""
 MAGNITUDE, INFINITY = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000)
 """All bits of a float32 but its sign; the bits of infinity."""
+LARGEST_BFLOAT16 = tl.constexpr(0x7F7F0000)
+"""The bits of the largest bfloat16, as a float32."""
+FLOAT16_LOWEST_EXPONENT, FLOAT16_FRACTION_BITS = tl.constexpr(127 - 14), tl.constexpr(10)
+"""The biased float32 exponent of float16's smallest normal number, and of its subnormal ones; bits of its fraction."""
 TINY, INFINITE = tl.constexpr(2.0**-126), tl.constexpr(math.inf)
+"""The smallest normal float32; infinity."""
 UNIT_OF_RANDOM = tl.constexpr(2.0**-16)
+"""What one unit of 16 random bits is worth."""
 
 
 class TritonUpdate:
-    """An ``Update`` of one launch a shard and one an arena. A tensor ``lr`` on the counters' device is read when the
-    kernel runs.
+    """An ``Update`` (see there) that launches one kernel for each shard and, in ``begin``, one for the arena.
+
+    If ``lr`` is a tensor on the counters' device, the kernel reads it when it runs, as a captured graph needs it.
     """
 
     needs_host_used = False
@@ -56,7 +70,7 @@ class TritonUpdate:
     def __init__(self, counters: Counters, *, seed: int) -> None:
         self._counters = counters
         self._table = counters.steps.new_zeros((1 + counters.steps.numel(), COLUMNS.value), dtype=torch.float32)
-        self._key = mix((seed + 0x9E3779B9) & 0xFFFFFFFF)
+        self._key = mix((seed + GOLDEN_WORD) & 0xFFFFFFFF)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +83,7 @@ class TritonUpdate:
         counters, hyperparameters = self._counters, inputs.hyperparameters
         lr = hyperparameters["lr"]
         beta1, beta2 = map(float, hyperparameters["betas"])
-        lr_is_there = isinstance(lr, Tensor) and lr.device == counters.steps.device
+        reads_lr = isinstance(lr, Tensor) and lr.device == counters.steps.device
         kept_bound = 0.0 if beta1 == 0 else beta1**2 / beta2 if beta2 > 0 else math.inf
         decoupled = bool(hyperparameters["decoupled_weight_decay"])
         with torch.cuda.device_of(counters.steps):
@@ -82,8 +96,8 @@ class TritonUpdate:
                 inputs.used,
                 inputs.found_inf,
                 inputs.coefficient,
-                lr if lr_is_there else None,
-                _bits(0.0 if lr_is_there else float(lr)),
+                lr if reads_lr else None,
+                _bits(0.0 if reads_lr else float(lr)),
                 _bits(beta1),
                 _bits(beta2),
                 _bits(kept_bound),
@@ -103,7 +117,7 @@ class TritonUpdate:
         block_count = shard.blocks.numel()
         if block_count == 0:
             return
-        if sources is not None:  # of several devices: not in the kernel yet
+        if sources is not None:  # the kernel itself reads one gradient only
             gradient = torch.empty_like(shard.exp_avg, dtype=torch.float32)
             sum_sources_(gradient, sources.slices, scale=sources.scale, accumulate=False)
             shard = replace(shard, gradient=gradient)
@@ -122,7 +136,7 @@ class TritonUpdate:
 
 
 def variant(shard: Shard) -> dict[str, str]:
-    """The formats of a shard, as compile-time arguments of the kernel."""
+    """The formats of a shard, as the compile-time arguments MOMENTS and MASTER of ``update``."""
     if shard.parameter.dtype == torch.float32:
         master = "own"
     elif shard.master is not None:
@@ -134,7 +148,7 @@ def variant(shard: Shard) -> dict[str, str]:
 
 
 def arguments(shard: Shard) -> tuple[Any, ...]:
-    """A shard as the kernel's first arguments; bfloat16 as its bits."""
+    """A shard as the first nine arguments of ``update``; bfloat16 as int16, its bits."""
     flats = (
         shard.parameter,
         shard.gradient,
@@ -150,7 +164,7 @@ def arguments(shard: Shard) -> tuple[Any, ...]:
 
 
 def _bits(value: float) -> int:
-    """Triton would make a float argument float32."""
+    """The bits of a float64, as an int64: Triton would pass a float argument as float32."""
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
@@ -161,31 +175,31 @@ def _bits(value: float) -> int:
     do_not_specialize=["count", "lr_bits", "beta1", "beta2", "kept_bound", "new_bound", "eps", "weight_decay", "key"]
 )
 def prologue(
-    steps,
-    bounds,
-    param_ids,
-    first_blocks,
-    count,
-    used,
-    found_inf,
-    coefficient,
-    lr,
-    lr_bits,
+    steps,  # float32, in and out: t of each parameter
+    bounds,  # float64, in and out: C^2 of each parameter
+    param_ids,  # int64: position of each parameter in param_groups
+    first_blocks,  # int64: first block of each parameter in the arena
+    count,  # number of parameters
+    used,  # bool: whether each parameter takes part
+    found_inf,  # float32, 0-dim: not 0 if the step is skipped
+    coefficient,  # float32, 0-dim: multiplies gradients; None for 1
+    lr,  # the learning rate as a tensor of one element; None if lr_bits has it
+    lr_bits,  # the learning rate; here and down to weight_decay: float64 as the bits of an int64
     beta1,
     beta2,
-    kept_bound,
-    new_bound,
+    kept_bound,  # C^2 after the step is kept_bound times C^2 before it,
+    new_bound,  # plus new_bound (reference.bound_squared_after)
     eps,
     weight_decay,
-    key,
-    table,
-    DECOUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    LANES: tl.constexpr,
+    key,  # hash of the seed
+    table,  # float32, out: (1 + count) rows of COLUMNS
+    DECOUPLED: tl.constexpr,  # bool: AdamW's weight decay instead of Adam's
+    MAXIMIZE: tl.constexpr,  # bool: negate gradients
+    LANES: tl.constexpr,  # parameters of one program
 ):
-    """Advances the counters of the parameters that take part, and writes the table of this step, in float64.
+    """Advances the counters of the parameters that take this step, and writes its table. Computes in float64.
 
-    Every program writes row 0, and all the same.
+    Every program writes row 0, all of them the same values.
     """
     rate = as_float64(lr_bits)
     if lr is not None:
@@ -205,35 +219,36 @@ def prologue(
     index = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = index < count
     taken = inside & (tl.load(used + index, mask=inside, other=0) != 0)
-    taken &= tl.load(found_inf + 0 * index) == 0.0  # a scalar would become float32 in the interpreter
+    taken &= tl.load(found_inf + 0 * index) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
     step = tl.load(steps + index, mask=taken, other=0.0) + 1.0
     bound = tl.load(bounds + index, mask=taken, other=0.0)
     kept = as_float64(kept_bound) * bound
-    kept = tl.where(kept == kept, kept, 0.0)  # 0 times infinity: nothing of m, or no m, is kept
+    kept = tl.where(kept == kept, kept, 0.0)  # 0 times infinity is NaN: no old m, or none of it, is kept
     tl.store(steps + index, step, mask=taken)
     tl.store(bounds + index, kept + as_float64(new_bound), mask=taken)
 
     t = step.to(tl.int32)
     param_id = tl.load(param_ids + index, mask=inside, other=0).to(tl.uint32)
     first_block = tl.load(first_blocks + index, mask=inside, other=0).to(tl.int32)
-    of_step = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
+    step_key = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
     row = table + (1 + index) * COLUMNS
     tl.store(row + TAKEN, taken.to(tl.float32), mask=inside)
     tl.store(row + STEP_SIZE, (rate / (1.0 - power(b1, t))).to(tl.float32), mask=taken)
     tl.store(row + CORRECTION, (1.0 / tl.sqrt(1.0 - power(b2, t))).to(tl.float32), mask=taken)
     tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
-    tl.store(row + KEY, mixed(of_step + param_id).to(tl.float32, bitcast=True), mask=taken)
+    tl.store(row + KEY, mixed(step_key + param_id).to(tl.float32, bitcast=True), mask=taken)
     tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
 
 
 @triton.jit
 def as_float64(bits):
+    """The inverse of ``_bits``."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def power(base, exponent):
-    """float64 ``base`` to int32 ``exponent``, 0 to 2^24, which is where steps stop counting."""
+    """float64 ``base`` to the power of int32 ``exponent``, 0 to 2^24: a float32 step counter cannot pass that."""
     result = tl.full(exponent.shape, 1.0, tl.float64)
     for bit in range(25):
         result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
@@ -249,23 +264,23 @@ def power(base, exponent):
     do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale", "blocks"],
 )
 def update(
-    parameter,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
-    exp_avg_scale,
-    exp_avg_sq_scale,
-    kept,  # the master or the remainder
-    blocks,
-    first_block,
-    block_count,
-    table,
-    MOMENTS: tl.constexpr,  # fp32, bf16, int8
-    MASTER: tl.constexpr,  # own, fp32, split, none
-    ROWS: tl.constexpr,
-    EXACT: tl.constexpr,
+    parameter,  # float32, float16, or int16: the bits of bfloat16; in and out, like all state
+    gradient,  # float32
+    exp_avg,  # float32, int16 (the bits of bfloat16), or int8 codes
+    exp_avg_sq,  # float32, int16 (the bits of bfloat16), or uint8 codes
+    exp_avg_scale,  # float32, one for each block; None without codes
+    exp_avg_sq_scale,  # float32, one for each block; None without codes
+    kept,  # float32 master, int16 remainder, or None
+    blocks,  # int16 or int32: the parameter of each block
+    first_block,  # the shard's first block in the arena
+    block_count,  # blocks of the shard
+    table,  # float32: what the prologue has written
+    MOMENTS: tl.constexpr,  # format of the moments: fp32, bf16, int8
+    MASTER: tl.constexpr,  # format of the master: own (float32 parameters), fp32, split, none
+    ROWS: tl.constexpr,  # blocks of one program
+    EXACT: tl.constexpr,  # bool: correctly rounded roots and quotients
 ):
-    """One step on a tile of ROWS blocks; ``reference.step_``."""
+    """``reference.step_`` on a tile of ROWS blocks: one row for each block, BLOCK columns."""
     start_row = tl.program_id(0).to(tl.int64) * ROWS
     start = start_row * BLOCK
     row = tl.arange(0, ROWS)[:, None]
@@ -298,8 +313,8 @@ def update(
 
     if MOMENTS != "fp32" or MASTER == "none":
         key = tl.load(scalars + KEY, mask=taken, other=0.0).to(tl.uint32, bitcast=True)
-        begins = tl.load(scalars + FIRST_BLOCK, mask=taken, other=0.0).to(tl.int32, bitcast=True)
-        block = (first_block + start_row).to(tl.int32) + row - begins
+        first = tl.load(scalars + FIRST_BLOCK, mask=taken, other=0.0).to(tl.int32, bitcast=True)
+        block = (first_block + start_row).to(tl.int32) + row - first  # in the parameter
         random = mixed((block * BLOCK + lane).to(tl.uint32) ^ key)
     if MASTER == "own":
         tl.store(parameter, weight, mask=taken)
@@ -311,7 +326,7 @@ def update(
         tl.store(parameter, high, mask=taken)
         tl.store(kept_at, low, mask=taken)
     else:
-        low_half = mixed(random + 0x9E3779B9) & 0xFFFF
+        low_half = mixed(random + SECOND_WORD) & 0xFFFF
         tl.store(parameter, round_stochastically(weight, stored.dtype, low_half), mask=taken)
     if MOMENTS == "int8":
         m_code, v_code, m_scale, v_scale = encode_moments(m, root, random, EXACT)
@@ -329,7 +344,7 @@ def update(
 
 @triton.jit
 def adam(weight, gradient, m, v, step_size, correction, table, EXACT: tl.constexpr):
-    """The new weight, m, v and square root of v. The sign of ``maximize`` is in the coefficient."""
+    """Returns the new weight, m, v and the square root of v; ``reference.adam_``."""
     g = gradient * tl.load(table + COEFFICIENT)
     l2 = tl.load(table + L2)
     if l2 != 0.0:
@@ -352,7 +367,7 @@ def quotient(a, b, EXACT: tl.constexpr):
     return tl.div_rn(a, b) if EXACT else a / b
 
 
-# Master weights. A parameter of bfloat16 is int16, its bits, here.
+# Master weights. bfloat16 is passed as int16, its bits.
 
 
 @triton.jit
@@ -385,10 +400,10 @@ def round_half_away(value, dtype: tl.constexpr):
     bits = value.to(tl.int32, bitcast=True)
     is_finite = bits & MAGNITUDE < INFINITY
     if dtype == tl.int16:
-        # The NaNs of arithmetic are quiet: they are NaNs in their high bits alone. Infinity has no low bits.
+        # Infinity has no low bits, and the NaNs that arithmetic makes are NaNs by their high bits alone.
         return (tl.where(is_finite, bits + 0x8000, bits) >> 16).to(tl.int16)
     else:
-        # The lowest bit of a float32 is far below a tie of float16: set, it makes an exact tie one that goes away.
+        # Setting the lowest bit moves an exact tie of float16 away from zero; all other values round as before.
         return tl.where(is_finite, bits | 1, bits).to(tl.float32, bitcast=True).to(tl.float16)
 
 
@@ -400,7 +415,7 @@ def split(master, dtype: tl.constexpr):
     else:
         value = parameter.to(tl.float32)
         units = (tl.abs(master) - tl.abs(value)) * float16_units(value, 16)
-        # Half a unit rounds to 32767 too. Where the parameter is infinite or NaN so are the units, or they are NaN.
+        # Half a last place is 32768 units, which int16 lacks. Where the parameter is not finite, neither are the units.
         units = tl.floor(units + 0.5)
         units = tl.where(units > 32767.0, 32767.0, units)
         return parameter, tl.where(tl.abs(units) <= 32768.0, units, 0.0).to(tl.int16)
@@ -423,8 +438,9 @@ def join(parameter, remainder):
 
 @triton.jit
 def float16_exponent(value):
-    """The biased float32 exponent of ``value``'s last place in float16."""
-    return tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 14) - 10
+    """The biased float32 exponent of the unit in ``value``'s last place in float16."""
+    exponent = (value.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return tl.maximum(exponent, FLOAT16_LOWEST_EXPONENT) - FLOAT16_FRACTION_BITS
 
 
 @triton.jit
@@ -434,7 +450,7 @@ def float16_ulp(value):
 
 @triton.jit
 def float16_units(value, BITS: tl.constexpr):
-    """2^BITS over ``float16_ulp``: what to multiply by in place of dividing."""
+    """2^BITS / ``float16_ulp(value)``: multiplying by it is exact, as dividing by the power of two would be."""
     return (254 + BITS - float16_exponent(value) << 23).to(tl.float32, bitcast=True)
 
 
@@ -443,7 +459,7 @@ def float16_units(value, BITS: tl.constexpr):
 
 @triton.jit
 def mixed(word):
-    """``mix`` of uint32."""
+    """``reference.mix`` of uint32, whose products wrap."""
     word = (word ^ (word >> 16)) * 0x7FEB352D
     word = (word ^ (word >> 15)) * 0x846CA68B
     return word ^ (word >> 16)
@@ -453,7 +469,7 @@ def mixed(word):
 def round_stochastically(value, dtype: tl.constexpr, random):
     bits = value.to(tl.int32, bitcast=True)
     if dtype == tl.int16:
-        rounds = bits & MAGNITUDE < 0x7F7F0000
+        rounds = bits & MAGNITUDE < LARGEST_BFLOAT16
         return (tl.where(rounds, bits + random.to(tl.int32), bits) >> 16).to(tl.int16)
     else:
         units = tl.abs(value) * float16_units(value, 0)
@@ -479,14 +495,14 @@ def encode_moments(m, root, random, EXACT: tl.constexpr):
 
 @triton.jit
 def encode_root(value, LARGEST: tl.constexpr, random, EXACT: tl.constexpr):
-    # As integers, NaNs are the largest of all.
+    # Compared by their bits, so that a NaN is the largest of all and spreads to its block.
     largest = tl.max(value.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
     scale = largest * (1 / (LARGEST * LARGEST))
     scale = tl.where(scale >= TINY, scale, 0.0)
     inverse = tl.where(scale > 0.0, quotient(1.0, scale, EXACT), 0.0)
     units = value * inverse
     code = tl.floor(square_root(units, EXACT))
-    # Both are exact, fused or not.
+    # Both are exact, with fused multiplications or without.
     width, rest = tl.fma(code, 2 * UNIT_OF_RANDOM, UNIT_OF_RANDOM), tl.fma(-code, code, units)
     up = random.to(tl.int32).to(tl.float32) * width < rest
     return tl.where(up & (code < LARGEST), code + 1.0, code), scale
