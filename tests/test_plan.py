@@ -40,7 +40,7 @@ def planned_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int 
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What is said of it, on one line and without a traceback."""
+    """The message of a refused plan: one line, without a traceback."""
     assert main(["plan", *arguments]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("shardadam: ") and printed.err.count("\n") == 1
@@ -477,9 +477,9 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) 
 
 def test_text_says_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(capsys, "7B", "--ranks", "8", "--memory", "80GB")
-    for fact in ("7,000,000,000 in ", "8 ranks on 1 host, cuda", "80.00 GB a rank", "Not counted: activations",
+    for fact in ("7,000,000,000 in ", "8 ranks on 1 host, cuda", "80.00 GB per rank", "Not counted: activations",
                  "an estimate", "FSDP2, estimated", "torch.optim.AdamW on every rank",
-                 "Choose what was asked for: it takes",
+                 "Your settings fit: training takes",
                  'precision=Precision(moments="fp32", master="split")'):  # fmt: skip
         assert fact in said, fact
     assert max(len(line) for line in said.splitlines()) <= 120
@@ -503,9 +503,11 @@ def test_text_says_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(capsys, "10M", "--ranks", "4", "--memory", "80MB", code=1).replace("\n", " ")
-    assert "takes 95.04 MB and does not fit. Choose 8 ranks instead" in said and "the least change that fits" in said
+    assert "takes 95.04 MB and does not fit. Choose 8 ranks instead" in said and "the smallest change that fits" in said
     said = printed(capsys, "70B", "--memory", "80GB", "--ranks", "64", code=1).replace("\n", " ")
-    assert "Nothing fits in 80.00 GB: parameters alone take 140" in said and "FSDP2, which shards them too" in said
+    assert (
+        "Nothing fits in 80.00 GB: parameters alone take 140" in said and "FSDP2, which shards parameters too" in said
+    )
     said = printed(capsys, "10M", "--memory", "1KB", code=1).replace("\n", " ")
     assert "Nothing fits" in said and "ranks with more memory" in said and "never" in said
     assert "Give --memory" in printed(capsys, "10M")
@@ -513,7 +515,7 @@ def test_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]) ->
 
 def test_float32_has_no_column_of_masters(capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(capsys, "tests.test_plan:convolutions", "--device", "cpu", "--ranks", "2")
-    assert "master" not in said and "KB a rank" in said and "of one host take" in said
+    assert "master" not in said and "KB per rank" in said and "of one host take" in said
 
 
 def test_help_documents_the_json(capsys: pytest.CaptureFixture[str]) -> None:

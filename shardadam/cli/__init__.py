@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``shardadam``, one module each, in one process, without a GPU.
+"""The command ``shardadam``: one module for each subcommand. Runs in one process and needs no GPU.
 
-Prints, and gives exit codes: 0, all is well; 1, a checkpoint is not whole, what was asked for does not fit, or
-something cannot be done; 2, wrong usage. Imports torch alone: what else a command needs, it imports when it runs.
+Exit codes: 0, success; 1, a checkpoint is damaged, the requested training does not fit, or an error; 2, wrong usage.
+Imports only torch at first: a command imports what else it needs when it runs.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Local.
+    """Runs one command.
 
     Args:
-        arguments: default: the process's.
+        arguments: without the program's name; None: those of this process.
 
     Returns:
-        The exit code. Wrong usage exits with 2 at once.
+        The exit code.
+
+    Raises:
+        SystemExit: wrong usage, with code 2; or after ``--help``.
     """
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, CommandError, OSError) as error:
@@ -45,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shardadam",
-        description="Plans the memory of sharded training, looks into checkpoints that shardadam.save has written, and "
-        "describes this machine.",
+        description="Plans the memory of sharded training, inspects and exports checkpoints that shardadam.save has "
+        "written, and describes this machine for a bug report.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

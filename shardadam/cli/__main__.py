@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m shardadam.cli``, where the script is not on the path."""
+"""Runs the commands as ``python -m shardadam.cli``, for when the script ``shardadam`` is not on the path."""
 
 import sys
 

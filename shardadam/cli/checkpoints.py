@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam export`` and ``inspect``: checkpoints from a shell."""
+"""``shardadam export`` and ``shardadam inspect``: read checkpoints from a shell, without ranks or a model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     directory: dict[str, Any] = dict(
         metavar="DIR",
         type=Path,
-        help="what was given to shardadam.save (the newest checkpoint counts), or a checkpoint",
+        help="the directory given to shardadam.save (its newest checkpoint is read), or one checkpoint in it",
     )
 
     command = commands.add_parser(
         "export",
-        help="write a checkpoint as files that need no shardadam",
+        help="write a checkpoint as files that load without shardadam",
         description="Writes a checkpoint as plain files: model.pt and optimizer.pt, for load_state_dict of the model "
-        "and of torch.optim.AdamW, or model.safetensors and optimizer.safetensors. Takes little memory, whatever the "
-        "size.",
+        "and of torch.optim.AdamW, or model.safetensors and optimizer.safetensors. Uses little memory for checkpoints "
+        "of any size.",
     )
     command.add_argument("directory", **directory)
     command.add_argument("--format", required=True, choices=FORMATS)
@@ -37,12 +37,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     command = commands.add_parser(
         "inspect",
-        help="say what a checkpoint holds, and whether it is whole",
-        description="Says what a checkpoint holds, and reads all of it to see whether it is whole. Exit code 1: not.",
+        help="list what a checkpoint contains, and verify it",
+        description="Lists what a checkpoint contains, and reads all of it to verify its checksums. Exit code 1: it is "
+        "damaged or incomplete.",
     )
     command.add_argument("directory", **directory)
-    command.add_argument("--json", action="store_true", help="for programs")
-    command.add_argument("--no-verify", action="store_true", help="look at the sizes of files, and do not read them")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    command.add_argument("--no-verify", action="store_true", help="check the sizes of files only, without reading them")
     command.set_defaults(run=_inspect)
 
 

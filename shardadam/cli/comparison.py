@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers behind ``shardadam plan``: bytes a rank in every format, and beside what peers take. Prints nothing.
+"""The numbers of ``shardadam plan``: bytes per rank in every format, and with torch.optim.AdamW and FSDP2.
 
-All bytes of our own come from the planner, hence from the layout itself. The only formula here is FSDP2's.
+The planner computes the bytes of our own optimizer, from the layout; the only formula here is FSDP2's. Prints nothing.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to train, and the bytes of a rank in it.
+class Usage:
+    """The bytes that one way to train takes on each rank.
 
     Args:
         name: "adamw", "adamw_fp32_master", "step", "backward", "external" or "fsdp2".
-        kinds: bytes in training, of all ``KINDS``.
-        built: ``optimizer.memory()`` right after it has been built; None for peers.
-        setting: None for peers.
-        fits: None where no memory is known.
-        fits_from: on how many ranks it does, the smallest power of two (times the replicas); None: not on
-            ``MOST_RANKS``, or no memory is known.
+        kinds: bytes in training, by kind; has all ``KINDS``.
+        built: ``optimizer.memory()`` right after construction; None for other optimizers.
+        setting: None for other optimizers.
+        is_estimate: computed by a formula instead of counted from a layout.
+        fits: in the available memory; None if that is not known.
+        fits_from: the smallest power of two of ranks (times the replicas) on which it fits; None if it does not fit on
+            up to ``MOST_RANKS``, or if the available memory is not known.
     """
 
     name: str
@@ -63,37 +64,46 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """
+    """What ``compare`` found.
+
     Args:
-        hosts: over which all ranks are spread evenly.
-        available: bytes on a rank; None: not known.
-        formats: ours in every format with every ``gradient_sync``, the one asked for first of each.
-        peers: the ways to train side by side, ours in the format asked for among them.
-        fit: None where no memory is known.
+        source: the model.
+        asked: the requested setting, without a master of "auto" if all parameters get the same one.
+        hosts: number of hosts that share the ranks evenly.
+        available: bytes of memory for each rank; None if not known.
+        formats: our optimizer in every format with every ``gradient_sync``; of each, the requested format is first.
+        alternatives: other optimizers, and ours in the requested format.
+        fit: None if the available memory is not known.
     """
 
     source: ModelSource
     asked: Setting
     hosts: int
     available: int | None
-    formats: tuple[Way, ...]
-    peers: tuple[Way, ...]
+    formats: tuple[Usage, ...]
+    alternatives: tuple[Usage, ...]
     fit: Fit | None
 
     @property
     def ranks(self) -> int:
         return self.asked.world_size * self.asked.replicas
 
-    def is_asked(self, way: Way) -> bool:
-        return way.setting == self.asked
+    def is_asked(self, usage: Usage) -> bool:
+        return usage.setting == self.asked
 
     @property
-    def asked_way(self) -> Way:
-        return next(way for way in self.formats if self.is_asked(way))
+    def asked_usage(self) -> Usage:
+        return next(usage for usage in self.formats if self.is_asked(usage))
 
 
 def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: int | None = None) -> Comparison:
-    """
+    """Plans ``source`` in every format, and with other optimizers.
+
+    Args:
+        asked: the requested setting.
+        hosts: number of hosts that share the ranks evenly.
+        available: bytes of memory for each rank; None if not known.
+
     Raises:
         ValueError, TypeError: the optimizer would refuse ``asked``.
     """
@@ -104,46 +114,48 @@ def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: i
     def layout_of(world_size: int) -> Layout:
         return lay_out(planned, replace(asked, world_size=world_size))
 
-    def ours(setting: Setting) -> Way:
+    def ours(setting: Setting) -> Usage:
         layout = layout_of(setting.world_size)
         memory, need = memory_of(layout, setting, peak=True), need_of(planned, layout, setting)
         kinds = {kind: getattr(memory, kind) for kind in KINDS}
         kinds |= {"parameters": need.parameters, "gradients": need.gradients}
-        return Way(setting.gradient_sync, kinds, memory_of(layout, setting), setting)
+        return Usage(setting.gradient_sync, kinds, memory_of(layout, setting), setting)
 
-    def judged(of: Callable[[int], Way]) -> Way:
-        """``of`` the number of ranks of a shard group."""
-        way = of(asked.world_size)
+    def with_fit(usage_on: Callable[[int], Usage]) -> Usage:
+        """``usage_on`` takes the number of ranks of a shard group."""
+        usage = usage_on(asked.world_size)
         if available is None:
-            return way
-        return replace(way, fits=way.total <= available, fits_from=_fits_from(of, available, asked.replicas))
+            return usage
+        return replace(usage, fits=usage.total <= available, fits_from=_fits_from(usage_on, available, asked.replicas))
 
-    def in_format(sync: GradientSync, precision: Precision) -> Way:
-        return judged(lambda ranks: ours(replace(asked, world_size=ranks, gradient_sync=sync, precision=precision)))
+    def in_format(sync: GradientSync, precision: Precision) -> Usage:
+        return with_fit(lambda ranks: ours(replace(asked, world_size=ranks, gradient_sync=sync, precision=precision)))
 
     syncs: list[GradientSync] = ["step", "backward"]
     if asked.gradient_sync == "external":
         syncs.append("external")
     formats = tuple(in_format(sync, precision) for sync in syncs for precision in precisions(planned, asked))
-    peers = [judged(lambda ranks: adamw(planned))]
+    alternatives = [with_fit(lambda ranks: adamw(planned))]
     if any(one.trainable and one.dtype in LOW for one in planned):
-        peers.append(judged(lambda ranks: adamw_with_masters(planned)))
-    peers += [way for way in formats if way.setting is not None and way.setting.precision == asked.precision]
+        alternatives.append(with_fit(lambda ranks: adamw_with_masters(planned)))
+    alternatives += [
+        usage for usage in formats if usage.setting is not None and usage.setting.precision == asked.precision
+    ]
     keeps_masters = asked.precision.master != "none"
-    peers.append(judged(lambda ranks: fsdp2(source, ranks, keeps_masters=keeps_masters)))
+    alternatives.append(with_fit(lambda ranks: fsdp2(source, ranks, keeps_masters=keeps_masters)))
     fit = None if available is None else _fitting(planned, asked, available, layout_of(asked.world_size))
-    return Comparison(source, asked, hosts, available, formats, tuple(peers), fit)
+    return Comparison(source, asked, hosts, available, formats, tuple(alternatives), fit)
 
 
 def _fitting(planned: Sequence[PlannedParameter], asked: Setting, available: int, layout: Layout) -> Fit:
-    """At once where nothing can fit: of a large model, the layouts on all numbers of ranks take seconds."""
+    """``planner.fitting``, but at once where nothing can fit: for a large model, all those layouts take seconds."""
     if sum(one.nbytes for one in planned) > available:
         return Fit(asked, available, need_of(planned, layout, asked), None, None)
     return fitting(planned, asked, available, most_ranks=MOST_RANKS)
 
 
 def precisions(planned: Sequence[PlannedParameter], asked: Setting) -> list[Precision]:
-    """Every format that these parameters can be trained in, the one asked for first."""
+    """Every format that these parameters can be trained in, the requested one first."""
     dtypes = {one.dtype for one in planned if one.trainable}
     moments: Iterable[Moments] = ("fp32",) if torch.float64 in dtypes else get_args(Moments)
     masters: Iterable[Any] = ("split", "fp32", "none") if dtypes & {*LOW} else (asked.precision.master,)
@@ -152,40 +164,41 @@ def precisions(planned: Sequence[PlannedParameter], asked: Setting) -> list[Prec
 
 
 def _explicit(asked: Setting, planned: Sequence[PlannedParameter]) -> Precision:
-    """With the master that "auto" means here, where it means one for all parameters."""
+    """The requested precision, with "auto" replaced by the master it stands for, if that is one for all parameters."""
     device = torch.device(asked.device)
     low = {one.dtype for one in planned if one.trainable and one.dtype in LOW}
     masters = {asked.precision.format(dtype, device).master for dtype in low}
     if asked.precision.master != "auto" or len(masters) != 1:
         return asked.precision
-    return replace(asked.precision, master=cast("Master", masters.pop()))  # low precision is never "own"
+    return replace(asked.precision, master=cast("Master", masters.pop()))  # "own" is for float32 and float64 alone
 
 
-def _fits_from(of: Callable[[int], Way], available: int, replicas: int) -> int | None:
+def _fits_from(usage_on: Callable[[int], Usage], available: int, replicas: int) -> int | None:
     ranks = 1
     while ranks * replicas <= max(MOST_RANKS, replicas):
-        way = of(ranks)
-        if way.total <= available:
+        usage = usage_on(ranks)
+        if usage.total <= available:
             return ranks * replicas
-        if way.setting is not None and way.kinds["parameters"] > available:
-            return None  # more ranks only add padding
+        if usage.setting is not None and usage.kinds["parameters"] > available:
+            return None  # parameters are on every rank; more ranks only add padding
         ranks *= 2
     return None
 
 
-# Peers
+# Other optimizers
 
 
-def _of_peer(name: str, *, is_estimate: bool = False, **kinds: int) -> Way:
-    return Way(name, dict.fromkeys(KINDS, 0) | kinds, is_estimate=is_estimate)
+def _alternative(name: str, *, is_estimate: bool = False, **kinds: int) -> Usage:
+    return Usage(name, dict.fromkeys(KINDS, 0) | kinds, is_estimate=is_estimate)
 
 
-def adamw(planned: Sequence[PlannedParameter]) -> Way:
-    """torch.optim.AdamW on every rank, in the parameters' own dtype. The buckets of DDP, where gradients are no views
-    of them, come on top."""
+def adamw(planned: Sequence[PlannedParameter]) -> Usage:
+    """torch.optim.AdamW on every rank, in the parameters' own dtype. Does not count the buckets of DDP, which are extra
+    memory unless gradients are views of them.
+    """
     need = adamw_need(planned)
     steps = 4 * sum(one.trainable for one in planned)
-    return _of_peer(
+    return _alternative(
         "adamw",
         parameters=need.parameters,
         gradients=need.gradients,
@@ -194,11 +207,11 @@ def adamw(planned: Sequence[PlannedParameter]) -> Way:
     )
 
 
-def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Way:
-    """The same over float32 copies of low-precision parameters."""
+def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Usage:
+    """``adamw`` on float32 copies of the bfloat16 and float16 parameters."""
     need = adamw_need(planned)
     exact = [(one, 4 if one.dtype in LOW else one.dtype.itemsize) for one in planned if one.trainable]
-    return _of_peer(
+    return _alternative(
         "adamw_fp32_master",
         parameters=need.parameters,
         gradients=need.gradients,
@@ -208,17 +221,17 @@ def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Way:
     )
 
 
-def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Way:
-    """An estimate of ``fully_shard`` with torch.optim.AdamW.
+def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Usage:
+    """Estimates ``fully_shard`` with torch.optim.AdamW.
 
-    Everything is sharded along its first dimension: parameters, gradients and two moments; and the largest module that
-    it is called on exists twice more, unsharded: as it computes, and as the next one is gathered ahead of time. After
-    Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277 (all shards,
-    and the largest unsharded unit), and the prefetching of ``torch.distributed.fsdp.fully_shard``. Unsharded gradients
-    and what the allocator loses are not in it.
+    Counts parameters, gradients and two moments, all sharded along the first dimension, and two unsharded copies of the
+    largest module that ``fully_shard`` is called on: the one that computes, and the next, prefetched. After Zhao et al.
+    2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277 (all shards, and the
+    largest unsharded unit), and the prefetching of ``torch.distributed.fsdp.fully_shard``. Does not count unsharded
+    gradients or fragmentation.
 
     Args:
-        keeps_masters: low-precision parameters are stored in float32 and cast as they are gathered
+        keeps_masters: bfloat16 and float16 parameters are stored in float32 and cast when they are gathered
             (MixedPrecisionPolicy).
     """
     parameters = gradients = steps = 0
@@ -230,7 +243,7 @@ def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Way:
         gradients += nbytes * one.trainable
         steps += 4 * one.trainable
     largest = max(sum(one.nbytes for one in unit) for unit in source.units().values())
-    return _of_peer(
+    return _alternative(
         "fsdp2",
         is_estimate=True,
         parameters=parameters + 2 * largest,

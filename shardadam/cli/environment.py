@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam env``: what a report of a problem needs of this machine. Reads, and changes nothing."""
+"""``shardadam env``: describes this machine for a bug report. Reads, and changes nothing."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_")
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "env",
-        help="describe this machine, for a report of a problem",
-        description="Prints versions, hardware, variables of the environment that matter, and what works here. Paste "
-        "it into a report of a problem; look over the variables first.",
+        help="describe this machine, for a bug report",
+        description="Prints versions, hardware, the environment variables that matter, and what works here. Paste the "
+        "output into a bug report; check first that the variables contain nothing private.",
     )
-    command.add_argument("--json", action="store_true", help="for programs: an object of sections of facts")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs: an object of sections")
     command.set_defaults(run=_run)
 
 
@@ -59,11 +59,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _section(name: str, facts: dict[str, Any]) -> str:
-    rows = [(f"  {key}", _said(value)) for key, value in facts.items()] or [("  none", "")]
+    rows = [(f"  {key}", _text(value)) for key, value in facts.items()] or [("  none", "")]
     return f"{name}\n{table(rows, right=())}"
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return "no"
     if isinstance(value, bool):
@@ -72,7 +72,9 @@ def _said(value: Any) -> str:
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """Sections of facts: strings, numbers, booleans, lists of strings, and None for what is not there."""
+    """Facts by section and name: strings, numbers, booleans, lists of strings, or None for what is not installed or
+    not found.
+    """
     return {
         "versions": _versions(),
         "machine": _machine(),
@@ -95,7 +97,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Without importing it."""
+    """The version of an installed package, read without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -103,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _read("/sys/fs/cgroup/memory.max")
     return {
         "system": _pretty_name(),
@@ -112,7 +114,7 @@ def _machine() -> dict[str, Any]:
         "CPU": _cpu(),
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "threads of torch": torch.get_num_threads(),
-        "memory": binary_size(pages),
+        "memory": binary_size(nbytes),
         "memory limit": binary_size(int(limit)) if limit.isdecimal() else None,
     }
 
@@ -177,7 +179,7 @@ def _triton() -> bool | str:
 
 
 def _resolves() -> bool:
-    """Gloo takes the address of the host's name, unless GLOO_SOCKET_IFNAME is set."""
+    """Whether the host's name has an address: Gloo listens on it, unless GLOO_SOCKET_IFNAME is set."""
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:

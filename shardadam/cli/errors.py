@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command cannot do, said to the user."""
+"""The error that commands raise for what the user can correct."""
 
 
 class CommandError(Exception):
-    """Printed without a traceback, with exit code 1: found, expected, remedy."""
+    """``shardadam`` prints it without a traceback and exits with code 1. The message: found, expected, remedy."""

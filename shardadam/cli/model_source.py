@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan is for: a number of parameters, a Hugging Face config or a function that builds a model. Nothing is
-allocated: models are built on the meta device.
+"""The model that a plan is made for, from a number of parameters, a Hugging Face config or a function that builds it.
+
+Builds models on the meta device, so that nothing is allocated. Uses the network only with ``download``.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What shall be trained.
+    """The parameters of a model, without their values.
 
     Args:
+        what: as the user has typed it.
         source: "number", "hugging_face" or "function".
+        description: for readers, the class of the model for example.
         parameters: by name, in the order of ``model.named_parameters()``; tied ones once.
     """
 
@@ -56,37 +59,41 @@ class ModelSource:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Elements of each dtype."""
+        """Number of elements of each dtype, by the dtype's short name."""
         counts: Counter[str] = Counter()
         for parameter in self.planned:
             counts[dtype_name(parameter.dtype)] += parameter.numel
         return dict(counts)
 
     def units(self) -> dict[str, list[PlannedParameter]]:
-        """Parameters by the module that ``fully_shard`` would be called on, going by names: every numbered module
-        ("model.layers.3"), the outermost of nested ones; "" for all the rest, which the root has.
+        """The parameters of each module that ``fully_shard`` would be called on, guessed from their names.
+
+        These are the numbered modules ("model.layers.3"), of nested ones the outermost; all other parameters belong to
+        the root, "".
         """
         found: dict[str, list[PlannedParameter]] = {}
         for name, parameter in self.parameters:
             parts = name.split(".")[:-1]
-            numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+            numbers = [index for index, part in enumerate(parts) if part.isdigit()]
             found.setdefault(".".join(parts[: numbers[0] + 1]) if numbers else "", []).append(parameter)
         return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The short name: "bf16"; torch's name if it has none."""
     return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def find_model_source(what: str, dtype: torch.dtype | None = None, *, download: bool = False) -> ModelSource:
-    """Of what the user has typed.
+    """Finds or builds the model that the user has typed.
 
     Args:
-        dtype: of all floating-point parameters; None: that of the model, and bfloat16 for a number.
-        download: a name that is not in the local cache may be looked up on the Hugging Face Hub.
+        what: a number of parameters, a path, a name on the Hugging Face Hub, or module:function.
+        dtype: of all floating-point parameters; None: the model's own, and bfloat16 for a number.
+        download: whether a name that is not in the local cache may be looked up on the Hugging Face Hub.
 
     Raises:
-        CommandError: it cannot be found or built; says what was expected.
+        CommandError: the model cannot be found or built, or has no trainable parameters.
     """
     numel = parse_count(what)
     if numel is not None:
@@ -113,11 +120,15 @@ def _cast(source: ModelSource, dtype: torch.dtype) -> ModelSource:
     return replace(source, parameters=tuple(parameters))
 
 
-# A number
+# From a number
 
 
 def parse_count(text: str) -> int | None:
-    """The number of parameters that "7B", "350M", "1.3e9" or "1000" means; None for what means none."""
+    """Reads a number of parameters: "7B", "350M", "1.3e9", "1000". None if ``text`` is not a number.
+
+    Raises:
+        CommandError: the number is not between 1 and 10^13.
+    """
     match = re.fullmatch(r"(\d+\.?\d*(?:[eE]\+?\d+)?)([KkMmBbTt]?)", text.replace(",", "").replace("_", ""))
     if match is None:
         return None
@@ -128,9 +139,10 @@ def parse_count(text: str) -> int | None:
 
 
 def decoder_of(what: str, numel: int) -> ModelSource:
-    """A decoder of exactly ``numel`` parameters, with the proportions of Llama 2: layers of four square matrices and
-    three of 8/3 the width, one layer for each 128 of width, an embedding and a head of 32,000 tokens (fewer in small
-    models). What does not divide goes to the vocabulary, and what is left then to the last norm.
+    """A decoder of exactly ``numel`` parameters with the proportions of Llama 2.
+
+    A layer has four square matrices and three of 8/3 the width; there is one layer for each 128 of width. Embedding and
+    head have 32,000 tokens (fewer in small models). The remainder goes to the vocabulary, then to the last norm.
     """
 
     def vocabulary_of(width: int) -> int:
@@ -146,7 +158,7 @@ def decoder_of(what: str, numel: int) -> ModelSource:
     width = widths[-1]
     layer = sum(_numel(shape) for _, shape in _layer_shapes(width))
     vocabulary = vocabulary_of(width)
-    # Between two widths the number of layers takes up most of the difference.
+    # Between two widths, more layers make up most of the difference.
     layers = max(1, (numel - 2 * vocabulary * width - width) // layer)
     vocabulary = (numel - layers * layer - width) // (2 * width)
     rest = numel - layers * layer - 2 * vocabulary * width
@@ -175,7 +187,7 @@ def _numel(shape: Iterable[int]) -> int:
     return PlannedParameter(tuple(shape)).numel
 
 
-# A model
+# From a model
 
 
 def _of_model(what: str, source: str, model: nn.Module) -> ModelSource:
@@ -183,14 +195,14 @@ def _of_model(what: str, source: str, model: nn.Module) -> ModelSource:
 
 
 def _of_hugging_face(what: str, *, download: bool) -> ModelSource:
-    """A file or a directory is never looked up anywhere else."""
+    """The model of a config. A path that exists is never looked up on the Hub."""
     path = Path(what)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise CommandError(f"{what}: found a directory without config.json, expected a Hugging Face model's")
+        raise CommandError(f"{what}: found a directory without config.json, expected one of a Hugging Face model")
     if importlib.util.find_spec("transformers") is None:
         raise CommandError(
             f"{what}: a Hugging Face config needs transformers, which is not installed: pip install "
-            "'shardadam[transformers]'. A number of parameters (7B) or module:function need nothing else."
+            "'shardadam[transformers]'. A number of parameters (7B) or module:function works without it."
         )
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -199,13 +211,13 @@ def _of_hugging_face(what: str, *, download: bool) -> ModelSource:
     except Exception as error:
         raise CommandError(_why_no_config(what, error, download=download)) from error
     try:
-        # The class that trains, heads included, where the config names one.
+        # The class that is trained, with its head, if the config names one.
         name = (getattr(config, "architectures", None) or [""])[0]
         build = getattr(transformers, name, None) or transformers.AutoModel.from_config
         with torch.device("meta"):
             model = build(config)
     except Exception as error:
-        raise CommandError(f"{what}: transformers cannot build it: {_said_by(error)}") from error
+        raise CommandError(f"{what}: transformers cannot build this model: {_text_of(error)}") from error
     source = _of_model(what, "hugging_face", model)
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     return _cast(source, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -213,37 +225,37 @@ def _of_hugging_face(what: str, *, download: bool) -> ModelSource:
 
 def _why_no_config(what: str, error: Exception, *, download: bool) -> str:
     if Path(what).exists():
-        return f"{what}: not a config that transformers can read: {_said_by(error)}"
-    where = f"on the Hugging Face Hub: {_said_by(error)}"
+        return f"{what}: not a config that transformers can read: {_text_of(error)}"
+    where = f"on the Hugging Face Hub: {_text_of(error)}"
     if not download:
-        where = "in the local Hugging Face cache (--download looks it up on the Hub)."
+        where = "in the local Hugging Face cache. Give --download to look it up on the Hub."
     return (
-        f"{what}: neither a number of parameters (7B, 350M, 1.3e9), nor a file, a directory or module:function, nor a "
-        f"model {where}"
+        f"{what}: expected a number of parameters (7B, 350M, 1.3e9), a file or directory, module:function, or the name "
+        f"of a model; found no such model {where}"
     )
 
 
 def _of_function(what: str) -> ModelSource:
-    """The current directory is where ``python`` would look first, too."""
+    """The model that a function returns. Searches the current directory first, as ``python`` does."""
     module_name, _, function_name = what.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        model = _built_by(what, module_name, function_name)
+        model = _call_on_meta(what, module_name, function_name)
     finally:
         sys.path.remove(here)
     return _of_model(what, "function", model)
 
 
-def _built_by(what: str, module_name: str, function_name: str) -> nn.Module:
+def _call_on_meta(what: str, module_name: str, function_name: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise CommandError(f"{what}: no module {error.name!r} here or among those installed") from error
-        raise CommandError(f"{what}: importing {module_name} failed: {_said_by(error)}") from error
+            raise CommandError(f"{what}: no module {error.name!r} in the current directory or installed") from error
+        raise CommandError(f"{what}: importing {module_name} failed: {_text_of(error)}") from error
     except Exception as error:
-        raise CommandError(f"{what}: importing {module_name} failed: {_said_by(error)}") from error
+        raise CommandError(f"{what}: importing {module_name} failed: {_text_of(error)}") from error
     try:
         function = attrgetter(function_name)(module)
     except AttributeError as error:
@@ -254,14 +266,14 @@ def _built_by(what: str, module_name: str, function_name: str) -> nn.Module:
         with torch.device("meta"):
             model = function()
     except Exception as error:
-        raise CommandError(f"{what}: calling it on the meta device failed: {_said_by(error)}") from error
+        raise CommandError(f"{what}: calling it on the meta device failed: {_text_of(error)}") from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"{what}: returned a {type(model).__name__}, expected an nn.Module")
     return model
 
 
-def _said_by(error: Exception) -> str:
-    """What it says, and where it was raised."""
+def _text_of(error: Exception) -> str:
+    """On one line: the type, the message, and the file and line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    raised_at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{raised_at}"

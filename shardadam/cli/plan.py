@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam plan``: does it fit, in which format, and on how many ranks? The options, and JSON of the answer."""
+"""``shardadam plan``: says whether a model's training fits, in which format and on how many ranks.
+
+Here are the options and the JSON output; ``comparison`` computes, ``plan_text`` and ``plan_plot`` show.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from shardadam.cli.comparison import KINDS, MOST_RANKS, Comparison, Way, compare
+from shardadam.cli.comparison import KINDS, MOST_RANKS, Comparison, Usage, compare
 from shardadam.cli.errors import CommandError
 from shardadam.cli.model_source import DTYPES, find_model_source
 from shardadam.cli.plan_plot import plot
@@ -21,53 +24,56 @@ from shardadam.planner import Need, Setting
 from shardadam.precision import Master, Moments, Precision
 
 _DESCRIPTION = """\
-Bytes a rank, by kind, before anything is allocated: computed from the layout that the optimizer itself would make, in
-every format, beside torch.optim.AdamW and FSDP2. Activations, buffers of the model and what torch itself takes are not
-counted."""
+Computes the bytes that training takes on each rank, by kind, in every format, and compares them with torch.optim.AdamW
+and FSDP2. Uses the optimizer's own layout, and allocates nothing. Does not count activations, buffers of the model, and
+what torch itself takes."""
 
 _EPILOG = f"""\
 WHAT is one of
   7B, 350M, 1.3e9          a number of parameters: planned as a decoder of exactly that size, with Llama 2's proportions
   DIR, config.json         a Hugging Face model, built without weights or network; needs transformers
   Qwen/Qwen3-8B            the same by name, from the local cache, or with --download from the Hugging Face Hub
-  module:function          a function (or class) without arguments that makes an nn.Module, called on the meta device;
-                           modules are looked for in the current directory first
+  module:function          a function (or class) without arguments that returns an nn.Module, called on the meta device;
+                           the current directory is searched for the module first
 
---json prints one object; all sizes are whole bytes of one rank, "ranks" are counted over all hosts:
-  version     1; fields may be added within a version, but not change
+--json prints one object. All sizes are bytes of one rank; "ranks" counts the ranks of all hosts:
+  version     1; within a version, fields may be added but do not change
   what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
               dtypes {{fp32, bf16, ...: elements}}
-  asked       ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip, transport
-  memory      what --memory said, or null
-  formats     one for each format and gradient_sync: moments, master, gradient_sync, asked (is it what was asked for),
-              built (fields of optimizer.memory() once it is built, and their total), bytes (the same kinds in training,
-              p.grad and frozen parameters included, and their total), fits, fits_from
+  asked       your settings: ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip,
+              transport
+  memory      the value of --memory, or null
+  formats     one for each format and gradient_sync: moments, master, gradient_sync, asked (whether these are your
+              settings), built (fields of optimizer.memory() after construction, and their total), bytes (the same kinds
+              in training, p.grad and frozen parameters included, and their total), fits, fits_from
   comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2: name, estimate, bytes, fits, fits_from
-  choice      null without --memory: fits, changes (what differs from what was asked), ranks, gradient_sync, moments,
+  choice      null without --memory: fits, changes (what differs from your settings), ranks, gradient_sync, moments,
               master, bytes {{parameters, gradients, optimizer, total}}; if nothing fits, all but fits and changes null
 fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas) on
-which it fits, or null where that is more than {MOST_RANKS}.
+which it fits, or null if that is more than {MOST_RANKS}.
 
-Exit code: 0; 1 if what was asked for does not fit in --memory, or cannot be planned."""
+Exit code: 0; 1 if training with your settings does not fit in --memory, or cannot be planned."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "plan",
-        help="say what training takes on each rank, and what fits",
+        help="compute the memory that training takes on each rank, and what fits",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("what", metavar="WHAT", help="number of parameters, Hugging Face model, or module:function")
-    command.add_argument("--ranks", metavar="N", type=_whole, default=8, help="all of them; default: 8")
-    command.add_argument("--hosts", metavar="H", type=_whole, default=1, help="that share the ranks evenly; default: 1")
+    command.add_argument("--ranks", metavar="N", type=_whole, default=8, help="number of all ranks; default: 8")
+    command.add_argument(
+        "--hosts", metavar="H", type=_whole, default=1, help="hosts that share the ranks evenly; default: 1"
+    )
     command.add_argument(
         "--replicas",
         metavar="R",
         type=_whole,
         default=1,
-        help="hybrid sharding: so many copies of the state, each split over N/R ranks; default: 1",
+        help="hybrid sharding: R copies of the state, each split over N/R ranks; default: 1",
     )
     command.add_argument(
         "--dtype", choices=DTYPES, help="of parameters; default: the model's own, and bf16 for a number"
@@ -78,18 +84,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--gradient-sync", choices=get_args(GradientSync), default="backward", help="default: backward"
     )
     command.add_argument("--bucket-mb", metavar="MIB", type=_positive, help="default: the optimizer's, 32 (8 on CPUs)")
-    command.add_argument("--clip", action="store_true", help="the norm of gradients will be wanted (max_grad_norm)")
+    command.add_argument("--clip", action="store_true", help="gradients are clipped (max_grad_norm)")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     command.add_argument(
         "--memory",
         "--gpu-memory",
         metavar="SIZE",
         type=parse_size,
-        help="on each rank: 80GB (10^9 bytes each), 80GiB (2^30), 512MB, or bytes",
+        help="memory of each rank: 80GB (of 10^9 bytes), 80GiB (of 2^30), 512MB, or bytes",
     )
-    command.add_argument("--download", action="store_true", help="look a name up on the Hugging Face Hub")
-    command.add_argument("--json", action="store_true", help="for programs; see below")
-    command.add_argument("--plot", metavar="FILE", type=Path, help="draw it, as .png, .svg or .pdf; needs matplotlib")
+    command.add_argument("--download", action="store_true", help="look up a model's name on the Hugging Face Hub")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs; see below")
+    command.add_argument("--plot", metavar="FILE", type=Path, help="draw bars: .png, .svg or .pdf; needs matplotlib")
     command.set_defaults(run=_run)
 
 
@@ -141,7 +147,7 @@ def _setting(options: argparse.Namespace) -> Setting:
     for name, parts in (("--hosts", hosts), ("--replicas", replicas)):
         if ranks % parts:
             raise CommandError(f"{name}: found {parts} with --ranks {ranks}, expected a divisor of it")
-    is_inside_host = (ranks // hosts) % (ranks // replicas) == 0  # each shard group
+    is_inside_host = (ranks // hosts) % (ranks // replicas) == 0  # whether each shard group lies in one host
     return Setting(
         world_size=ranks // replicas,
         replicas=replicas,
@@ -154,11 +160,11 @@ def _setting(options: argparse.Namespace) -> Setting:
     )
 
 
-# For programs
+# JSON
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """What ``--help`` describes."""
+    """The object that ``--json`` prints; ``_EPILOG`` describes it."""
     source, asked = found.source, found.asked
     return {
         "version": 1,
@@ -184,34 +190,34 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "transport": asked.transport,
         },
         "memory": found.available,
-        "formats": [_format(found, way) for way in found.formats],
+        "formats": [_format(found, usage) for usage in found.formats],
         "comparison": [
-            {"name": way.name, "estimate": way.is_estimate, "bytes": _bytes(way), **_judgement(way)}
-            for way in found.peers
+            {"name": usage.name, "estimate": usage.is_estimate, "bytes": _bytes(usage), **_fits(usage)}
+            for usage in found.alternatives
         ],
         "choice": _choice(found),
     }
 
 
-def _format(found: Comparison, way: Way) -> dict[str, Any]:
-    assert way.setting is not None and way.built is not None
+def _format(found: Comparison, usage: Usage) -> dict[str, Any]:
+    assert usage.setting is not None and usage.built is not None
     return {
-        "moments": way.setting.precision.moments,
-        "master": way.setting.precision.master,
-        "gradient_sync": way.setting.gradient_sync,
-        "asked": found.is_asked(way),
-        "built": {**asdict(way.built), "total": way.built.total},
-        "bytes": _bytes(way),
-        **_judgement(way),
+        "moments": usage.setting.precision.moments,
+        "master": usage.setting.precision.master,
+        "gradient_sync": usage.setting.gradient_sync,
+        "asked": found.is_asked(usage),
+        "built": {**asdict(usage.built), "total": usage.built.total},
+        "bytes": _bytes(usage),
+        **_fits(usage),
     }
 
 
-def _bytes(way: Way) -> dict[str, int]:
-    return {**{kind: way.kinds[kind] for kind in KINDS}, "total": way.total}
+def _bytes(usage: Usage) -> dict[str, int]:
+    return {**{kind: usage.kinds[kind] for kind in KINDS}, "total": usage.total}
 
 
-def _judgement(way: Way) -> dict[str, Any]:
-    return {"fits": way.fits, "fits_from": way.fits_from}
+def _fits(usage: Usage) -> dict[str, Any]:
+    return {"fits": usage.fits, "fits_from": usage.fits_from}
 
 
 def _choice(found: Comparison) -> dict[str, Any] | None:

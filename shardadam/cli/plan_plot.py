@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam plan --plot``: the same numbers as bars. Imports matplotlib when it draws."""
+"""``shardadam plan --plot``: draws the numbers of a plan as bars. Imports matplotlib only when it draws."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from shardadam.cli.comparison import Comparison, Way
+from shardadam.cli.comparison import Comparison, Usage
 from shardadam.cli.errors import CommandError
 from shardadam.cli.plan_text import NAMES
 from shardadam.cli.text import Unit, plural
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the same as in benchmarks/results/memory-vs-n.png.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; as in benchmarks/results/memory-vs-n.png.
 _PARTS = (
     ("parameters", ("parameters",), "#9A9A9A"),
     ("gradients, gradient shard, staging", ("gradients", "gradient_shard", "staging"), "#56B4E9"),
@@ -24,54 +24,55 @@ _PARTS = (
 
 
 def plot(found: Comparison, path: Path) -> None:
-    """
+    """Writes the picture to ``path``; its suffix says the file format.
+
     Raises:
-        CommandError: matplotlib is missing, or cannot write this kind of file.
+        CommandError: matplotlib is not installed, or does not know the suffix.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib, which is not installed: pip install 'shardadam[benchmark]'")
-    figure_module: Any = importlib.import_module("matplotlib.figure")  # no pyplot: it would look for a display
-    ways = _shown(found)
-    unit = Unit(max(way.total for way in ways))
-    figure = figure_module.Figure(figsize=(10, 1.6 + 0.36 * len(ways)), dpi=130, layout="constrained")
+    figure_module: Any = importlib.import_module("matplotlib.figure")  # not pyplot, which would look for a display
+    usages = _shown(found)
+    unit = Unit(max(usage.total for usage in usages))
+    figure = figure_module.Figure(figsize=(10, 1.6 + 0.36 * len(usages)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    left = [0.0] * len(ways)
+    left = [0.0] * len(usages)
     for label, kinds, colour in _PARTS:
-        widths = [sum(way.kinds[kind] for kind in kinds) / unit.nbytes for way in ways]
+        widths = [sum(usage.kinds[kind] for kind in kinds) / unit.nbytes for usage in usages]
         if any(widths):
-            axes.barh(range(len(ways)), widths, left=left, color=colour, label=label, height=0.7)
+            axes.barh(range(len(usages)), widths, left=left, color=colour, label=label, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for row, way in enumerate(ways):
-        axes.annotate(unit(way.total), (left[row], row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    for row, usage in enumerate(usages):
+        axes.annotate(unit(usage.total), (left[row], row), (4, 0), textcoords="offset points", va="center", fontsize=9)
     if found.available is not None:
         axes.axvline(found.available / unit.nbytes, color="#0072B2", ls="--", label="memory of a rank")
-    axes.set_yticks(range(len(ways)), [_label(way) for way in ways])
-    for label, way in zip(axes.get_yticklabels(), ways, strict=True):
-        label.set_fontweight("bold" if found.is_asked(way) else "normal")
+    axes.set_yticks(range(len(usages)), [_label(usage) for usage in usages])
+    for label, usage in zip(axes.get_yticklabels(), usages, strict=True):
+        label.set_fontweight("bold" if found.is_asked(usage) else "normal")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(*left, (found.available or 0) / unit.nbytes))
-    axes.set_xlabel(f"{unit.name} a rank, without activations")
+    axes.set_xlabel(f"{unit.name} per rank, without activations")
     axes.set_title(
         f"{found.source.what}: {found.source.numel:,} parameters on {plural(found.ranks, 'rank')}", loc="left"
     )
     figure.legend(loc="outside lower center", ncol=3, frameon=False, fontsize=9)
     try:
         figure.savefig(path)
-    except ValueError as error:  # a suffix that it does not know
+    except ValueError as error:  # an unknown suffix
         raise CommandError(f"--plot {path}: {error}") from error
 
 
-def _shown(found: Comparison) -> list[Way]:
-    """Peers, and every format with the ``gradient_sync`` asked for."""
-    theirs = [way for way in found.peers if way.setting is None]
-    ours = [way for way in found.formats if way.name == found.asked.gradient_sync]
-    return [*theirs, *ours]
+def _shown(found: Comparison) -> list[Usage]:
+    """Other optimizers, and ours in every format with the requested ``gradient_sync``."""
+    others = [usage for usage in found.alternatives if usage.setting is None]
+    ours = [usage for usage in found.formats if usage.name == found.asked.gradient_sync]
+    return [*others, *ours]
 
 
-def _label(way: Way) -> str:
-    if way.setting is None:
-        return NAMES[way.name]
-    precision = way.setting.precision
-    master = "" if way.kinds["master"] == 0 and precision.master != "none" else f", master {precision.master}"
-    return f"{way.name}: moments {precision.moments}{master}"
+def _label(usage: Usage) -> str:
+    if usage.setting is None:
+        return NAMES[usage.name]
+    precision = usage.setting.precision
+    master = "" if usage.kinds["master"] == 0 and precision.master != "none" else f", master {precision.master}"
+    return f"{usage.name}: moments {precision.moments}{master}"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam plan`` for a reader: what is asked for, two tables and a sentence on what to choose."""
+"""``shardadam plan`` as text: the requested setting, two tables, notes, and one sentence that says what to choose."""
 
 from __future__ import annotations
 
 import textwrap
 
-from shardadam.cli.comparison import LOW, MOST_RANKS, Comparison, Way
+from shardadam.cli.comparison import LOW, MOST_RANKS, Comparison, Usage
 from shardadam.cli.model_source import ModelSource
 from shardadam.cli.text import Unit, binary_size, plural, table
 from shardadam.planner import Fit, Setting
@@ -22,11 +22,11 @@ _WIDTH = 100
 
 
 def as_text(found: Comparison) -> str:
-    unit = Unit(found.asked_way.total)
+    unit = Unit(found.asked_usage.total)
     parts = [
         _head(found),
         _kinds(found, unit),
-        _peers(found, unit),
+        _alternatives(found, unit),
         _wrapped(_notes(found)),
         _wrapped([_choice(found, unit)]),
     ]
@@ -46,7 +46,7 @@ def _head(found: Comparison) -> str:
         ("buckets", binary_size(asked.bucket_bytes)),
     ]
     if found.available is not None:
-        facts.append(("memory", f"{Unit(found.available).named(found.available)} a rank"))
+        facts.append(("memory", f"{Unit(found.available).named(found.available)} per rank"))
     return table(facts, right=())
 
 
@@ -70,7 +70,7 @@ def _call(setting: Setting, source: ModelSource) -> str:
 
 
 def _kinds(found: Comparison, unit: Unit) -> str:
-    """Every format with the ``gradient_sync`` asked for."""
+    """The table of bytes by kind, in every format with the requested ``gradient_sync``."""
     has_masters = _has_masters(found.source)
     columns = {
         "parameters": ("parameters",),
@@ -85,50 +85,53 @@ def _kinds(found: Comparison, unit: Unit) -> str:
         del columns["master"]
     names = ["moments", "master"] if has_masters else ["moments"]
     rows = [["", *names, *columns, "total", *_fits_header(found)]]
-    for way in found.formats:
-        if way.setting is None or way.setting.gradient_sync != found.asked.gradient_sync:
+    for usage in found.formats:
+        if usage.setting is None or usage.setting.gradient_sync != found.asked.gradient_sync:
             continue
-        precision = way.setting.precision
-        cells = [unit(sum(way.kinds[kind] for kind in kinds)) for kinds in columns.values()]
+        precision = usage.setting.precision
+        cells = [unit(sum(usage.kinds[kind] for kind in kinds)) for kinds in columns.values()]
         formats = [precision.moments, precision.master] if has_masters else [precision.moments]
-        rows.append([">" if found.is_asked(way) else "", *formats, *cells, unit(way.total), *_fits(found, way)])
+        rows.append([">" if found.is_asked(usage) else "", *formats, *cells, unit(usage.total), *_fits(found, usage)])
     title = (
-        f'{unit.name} a rank in training, by kind, gradient_sync="{found.asked.gradient_sync}"; > is what was asked for'
+        f'{unit.name} per rank in training, with gradient_sync="{found.asked.gradient_sync}"; ">" marks your settings'
     )
     return f"{title}\n{table(rows, right=range(1 + len(names), len(rows[0])))}"
 
 
-def _peers(found: Comparison, unit: Unit) -> str:
+def _alternatives(found: Comparison, unit: Unit) -> str:
     rows = [["", "", "parameters", "gradients", "the rest", "total", *_fits_header(found)]]
-    for way in found.peers:
-        parameters, gradients = way.kinds["parameters"], way.kinds["gradients"]
-        cells = [unit(value) for value in (parameters, gradients, way.total - parameters - gradients, way.total)]
-        rows.append([">" if found.is_asked(way) else "", NAMES[way.name], *cells, *_fits(found, way)])
-    return f"{unit.name} a rank, side by side\n{table(rows, right=range(2, len(rows[0])))}"
+    for usage in found.alternatives:
+        parameters, gradients = usage.kinds["parameters"], usage.kinds["gradients"]
+        cells = [unit(value) for value in (parameters, gradients, usage.total - parameters - gradients, usage.total)]
+        rows.append([">" if found.is_asked(usage) else "", NAMES[usage.name], *cells, *_fits(found, usage)])
+    return f"{unit.name} per rank, compared with other optimizers\n{table(rows, right=range(2, len(rows[0])))}"
 
 
 def _fits_header(found: Comparison) -> list[str]:
     return [] if found.available is None else ["fits", "fits from"]
 
 
-def _fits(found: Comparison, way: Way) -> list[str]:
+def _fits(found: Comparison, usage: Usage) -> list[str]:
     if found.available is None:
         return []
-    return ["yes" if way.fits else "no", "never" if way.fits_from is None else plural(way.fits_from, "rank")]
+    return ["yes" if usage.fits else "no", "never" if usage.fits_from is None else plural(usage.fits_from, "rank")]
 
 
 def _notes(found: Comparison) -> list[str]:
     notes = [
-        "Not counted: activations, buffers of the model, and what torch and NCCL take. While an optimizer is built, "
-        "its parameters exist twice.",
-        "FSDP2: everything sharded, and the largest module twice more, unsharded (Zhao et al. 2023, "
-        "arXiv:2304.11277, and prefetching): an estimate. All others are counted, not estimated.",
+        "Not counted: activations, buffers of the model, and what torch and NCCL take. While the optimizer is built, "
+        "parameters exist twice.",
+        "FSDP2 is an estimate: all shards, and two unsharded copies of the largest module (Zhao et al. 2023, "
+        "arXiv:2304.11277, and prefetching). All other numbers are counted, not estimated.",
     ]
     if found.asked.device == "cpu":
-        together = found.asked_way.total * found.ranks // found.hosts
-        notes.append(f"The ranks of one host take {Unit(together).named(together)} together, as asked for.")
+        together = found.asked_usage.total * found.ranks // found.hosts
+        notes.append(f"With your settings, all ranks of one host take {Unit(together).named(together)} together.")
     if found.available is not None:
-        notes.append(f'"fits from": powers of two{_of_replicas(found)}, to {MOST_RANKS:,}.')
+        notes.append(
+            f'"fits from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
+            f"{MOST_RANKS:,}."
+        )
     return notes
 
 
@@ -146,40 +149,40 @@ def _wrapped(paragraphs: list[str]) -> str:
 def _choice(found: Comparison, unit: Unit) -> str:
     fit = found.fit
     if fit is None:
-        return "Give --memory (80GB) to see what fits, and from how many ranks on."
+        return "Give --memory (such as 80GB) to see what fits, and on how many ranks."
     if fit.nearest is None:
         return _nothing_fits(found, fit, unit)
     assert fit.nearest_need is not None
     takes, left = fit.nearest_need.total, fit.available - fit.nearest_need.total
-    leaves = f"{unit.named(takes)}, which leaves {unit.named(left)} for activations and all else"
+    leaves = f"{unit.named(takes)} and leaves {unit.named(left)} for activations and everything else"
     if fit.fits:
-        return f"Choose what was asked for: it takes {leaves}."
+        return f"Your settings fit: training takes {leaves}."
     return (
-        f"What was asked for takes {unit.named(fit.need.total)} and does not fit. Choose {_changes(fit, found)} "
-        f"instead, the least change that fits: it takes {leaves}."
+        f"With your settings, training takes {unit.named(fit.need.total)} and does not fit. Choose "
+        f"{_changes(fit, found)} instead, the smallest change that fits: it takes {leaves}."
     )
 
 
 def _changes(fit: Fit, found: Comparison) -> str:
     assert fit.nearest is not None
-    said = {
+    texts = {
         "moments": f'moments="{fit.nearest.precision.moments}"',
         "world_size": f"{plural(fit.nearest.world_size * fit.nearest.replicas, 'rank')}",
         "gradient_sync": f'gradient_sync="{fit.nearest.gradient_sync}"',
         "master": f'master="{fit.nearest.precision.master}"',
     }
-    return " and ".join(said[change] for change in fit.changes)
+    return " and ".join(texts[change] for change in fit.changes)
 
 
 def _nothing_fits(found: Comparison, fit: Fit, unit: Unit) -> str:
     parameters = unit.named(fit.need.parameters)
     if fit.need.parameters > fit.available:
-        why = f"parameters alone take {parameters} on every rank, however many there are."
+        why = f"parameters alone take {parameters} on every rank, on any number of ranks."
     else:
-        why = f"on up to {MOST_RANKS:,} ranks, parameters take {parameters} of it on every rank, and the rest too much."
-    fsdp = next(way for way in found.peers if way.name == "fsdp2")
+        why = f"parameters take {parameters} on every rank, and the rest does not fit on up to {MOST_RANKS:,} ranks."
+    fsdp = next(usage for usage in found.alternatives if usage.name == "fsdp2")
     if fsdp.fits_from is None:
-        remedy = "Shard them too (FSDP2, tensor parallelism), or take ranks with more memory."
+        remedy = "Shard parameters too (FSDP2, tensor parallelism), or use ranks with more memory."
     else:
-        remedy = f"FSDP2, which shards them too, would fit from about {plural(fsdp.fits_from, 'rank')} on."
+        remedy = f"FSDP2, which shards parameters too, would fit on about {plural(fsdp.fits_from, 'rank')} or more."
     return f"Nothing fits in {unit.named(fit.available)}: {why} {remedy}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
-    """Columns aligned, those of ``right`` to the right."""
+    """Aligns ``rows``, all of one length, in columns; columns with an index in ``right`` are aligned to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -19,6 +19,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
 
 
 def binary_size(nbytes: int) -> str:
+    """``nbytes`` in the largest fitting unit of 1024: "3.5 GiB"."""
     value, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -28,24 +29,26 @@ def binary_size(nbytes: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """ "1 rank", "1,024 ranks"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Unit:
-    """One decimal unit for all numbers of a table, so that they compare: the largest of which there is one.
+    """One decimal unit for all numbers of a table, so that a reader can compare them.
 
     Args:
-        largest: bytes of the largest number.
+        largest: the table's largest number, in bytes; the unit is the largest that is not larger.
     """
 
     def __init__(self, largest: int) -> None:
         self.name, self.nbytes = next((unit for unit in _UNITS if largest >= unit[1]), ("bytes", 1))
 
     def __call__(self, nbytes: int) -> str:
-        """The number alone, with two decimals."""
+        """``nbytes`` as a number in this unit, with two decimals (none for bytes)."""
         return f"{nbytes / self.nbytes:,.{0 if self.nbytes == 1 else 2}f}"
 
     def named(self, nbytes: int) -> str:
+        """The same, followed by the unit."""
         return f"{self(nbytes)} {self.name}"
 
 
