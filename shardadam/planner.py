@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes a rank, by kind, before anything is allocated: the layout, the formats and the tables are those that the
-optimizer itself would make. Holds no tensor of a parameter's size, and measures nothing.
+"""Plans the bytes that training takes on each rank, by kind, before anything is allocated.
+
+Uses the optimizer's own layout, formats and tables, so that a plan equals ``optimizer.memory()``. Allocates no
+tensor of a parameter's size, and measures nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from shardadam.update import formats
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    """What a plan must know of a parameter.
+    """What a plan needs to know about a parameter.
 
     Args:
         group: index of its param group; groups never share a bucket.
-        trainable: frozen ones take no part, but count to what a rank needs.
-        is_tied: it is in several places of the model. Autograd keeps the gradient of the first until that of the last
-            is there, and has both and their sum then.
+        trainable: a frozen parameter has no state, but counts as memory of the rank.
+        is_tied: whether several modules of the model use it. Autograd keeps the gradient of its first use until that of
+            the last exists; then it holds both and their sum.
     """
 
     shape: tuple[int, ...]
@@ -45,14 +47,15 @@ class PlannedParameter:
 
     @classmethod
     def of(cls, parameter: Tensor, group: int = 0) -> PlannedParameter:
+        """Describes a tensor, which may be on the meta device."""
         return cls(tuple(parameter.shape), parameter.dtype, group, parameter.requires_grad)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> dict[str, PlannedParameter]:
-        """By name, in the order of ``model.named_parameters()``; tied ones once."""
-        places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        """All parameters by name, in the order of ``model.named_parameters()``; tied ones once."""
+        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         return {
-            name: replace(cls.of(parameter), is_tied=places[id(parameter)] > 1)
+            name: replace(cls.of(parameter), is_tied=uses[id(parameter)] > 1)
             for name, parameter in model.named_parameters()
         }
 
@@ -66,7 +69,7 @@ class PlannedParameter:
 
 
 Planned = Iterable[PlannedParameter | Tensor]
-"""Parameters in the optimizer's order. A tensor, which may be on the meta device, is one of param group 0."""
+"""Parameters in the optimizer's order. A tensor, which may be on the meta device, belongs to param group 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +77,12 @@ class Setting:
     """The arguments of an optimizer that its memory depends on, and where it will run.
 
     Args:
-        world_size: ranks that split the state; with hybrid sharding those of one shard group.
-        precision: as the optimizer takes it.
-        gradient_sync: as the optimizer takes it.
-        bucket_mb: as the optimizer takes it.
+        world_size: number of ranks that split the state; with hybrid sharding, of one shard group.
+        precision, gradient_sync, bucket_mb: as the optimizer takes them.
+        device: of all parameters: "cpu" or "cuda". For CUDA the plan assumes NCCL, and Triton if it is installed here.
         transport: as the optimizer takes it; "auto" is planned as for ranks of one host.
-        device: of all parameters, "cpu" or "cuda". For CUDA the plan assumes NCCL, and Triton where it is installed
-            here.
-        replicas: with hybrid sharding the number of shard groups.
-        clips: the norm of the gradients will be wanted.
+        replicas: with hybrid sharding, the number of shard groups; else 1.
+        clips: whether the norm of the gradients is computed, for clipping.
     """
 
     world_size: int = 1
@@ -96,9 +96,10 @@ class Setting:
 
     @property
     def bucket_bytes(self) -> int:
-        """
+        """The size of a bucket that the optimizer would use.
+
         Raises:
-            ValueError, TypeError: an argument is not as the optimizer would take it.
+            ValueError, TypeError: the optimizer would refuse these arguments.
         """
         options = Options(self.gradient_sync, None, self.precision, self.bucket_mb, self.transport)
         options.check()
@@ -106,12 +107,12 @@ class Setting:
 
 
 def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory:
-    """What ``optimizer.memory()`` says on every rank right after the optimizer has been built over ``parameters``.
+    """The value of ``optimizer.memory()`` on each rank, right after an optimizer is built over ``parameters``.
 
     Args:
-        peak: what it says in training instead: staging at its bound of two buffers of each dtype that travels (one if
-            that has one bucket), which it passes only while peers are late; and with ``clips`` all gradient shards.
-            Tables grow by some bytes a parameter on the CPU then, which are not counted.
+        peak: plan for training instead: two staging buffers for each dtype that is reduced (one if it has one bucket),
+            and with ``clips`` all gradient shards. In training, staging exceeds this only while peers are late. On CPUs
+            tables then grow by a few bytes for each parameter, which are not counted.
 
     Raises:
         ValueError, TypeError: the optimizer would refuse these arguments, or a parameter's dtype.
@@ -120,7 +121,7 @@ def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory
 
 
 def lay_out(parameters: Planned, setting: Setting) -> Layout:
-    """The layout of the trainable ones, for ``memory_of``; raises as ``plan`` does."""
+    """The layout of the trainable parameters, for ``memory_of``. Raises as ``plan`` does."""
     device = torch.device(setting.device)
     trainable = _trainable(_planned(parameters))
     for index, one in enumerate(trainable):
@@ -130,8 +131,9 @@ def lay_out(parameters: Planned, setting: Setting) -> Layout:
 
 
 def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory:
-    """``plan`` for a layout that is there already; precision, ``gradient_sync``, transport and ``clips`` may differ
-    from those that it was laid out with."""
+    """``plan`` for a layout that exists already. The setting's precision, ``gradient_sync``, transport and ``clips``
+    may differ from those that the layout was made with.
+    """
     total: Counter[str] = Counter(staging=_staging_bytes(layout, setting) if peak else 0)
     for arena in layout.arenas:
         total.update(_arena_bytes(arena, layout.world_size, setting, peak=peak))
@@ -158,11 +160,11 @@ def _arena_bytes(arena: Arena, world_size: int, setting: Setting, *, peak: bool)
         from shardadam.update.triton import TritonUpdate
 
         tables += TritonUpdate(counters, seed=0).nbytes
-    is_exposed = _exposes(dtype, device, setting)
-    has_shard = not is_exposed or (peak and setting.clips)
+    is_bucket_view = _has_bucket_view(dtype, device, setting)
+    has_shard = not is_bucket_view or (peak and setting.clips)
     return {
         "parameters": arena.numel * dtype.itemsize,
-        "gradients": arena.numel * dtype.itemsize if is_exposed else 0,
+        "gradients": arena.numel * dtype.itemsize if is_bucket_view else 0,
         "gradient_shard": numel * format.exact_dtype.itemsize if has_shard else 0,
         "moments": sum(state.get(name, 0) for name in (*formats.MOMENTS, *formats.SCALES)),
         "master": sum(state.get(name, 0) for name in formats.MASTERS),
@@ -177,25 +179,25 @@ def _kind_of(arena: Arena) -> tuple[torch.dtype, torch.device]:
 
 
 def _is_shared(device: torch.device, setting: Setting) -> bool:
-    """Whether ranks read each other's memory."""
+    """Whether ranks read each other's memory (shared-memory transport)."""
     return device.type == "cpu" and setting.world_size > 1 and setting.transport != "collective"
 
 
-def _exposes(dtype: torch.dtype, device: torch.device, setting: Setting) -> bool:
-    """Whether ``p.grad`` lies where peers read it."""
-    travels_as_it_is = setting.precision.wire_dtype(dtype) == dtype
+def _has_bucket_view(dtype: torch.dtype, device: torch.device, setting: Setting) -> bool:
+    """Whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``)."""
+    is_wire_dtype = setting.precision.wire_dtype(dtype) == dtype
     is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(device, setting)
-    return is_read and travels_as_it_is
+    return is_read and is_wire_dtype
 
 
 def _staging_bytes(layout: Layout, setting: Setting) -> int:
-    """Two buffers of each dtype that travels, each as large as the largest of its buckets."""
+    """Bytes of two staging buffers for each dtype that is reduced, each as large as its largest bucket."""
     if setting.gradient_sync == "external":
         return 0
     numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for bucket in layout.buckets:
         dtype, device = _kind_of(layout.arenas[bucket.arena])
-        if not _exposes(dtype, device, setting):
+        if not _has_bucket_view(dtype, device, setting):
             numels.setdefault((setting.precision.wire_dtype(dtype), device), []).append(bucket.numel)
     total = 0
     for (dtype, device), some in numels.items():
@@ -205,7 +207,7 @@ def _staging_bytes(layout: Layout, setting: Setting) -> int:
 
 
 def _received_numel(numel: int, device: torch.device, setting: Setting) -> int:
-    """How much room for what peers send comes with a buffer of ``numel`` elements."""
+    """Elements that peers send and that a staging buffer of ``numel`` elements has extra memory for."""
     if setting.world_size == 1 or _is_shared(device, setting):
         return 0
     if device.type == "cpu":
@@ -213,20 +215,21 @@ def _received_numel(numel: int, device: torch.device, setting: Setting) -> int:
     return numel if setting.precision.accumulate == "fp32" else 0  # NCCL sums in place
 
 
-# What a whole rank needs
+# All memory of a rank
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that training takes on a rank, without activations, buffers of the model, and what torch itself takes.
+    """Bytes that training takes on a rank.
 
-    While an optimizer is built its parameters exist twice, which is not counted either.
+    Does not count activations, buffers of the model, what torch itself takes, and the second copy of the parameters
+    while an optimizer is built.
 
     Args:
-        parameters: all of them, frozen ones too.
-        gradients: as many as exist at once. Of ``gradient_sync="backward"`` those of one bucket: backward completes
-            buckets about in their order.
-        optimizer: its state, and all else that it holds.
+        parameters: of all parameters, frozen ones included.
+        gradients: of the gradients that exist at once. With ``gradient_sync="backward"`` those of one bucket, as
+            backward completes buckets roughly in order.
+        optimizer: of its state and everything else that it holds.
     """
 
     parameters: int
@@ -239,25 +242,27 @@ class Need:
 
 
 def adamw_bytes(parameters: Planned) -> int:
-    """The state of a torch.optim.AdamW: two moments in the parameter's dtype, and a float32 step counter."""
+    """Bytes of a torch.optim.AdamW's state: two moments in the parameter's dtype, and a float32 step counter."""
     return sum(2 * one.nbytes + 4 for one in _trainable(_planned(parameters)))
 
 
 def adamw_need(parameters: Planned) -> Need:
-    """With torch.optim.AdamW on every rank; DDP's own buckets, where they are not ``p.grad``, come on top."""
+    """What training with torch.optim.AdamW takes on each rank. DDP's own buckets are not counted: they are extra unless
+    gradients are views of them.
+    """
     known = _planned(parameters)
     gradients = sum(one.nbytes for one in _trainable(known)) + _while_summed(_trainable(known))
     return Need(sum(one.nbytes for one in known), gradients, adamw_bytes(known))
 
 
 def need(parameters: Planned, setting: Setting) -> Need:
-    """With ``ShardedAdam`` or ``ShardedAdamW``, in training; raises as ``plan`` does."""
+    """What training with ``ShardedAdam`` or ``ShardedAdamW`` takes on each rank. Raises as ``plan`` does."""
     known = _planned(parameters)
     return need_of(known, lay_out(known, setting), setting)
 
 
 def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
-    """``need`` for a layout of ``parameters`` that is there already; the rest may differ, as for ``memory_of``."""
+    """``need`` for a layout of ``parameters`` that exists already; ``setting`` may differ as in ``memory_of``."""
     known = _planned(parameters)
     memory = memory_of(layout, setting, peak=True)
     frozen = sum(one.nbytes for one in known if not one.trainable)
@@ -269,40 +274,42 @@ def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
 
 
 def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> int:
-    """Of those that lie in no buffer of the optimizer's."""
+    """Bytes of the gradients that exist at once outside of the optimizer's buffers."""
     if setting.gradient_sync == "backward":
-        members = ({piece.parameter for piece in bucket.pieces} for bucket in layout.buckets)
-        waiting = {index for index, one in enumerate(trainable) if one.is_tied}
+        buckets = ({piece.parameter for piece in bucket.pieces} for bucket in layout.buckets)
+        tied = {index for index, one in enumerate(trainable) if one.is_tied}  # may wait for their last use
 
-        def with_bucket(some: set[int]) -> int:
-            there = sum(trainable[index].nbytes for index in some | waiting)
-            return there + _while_summed([trainable[index] for index in some])
+        def with_bucket(bucket: set[int]) -> int:
+            nbytes = sum(trainable[index].nbytes for index in bucket | tied)
+            return nbytes + _while_summed([trainable[index] for index in bucket])
 
-        return max(map(with_bucket, members), default=0)
+        return max(map(with_bucket, buckets), default=0)
     device = torch.device(setting.device)
-    viewed = [one for one in trainable if _exposes(one.dtype, device, setting)]
-    others = [one for one in trainable if not _exposes(one.dtype, device, setting)]
-    just_made = max((one.nbytes for one in viewed), default=0)  # by autograd, on its way to its place
+    viewed = [one for one in trainable if _has_bucket_view(one.dtype, device, setting)]
+    others = [one for one in trainable if not _has_bucket_view(one.dtype, device, setting)]
+    just_made = max((one.nbytes for one in viewed), default=0)  # by autograd, before it is copied into its view
     return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(viewed, of=3))
 
 
 def _while_summed(parameters: Iterable[PlannedParameter], *, of: int = 2) -> int:
-    """What the largest tied one takes on top for a moment: the gradients of two places beside their sum."""
+    """Extra bytes while autograd adds up the gradients of a tied parameter: ``of`` times the largest one."""
     return max((of * one.nbytes for one in parameters if one.is_tied), default=0)
 
 
-# What would fit
+# What fits
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether what was asked for fits, and what would.
+    """Whether a requested setting fits, and the nearest one that does.
 
     Args:
-        available: bytes for a rank with the setting that was asked for; ``need`` is what that takes.
-        nearest: the setting with the fewest changes that fits: ``asked`` itself if it does, None if none does;
-            ``nearest_need`` is what it takes.
-        changes: in what ``nearest`` differs, of "moments", "world_size", "gradient_sync" and "master".
+        asked: the requested setting.
+        available: bytes of memory for each rank with ``asked``.
+        need: what ``asked`` takes.
+        nearest: the setting with the fewest changes that fits: ``asked`` itself if it fits, None if no setting fits.
+        nearest_need: what ``nearest`` takes.
+        changes: how ``nearest`` differs from ``asked``: of "moments", "world_size", "gradient_sync" and "master".
     """
 
     asked: Setting
@@ -320,15 +327,16 @@ class Fit:
 def fitting(
     parameters: Planned, asked: Setting, available: int | Callable[[int], int], *, most_ranks: int = 1024
 ) -> Fit:
-    """The setting nearest to ``asked`` that fits.
+    """Finds the setting nearest to ``asked`` that fits.
 
-    Nearest is what changes fewest of moments, ranks, ``gradient_sync`` and master; where several change as many, what
-    changes the first of them in this order; then what goes the fewest steps down the formats and up the powers of two
-    of ranks, to ``most_ranks``, before it goes down them. ``gradient_sync="external"`` is kept or left, never proposed.
+    Nearest is the setting that changes the fewest of moments, ranks, ``gradient_sync`` and master. Among equals, one
+    that changes an earlier of these is nearer; then one with fewer steps down the formats, and up the powers of two of
+    ranks before down them. ``gradient_sync="external"`` is never proposed, though it may be kept or given up.
 
     Args:
-        available: bytes for each rank; or a function of the number of ranks that tells them, as for ranks that share a
-            host: ``lambda ranks: host_bytes // ranks``.
+        available: bytes of memory for each rank; or a function from the number of ranks to them, as for ranks that
+            share a host: ``lambda ranks: host_bytes // ranks``.
+        most_ranks: the largest number of ranks to propose.
 
     Raises:
         ValueError, TypeError: the optimizer would refuse ``asked``.
@@ -349,7 +357,10 @@ def fitting(
 def _candidates(
     parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int
 ) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """All settings, the nearest first. A change that takes more bytes is never part of the nearest that fits."""
+    """Yields all settings with their changes, the nearest first.
+
+    Includes changes that take more bytes: the nearest that fits never has one.
+    """
     precision, dtypes = asked.precision, {one.dtype for one in _trainable(parameters)}
     moments: list[Moments] = [precision.moments]
     if torch.float64 not in dtypes:
@@ -367,7 +378,7 @@ def _candidates(
 
     def distance(indices: tuple[int, ...]) -> tuple[int, tuple[bool, ...], int, tuple[int, ...]]:
         is_kept = tuple(index == 0 for index in indices)
-        return is_kept.count(False), is_kept, sum(indices), indices  # those that change the first names come first
+        return is_kept.count(False), is_kept, sum(indices), indices  # a change of an earlier name is nearer
 
     for indices in sorted(itertools.product(*(range(len(some)) for some in choices)), key=distance):
         m, n, s, w = indices
