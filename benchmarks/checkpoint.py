@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast are checkpoints, against the disk and against torch.distributed.checkpoint, and what do they cost training?
+"""How fast are checkpoints, compared with the disk and torch.distributed.checkpoint? How long do they stall training?
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/checkpoint.py [--numel 100e6] [--rounds 5]
         [--directory DIR] [--json FILE]
 
-A model of float32 matrices with ShardedAdamW: 12 bytes a parameter go to the disk. In every round, in turn: `dd`
-writes as many bytes (conv=fsync), `shardadam.save`, `dcp.save` of the same model under FSDP2 with torch's AdamW (each
-rank holds 1/N of the parameters there), `shardadam.load`, `dcp.load`, and an asynchronous save, whose stall is what
-the call itself takes. Every form writes to new files; what a round wrote is removed outside the timings. Medians, and
-lowest to highest.
+Trains a model of float32 matrices with ShardedAdamW: a checkpoint has 12 bytes for each parameter. Each round runs, in
+turn: `dd` with as many bytes (conv=fsync), `shardadam.save`, `dcp.save` of the same model under FSDP2 with torch's
+AdamW (each rank holds 1/N of the parameters there), `shardadam.load`, `dcp.load`, and an asynchronous save, whose stall
+is the time of the call itself. Every form writes new files, removed between rounds, outside the timings. Prints
+medians, and the lowest and highest times.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds until all ranks are through."""
+    """Seconds until all ranks have finished."""
     dist.barrier()
     start = time.perf_counter()
     work()
@@ -73,17 +73,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=float, default=100e6)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", default=None, help="on the disk that is measured; None: the current one")
+    parser.add_argument("--directory", default=None, help="on the disk to measure; default: the current one")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    place = [tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.directory or os.getcwd())]
+    paths = [tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.directory or os.getcwd())]
     if rank != 0:
-        os.rmdir(place[0])
-    dist.broadcast_object_list(place)
-    root = Path(place[0])
+        os.rmdir(paths[0])
+    dist.broadcast_object_list(paths)
+    root = Path(paths[0])
 
     torch.manual_seed(0)
     model = Model(int(args.numel))
@@ -132,9 +132,9 @@ def main() -> None:
     finally:
         if rank == 0:
             shutil.rmtree(root)
-    everybodys: list[list[float]] = [[]] * world_size
-    dist.all_gather_object(everybodys, stalls)
-    seconds["asynchronous save, stall of training"] = [max(each) for each in zip(*everybodys, strict=True)]
+    of_ranks: list[list[float]] = [[]] * world_size
+    dist.all_gather_object(of_ranks, stalls)
+    seconds["asynchronous save, stall of training"] = [max(each) for each in zip(*of_ranks, strict=True)]
     if rank == 0:
         report(seconds, nbytes, numel, world_size, args.json)
     dist.destroy_process_group()

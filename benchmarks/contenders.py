@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `step.py` compares: ways to train one decoder on several ranks, each built from the same plain model.
 
-Every builder takes a model in the training dtype, which it may wrap and change, and returns a `Contender`. Peers are
-written as their own documentation has them, with torch's fused AdamW inside. Knows nothing of clocks or of memory.
+Every builder takes a model in the training dtype, which it may wrap and change, and returns a `Contender`. The other
+optimizers are set up as their own documentation says, with torch's fused AdamW inside. Measures nothing.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 from model import Decoder, ModelConfig, next_byte_loss
 
 LEARNING_RATE = 1e-3
-BATCHES = 4  # of each rank, taken in turn
+BATCHES = 4  # of each rank, used in turn
 VOCABULARY = 32_000
-TOKENS = 16  # of a rank and step: few, so that the optimizer is what is measured
+TOKENS = 16  # for each rank and step: few, so that the optimizer takes most of the time
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all contenders of one run. `bucket_mb` is ours alone."""
+    """Settings of all contenders of one run; `bucket_mb` is for shardadam only."""
 
     dtype: torch.dtype
     max_grad_norm: float | None = None
@@ -61,7 +61,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Entry:
-    """How a contender is called and built. `has_master`: a float32 value stands behind each bf16 parameter."""
+    """A contender's label and builder. `has_master`: it keeps a float32 master of each bf16 parameter."""
 
     label: str
     build: Callable[[Decoder, Settings], Contender]
@@ -76,8 +76,8 @@ class Entry:
 
 
 def make_model(dtype: torch.dtype, *, width: int = 640, layers: int = 4) -> Decoder:
-    """The decoder, 60.6M parameters unless told; equal on all ranks. Llama 2's vocabulary and a head of its own:
-    forward and backward are little work for so many parameters.
+    """The decoder, equal on all ranks; by default of 60.6M parameters. Llama 2's vocabulary and an untied head make
+    forward and backward little work for so many parameters.
     """
     torch.manual_seed(0)
     model = Decoder(ModelConfig(layers=layers, width=width, heads=width // 64, context=TOKENS))
@@ -92,7 +92,7 @@ def make_data(rank: int) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (1, TOKENS + 1), generator=generator) for _ in range(BATCHES)]
 
 
-# The peers
+# Other optimizers
 
 
 def ddp(model: Decoder, settings: Settings, *, views: bool) -> Contender:
@@ -102,7 +102,7 @@ def ddp(model: Decoder, settings: Settings, *, views: bool) -> Contender:
 
 
 def ddp_with_master(model: Decoder, settings: Settings) -> Contender:
-    """bf16 parameters under DDP, updated by way of float32 copies, as one writes it by hand."""
+    """bf16 parameters under DDP, with AdamW on float32 copies, as users write it by hand."""
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parameters = list(model.parameters())
     masters = [p.detach().float() for p in parameters]
@@ -187,7 +187,7 @@ def deepspeed_zero(model: Decoder, settings: Settings, *, stage: int) -> Contend
     return Contender(engine, engine.step, state_bytes, backward=engine.backward, close=engine.destroy)
 
 
-# Ours
+# shardadam
 
 
 def ours(model: Decoder, settings: Settings, *, precision: Precision | None = None, **options: Any) -> Contender:
@@ -207,11 +207,11 @@ def ours(model: Decoder, settings: Settings, *, precision: Precision | None = No
     return Contender(model, update, lambda: optimizer.memory().state)
 
 
-# Not a contender: what the limit is made of
+# Not a contender: part of the limit
 
 
 def no_update(model: Decoder, settings: Settings) -> Contender:
-    """Forward and backward alone, on all ranks at once, without a word between them."""
+    """Forward and backward only, on all ranks at once, without communication."""
 
     def update() -> None:
         model.zero_grad()

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that only a GPU can show, in one go: tests, bandwidth, memory, a trace, and what the kernel is bound by.
+"""Runs everything that needs a GPU in one go: tests, bandwidth, memory, a trace, and a profile of the kernel.
 
     python benchmarks/gpu.py --to DIR [--minutes 9.5] [--only tests update ...] [--rehearse]
 
-Parts run one after the other, each in a process of its own with a time limit, the most telling first; one that fails or
-is cut off does not stop the others. DIR gets `result.json` with what all of them found, hardware and versions, a text
-file of each part's own output, pictures, and `summary.md`, which holds the goals against what was measured.
-It exits with 1 if a part was not in order.
+Runs the parts one after the other, the most important first, each in its own process with a time limit; if one fails or
+times out, the others still run. Writes to DIR: `result.json` with all results, hardware and versions, the output of
+each part as text, pictures, and `summary.md`, which compares the results with the goals. Exits with 1 if a part failed.
 
-`--rehearse` runs every part with small numbers, without a GPU as well: it shows that the script works, and measures
-nothing.
+`--rehearse` runs every part with small numbers, with or without a GPU: it tests the script, and measures nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ KERNELS = "equals_reference and (bfloat16-split-int8 or float32-own-fp32)"
 
 @dataclass(frozen=True)
 class Part:
-    """`limit_s` counts for a real run. `tool`: a program that is not Python's, and that there may not be."""
+    """`limit_s`: of a real run. `tool`: an external program that the part needs and that may not be installed."""
 
     name: str
     command: tuple[str, ...]
@@ -84,7 +82,7 @@ def parts(to: Path, rehearse: bool) -> list[Part]:
 
 
 def run(part: Part, to: Path, limit_s: float) -> dict[str, Any]:
-    """What it printed as JSON or left in a file, and how it ended."""
+    """Runs a part; returns how it ended, and the JSON that it printed last or wrote to a file."""
     if part.tool is not None and shutil.which(part.tool) is None:
         return {"end": f"{part.tool} is not installed"}
     if limit_s <= 0:
@@ -131,7 +129,7 @@ def hardware() -> dict[str, str]:
     return found
 
 
-# What was found, against the goals
+# Results, compared with the goals
 
 
 def summary(result: dict[str, Any]) -> Iterable[str]:
@@ -244,7 +242,7 @@ def main() -> None:
         if args.only and part.name not in args.only:
             continue
         if args.rehearse and part.name == "tune":
-            continue  # of the compiled kernel
+            continue  # needs the compiled kernel
         one = result["parts"][part.name] = run(part, to, min(part.limit_s, end - time.monotonic()))
         print(
             f"{part.name:>10} | {one['end']} | {one.get('seconds', 0):.0f} s | {one.get('last_line', '')}", flush=True
@@ -257,7 +255,7 @@ def main() -> None:
         draw_steps(steps, to / "steps.png")
     print(to / "summary.md")
     bad = [name for name, one in result["parts"].items() if not one["end"].endswith(("exit code 0", "not installed"))]
-    sys.exit(f"not in order: {', '.join(bad)}" if bad else 0)
+    sys.exit(f"failed: {', '.join(bad)}" if bad else 0)
 
 
 if __name__ == "__main__":

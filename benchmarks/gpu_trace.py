@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step on one GPU, as torch's profiler sees it: what runs on which stream, and does the host ever wait?
+"""Profiles one step on one GPU: what runs on which stream, and does the host ever wait?
 
     python benchmarks/gpu_trace.py --to DIR [--layers 12 --width 1600 --batch 4 --context 512]
 
-Over NCCL with one rank, whose transfers run on a stream of their own as they do with many (and have nothing to move: a
-reduce-scatter is the copy into the shard alone). Writes `trace.json` for chrome://tracing or Perfetto, `trace.png`, and
-one JSON object on the last line of the output: for each part of a step the streams that its kernels ran on, and all
-calls on the host that wait for the device. `--rehearse`: small, and without a GPU alone, where there are no streams.
+Uses NCCL with one rank: transfers run on their own stream, as with many ranks, but move nothing (a reduce-scatter only
+copies into the shard). Writes `trace.json` for chrome://tracing or Perfetto, `trace.png`, and one JSON object as the
+last line of the output: for each part of a step the streams that its kernels ran on, and all host calls that wait for
+the device. `--rehearse`: a small model, also without a GPU, where there are no streams.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from gpu_train import Job, forward_backward  # which finds tests, too
+from gpu_train import Job, forward_backward  # also puts tests on the path
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize")
-COLOURS = {  # Okabe and Ito's
+COLOURS = {  # Okabe and Ito's palette
     "forward": "#56B4E9",
     "backward": "#0072B2",
     "copy_in": "#F0E442",
@@ -44,7 +44,7 @@ COLOURS = {  # Okabe and Ito's
 
 @dataclass(frozen=True)
 class Interval:
-    """Microseconds of the profiler's clock. `row`: the host's thread, or a stream of the device."""
+    """Start and end in microseconds of the profiler's clock. `row`: a host thread, or a stream of the device."""
 
     part: str
     row: str
@@ -84,7 +84,7 @@ def record(job: Job, path: Path) -> list[dict[str, Any]]:
 
 
 def of_host(events: list[dict[str, Any]]) -> list[Interval]:
-    """What the library says it is at, by thread."""
+    """The intervals that the library records itself, by host thread."""
     return [
         Interval(event["name"].removeprefix("shardadam."), f"thread {event['tid']}", *ends(event))
         for event in events
@@ -93,7 +93,7 @@ def of_host(events: list[dict[str, Any]]) -> list[Interval]:
 
 
 def of_device(events: list[dict[str, Any]], host: list[Interval]) -> list[Interval]:
-    """What runs on the device, each by what the host was at when it launched it."""
+    """What runs on the device; its part is what the host was doing when it launched it."""
     launches = {
         event["args"]["correlation"]: event
         for event in events
@@ -125,7 +125,7 @@ def is_in(event: dict[str, Any], start: float, end: float) -> bool:
 
 
 def waits(events: list[dict[str, Any]]) -> list[str]:
-    """Calls between the beginning and the end of the step on the host that return when the device is through."""
+    """Host calls during the step that wait for the device."""
     start, end = ends(next(event for event in events if event["name"] == "part.all"))
     return [event["name"] for event in events if event["name"] in WAITS and is_in(event, start, end)]
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder in bfloat16 on one GPU: what does the optimizer take of memory and of the step, in every format?
+"""Trains a bfloat16 decoder on one GPU: how much memory and time does the optimizer take, in every format?
 
     python benchmarks/gpu_train.py steps   [--layers 48 --width 1600 --batch 8 --context 1024]   1.5B parameters
     python benchmarks/gpu_train.py largest [--width 4096 --batch 1 --context 512]
     python benchmarks/gpu_train.py capture
     python benchmarks/gpu_train.py ranks
 
-**steps**: peak memory of training, time of a whole step, and the optimizer's share of it: what a step takes beyond
-forward and backward alone. Host time is that of `step()` and `zero_grad()` with nothing else on the device. AdamW is
-torch's, fused: on bfloat16 parameters and moments, and by way of float32 masters as one writes it by hand.
+**steps**: peak memory of training, time of a whole step, and the optimizer's share of it: the time beyond forward and
+backward alone. Host time is that of `step()` and `zero_grad()` with nothing else on the device. AdamW is torch's fused
+one: on bfloat16 parameters and moments, and on float32 masters as users write it by hand.
 
-**largest**: the most layers that train: predicted from the peaks of two small models, then tried, one more and one
-fewer, until one fits and the next does not.
+**largest**: the largest number of layers that train: predicted from the peaks of two small models, then tried one by
+one until one number fits and the next does not.
 
-**capture**: forward, backward and step as one CUDA graph, replayed; parameters must equal those of eager steps.
+**capture**: replays forward, backward and step as one CUDA graph; parameters must equal those of eager steps.
 
-**ranks**: memory of rank 0 of 8 and of 64 over torch's `fake` process group, against the plan.
+**ranks**: compares the memory of rank 0 of 8 and of 64, over torch's `fake` process group, with the plan.
 
-One JSON object on the last line of the output. `--rehearse` runs all of it with small numbers, on the CPU as well.
+The last line of the output is one JSON object. `--rehearse` runs all of it with small numbers, on the CPU, too.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Job:
     def model(self) -> Decoder:
         torch.manual_seed(0)
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)  # float32 ones first would be the peak
+        torch.set_default_dtype(torch.bfloat16)  # creating float32 ones first would set the peak
         try:
             with self.device:
                 return Decoder(ModelConfig(self.layers, self.width, max(1, self.width // 64), self.context))
@@ -143,7 +143,7 @@ def peak(device: torch.device) -> int:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds until `run` returns, and until the device is through."""
+    """Seconds until `run` returns, and until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -160,7 +160,7 @@ def forward_backward(model: Decoder, tokens: Tensor) -> None:
 
 
 def measure_steps(contender: Contender | None, job: Job, rounds: int) -> dict[str, Any]:
-    """Of forward and backward alone, where there is no contender."""
+    """Measures training steps; without a contender, forward and backward only."""
     clear(job.device)
     model, tokens = job.model(), job.tokens()
     update = model.zero_grad if contender is None else contender.build(list(model.parameters()))
@@ -210,7 +210,7 @@ def steps(job: Job, rounds: int) -> dict[str, Any]:
 
 
 def peak_with(contender: Contender, job: Job) -> int | None:
-    """Bytes at the peak of two steps; None where they do not fit."""
+    """Bytes at the peak of two steps; None if they do not fit."""
     clear(job.device)
     try:
         return _peak_with(contender, job)
@@ -253,8 +253,9 @@ def largest(job: Job, small: tuple[int, int], tries: int) -> dict[str, Any]:
 
 
 def boundary(is_too_large: Callable[[int], bool], fits: int, predicted: int, tries: int) -> tuple[int, int | None]:
-    """The most that is not too large, and one more, if ``tries`` suffice: from what is ``predicted`` on by ones. What
-    ``fits`` is known to.
+    """The largest number that is not too large, and the next, which is; None for that if ``tries`` did not suffice.
+
+    Tries numbers one by one, from ``predicted``. ``fits``: a number that is known not to be too large.
     """
     tried, too_many = max(fits, predicted), None
     for _ in range(tries):
@@ -331,7 +332,7 @@ def ranks(job: Job) -> dict[str, Any]:
 
 
 def _as_rank_0(job: Job, form: Form, count: int) -> dict[str, int]:
-    """What the optimizer holds after two steps, and what the plan says that it does, parameters included."""
+    """Bytes that the optimizer holds after two steps, planned and measured, parameters included."""
     clear(job.device)
     model, tokens = job.model(), job.tokens()
     outside = allocated(job.device) - sum(p.nbytes for p in model.parameters())

@@ -3,9 +3,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/host.py [--parameters 500] [--buckets 40] [--rounds 30]
 
-One process, float32, parameters of 1,000 elements. All calls of torch that a step makes from Python are recorded once,
-with their arguments, and then made again in a bare loop: that is torch's share, dispatch included. The rest of the
-step's time is ours. Steps and replays take turns; the table gives medians, and the fastest and slowest, in ms.
+Runs one process with float32 parameters of 1,000 elements. Records all calls of torch that a step makes from Python,
+with their arguments, and replays them in a bare loop: that is torch's share, dispatch included. The rest of the step's
+time is shardadam's. Steps and replays take turns; prints medians, and the fastest and slowest, in ms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardadam import ShardedAdamW
 
 
 class Record(TorchFunctionMode):
-    """Every call that goes through torch's Python interface, but for bare attributes of tensors."""
+    """Records every call through torch's Python interface, except reads of tensor attributes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes of state does a parameter take on each rank, in every format?
+"""How many bytes of state does each parameter take on each rank, in every format?
 
     python benchmarks/memory.py [--world-size 1 2 4]
 
-Starts the ranks itself, builds a decoder-like model of 50M parameters and asks ``optimizer.memory()``. Tables are what
-the update needs besides: which parameter 128 elements belong to, and scalars of each parameter.
+Starts the ranks itself, builds a decoder-like model of 50M parameters and prints ``optimizer.memory()``. Tables are
+what the update needs besides: the parameter that each 128 elements belong to, and scalars of each parameter.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     numel = sum(torch.Size(shape).numel() for shape in shapes())
     print(
-        f"Python {platform.python_version()}, torch {torch.__version__}; {numel:,} parameters, bytes a parameter a rank"
+        f"Python {platform.python_version()}, torch {torch.__version__}; {numel:,} parameters, bytes of each per rank"
     )
     print("  N |    dtype | master | moments |  measured |  nominal |   more | tables")
     for world_size in args.world_size:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does training suffer from compressed moments? The byte-level model of launch/pretrain.py, one process.
+"""Do compressed moments harm training? Trains the byte-level model of launch/pretrain.py in one process.
 
     OMP_NUM_THREADS=1 python benchmarks/moments.py [--moments fp32 int8] [--beta2 0.95 0.999] [--seeds 0 1 2]
         [--dtype fp32] [--master auto] [--steps 500] [--json PATH]
 
 Trains every combination with pretrain.py's defaults and reports the validation loss and the largest single-weight
-update of the run: how far any weight moved in one step beyond its decay, in units of that step's learning rate. A seed
-sets the model, the order of the data and the stochastic rounding.
+update of the run: the farthest that any weight moved in one step, without its decay, in units of that step's learning
+rate. The seed sets the model, the order of the data and the stochastic rounding.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def train(corpus: data.Corpus, moments: str, beta2: float, seed: int, args: argp
 
 
 def weights(optimizer: ShardedAdamW) -> list[torch.Tensor]:
-    """The exact weights behind all parameters, copies."""
+    """Copies of the exact weights of all parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     has_master = any(optimizer.state[p].keys() & {"master", "remainder"} for p in parameters)
     return [(optimizer.full_state(p)["master"] if has_master else p.detach().float()).clone() for p in parameters]
 
 
 def largest_update(optimizer: ShardedAdamW, before: list[torch.Tensor]) -> float:
-    """In units of lr; what is due to decay does not count."""
+    """The largest update in units of lr, without weight decay."""
     largest, after = 0.0, iter(weights(optimizer))
     earlier = iter(before)
     for group in optimizer.param_groups:

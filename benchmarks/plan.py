@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the memory that `shardadam plan` tells what training takes?
+"""Does training take the memory that `shardadam plan` computes?
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py [--ranks 1 2 4] [--models decoder gpt2] [--cases 0 3]
 
-Starts the ranks itself, new ones for every line: six models, on inputs so small that activations are, too, 3 steps.
-What a rank takes is its proportional set size without pages of files (`Pss_Anon` of /proc/PID/smaps_rollup, and its
-part of all ranks' `Pss_Shmem`): the highest of samples about a millisecond apart while it trains, less what there was
-before the model was built, after steps of one with a single layer; the mean over ranks:
+Starts the ranks itself, new ones for every line. Six models train for 3 steps on inputs so small that activations
+hardly count. The memory of a rank is its proportional set size without pages of files (`Pss_Anon` of
+/proc/PID/smaps_rollup, and its share of all ranks' `Pss_Shmem`): the highest of samples a millisecond apart while it
+trains, minus the value before the model was built (a model with one layer has trained before, so that libraries are
+loaded). Means over ranks:
 
-    planned   `need(...)` of shardadam.planner: parameters, gradients and all that the optimizer holds
-    measured  where malloc gives back at once what is freed (MALLOC_MMAP_THRESHOLD_=65536)
-    default   where it keeps some, as it does unless told otherwise
+    planned   `need(...)` of shardadam.planner: parameters, gradients and everything that the optimizer holds
+    measured  with a malloc that returns freed memory at once (MALLOC_MMAP_THRESHOLD_=65536)
+    default   with malloc's default, which keeps some of it
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to measure: how to build it with so many layers, and what to feed it."""
+class Model:
+    """A model to measure: how to build it with a number of layers, and how to run its forward."""
 
     layers: int
     build: Callable[[int], nn.Module]
@@ -117,7 +118,7 @@ def convolutions(layers: int) -> nn.Module:
 
 
 def lstm(layers: int) -> nn.Module:
-    """The libraries under torch reorder its weights, and give the gradients of several at once."""
+    """torch's kernels reorder its weights, and return the gradients of several of them at once."""
     return nn.LSTM(512, 768, num_layers=layers)
 
 
@@ -125,18 +126,18 @@ def tokens() -> Tensor:
     return torch.arange(TOKENS)[None] + 1
 
 
-SUBJECTS = {
-    "decoder": Subject(8, decoder, lambda model, dtype: model(tokens())),
-    "gpt2": Subject(8, gpt2, lambda model, dtype: model(tokens()).logits),
-    "bert": Subject(8, bert, lambda model, dtype: model(tokens()).pooler_output),
-    "t5": Subject(4, t5, lambda model, dtype: model(input_ids=tokens(), decoder_input_ids=tokens()).logits),
-    "convolutions": Subject(10, convolutions, lambda model, dtype: model(torch.ones(1, 3, 2, 2, dtype=dtype))),
-    "lstm": Subject(6, lstm, lambda model, dtype: model(torch.ones(TOKENS, 1, 512, dtype=dtype))[0]),
+MODELS = {
+    "decoder": Model(8, decoder, lambda model, dtype: model(tokens())),
+    "gpt2": Model(8, gpt2, lambda model, dtype: model(tokens()).logits),
+    "bert": Model(8, bert, lambda model, dtype: model(tokens()).pooler_output),
+    "t5": Model(4, t5, lambda model, dtype: model(input_ids=tokens(), decoder_input_ids=tokens()).logits),
+    "convolutions": Model(10, convolutions, lambda model, dtype: model(torch.ones(1, 3, 2, 2, dtype=dtype))),
+    "lstm": Model(6, lstm, lambda model, dtype: model(torch.ones(TOKENS, 1, 512, dtype=dtype))[0]),
 }
 
 
 def pss_bytes(pids: Sequence[int]) -> tuple[Tensor, float]:
-    """Anonymous memory of each, and shared memory of all; without pages of files, which is code."""
+    """Anonymous memory of each process, and shared memory of all. Leaves out pages of files, such as code."""
     own, shared = [], 0
     for pid in pids:
         found = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
@@ -154,68 +155,68 @@ def build(case: Case, model: nn.Module) -> ShardedAdamW:
     )
 
 
-def train(subject: Subject, model: nn.Module, dtype: torch.dtype, optimizer: ShardedAdamW) -> None:
+def train(spec: Model, model: nn.Module, dtype: torch.dtype, optimizer: ShardedAdamW) -> None:
     for _ in range(STEPS):
-        subject.feed(model, dtype).float().square().mean().backward()
+        spec.feed(model, dtype).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def work(rank: int, world_size: int, store: str, name: str, case: Case, meeting: Any, trained: Any) -> None:
+def work(rank: int, world_size: int, store: str, name: str, case: Case, barrier: Any, trained: Any) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    subject = SUBJECTS[name]
-    small = subject.build(1).to(case.dtype)
+    spec = MODELS[name]
+    small = spec.build(1).to(case.dtype)
     optimizer = build(case, small)
-    train(subject, small, case.dtype, optimizer)  # libraries and heaps are there then
+    train(spec, small, case.dtype, optimizer)  # loads libraries and fills heaps
     del small, optimizer
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    meeting.wait(TIMEOUT_S)  # the parent looks how much there is
-    meeting.wait(TIMEOUT_S)
-    model = subject.build(subject.layers).to(case.dtype)
+    barrier.wait(TIMEOUT_S)  # the parent reads the memory before
+    barrier.wait(TIMEOUT_S)
+    model = spec.build(spec.layers).to(case.dtype)
     optimizer = build(case, model)
     gc.collect()
-    meeting.wait(TIMEOUT_S)  # and looks from here on
-    train(subject, model, case.dtype, optimizer)
+    barrier.wait(TIMEOUT_S)  # the parent samples from here on
+    train(spec, model, case.dtype, optimizer)
     if world_size > 1:
         dist.barrier()
     trained.set()
-    meeting.wait(TIMEOUT_S)
+    barrier.wait(TIMEOUT_S)
     del model, optimizer
     if world_size > 1:
         dist.destroy_process_group()
 
 
 def measure(name: str, case: Case, world_size: int) -> float:
-    """Bytes a rank at the peak."""
+    """Bytes per rank at the peak."""
     spawn = processes.get_context("spawn")
-    meeting, trained = spawn.Barrier(world_size + 1), spawn.Event()
+    barrier, trained = spawn.Barrier(world_size + 1), spawn.Event()
     with tempfile.TemporaryDirectory() as directory:
-        arguments = (world_size, str(Path(directory) / "store"), name, case, meeting, trained)
+        arguments = (world_size, str(Path(directory) / "store"), name, case, barrier, trained)
         ranks = processes.spawn(work, arguments, nprocs=world_size, join=False)  # type: ignore[attr-defined]
-        meeting.wait(TIMEOUT_S)
+        barrier.wait(TIMEOUT_S)
         own_before, shared_before = pss_bytes(ranks.pids())
         own, shared = own_before, shared_before
-        meeting.wait(TIMEOUT_S)
-        meeting.wait(TIMEOUT_S)
+        barrier.wait(TIMEOUT_S)
+        barrier.wait(TIMEOUT_S)
         has_trained = False
         while not has_trained:
             has_trained = trained.is_set()
             own_now, shared_now = pss_bytes(ranks.pids())
             own, shared = torch.maximum(own, own_now), max(shared, shared_now)
             time.sleep(PERIOD_S)
-        meeting.wait(TIMEOUT_S)
+        barrier.wait(TIMEOUT_S)
         while not ranks.join():
             pass
     return (own - own_before).mean().item() + (shared - shared_before) / world_size
 
 
 def planned(name: str, case: Case, world_size: int) -> tuple[int, int]:
-    """Number of parameters, and bytes a rank: with the buffers, which are no business of the optimizer's."""
+    """Number of parameters, and bytes per rank, including the model's buffers, which the planner does not count."""
     with torch.device("meta"):
-        model = SUBJECTS[name].build(SUBJECTS[name].layers).to(case.dtype)
+        model = MODELS[name].build(MODELS[name].layers).to(case.dtype)
     parameters = PlannedParameter.of_model(model).values()
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     return sum(one.numel for one in parameters), need(parameters, case.setting(world_size)).total + buffers
@@ -224,12 +225,12 @@ def planned(name: str, case: Case, world_size: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument(
         "--cases", nargs="+", type=int, help="numbers of formats; all for the first model, 0 for others"
     )
     args = parser.parse_args()
-    print(f"Python {platform.python_version()}, torch {torch.__version__}; MB a rank")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}; MB per rank")
     print(" N |        model | M param. | " + Case.HEAD + " | planned | measured |  more | default")
     for world_size in args.ranks:
         for name in args.models:
@@ -247,9 +248,9 @@ def line(name: str, case: Case, world_size: int) -> None:
         else:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
         measured.append(measure(name, case, world_size))
-    subject = f"{world_size:>2} | {name:>12} | {numel / 1e6:8.1f} | {case}"
+    setting = f"{world_size:>2} | {name:>12} | {numel / 1e6:8.1f} | {case}"
     found = f"{expected / 1e6:7.1f} | {measured[0] / 1e6:8.1f} | {100 * (measured[0] / expected - 1):+4.1f}%"
-    print(f"{subject} | {found} | {measured[1] / 1e6:7.1f}", flush=True)
+    print(f"{setting} | {found} | {measured[1] / 1e6:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

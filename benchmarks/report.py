@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what `step.py` found, of memory against the number of ranks, and of one step in time.
+"""Draws the results of `step.py`, memory by number of ranks, and a timeline of one step.
 
     python benchmarks/report.py step a.json b.json ...                  step-time.png, step-memory.png
     python benchmarks/report.py memory                                  memory-vs-n.png, from one process
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/report.py timeline --out trace.json
     python benchmarks/report.py draw-timeline trace.json                timeline.png
 
-Pictures go to `--to`, benchmarks/results unless told. Colours are Okabe and Ito's: the colour-blind tell them apart.
+Pictures go to `--to`, by default benchmarks/results. Colours: Okabe and Ito's palette, safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def bars(axes: Any, result: dict[str, Any], value: Any, names: list[str]) -> None:
-    """Horizontal, the smallest on top. `value(contender)` gives the bar's length and its whisker's ends."""
+    """Horizontal bars, the smallest on top. `value(contender)` gives the bar's length and its whisker's ends."""
     rows = sorted(names, key=lambda name: -value(result["contenders"][name])[0])
     for row, name in enumerate(rows):
         entry = ENTRIES[name]
@@ -99,11 +99,11 @@ def draw_step(paths: list[Path], to: Path) -> None:
         save(figure, to / file)
 
 
-# Memory against N
+# Memory by number of ranks
 
 
 def memory_of(world_size: int, model: torch.nn.Module, **options: Any) -> Any:
-    """`memory()` of rank 0 of so many."""
+    """`memory()` of rank 0 of `world_size`."""
 
     with rank_0_of(world_size):
         optimizer = ShardedAdamW(model.named_parameters(), transport="collective", **options)
@@ -158,11 +158,11 @@ def draw_memory(to: Path) -> None:
     save(figure, to / "memory-vs-n.png")
 
 
-# One step in time
+# Timeline of one step
 
 
 def profile_step(name: str, settings: Settings) -> list[dict[str, Any]]:
-    """What one warm step did on this rank, in ms of a clock that ranks of a host share. Collective."""
+    """The events of one warm step on this rank, in ms of a clock that all ranks of a host share. Collective."""
     contender = ENTRIES[name].build(make_model(settings.dtype), settings)
     tokens = make_data(dist.get_rank())[0]
 
@@ -213,7 +213,7 @@ ROWS = ("update", "communication", "forward, backward")
 
 
 def kind_of(name: str) -> tuple[str, str] | None:
-    """(row, colour's name) of an event; None: not shown."""
+    """The row of an event, and its colour's name; None if it is not shown."""
     if name in ("timeline.forward", "timeline.backward"):
         return "forward, backward", name.removeprefix("timeline.")
     if name in ("gloo:all_gather", "shardadam.all_gather"):
@@ -242,8 +242,8 @@ def draw_timeline(path: Path, to: Path) -> None:
             row, colour = kind
             seen.add(colour)
             span = [(event["start_ms"] - begin, max(event["ms"], 0.1))]
-            place = names.index(f"rank {rank}: {row}")
-            axes.broken_barh(span, (place - 0.38, 0.76), facecolors=COLOURS[colour], edgecolor="white", lw=0.4)
+            y = names.index(f"rank {rank}: {row}")
+            axes.broken_barh(span, (y - 0.38, 0.76), facecolors=COLOURS[colour], edgecolor="white", lw=0.4)
     for after in range(len(ROWS), len(names), len(ROWS)):
         axes.axhline(after - 0.5, color="black", lw=0.6)
     axes.set_yticks(range(len(names)), names)

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale on paper: how many bytes a rank, and what step overhead, at N up to 16,384?
+"""How many bytes per rank, and how much overhead of a step, on up to 16,384 ranks? Mostly computed, not measured.
 
     python benchmarks/scale.py paper [--plots DIR] [--bucket-mb 32] [--inter-gbs 45] ...   computed
     python benchmarks/scale.py check                                                       computed against memory()
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/scale.py measure measured
 
-``paper`` lays the parameters of three decoders out with the library's own planner and applies the model of time in
-``scale_model.py``, every constant of which is an argument. ``check`` builds real optimizers as rank 0 of N over torch's
-``fake`` process group, whose collectives move nothing, and stops where a byte differs from the plan.
-``measure`` fits latency and bandwidth of the transport between the ranks that are there to the fastest rounds (the
-model has no load), and compares predictions for bucket sizes outside the fit with what is measured.
+``paper`` plans three decoders with the library's planner and applies the model of time in ``scale_model.py``, whose
+constants are all arguments. ``check`` builds real optimizers as rank 0 of N over torch's ``fake`` process group, whose
+collectives move nothing, and fails if a byte differs from the plan. ``measure`` fits latency and bandwidth between the
+ranks that run it to the fastest rounds, and compares predictions for other bucket sizes with measurements.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def on_cuda(layout: Layout, form: Form) -> Memory:
 
 
 def print_bytes(layouts: dict[tuple[str, int], Layout], seconds: float) -> None:
-    print(f"\nGB a rank (10^9 bytes), as on CUDA; {len(layouts)} layouts computed in {seconds:.1f} s\n")
+    print(f"\nGB per rank (10^9 bytes), as on CUDA; {len(layouts)} layouts computed in {seconds:.1f} s\n")
     print("| model | N | parameters | gradient shard | staging | state fp32 | bf16 | int8 | total fp32 | bf16 | int8 |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for decoder in DECODERS:
@@ -87,7 +86,9 @@ Curves = dict[str, dict[str, list[float]]]
 
 
 def predict_all(layouts: dict[tuple[str, int], Layout], machine: Machine, args: argparse.Namespace) -> Curves:
-    """Per cent of compute, by decoder and scheme, for every N of ``RANKS``; below the shard group hybrid is flat."""
+    """Overhead in per cent of compute, by decoder and scheme, for each of ``RANKS``. Hybrid is flat on at
+    most one shard group of ranks.
+    """
     curves: Curves = {}
     for decoder in DECODERS:
         curves[decoder.name] = {scheme: [] for scheme in ("ring", "halving", "hybrid", "ddp")}
@@ -158,7 +159,7 @@ def plot(curves: Curves, layouts: dict[tuple[str, int], Layout], args: argparse.
         return figure, axes
 
     gigabytes = {float(10**power): f"{10**power:,}" for power in range(-3, 5)}
-    figure, axes = panels("GB a rank", gigabytes)
+    figure, axes = panels("GB per rank", gigabytes)
     for axis, decoder in zip(axes, DECODERS, strict=True):
         axis.axhline(
             UNSHARDED_BYTES * sum(decoder.numels) / 1e9, color=grey, linestyle="--", label="AdamW, fp32, not sharded"
@@ -204,11 +205,15 @@ def paper(args: argparse.Namespace) -> None:
         plot(curves, layouts, args)
 
 
-# Against real optimizers
+# Compared with real optimizers
 
 
 def check_one(ranks: int, form: Form, kernel: bool, bucket_mb: float) -> Memory:
-    """Raises unless plan and ``memory()`` agree in every kind; returns the bytes, staging as after backward."""
+    """Compares plan and ``memory()`` in every kind; returns the bytes, with staging as after backward.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     parameters = [nn.Parameter(torch.zeros(shape, dtype=form.dtype)) for shape in SMALL.shapes()]
     setting = Setting(world_size=ranks, precision=form.precision, bucket_mb=bucket_mb, transport="collective")
     layout = SMALL.layout(ranks, bucket_mb, form.dtype, "cpu")
@@ -220,9 +225,9 @@ def check_one(ranks: int, form: Form, kernel: bool, bucket_mb: float) -> Memory:
         update.KERNEL_DEVICES.discard("cpu")
     built = optimizer.memory()
     sum(parameter.sum() for parameter in parameters).backward()  # type: ignore[union-attr]
-    optimizer.clip_grad_norm_(1.0)  # waits for the peers
+    optimizer.clip_grad_norm_(1.0)  # waits for all reductions
     found = replace(built, staging=optimizer.memory().staging)
-    if 2 * found.staging == at_peak.staging:  # peers that are never late leave one of the two buffers unused
+    if 2 * found.staging == at_peak.staging:  # the fake peers are never late, so one of the two buffers is not used
         at_peak = replace(at_peak, staging=found.staging)
     if (built, found) != (planned, at_peak):
         raise RuntimeError(f"N = {ranks}, {form.name}: memory() has {built}, {found}, planned {planned}, {at_peak}")
@@ -244,14 +249,14 @@ def check(args: argparse.Namespace) -> None:
     print(f"\n{count} optimizers, every kind equal; {time.perf_counter() - start:.0f} s")
 
 
-# Against time
+# Compared with measured time
 
 FITTED_KB = (16, 64, 256, 1024, 2048, 4096, 8192, 16384)
 PREDICTED_MB = (0.5, 3, 6, 12, 24)
 
 
 def seconds(work: Callable[[], None], rounds: int) -> list[float]:
-    """Of the slowest rank in every round, sorted, after a round to warm up."""
+    """Seconds of the slowest rank in each round, sorted, after one round to warm up."""
     times = []
     for _ in range(rounds + 1):
         dist.barrier()
@@ -264,7 +269,7 @@ def seconds(work: Callable[[], None], rounds: int) -> list[float]:
 
 
 def transfers(transport: Transport, numels: Sequence[int]) -> dict[str, Callable[[], None]]:
-    """Every bucket's transfer, one after the other; all buckets share the staging and lie in one flat buffer."""
+    """Transfers of all buckets, one after the other. All use one staging buffer, and lie in one flat buffer."""
     cpu = torch.device("cpu")
     staging = transport.staging(max(numels), torch.float32, cpu)
     staging.send.fill_(1.0)
@@ -288,7 +293,7 @@ def transfers(transport: Transport, numels: Sequence[int]) -> dict[str, Callable
 
 
 def fit(nbytes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
-    """alpha and beta of times = alpha + beta bytes, by least squares of relative errors; neither below 0."""
+    """Fits times = alpha + beta bytes by least squares of relative errors; neither is below 0."""
     weights = torch.tensor(times, dtype=torch.float64).reciprocal()
     columns = torch.stack([weights, weights * torch.tensor(nbytes, dtype=torch.float64)], dim=1)
     alpha, beta = torch.linalg.lstsq(columns, torch.ones(len(times), 1, dtype=torch.float64)).solution.flatten()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three decoders' shapes, formats to store them in, and a model of a step's time. Nothing is measured.
+"""The shapes of three decoders, formats to store them in, and a model of a step's time. Measures nothing.
 
 Note: the model of time
     Sending n bytes over a link takes alpha + n beta: a latency, and the inverse of a bandwidth. A reduce-scatter, or
@@ -19,7 +19,7 @@ Note: the model of time
 
     A step with compute time C (6 FLOPs a parameter and token, at a share MFU of peak; backward is 2/3 of it) is a
     queue: bucket i's gradients are complete after its share of backward, and its reduce-scatter starts when the one
-    before is through. What ends after backward is exposed. Then a small all-reduce (norm, flag, used-bits); the updates
+    before has ended. What ends after backward is exposed. Then a small all-reduce (norm, flag, used-bits); the updates
     one after the other, each ``launch`` plus the bytes it moves at ``memory``; and each bucket's all-gather behind
     its update and the all-gather before. With ``overlap_gather`` the forward of a bucket waits for its all-gather only.
     Contention, stragglers and skew are not in the model.
@@ -50,7 +50,7 @@ class Decoder:
     vocabulary: int
 
     def shapes(self) -> Iterator[tuple[int, ...]]:
-        """In the order of registration: embedding, layers, norm, head (not tied)."""
+        """Shapes in the order of registration: embedding, layers, norm, head (not tied)."""
         kv = self.width // self.heads * self.kv_heads
         yield (self.vocabulary, self.width)
         for _ in range(self.layers):
@@ -90,7 +90,7 @@ class Form:
 
     @property
     def moved_bytes(self) -> float:
-        """By the update of one element on CUDA: state and parameter read and written, the gradient read."""
+        """Bytes that the update of an element moves on CUDA: state and parameter both ways, the gradient once."""
         state = formats.tensors(self.precision.format(self.dtype, torch.device("cuda")), ALIGNMENT_NUMEL)
         state_bytes = sum(length * dtype.itemsize for length, dtype in state.values())
         return 2 * (self.itemsize + state_bytes / ALIGNMENT_NUMEL) + 4
@@ -131,7 +131,7 @@ class Machine:
         return inside, ranks // inside
 
     def ring_s(self, nbytes: float, ranks: int) -> float:
-        """A reduce-scatter or an all-gather over ``ranks`` that fill their hosts."""
+        """Seconds of a reduce-scatter or an all-gather over ``ranks`` that fill their hosts."""
         if ranks == 1:
             return 0.0
         inside, hosts = self._levels(ranks)
@@ -153,7 +153,7 @@ class Machine:
         return 2 * min(self.ring_s(nbytes, ranks), self.halving_s(nbytes, ranks))
 
     def replica_reduce_s(self, nbytes: float, replicas: int) -> float:
-        """An all-reduce over ranks that lie in one host each."""
+        """Seconds of an all-reduce over ranks on different hosts."""
         if replicas == 1:
             return 0.0
         steps = 2 * min(replicas - 1, math.log2(replicas))
@@ -163,7 +163,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds of a step beside forward and backward."""
+    """Seconds of a step beyond forward and backward."""
 
     reduce: float
     step_sync: float
@@ -177,7 +177,7 @@ class Overhead:
 
 
 def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: float) -> float:
-    """What of the reduce-scatters, in a queue behind backward, ends after it."""
+    """Seconds that the reduce-scatters, queued during backward, take after its end."""
     done, ready, total = 0.0, 0.0, sum(numels)
     for numel, seconds in zip(numels, times, strict=True):
         ready += backward * numel / total
@@ -188,7 +188,7 @@ def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: floa
 def exposed_gather(
     numels: Sequence[int], updates: Sequence[float], times: Sequence[float], forward: float, overlap: bool
 ) -> float:
-    """What the all-gathers add to the updates and, with ``overlap``, to the next forward."""
+    """Seconds that the all-gathers add to the updates and, with ``overlap``, to the next forward."""
     updated, done, total, computed = 0.0, 0.0, sum(numels), sum(updates)
     for numel, update, seconds in zip(numels, updates, times, strict=True):
         updated += update
@@ -198,7 +198,7 @@ def exposed_gather(
 
 
 def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: Machine, overlap: bool) -> Overhead:
-    """One step of ``decoder`` on ``ranks``.
+    """Predicts one step of ``decoder`` on ``ranks``.
 
     Args:
         layout: over all ranks, or over a shard group for hybrid sharding.

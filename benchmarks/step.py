@@ -1,35 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does one whole training step take and how much memory does it need, against the peers?
+"""How much time and memory does a whole training step take, compared with other optimizers?
 
     export THP_MEM_ALLOC_ENABLE=1 OMP_NUM_THREADS=1
     torchrun --standalone --nproc-per-node 2 benchmarks/step.py [--dtype bf16] [--json out.json]
 
 Every rank trains the same 60.6M-parameter decoder (`contenders.py`) on 16 tokens of its own, so that forward and
-backward are short and the optimizer is what is measured. THP_MEM_ALLOC_ENABLE lets torch have huge pages for large
-tensors: without it, fresh gradients cost all contenders alike a third of their backward in page faults.
+backward are short and the optimizer takes most of the time. THP_MEM_ALLOC_ENABLE gives torch huge pages for large
+tensors: without it, every contender spends a third of its backward in page faults of new gradients.
 
-**Time.** In each of `--rounds` rounds every contender, in an order that moves on by one a round, is built anew from the
-same weights, takes 3 steps to warm up and `--steps-per-round` timed ones, each after a barrier, and is torn down: only
-one lies in memory at a time. A step takes as long as its slowest rank; a round's time is the median of its steps.
+**Time.** In each of `--rounds` rounds every contender is built from the same weights, takes 3 steps to warm up and
+`--steps-per-round` timed ones, each after a barrier, and is torn down, so that only one is in memory at a time. The
+order rotates by one each round. A step takes as long as its slowest rank; a round's time is the median of its steps.
 Tables give the median over rounds (and the fastest and slowest), the parts of the step on the slowest rank, and medians
-(and extremes) of ratios to others in the same round. "Fastest peer" is the fastest of that very round; in bf16 only
-peers that keep float32 masters, as ours do, count. What ours sends during backward is part of "backward".
+(and extremes) of ratios to others in the same round. "Fastest peer" is the fastest other optimizer of that round; in
+bf16 only those that keep float32 masters, as shardadam does, count. What shardadam sends during backward is part of
+"backward".
 
-**Memory.** A process group of its own for every contender: proportional set size (`Pss` of /proc/self/smaps_rollup, in
-which a page that k processes map counts 1/k), read every 5 ms by a thread and after each part of 4 steps, minus what it
-was when the plain model lay there in its training dtype, libraries warm. "Peak" is the highest in a step; "building" is
-the highest before the first. In the same run: `state`, what the optimizer keeps (moments, masters), and what a rank's
-sockets sent in a step (`wchar` of /proc/self/io), measured in the last step. What went through shared memory is
-not in that: where ours sends next to nothing, each rank has read (N-1)/N of a set of gradients and of parameters
-straight from its peers.
+**Memory.** Every contender runs in its own process group. Its memory is the proportional set size (`Pss` of
+/proc/self/smaps_rollup, in which a page that k processes map counts 1/k), which a thread reads every 5 ms and after
+each part of 4 steps, minus its value with only the plain model in memory, in its training dtype, and libraries loaded.
+"Peak" is the highest value in a step; "building" is the highest before the first. The same run measures `state`, what
+the optimizer keeps (moments, masters), and the bytes that a rank's sockets send in the last step (`wchar` of
+/proc/self/io). That leaves out shared memory: where shardadam sends almost nothing, each rank has read (N-1)/N of all
+gradients and parameters directly from its peers' memory.
 
-**Losses.** The first 5 steps of every contender in every round must give, on every rank, the losses of DDP + AdamW
-(bf16: of DDP + AdamW on fp32 copies) to within `TOLERANCE`, relative. Otherwise: exit code 1.
+**Losses.** In the first 5 steps of every round, every contender's losses on every rank must equal those of DDP + AdamW
+(bf16: of DDP + AdamW on fp32 copies) within the relative `TOLERANCE`. Otherwise the exit code is 1.
 
-**The limit.** What a ZeRO step on these cores can hardly undercut: forward and backward alone, on all ranks at once and
-without a word between them, and then the bytes that a rank must move, at the rate at which all ranks at once can stream
-(the faster of copy and triad, of arrays far larger than the cache, timed in every round). With n parameters of e bytes
-on N ranks, and moments and master of k bytes a parameter (fp32: 8; bf16: 12),
+**The limit.** A ZeRO step on these cores can hardly be faster than forward and backward alone, on all ranks at once and
+without communication, plus the bytes that a rank must move, at the rate at which all ranks at once can stream (the
+faster of copy and triad, on arrays far larger than the cache, timed in every round). With n parameters of e bytes on N
+ranks, and moments and master of k bytes for each parameter (fp32: 8; bf16: 12),
 
     bytes = e n                     the N gradients of its own slice, n / N each, are read
           + 2 (k + e) n / N         moments, master and parameters of its slice are read and written
@@ -86,7 +87,7 @@ PARTS = ("step", "forward", "backward", "update")
 def run_steps(
     contender: Contender, data: list[torch.Tensor], count: int, on_part: Callable[[str], None]
 ) -> list[float]:
-    """Trains; calls `on_part` with the name of each part when it is over, and gives the losses."""
+    """Trains; calls `on_part` with the name of each part when it ends, and returns the losses."""
     losses = []
     for index in range(count):
         on_part("start")
@@ -101,7 +102,7 @@ def run_steps(
 
 
 def one_round(name: str, template: torch.nn.Module, settings: Settings, steps: int) -> dict[str, Any]:
-    """Builds, times and drops a contender. Collective. Seconds of each timed step on its slowest rank, by part."""
+    """Builds, times and drops a contender; returns seconds of each step on its slowest rank, by part. Collective."""
     build = no_update if name == COMPUTE else ENTRIES[name].build
     contender = build(copy.deepcopy(template), settings)
     clock: list[float] = []
@@ -126,7 +127,7 @@ def one_round(name: str, template: torch.nn.Module, settings: Settings, steps: i
 
 
 def stream_rate() -> float:
-    """Bytes a second that a rank reads and writes while all ranks do: the faster of copy and triad. Collective."""
+    """Bytes per second that a rank reads and writes while all ranks do: the faster of copy and triad. Collective."""
     a, b, c = (torch.ones(STREAM_NUMEL) for _ in range(3))
     forms: list[tuple[Callable[[], object], int]] = [
         (lambda: b.copy_(a), 2 * a.nbytes),
@@ -147,7 +148,7 @@ def stream_rate() -> float:
 
 
 def least_bytes(numel: int, dtype: str, world_size: int) -> float:
-    """What a rank must move in a step, as the formula of the module's docstring has it."""
+    """Bytes that a rank must move in a step, by the formula in the module's docstring."""
     e, kept = (4, 8) if dtype == "fp32" else (2, 12)
     own = 2 * (kept + e) - (0 if dtype == "fp32" else e)
     return e * numel + own * numel / world_size + 2 * e * numel * (world_size - 1) / world_size
@@ -164,39 +165,39 @@ def pss_bytes() -> int:
 
 
 def sent_bytes() -> int:
-    """What this process has written, to sockets among others, since it began."""
+    """Bytes that this process has written since it started, sockets included."""
     return int(Path("/proc/self/io").read_text().split("wchar:")[1].split()[0])
 
 
 @contextmanager
 def watching(peak: list[int]) -> Iterator[Callable[[], None]]:
-    """Keeps `peak[0]` at the highest `Pss` so far; what it yields takes a look at once."""
+    """Keeps `peak[0]` at the highest `Pss` so far; yields a function that samples it at once."""
 
-    def look() -> None:
+    def sample() -> None:
         peak[0] = max(peak[0], pss_bytes())
 
     def watch() -> None:
         while not over.wait(0.005):
-            look()
+            sample()
 
     over = threading.Event()
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield look
+        yield sample
     finally:
         over.set()
         thread.join()
-        look()
+        sample()
 
 
 def measure_memory(name: str, settings: Settings, json_path: str) -> None:
-    """One contender in this process group of its own; rank 0 writes what all ranks measured."""
+    """Measures one contender in this process group; rank 0 writes the measurements of all ranks."""
     entry = ENTRIES[name]
     if entry.needs is not None:
         __import__(entry.needs)
     data = make_data(dist.get_rank())
-    small = no_update(make_model(settings.dtype, width=64, layers=1), settings)  # libraries and heaps are there then
+    small = no_update(make_model(settings.dtype, width=64, layers=1), settings)  # loads libraries and fills heaps
     run_steps(small, data, 2, lambda part: None)
     dist.all_reduce(torch.ones(1000))
     model = make_model(settings.dtype)
@@ -210,10 +211,10 @@ def measure_memory(name: str, settings: Settings, json_path: str) -> None:
         contender = entry.build(model, settings)
     del model
     dist.barrier()
-    with watching(stepping) as look:
+    with watching(stepping) as sample:
 
         def on_part(part: str) -> None:
-            look()
+            sample()
             if part == "start":
                 sent[0] = sent_bytes()
 
@@ -235,7 +236,7 @@ def measure_memory(name: str, settings: Settings, json_path: str) -> None:
 
 
 def run_memory(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Starts the above under a torchrun of its own. `{"failed": why}` if the contender cannot run."""
+    """Runs `measure_memory` under a new torchrun. Returns `{"failed": why}` if the contender cannot run."""
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -266,7 +267,7 @@ def run_memory(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"failed": (errors or [f"exit code {process.returncode}, or {MEMORY_TIMEOUT_S} s over"])[0][-300:]}
 
 
-# What was found
+# Results
 
 
 def median_and_range(values: list[float], form: str) -> str:
@@ -274,7 +275,7 @@ def median_and_range(values: list[float], form: str) -> str:
 
 
 def evaluate(result: dict[str, Any]) -> None:
-    """Adds what follows from the raw times: each contender's round times, ratios, and how far its losses are off."""
+    """Adds to the raw times each contender's round times, its ratios, and the error of its losses."""
     contenders, dtype = result["contenders"], result["dtype"]
     for one in contenders.values():
         one["round_s"] = [statistics.median(step[0] for step in a_round["steps"]) for a_round in one["rounds"]]
@@ -368,11 +369,11 @@ def hardware() -> str:
     )
 
 
-# Putting it together
+# The whole benchmark
 
 
 def chosen(args: argparse.Namespace, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
-    """Names of what takes part, references first; and why others do not."""
+    """The names of the contenders to run, references first; and why the others cannot run."""
     able: dict[str, Entry] = {name: entry for name, entry in ENTRIES.items() if dtype in entry.dtypes}
     peers = args.peers.split(",") if args.peers else [name for name, entry in able.items() if not entry.is_ours]
     mine = args.ours.split(",") if args.ours else [name for name, entry in able.items() if entry.is_ours]
@@ -443,7 +444,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
     shared = [off]
     dist.broadcast_object_list(shared, src=0)
     if rank == 0 and off:
-        print(f"WRONG: losses of {', '.join(off)} are not the reference's, or it does not run", file=sys.stderr)
+        print(f"WRONG: losses of {', '.join(off)} differ from the reference's, or it does not run", file=sys.stderr)
     return 1 if shared[0] else 0
 
 
@@ -462,13 +463,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps-per-round", type=int, default=5)
-    parser.add_argument("--peers", help="of contenders.ENTRIES, with commas; the references run always; None: all")
-    parser.add_argument("--ours", help="the same of ours")
-    parser.add_argument("--max-grad-norm", type=float, help="clip, all contenders")
-    parser.add_argument("--bucket-mb", type=float, help="ours")
+    parser.add_argument(
+        "--peers", help="names in contenders.ENTRIES, separated by commas; default: all. References always run"
+    )
+    parser.add_argument("--ours", help="the same for shardadam's entries")
+    parser.add_argument("--max-grad-norm", type=float, help="clipping of all contenders")
+    parser.add_argument("--bucket-mb", type=float, help="of shardadam")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", help="where everything goes, raw")
-    parser.add_argument("--measure-memory", metavar="NAME", help="of this contender alone; step.py calls itself so")
+    parser.add_argument("--json", help="file for all raw results")
+    parser.add_argument("--measure-memory", metavar="NAME", help="measure this contender only; used by step.py itself")
     args = parser.parse_args()
     if args.rounds < 1 or args.steps_per_round < CHECKED - WARM_UP:
         parser.error(f"--rounds must be at least 1, --steps-per-round at least {CHECKED - WARM_UP}")

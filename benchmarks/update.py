@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far from the memory floor is the update, in every format, and how do others do who keep the same?
+"""How close is the update to the memory's bandwidth, in every format, and how fast are other optimizers?
 
     OMP_NUM_THREADS=1 python benchmarks/update.py [--device cpu] [--mib 256 ...] [--rounds 7] [--tune] [--json out.json]
 
-One process, no process group. `--mib` is the size of a shard: its parameters, float32 gradient and state together.
+Runs one process, without a process group. `--mib` is the size of a shard: parameters, float32 gradient and state.
 
-**The update** of a whole optimizer alone (no communication, gradients lie in the shard) takes turns with a copy that
-moves as many bytes as the format must (each of its tensors read, all but the gradient written). Medians and, in
-brackets, the fastest and the slowest round. ``floor`` is the copy's time over the update's: the share of the memory's
-bandwidth. The last column is the most memory that a step takes for itself on top of what was there.
+**The update** of a whole optimizer (no communication, gradients already in the shard) takes turns with a copy that
+moves as many bytes as the format must (each tensor is read, and all but the gradient are written). Prints medians and,
+in brackets, the fastest and the slowest round. ``floor`` is the copy's time over the update's: the share of the
+memory's bandwidth that the update reaches. The last column is the peak of the memory that a step allocates.
 
-**The step**, `optimizer.step()` from gradients in `p.grad`, takes turns with the peers' that keep the same format, or
-the nearest: torch's AdamW (`fused` and `foreach`), the step with float32 masters as one writes it by hand (cast the
-gradients, step fused, copy the masters back), and 8-bit AdamW of torchao, bitsandbytes and FlashOptim where they are
-installed. ``ratio`` is the peer's time over ours: above 1, ours is faster. Ours includes what one rank does of a
-reduction: staging, the float32 shard, the look for NaNs.
+**The step**, `optimizer.step()` from gradients in `p.grad`, takes turns with other optimizers that keep the same
+format, or the nearest: torch's AdamW (`fused` and `foreach`), the step with float32 masters as users write it by hand
+(cast the gradients, step fused, copy the masters back), and 8-bit AdamW of torchao, bitsandbytes and FlashOptim if they
+are installed. ``ratio`` is the other's time over shardadam's: above 1, shardadam is faster. Its step includes a
+reduction on one rank: staging, the float32 shard, the check for NaNs.
 
-`--tune` tries the kernel's tile sizes and warps instead, and rounding to the last bit against fast division and roots.
+`--tune` instead tries the kernel's tile sizes and warps, and correctly rounded against fast division and roots.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ FORMS = [
 TUNED = [Form(torch.float32, "fp32"), Form(torch.bfloat16, "fp32", "split"), Form(torch.bfloat16, "int8", "split")]
 
 
-# Ours
+# shardadam
 
 
 def build(form: Form, numel: int, device: torch.device, **options: Any) -> ShardedAdamW:
@@ -113,12 +113,12 @@ def kept_bytes(optimizer: ShardedAdamW) -> int:
 
 
 def bytes_of_an_element(form: Form) -> float:
-    """Of a shard: parameter, float32 gradient and state."""
+    """Bytes of one element of a shard: parameter, float32 gradient and state."""
     optimizer = build(form, 2**14, torch.device("cpu"))
     return (optimizer._engine.parameters.arenas[0].parameters.nbytes + kept_bytes(optimizer)) / 2**14 + 4
 
 
-# Peers
+# Other optimizers
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def flashoptim_8bit(parameters: list[nn.Parameter]) -> Callable[[], object]:
 
 
 def is_plain(form: Form) -> bool:
-    """As torch keeps it: everything in the parameter's dtype."""
+    """As in torch: everything is in the parameter's dtype."""
     moments = "fp32" if form.dtype == torch.float32 else "bf16"
     return form.moments == moments and form.master in ("auto", "none")
 
@@ -213,7 +213,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each in every round but the first."""
+    """Seconds of each contender in every round but the first."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         for name, contender in contenders.items():
@@ -234,9 +234,9 @@ def copier(nbytes: int, device: torch.device) -> Callable[[], object]:
 
 
 def extra_bytes(optimizer: ShardedAdamW, device: torch.device) -> int:
-    """The peak of what one step allocates. The gradient's way into the shard, staging included, is not in it."""
+    """The peak of what one step allocates, without the reduction of gradients into the shard."""
     parameters = optimizer.param_groups[0]["params"]
-    for _ in range(2):  # staging is there after the first, and stays
+    for _ in range(2):  # staging is allocated in the first, and stays
         sum(p.sum() for p in parameters).backward()
         optimizer._engine.sync_before("step", optimizer.param_groups, with_norm=False)
         if device.type == "cuda":
@@ -253,7 +253,7 @@ def extra_bytes(optimizer: ShardedAdamW, device: torch.device) -> int:
 
 @contextmanager
 def watching() -> Iterator[Callable[[], int]]:
-    """The highest that the sum of all allocations and releases on the CPU has been."""
+    """Yields a function that returns the peak of memory allocated on the CPU inside."""
     result = [0]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         yield lambda: result[0]
@@ -295,7 +295,7 @@ def measure_update(form: Form, numel: int, args: argparse.Namespace) -> dict[str
 
 
 def measure_steps(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Ours and the peers', one optimizer of a peer at a time."""
+    """Times shardadam's step against each other optimizer, one at a time."""
     peers = [peer for peer in PEERS if peer.forms(form)]
     found: dict[str, Any] = {}
     for peer in peers:
@@ -308,7 +308,7 @@ def measure_steps(form: Form, numel: int, args: argparse.Namespace) -> dict[str,
             text = f"{spread(took['peer_ns'])} | {spread(took['ns'])} | {took['ratio']:5.2f}"
         except torch.OutOfMemoryError:
             found[peer.name] = text = "out of memory"
-        except Exception as error:  # of somebody else's library
+        except Exception as error:  # in the other library
             found[peer.name] = text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         print(f"{form} | {peer.name:>21} | {text}", flush=True)
         release(args.device)
@@ -324,7 +324,7 @@ def against(form: Form, numel: int, peer: Peer, args: argparse.Namespace) -> dic
     step = peer.build(theirs)
 
     def ours() -> None:
-        zero(mine)  # new gradients, as far as the optimizer knows
+        zero(mine)  # the optimizer takes them for new gradients
         optimizer.step()
 
     def peers() -> None:
@@ -394,7 +394,7 @@ def main() -> None:
     parser.add_argument("--mib", type=float, nargs="+", help="1024 4096 16384 on CUDA, 256 on the CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--only", nargs="+", default=[], help="words that a format's line must have: bfloat16 split int8"
+        "--only", nargs="+", default=[], help="only formats whose line has these words, such as: bfloat16 split int8"
     )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -417,7 +417,7 @@ def main() -> None:
     forms = [form for form in FORMS if set(args.only) <= set(str(form).split())]
     for mib in args.mib:
         print(f"\nThe update, shards of {mib:g} MiB")
-        print("   dtype | master | moments | bytes |  ns an element            |    GB/s | floor | MiB extra")
+        print("   dtype | master | moments | bytes |  ns per element           |    GB/s | floor | MiB extra")
         for form in forms:
             numel = round(mib * MIB / bytes_of_an_element(form) / 2**14) * 2**14
             entry = {"dtype": str(form.dtype), "master": form.master, "moments": form.moments, "mib": mib}
@@ -427,7 +427,7 @@ def main() -> None:
             write()
     print(f"\nThe step, shards of {args.mib[0]:g} MiB")
     print(
-        "   dtype | master | moments |                  peer |  its ns an element         |  ours             | ratio"
+        "   dtype | master | moments |                  peer |  its ns per element        |  ours             | ratio"
     )
     for form, entry in zip(forms, result["forms"], strict=False):
         entry["peers"] = measure_steps(form, entry["numel"], args)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests and benchmarks need on a GPU.
+"""A one-rank NCCL transport and CUDA graph capture, for tests and benchmarks on a GPU.
 
-NCCL with one rank: the library itself has no use for it, but its transfers run on a stream of their own, and what does
-not wait for them shows.
+The library itself never uses NCCL with one rank. Here its transfers run on their own stream, so that code that does not
+wait for them fails.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def nccl_of_one() -> CollectiveTransport:
 
 
 def warm_up(step: Callable[[], object]) -> None:
-    """Three times on a stream aside, as a capture wants it."""
+    """Runs ``step`` three times on a side stream, as a capture requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -48,7 +48,7 @@ def warm_up(step: Callable[[], object]) -> None:
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """A warm ``step`` as one CUDA graph; call it to replay it."""
+    """Captures a warm ``step`` as one CUDA graph; call the result to replay it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/gpu.py makes of what a GPU shows, which no rehearsal on the CPU comes to: the search for the largest
-model, the reading of a trace, parts that take too long, and goals that are missed.
+"""Code of benchmarks/gpu.py that a rehearsal on the CPU does not reach: the search for the largest model, traces,
+parts that time out, and goals that are missed.
 """
 
 from __future__ import annotations

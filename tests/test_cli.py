@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam export`` and ``inspect`` do what they say, and tell by exit codes and messages what they cannot do."""
+"""``shardadam export`` and ``shardadam inspect`` do what they say; exit codes and messages name what went wrong."""
 
 from __future__ import annotations
 

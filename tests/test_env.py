@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam env`` names what a report of a problem needs, and nothing that is none of its business."""
+"""``shardadam env`` prints what a bug report needs, and nothing private."""
 
 from __future__ import annotations
 

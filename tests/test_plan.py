@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam plan`` tells the bytes that ``optimizer.memory()`` does, for whatever it is asked, and what would fit."""
+"""``shardadam plan`` prints the bytes that ``optimizer.memory()`` counts, for every kind of model, and what fits."""
 
 from __future__ import annotations
 

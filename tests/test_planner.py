@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan is what ``optimizer.memory()`` says, byte for byte; and what is said to fit is the nearest that does."""
+"""A plan equals ``optimizer.memory()`` byte for byte, and the setting proposed to fit is the nearest that does."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ def test_then_the_master() -> None:
     check(fitting(LOW, asked, available, most_ranks=2), LOW, master="none")
 
 
-def test_gradients_that_neighbours_read_take_less_than_shards_of_float32() -> None:
+def test_gradients_that_peers_read_take_less_than_shards_of_float32() -> None:
     asked = replace(ASKED, precision=Precision(moments="int8", master="none"))
     check(fitting(LOW, asked, total(LOW, asked) - 1, most_ranks=2), LOW, gradient_sync="step")
 
