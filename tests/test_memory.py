@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``memory()`` reports what is allocated, state is 1/N, and full gradients never exist all at once."""
+"""``memory()`` is what really lives, state is 1/N, and full gradients never exist all at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardadam import ShardedAdamW
-from shardadam.engine.reduction import GradientReducer
+from shardadam.engine.reduction import StepReducer
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.transport import SharedMemoryTransport
 from tests.ranks import on_ranks, rank_and_size
@@ -89,10 +89,8 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         ]
     )
     reducer = optimizer._engine.reducer
-    views, grad_stats = set(), []
-    if isinstance(reducer, GradientReducer):
-        views = storages(list(reducer._bucket_views._flats.values()))
-        grad_stats = [t for stats in reducer._grad_stats.values() for t in (*stats.extremes, *stats.sums_of_squares)]
+    views = storages(list(reducer._bucket_views._flats.values())) if isinstance(reducer, StepReducer) else set()
+    grad_stats = [t for stats in reducer._grad_stats.values() for t in (*stats.extremes, *stats.sums_of_squares)]
     # What memory() does not count: skipped_steps, numbers known of each bucket, and the board of 64 KiB for small
     # all-reduces. What lies in peers is theirs.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
@@ -134,7 +132,7 @@ def measure(kind: str, gradient_sync: str, bucket_mb: float) -> list[dict[str, A
     optimizer = ShardedAdamW(parameters, bucket_mb=bucket_mb, gradient_sync=gradient_sync)  # type: ignore[arg-type]
 
     def facts() -> dict[str, Any]:
-        # Gloo's threads free their buffers a little after the wait returns.
+        # Gloo's threads let go of what they have moved a little after the wait for it has returned.
         for _ in range(100):
             if reported(optimizer) == count(optimizer, parameters, others):
                 break
@@ -326,7 +324,7 @@ def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
 
 
 def staging_beside_a_late_peer(transport: str, late_s: float) -> int:
-    """How many staging buffers there are when backward ends and the last rank but one is late."""
+    """How many buffers of staging there are when backward ends, of which the last but one rank's is late."""
     rank, _ = rank_and_size()
     parameters = [nn.Parameter(torch.ones(512)) for _ in range(12)]
     optimizer = ShardedAdamW(parameters, bucket_mb=2048 / 2**20, transport=transport)

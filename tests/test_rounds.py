@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from shardadam import ShardedAdamW
 from shardadam import transport as transports
+from shardadam.engine.reduction import backward
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.transport import SingleProcessTransport, Transport
+from shardadam.transport import Pending, SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
 from tests.adversarial import AdversarialTransport
 from tests.ranks import on_ranks, rank_and_size
@@ -208,6 +210,15 @@ def test_the_launch_order_is_the_one_rank_0_has_seen() -> None:
         assert after == before[::-1]
 
 
+def test_what_is_seen_of_the_order_does_not_grow_with_every_step() -> None:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    for step in range(4):
+        plain_loss(step)(model, 0).backward()
+        optimizer.step()
+    assert optimizer._engine.reducer._completed == optimizer._engine.reducer.order  # type: ignore[attr-defined]
+
+
 class Blocks(nn.Module):
     """Blocks, one of them used twice, run plainly or under activation checkpointing."""
 
@@ -256,7 +267,7 @@ def rounds_of_reentrant_checkpointing() -> tuple[int, bool]:
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
     launches: list[int] = []
     launch = optimizer._engine.reducer._launch
-    optimizer._engine.reducer._launch = lambda index, **options: (launches.append(index), launch(index, **options))  # type: ignore
+    optimizer._engine.reducer._launch = lambda index, *rest, **kw: (launches.append(index), launch(index, *rest, **kw))  # type: ignore
     model(batch(0, 0).requires_grad_()).square().mean().backward()
     return len(launches), len(launches) == len(optimizer._engine.parameters.buckets)
 
@@ -479,6 +490,35 @@ def test_what_is_looked_at_in_between_is_not_kept_for_new(world_size: int, gradi
         torch.testing.assert_close(total, model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
 
 
+def look_twice_at_a_gradient_in_anothers_view() -> tuple[float, float]:
+    rank, _ = rank_and_size()
+    first, second = (nn.Parameter(torch.zeros(64)) for _ in range(2))
+    optimizer = ShardedAdamW([first, second], gradient_sync="step")
+    (first.sum() + 3 * (rank + 1) * second.sum()).backward()
+    first.grad, second.grad = second.grad, None
+    norm = float(optimizer.clip_grad_norm_(1e9))
+    gradient = optimizer.full_grad(first)
+    assert gradient is not None
+    return norm, float(gradient.mean())
+
+
+def test_a_gradient_in_another_parameters_view_is_there_at_the_second_look() -> None:
+    """The first look zeroed that view, and the second one took the zeros for a new gradient."""
+    for norm, mean in on_ranks(2, look_twice_at_a_gradient_in_anothers_view):
+        assert (norm, mean) == (36.0, 4.5)
+
+
+@pytest.mark.parametrize("gradient_sync", ["step", "external"])
+def test_a_refused_gradient_is_refused_again(gradient_sync: str) -> None:
+    """With "external" the second step() went on, with whatever the shards held."""
+    embedding = nn.Embedding(8, 4, sparse=True)
+    optimizer = ShardedAdamW(embedding.parameters(), gradient_sync=gradient_sync)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="sparse gradient"):
+            optimizer.step()
+
+
 def look_inside_no_sync() -> Tensor | None:
     rank, _ = rank_and_size()
     model = build_model()
@@ -526,11 +566,12 @@ def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(mon
     log: list[str] = []
     current, side = Stream("current", log), Stream("side", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+    monkeypatch.setattr(backward, "copy_in", lambda *_: log.append("copy"))
     for streams in ({current, side}, {current}):
-        reducer._streams = {0: streams}
-        with reducer._joined_streams(0, optimizer._engine.parameters.buckets[0]):
-            log.append("copy")
-        assert reducer._streams == {}
+        opened = reducer._open_round()
+        opened.streams = {0: streams}
+        reducer._close_round()
+        assert opened.streams == {}
     assert log == ["current waits for side", "copy", "side waits for current", "copy"]
 
 
@@ -542,20 +583,30 @@ class OnAStream(Finished):
         self.waited_again += 1
 
 
+class OneTransfer(SingleProcessTransport):
+    def __init__(self, transfer: Pending) -> None:
+        self.transfer = transfer
+
+    def reduce_scatter(self, *args: Any, **kwargs: Any) -> Pending:
+        return self.transfer
+
+
 def test_who_fills_a_buffer_waits_for_its_last_transfer_until_the_step_is_over() -> None:
     """Whoever has waited for it before may have been on another stream. After the step, that wait would be for an event
     of before it, which a CUDA graph's capture must not have.
     """
-    pool = StagingPool(SingleProcessTransport())
-    bucket: Any = SimpleNamespace(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8)
-    pool.reserve(bucket)
     transfer = OnAStream()
-    pool.launched(pool.acquire(bucket, may_wait=False), transfer)
+    pool = StagingPool(OneTransfer(transfer))
+    shard = SimpleNamespace(gradient=torch.empty(8))
+    bucket: Any = SimpleNamespace(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard)
+    pool.reserve(bucket)
+    send = partial(pool.reduce_scatter, bucket, accumulate=False, on_chunk=lambda chunk: None)
+    send(pool.acquire(bucket, may_wait=False))
     pool.wait_all()
     assert transfer.waited_again == 0
     staging = pool.acquire(bucket, may_wait=False)
     assert transfer.waited_again == 1
-    pool.launched(staging, transfer)
+    send(staging)
     pool.wait_all()
     pool.trim()
     assert pool.acquire(bucket, may_wait=False) is staging and transfer.waited_again == 1

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be known of gradients before they are used, measured as they pass: are they finite, and how large."""
+"""What a step must know of gradients before it uses them, measured where they pass: are they finite, and how large.
+
+Works on whatever device the gradients are on, and of one rank alone. Nothing waits for the device but ``is_within``.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +17,55 @@ _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class GradStats:
-    """Looks at stretches of a flat gradient shard while they are in the cache; nothing waits for the device.
+    """Stats of a flat gradient shard, or of any parts of one, each measured while it is in the cache.
 
     Args:
         with_squares: measure the sum of squares, too.
+
+    Attributes:
+        extremes: the smallest and the largest element of every part, 0-dim, in its dtype and on its device.
+        sums_of_squares: of every part, 0-dim float64 on its device; empty unless ``with_squares``.
     """
 
     def __init__(self, *, with_squares: bool) -> None:
         self.with_squares = with_squares
-        # Of each stretch, and on its device.
         self.extremes: list[Tensor] = []
         self.sums_of_squares: list[Tensor] = []
 
     def update(self, gradient: Tensor) -> None:
-        """``gradient``: 1-D, float32 or float64, a multiple of ``ALIGNMENT_NUMEL`` long."""
-        self.extremes += torch.aminmax(gradient)  # both NaN if any is
+        """Adds a part. ``gradient``: 1-D, float32 or float64, a multiple of ``ALIGNMENT_NUMEL`` long."""
+        self.extremes += torch.aminmax(gradient)  # both are NaN if any element is
         if self.with_squares:
             # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
             norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), dim=1)
             self.sums_of_squares.append(norms.double().square().sum())
 
-    def judge(self, is_finite: bool) -> None:
-        """Takes a verdict instead of a gradient."""
-        self.extremes.append(torch.tensor(0.0 if is_finite else torch.inf))
+    def mark_nonfinite(self) -> None:
+        """Makes the stats those of a gradient that is not finite, without one to measure."""
+        self.extremes.append(torch.tensor(torch.inf))
 
 
 def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
-    """Whether all that they have seen is; 0-dim bool."""
-    return torch.stack([extreme.to(device) for stats in grad_stats for extreme in stats.extremes]).isfinite().all()
+    """Whether everything that was measured is finite; 0-dim bool on ``device``. True if nothing was measured."""
+    extremes = [extreme.to(device) for stats in grad_stats for extreme in stats.extremes]
+    if not extremes:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return torch.stack(extremes).isfinite().all()
 
 
 def sum_of_squares(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
-    """Of all that they have seen; 0-dim float64."""
+    """The sum of squares of everything that was measured, which is not nothing; 0-dim float64 on ``device``."""
     return torch.stack([square.to(device) for stats in grad_stats for square in stats.sums_of_squares]).sum()
+
+
+def is_within(gradient: Tensor, limit: float) -> bool:
+    """Whether every element is a number from ``-limit`` to ``limit``; False if any is NaN. Waits for the device.
+
+    Args:
+        gradient: of any shape and floating dtype, not empty.
+    """
+    low, high = torch.aminmax(gradient)
+    return -limit <= float(low) and float(high) <= limit
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:

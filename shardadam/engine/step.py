@@ -23,7 +23,7 @@ from shardadam.engine.grad_stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.profiling import record
-from shardadam.engine.reduction import ExternalGradients, GradientReducer, Reducer
+from shardadam.engine.reduction import BackwardReducer, ExternalReducer, Reducer, StepReducer
 from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
 from shardadam.engine.storage import NamedParameter, ShardedParam, rebind_moved
 from shardadam.ranks import agreement
@@ -50,12 +50,10 @@ class StepEngine:
         self.parameters = ShardedParameters(transport, options)
         self.reducer: Reducer
         if options.gradient_sync == "external":
-            self.reducer = ExternalGradients()
+            self.reducer = ExternalReducer()
         else:
-            with_squares = options.max_grad_norm is not None
-            self.reducer = GradientReducer(
-                transport, hooked=options.gradient_sync == "backward", with_squares=with_squares
-            )
+            kind = BackwardReducer if options.gradient_sync == "backward" else StepReducer
+            self.reducer = kind(transport, with_squares=options.max_grad_norm is not None)
         self.gatherer = ParameterGatherer(transport)
         self.warnings = MisuseWarnings()
         self.poison = Poison()

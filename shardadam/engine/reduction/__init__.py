@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients -> gradient shards. ``rounds`` is the main road; ``bucket_views`` is where peers can read ``p.grad``, and
-``external`` where somebody else has averaged them.
+"""``p.grad`` -> gradient shards. One reducer for each ``gradient_sync``: ``BackwardReducer`` ("backward"),
+``StepReducer`` ("step") and ``ExternalReducer`` ("external").
 """
 
+from shardadam.engine.reduction.backward import BackwardReducer
 from shardadam.engine.reduction.base import Reducer
-from shardadam.engine.reduction.external import ExternalGradients
-from shardadam.engine.reduction.rounds import GradientReducer
+from shardadam.engine.reduction.external import ExternalReducer
+from shardadam.engine.reduction.in_step import StepReducer
 
-__all__ = ["ExternalGradients", "GradientReducer", "Reducer"]
+__all__ = ["BackwardReducer", "ExternalReducer", "Reducer", "StepReducer"]

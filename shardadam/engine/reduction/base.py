@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ways to bring gradients to their shards share: their surface, who may take a parameter's gradients, and what
-a gradient must be.
+"""The interface of a reducer, which reducer a parameter belongs to, and what every reducer checks of a gradient.
+
+A reducer writes gradient shards. It must not clip, update or gather.
 """
 
 from __future__ import annotations
@@ -18,45 +19,54 @@ from shardadam.engine.storage import FlatBucket, ShardedParam
 from shardadam.update import Sources
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Who brings a parameter's gradients to its optimizer: the newest. An older one may live on in a scheduler or a
-traceback, and would take them first.
+"""By parameter: a weak reference to the newest reducer that was given it. An older one may live on in a scheduler or a
+traceback, and must not take its gradients.
 """
 
 
-def take_over(params: list[ShardedParam], reducer: Reducer) -> None:
-    for param in params:
-        older = _reducers.get(param.parameter)  # type: ignore[no-untyped-call]
-        if older is not None and (superseded := older()) is not None:
-            superseded.is_superseded = True
-        _reducers[param.parameter] = weakref.ref(reducer)
-
-
 def reducer_of(parameter: Tensor) -> Reducer | None:
-    """The one that brings its gradients to an optimizer, if that is alive."""
+    """The reducer that takes the parameter's gradients; None if there is none, or it is gone."""
     newest = _reducers.get(parameter)  # type: ignore[no-untyped-call]
     return None if newest is None else newest()
 
 
-class Reducer(ABC):
-    """Brings the gradients of ``p.grad`` into the gradient shards of all buckets, as means over ranks.
+def _supersede_older(params: list[ShardedParam], reducer: Reducer) -> None:
+    for param in params:
+        older = reducer_of(param.parameter)
+        if older is not None:
+            older.is_superseded = True
+        _reducers[param.parameter] = weakref.ref(reducer)
 
-    ``used[index]`` says whether this rank has had a gradient for a parameter since ``reset``; ``rounds`` counts;
-    ``order`` is that in which buckets are launched, as their indices; ``local_error`` is what this rank has found wrong
-    with its gradients when it last closed, to be raised where all ranks know of it.
+
+class Reducer(ABC):
+    """Brings the gradients in ``p.grad`` into the gradient shards of all buckets, as means over all ranks.
+
+    The gradients that are reduced belong together until ``reset`` forgets them.
+
+    Attributes:
+        used: by param index: whether this rank has had a gradient for it since ``reset``.
+        order: the indices of all buckets in the order of their launch, the same on all ranks.
+        rounds: counts reductions, for ever; equal numbers mean that the shards hold the same gradients.
+        local_error: what is wrong with this rank's gradients, found by the last ``close``; to be raised on all ranks.
+        is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
 
     def __init__(self) -> None:
         self.used: list[bool] = []
-        self.rounds = 0
-        self.is_superseded = False
         self.order: list[int] = []
+        self.rounds = 0
         self.local_error: str | None = None
+        self.is_superseded = False
         self._params: list[ShardedParam] = []
         self._buckets: list[FlatBucket] = []
+        self._grad_stats: dict[int, GradStats] = {}  # by bucket index: of what its shard holds since reset
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
-        """Takes new parameters in. Between rounds only. Collective."""
-        take_over(params, self)
+        """Adds parameters and the buckets they lie in, and numbers the buckets. Not while a round is open.
+
+        Collective: all ranks must call it.
+        """
+        _supersede_older(params, self)
         self._params += params
         for index, bucket in enumerate(buckets, len(self._buckets)):
             bucket.index = index
@@ -65,96 +75,103 @@ class Reducer(ABC):
         self.used += [False] * len(params)
 
     def remove_hooks(self) -> None:
+        """Removes the hooks that ``add`` has registered, if any."""
         return None
 
     def why_not_to_clip(self, parameter: Tensor) -> str | None:
-        """Why its ``p.grad`` is not what the norm must be clipped of; None if it is."""
+        """Why clipping ``p.grad`` by its own norm would be wrong; None where it is right."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Starts the reduction of all gradients that are not reduced yet; absent ones count as zeros.
+
+        Collective: all ranks must call it, those without any gradient, too.
+        """
+
+    def close_open_round(self) -> None:
+        """Launches the rest of an open round. Only a reducer that works during backward ever has one."""
+        return None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Inside, gradients accumulate in ``p.grad`` and are not reduced. Without effect where they do so anyway."""
+        return nullcontext()
+
+    @property
+    def rounds_since_reset(self) -> int:
+        """How many rounds this rank has run or opened since ``reset``; 0 where no rank can run ahead of another."""
+        return 0
+
+    def catch_up(self, count: int) -> None:
+        """Runs rounds of zeros until ``rounds_since_reset`` is ``count``, the most of any rank."""
         return None
 
     @property
     def is_idle(self) -> bool:
-        """Whether every transfer that was started has been completed."""
+        """Whether every transfer that was started is complete."""
         return True
 
-    @abstractmethod
-    def close(self) -> None:
-        """Launches what has not been launched since ``reset``, zeros for gradients that are absent.
-
-        Collective: the ranks that have seen no gradient at all take part with zeros.
-        """
-
-    def close_open_round(self) -> None:
-        """Launches what is left of a round that is open. Does nothing between rounds."""
-        return None
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Inside, gradients gather in ``p.grad``; the next round takes them."""
-        return nullcontext()
-
-    def catch_up(self, count: int) -> None:
-        """Runs rounds of zeros until there have been ``count`` since ``reset``, as on the ranks that have run most."""
-        return None
-
-    @property
-    def rounds_since_reset(self) -> int:
-        """How many rounds this rank has run or opened since ``reset``."""
-        return 0
-
     def wait_all(self) -> None:
-        """Waits for all transfers."""
+        """Waits for all transfers that were started."""
         return None
 
     def sum_up(self) -> None:
-        """Waits for all transfers: the gradient shards hold the means. Collective."""
+        """Completes the means in the gradient shards. Collective: all ranks must call it."""
         self.wait_all()
 
     def sources(self, bucket: FlatBucket) -> Sources | None:
-        """What the mean of the bucket's shard is made of, where it has not been summed up; else None."""
+        """The tensors whose sum is the bucket's gradient shard, where ``sum_up`` has not computed it; else None."""
         return None
 
     def await_readers(self) -> None:
-        """Waits until no other rank reads ``p.grad`` any more. Collective."""
+        """Waits until no peer reads this rank's gradients any more. Collective: all ranks must call it."""
         return None
 
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
-        """What is known of the settled gradients of this rank's shards, and, where they have not been summed up, of its
-        gradients. Collective.
+        """Stats of this rank's gradient shards, after ``close``. Collective: all ranks must call it.
+
+        Args:
+            with_squares: whether the sums of squares are wanted, too.
         """
         self.sum_up()
-        grad_stats = []
         for bucket in self._buckets:
-            grad_stats.append(GradStats(with_squares=with_squares))
-            grad_stats[-1].update(bucket.shard.gradient)
-        return grad_stats
+            stats = self._grad_stats.get(bucket.index)
+            if stats is None or (with_squares and not stats.with_squares):
+                stats = self._grad_stats[bucket.index] = GradStats(with_squares=with_squares)
+                stats.update(bucket.shard.gradient)
+        return list(self._grad_stats.values())
 
     def learn_order(self) -> None:
-        """Makes the order in which rank 0's last backward completed the buckets the launch order of all ranks.
-
-        Collective.
+        """Adopts, on all ranks, the order in which rank 0's last backward completed the buckets; nothing to learn where
+        no bucket is launched during backward. Collective: all ranks must call it.
         """
         return None
 
-    @abstractmethod
     def reset(self) -> None:
-        """Forgets the reduced gradients. Waits for what is under way."""
+        """Forgets the reduced gradients. Completes what was started, and leaves ``p.grad`` alone."""
+        self.used = [False] * len(self._params)
+        self._grad_stats.clear()
 
     def gradient_bytes(self) -> int:
-        """Of what ``p.grad`` lies in."""
+        """Bytes of the flat buffers that ``p.grad`` are views of."""
         return 0
 
     def staging_bytes(self) -> int:
+        """Bytes of the staging buffers."""
         return 0
 
 
 Snapshot = tuple[Tensor | None, int]
+"""A gradient and its version."""
 
 
 def snapshot(params: list[ShardedParam]) -> list[Snapshot]:
-    """The gradients in ``p.grad``, such that ``is_current`` can tell whether they have been written since."""
+    """The gradients in ``p.grad`` now, for ``is_current``."""
     return [(g, -1 if g is None else g._version) for g in (param.parameter.grad for param in params)]
 
 
 def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
+    """Whether ``p.grad`` holds the same tensors as in the snapshot, and nothing has written to them since."""
     if len(taken) != len(params):
         return False
     now = snapshot(params)
@@ -165,16 +182,17 @@ def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
 
 
 def check_gradient(param: ShardedParam) -> None:
+    """Raises RuntimeError if ``p.grad`` is sparse or of another shape than the parameter had; it may be None."""
     gradient = param.parameter.grad
     if gradient is None:
         return
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"Parameter {param.name!r} has a sparse gradient ({gradient.layout}), expected a dense one. Build the "
-            "embedding with sparse=False, or keep the parameter in an optimizer of its own (torch.optim.SparseAdam)."
+            "embedding with sparse=False, or give the parameter to an optimizer of its own (torch.optim.SparseAdam)."
         )
     if gradient.shape != param.shape:
         raise RuntimeError(
             f"Parameter {param.name!r} has a gradient of shape {tuple(gradient.shape)}, expected "
-            f"{tuple(param.shape)} as when the optimizer was built. Build it anew after changing a shape."
+            f"{tuple(param.shape)} as when the optimizer was built. Build a new optimizer after changing a shape."
         )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that somebody else has averaged (DDP, Trainer): each rank takes its segments out of ``p.grad``. Nothing
-travels, and nothing runs while backward does.
+"""``gradient_sync="external"``: somebody else (DDP, Trainer) has averaged ``p.grad``, and each rank copies its own
+segments out of it. Nothing is sent, and nothing runs during backward.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from shardadam.engine.reduction.base import Reducer, Snapshot, check_gradient, i
 from shardadam.engine.storage import memory_order
 
 
-class ExternalGradients(Reducer):
+class ExternalReducer(Reducer):
+    """Copies once for each state of ``p.grad``: again only after a gradient was written or replaced."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._taken: list[Snapshot] = []
+        self._taken: list[Snapshot] = []  # the gradients that the shards hold
 
     @torch.no_grad()
     def close(self) -> None:
         if is_current(self._taken, self._params):
             return
+        self.reset()
         self.rounds += 1
-        self._taken = snapshot(self._params)
         for bucket in self._buckets:
             for param, _ in bucket.pieces:
                 check_gradient(param)
@@ -36,7 +38,8 @@ class ExternalGradients(Reducer):
                     gradients.append(ordered[segment.start : segment.start + segment.numel])
             if targets:
                 torch._foreach_copy_(targets, gradients)
+        self._taken = snapshot(self._params)
 
     def reset(self) -> None:
+        super().reset()
         self._taken = []
-        self.used = [False] * len(self.used)

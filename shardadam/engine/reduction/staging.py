@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of buffers in which buckets of gradients travel."""
+"""The staging buffers that buckets of gradients are sent from, and the reduce-scatters that use them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shardadam.chunks import OnChunk
 from shardadam.engine.profiling import record
 from shardadam.engine.storage import FlatBucket
 from shardadam.transport import Pending, Staging, Transport
@@ -18,26 +19,28 @@ from shardadam.transport.base import Finished
 
 @dataclass(slots=True)
 class InFlight:
-    """A reduce-scatter in a staging buffer: under way, or the last one that was."""
+    """A staging buffer, and the last transfer that used it, complete or not."""
 
     staging: Staging
     pending: Pending
 
 
 class StagingPool:
-    """Staging buffers, each as large as the largest bucket, used in turn.
+    """Staging buffers, each as large as the largest bucket of its dtype and device, used in turn.
 
-    Note: growing instead of waiting
-        Where a peer is slow, all buffers may be in flight when the next bucket is complete. Waiting for the peer
-        inside a backward hook would be a deadlock: it may sit in a collective of the user's, waiting for us. So the
-        pool grows: the gradient then lies in a buffer instead of in ``p.grad``. What has grown is given back in
-        ``trim``. Before it grows it looks out for the peers for a moment, which cannot be a deadlock: they are mostly
-        just behind.
+    ``acquire`` a buffer, fill it, and ``reduce_scatter`` it. Local: nothing here needs all ranks to act at once.
+
+    Note: grow instead of waiting
+        Where a peer is slow, all buffers may be in flight when the next bucket is complete. A backward hook that waited
+        for the peer could deadlock: the peer may wait for this rank in a collective of the user's. So the pool grows,
+        and the gradient lies in a new buffer instead of in ``p.grad``; ``trim`` gives the new buffers back. Before it
+        grows, it polls the peers for up to ``PATIENCE_S``, which cannot deadlock: mostly they are just behind.
 
     Note: a buffer on another stream
-        Hooks run on the streams of their gradients. That which has waited for a transfer need not be that which fills
-        the buffer next, so the latter waits, too. After ``trim`` it need not: whatever a next backward runs on comes
-        after the step. (And it must not: events of before a CUDA graph's capture are none of its own.)
+        Hooks run on the streams of their gradients. The stream that fills a buffer may not be the one that has waited
+        for the buffer's last transfer, so ``acquire`` makes it wait, too. After ``trim`` it need not: all streams of a
+        later backward come after the step. And it must not: a CUDA graph's capture cannot wait for an event from
+        before it.
     """
 
     SIZE = 2
@@ -45,14 +48,14 @@ class StagingPool:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._numel: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._numel: dict[tuple[torch.dtype, torch.device], int] = {}  # of each buffer
         self._free: dict[tuple[torch.dtype, torch.device], list[InFlight]] = {}
-        self._in_flight: deque[InFlight] = deque()
-        self._is_patient = True
-        self._unreleased: deque[InFlight] = deque()  # waited for here, but peers may still be reading them
+        self._in_flight: deque[InFlight] = deque()  # oldest first
+        self._unreleased: deque[InFlight] = deque()  # waited for, but peers may still be reading the buffer
+        self._may_poll = True
 
     def reserve(self, bucket: FlatBucket) -> None:
-        """Makes later buffers large enough for ``bucket``."""
+        """Makes every buffer allocated from now on large enough for ``bucket``."""
         key = (bucket.wire_dtype, bucket.parameters.device)
         if bucket.numel > self._numel.get(key, 0):
             self._numel[key] = bucket.numel
@@ -61,46 +64,66 @@ class StagingPool:
             self._free[key] = []
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
-        """A free buffer for ``bucket``. With ``may_wait`` the pool waits for the oldest transfer instead of growing."""
+        """A buffer for ``bucket``, in its wire dtype, that the current stream may write.
+
+        Args:
+            may_wait: once there are ``SIZE`` buffers, wait for the oldest transfer instead of allocating another.
+        """
+        self._complete_on_host()
         key = (bucket.wire_dtype, bucket.parameters.device)
         free = self._free[key]
-        self._take_back()
-        while not free and self._in_flight and self._count() >= self.SIZE:
+        self._reclaim()
+        while not free and self._in_flight and self._is_full():
             if not (may_wait or self._in_flight[0].pending.done()):
                 break
             self._wait_oldest()
-            self._take_back()
-        if not free and may_wait and self._unreleased and self._count() >= self.SIZE:
+            self._reclaim()
+        if not free and may_wait and self._unreleased and self._is_full():
             self._unreleased[0].pending.await_release()
-            self._take_back()
-        if not free and self._count() >= self.SIZE and self._is_patient:
+            self._reclaim()
+        if not free and self._is_full() and self._may_poll:
             end = time.monotonic() + self.PATIENCE_S
             while not free and (left := end - time.monotonic()) > 0 and self._transport.poll(left):
-                self.progress()
-                self._take_back()
-            self._is_patient = bool(free)  # if not, not again until a peer has come
+                self._complete_on_host()
+                self._reclaim()
+            self._may_poll = bool(free)  # if it was in vain, not again until a transfer has completed
         if not free:
             return self._transport.staging(self._numel[key], *key)
         last = free.pop()
         last.pending.wait_on_this_stream()
         return last.staging
 
-    def launched(self, staging: Staging, pending: Pending) -> None:
+    def reduce_scatter(self, bucket: FlatBucket, staging: Staging, *, accumulate: bool, on_chunk: OnChunk) -> None:
+        """Starts the transfer that brings the mean over ranks of ``staging`` into the bucket's gradient shard.
+
+        Args:
+            staging: from ``acquire``, filled; not to be written any more.
+            accumulate: add the mean to what the shard holds.
+            on_chunk: called with stretches of the shard as soon as they are complete, at the latest in ``wait_all``.
+        """
+        scale = 1 / (self._transport.world_size * self._transport.replicas)
+        if staging.send.dtype == torch.float16:  # a sum in float16 would overflow long before the mean does
+            staging.send[: bucket.numel].mul_(scale)
+            scale = 1.0
+        with record("reduce_scatter"):
+            pending = self._transport.reduce_scatter(
+                staging,
+                bucket.numel,
+                bucket.shard.gradient,
+                scale=scale,
+                accumulate=accumulate,
+                on_chunk=on_chunk,
+            )
         self._in_flight.append(InFlight(staging, pending))
 
-    def progress(self) -> None:
-        """Completes what waits for the host alone; never waits for a peer."""
-        while self._in_flight and self._in_flight[0].pending.on_host and self._in_flight[0].pending.done():
-            self._wait_oldest()
-
     def wait_all(self) -> None:
-        """Waits for all transfers, in order."""
+        """Waits for all transfers: the shards are complete afterwards."""
         while self._in_flight:
             self._wait_oldest()
 
     def trim(self) -> None:
-        """Gives back what the pool has grown by, as far as peers have done with it."""
-        self._take_back()
+        """Gives back all but ``SIZE`` free buffers of each kind. Does not wait: buffers that peers read stay."""
+        self._reclaim()
         for free in self._free.values():
             for last in free[self.SIZE :]:
                 self._transport.discard(last.staging)
@@ -108,27 +131,38 @@ class StagingPool:
 
     @property
     def is_idle(self) -> bool:
+        """Whether every transfer that was started has been waited for."""
         return not self._in_flight
 
     def buffers(self) -> Iterator[Staging]:
+        """All buffers, free or not."""
         for some in (*self._free.values(), self._in_flight, self._unreleased):
             yield from (in_flight.staging for in_flight in some)
 
-    def _count(self) -> int:
-        return len(self._in_flight) + len(self._unreleased)
+    def nbytes(self) -> int:
+        return sum(staging.nbytes for staging in self.buffers())
+
+    def _is_full(self) -> bool:
+        return len(self._in_flight) + len(self._unreleased) >= self.SIZE
+
+    def _complete_on_host(self) -> None:
+        """Completes the oldest transfers, as far as only this host's work is left to do; never waits for a peer."""
+        while self._in_flight and self._in_flight[0].pending.on_host and self._in_flight[0].pending.done():
+            self._wait_oldest()
 
     def _wait_oldest(self) -> None:
-        # Always in order: the sums of two rounds are added into one shard, and must be added the same way every time.
+        # In order: two rounds add their means to one shard, and must do so in the same order every time.
         with record("reduce_scatter"):
             self._in_flight[0].pending.wait()
-        self._is_patient = True
+        self._may_poll = True
         self._unreleased.append(self._in_flight.popleft())
 
-    def _take_back(self) -> None:
+    def _reclaim(self) -> None:
+        """Makes buffers that no peer reads any more free again, oldest first."""
         while self._unreleased and self._unreleased[0].pending.is_released():
             last = self._unreleased.popleft()
             send = last.staging.send
             if send.numel() == self._numel[send.dtype, send.device]:
                 self._free[send.dtype, send.device].append(last)
-            else:
+            else:  # allocated before `reserve` asked for more
                 self._transport.discard(last.staging)

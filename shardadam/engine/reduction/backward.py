@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gradient_sync="backward"``: buckets are reduced while backward runs, and gradients freed once they are in staging.
+
+Note: rounds
+    A round reduces every bucket once, in one order that is the same on all ranks, so that ranks never reduce different
+    buckets with each other. It opens at the first gradient. A hook launches the bucket that its gradient completes,
+    and those after it in the order that are complete, provided that all before them have been launched. Where
+    gradients are absent (unused parameters) the rest waits until the round closes, and is launched then, in order,
+    with zeros for what is absent. A round closes at the end of the outermost backward, or when a parameter gets a
+    second gradient, or when anything else needs it closed. When it closes never depends on timing, only on this rank's
+    graph; ranks must run equal numbers of backwards.
+
+Note: hooks do not wait
+    During backward a peer may be anywhere: its own backward may have raised, and it may wait for this rank in a
+    collective of the user's. Hooks and the callback at the end of backward therefore never wait until a peer acts; at
+    most they poll peers for a moment (``StagingPool``).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.engine.grad_stats import GradStats
+from shardadam.engine.reduction.base import Reducer, check_gradient
+from shardadam.engine.reduction.copy_in import copy_in, joined_streams
+from shardadam.engine.reduction.hooks import GradientHooks
+from shardadam.engine.reduction.staging import StagingPool
+from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.ranks.signals import interrupts_held
+from shardadam.transport import Transport
+
+
+@dataclass(slots=True)
+class Round:
+    """An open round: how far it has come.
+
+    Args:
+        order: the indices of the buckets to launch, in this order.
+        ready: by param index: whether its gradient has come in this round.
+        missing: by bucket index: how many gradients it still waits for.
+        next: how many buckets of ``order`` have been launched.
+        partly_launched: by param index: the gradient of a parameter that lies in several buckets, from the launch of
+            the first until that of the last; what comes into ``p.grad`` meanwhile is left for the next round.
+        streams: by bucket index: the CUDA streams that have computed its gradients.
+    """
+
+    order: list[int]
+    ready: list[bool]
+    missing: list[int]
+    next: int = 0
+    partly_launched: dict[int, Tensor | None] = field(default_factory=dict)
+    streams: dict[int, set[torch.cuda.Stream]] = field(default_factory=dict)
+
+    @property
+    def is_launched(self) -> bool:
+        return self.next == len(self.order)
+
+    @property
+    def can_launch(self) -> bool:
+        """Whether the next bucket is there and complete."""
+        return self.next < len(self.order) and self.missing[self.order[self.next]] <= 0
+
+
+class BackwardReducer(Reducer):
+    """Reduces every bucket once in each backward, and adds up the means of several backwards in the gradient shards.
+
+    Args:
+        transport: of the optimizer.
+        with_squares: whether the norm will be wanted: the squares are measured while the sums are in the cache then.
+    """
+
+    def __init__(self, transport: Transport, *, with_squares: bool) -> None:
+        super().__init__()
+        self._transport = transport
+        self._with_squares = with_squares
+        self._pool = StagingPool(transport)
+        self._hooks = GradientHooks(self)
+        self._lock = threading.RLock()  # hooks of parameters on two devices run in two threads
+        self._round: Round | None = None
+        self._graph_task: int | None = None  # the backward whose end closes a round
+        self._is_synchronizing = True  # False inside no_sync
+        # Until the order is learned.
+        self._order_is_learned = False
+        self._completed: list[int] = []  # the buckets that the last round completed, in the order in which it did
+        # Since reset.
+        self._launches: list[int] = []  # by bucket index
+        self._has_local = False  # no_sync has left gradients in p.grad that no round has taken
+
+    def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
+        super().add(params, buckets)
+        self._launches += [0] * len(buckets)
+        self._order_is_learned = False
+        self._completed.clear()
+        for bucket in buckets:
+            self._pool.reserve(bucket)
+        self._hooks.register(params)
+
+    def remove_hooks(self) -> None:
+        self._hooks.remove()
+
+    def why_not_to_clip(self, parameter: Tensor) -> str | None:
+        if parameter.grad is None and any(self._launches):
+            return "the gradients have been reduced and freed during backward, so that it clips nothing."
+        return None
+
+    # While backward runs
+
+    def on_gradient(self, index: int) -> None:
+        param = self._params[index]
+        check_gradient(param)
+        with self._lock:
+            if not self._is_synchronizing:
+                return
+            if self._round is not None and self._round.ready[index]:
+                self._close_round()
+            current = self._open_round() if self._round is None else self._round
+            self._close_after_backward()
+            current.ready[index] = True
+            for bucket in param.buckets:
+                if param.parameter.is_cuda:
+                    stream = torch.cuda.current_stream(param.parameter.device)
+                    current.streams.setdefault(bucket.index, set()).add(stream)
+                current.missing[bucket.index] -= 1
+                if current.missing[bucket.index] == 0:
+                    self._completed.append(bucket.index)
+            while current.can_launch:
+                self._launch_next(current, may_wait=False)
+
+    def _close_after_backward(self) -> None:
+        """Makes the backward that runs now close the round when it ends, if it is the outermost."""
+        task = torch._C._current_graph_task_id()
+        if task in (-1, self._graph_task):
+            return
+        self._graph_task = task
+        reducer = weakref.ref(self)
+
+        def close() -> None:
+            live = reducer()
+            if live is not None and not _is_nested_backward():
+                with live._lock:
+                    live._close_round()
+
+        torch.autograd.Variable._execution_engine.queue_callback(close)
+
+    # Rounds
+
+    def _open_round(self) -> Round:
+        self.rounds += 1
+        self._has_local = False
+        self._completed.clear()
+        self._round = self._round_of(self.order)
+        return self._round
+
+    def _round_of(self, order: list[int]) -> Round:
+        missing = [sum(param.parameter.requires_grad for param, _ in bucket.pieces) for bucket in self._buckets]
+        return Round(order, [False] * len(self._params), missing)
+
+    def _close_round(self, *, may_wait: bool = False) -> None:
+        """Launches what is left of an open round. Does nothing between rounds."""
+        if self._round is None:
+            return
+        while not self._round.is_launched:
+            self._launch_next(self._round, may_wait=may_wait)
+        self._round = None
+
+    def _launch_next(self, current: Round, *, may_wait: bool) -> None:
+        with interrupts_held():
+            index = current.order[current.next]
+            current.next += 1
+            self._launch(index, current, may_wait=may_wait)
+
+    @torch.no_grad()
+    def _launch(self, index: int, current: Round, *, may_wait: bool) -> None:
+        bucket = self._buckets[index]
+        staging = self._pool.acquire(bucket, may_wait=may_wait)
+        with joined_streams(current.streams.pop(index, None), bucket.parameters.device):
+            copy_in(bucket, staging.send, self.used, current.partly_launched)
+        stats = self._grad_stats[index] = GradStats(with_squares=self._with_squares)
+        self._pool.reduce_scatter(bucket, staging, accumulate=self._launches[index] > 0, on_chunk=stats.update)
+        self._launches[index] += 1
+        self._free_gradients(bucket, current.partly_launched)
+
+    def _free_gradients(self, bucket: FlatBucket, partly_launched: dict[int, Tensor | None]) -> None:
+        for param, _ in bucket.pieces:
+            parameter = param.parameter
+            if len(param.buckets) == 1:
+                parameter.grad = None
+                continue
+            if param.index not in partly_launched:
+                partly_launched[param.index], parameter.grad = parameter.grad, None
+            if len({self._launches[other.index] for other in param.buckets}) == 1:  # this was the last of them
+                del partly_launched[param.index]
+
+    # Between backwards
+
+    def close(self) -> None:
+        with self._lock:
+            if self._has_local and self._round is None:
+                self._open_round()
+            self._close_round(may_wait=True)
+            self.local_error = self._find_foreign_gradient()
+            self._has_local = not self._is_synchronizing
+            never_launched = [index for index in self.order if self._launches[index] == 0]
+            if never_launched:
+                self._round = self._round_of(never_launched)
+                self._close_round(may_wait=True)
+
+    def _find_foreign_gradient(self) -> str | None:
+        """Describes a gradient that was put into ``p.grad`` after the reduced one was freed: it would be left out."""
+        for param in self._params:
+            if param.parameter.grad is not None and all(self._launches[bucket.index] for bucket in param.buckets):
+                return (
+                    f"Parameter {param.name!r} has a gradient in p.grad although this optimizer has reduced and freed "
+                    "it during backward; expected None. If the model is wrapped in DistributedDataParallel "
+                    "(accelerate's prepare, transformers.Trainer and Lightning's DDP strategy do that), remove the "
+                    "wrapper (shardadam.integrations.accelerate.ShardedAccelerator, shardadam.integrations."
+                    'transformers.ShardedTrainer), or build the optimizer with gradient_sync="external". If your own '
+                    'code writes p.grad after backward, use gradient_sync="step".'
+                )
+        return None
+
+    def close_open_round(self) -> None:
+        with self._lock:
+            self._close_round(may_wait=True)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.close_open_round()
+        before, self._is_synchronizing = self._is_synchronizing, False
+        try:
+            yield
+        finally:
+            self._is_synchronizing = before
+            self._has_local = True
+
+    @property
+    def rounds_since_reset(self) -> int:
+        if not self.order:
+            return 0
+        # Every round launches the last bucket once; an open one may still have to.
+        return self._launches[self.order[-1]] + int(self._round is not None and not self._round.is_launched)
+
+    def catch_up(self, count: int) -> None:
+        with self._lock:
+            self._close_round(may_wait=True)
+            while self.rounds_since_reset < count:
+                self._open_round()
+                self._close_round(may_wait=True)
+
+    @property
+    def is_idle(self) -> bool:
+        return self._round is None and self._pool.is_idle
+
+    def wait_all(self) -> None:
+        self._pool.wait_all()
+
+    def learn_order(self) -> None:
+        # Buckets that did not complete (unused parameters) go last. Until rank 0 has had a gradient, the order stays.
+        if self._order_is_learned:
+            return
+        completed = set(self._completed)
+        order = self._completed + [index for index in self.order if index not in completed]
+        agreed = torch.tensor([len(completed), *order], dtype=torch.int64).to(self._buckets[0].parameters.device)
+        self._transport.broadcast(agreed).wait()
+        completed_count, *self.order = agreed.tolist()
+        self._order_is_learned = completed_count > 0
+
+    def reset(self) -> None:
+        self.close_open_round()
+        self.wait_all()
+        self._pool.trim()
+        super().reset()
+        self._launches = [0] * len(self._buckets)
+        self._has_local = False
+
+    def staging_bytes(self) -> int:
+        return self._pool.nbytes()
+
+
+def _is_nested_backward() -> bool:
+    """Whether the backward that ends now was started inside another: reentrant activation checkpointing.
+
+    Its end-of-backward callback then finds the backward of an autograd Function written in Python on this thread's
+    stack.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CUSTOM_BACKWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CUSTOM_BACKWARD: Any = torch.autograd.function.BackwardCFunction.apply.__code__

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies a bucket's gradients into staging, in whatever dtype the staging has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from shardadam.engine.profiling import record
+from shardadam.engine.reduction.base import check_gradient
+from shardadam.engine.storage import FlatBucket, memory_order
+
+_NOTHING: dict[int, Tensor | None] = {}
+
+
+def copy_in(
+    bucket: FlatBucket, send: Tensor, used: list[bool], instead: Mapping[int, Tensor | None] = _NOTHING
+) -> None:
+    """Fills ``send`` with the bucket's gradients, and with zeros for absent ones and for padding.
+
+    Args:
+        send: 1-D, at least ``bucket.numel`` long.
+        used: by param index; set to True where there is a gradient.
+        instead: by param index: gradients to take in place of those in ``p.grad``.
+
+    Raises:
+        RuntimeError: a gradient is sparse or has another shape than its parameter.
+    """
+    with record("copy_in"):
+        targets: list[Tensor] = []
+        gradients: list[Tensor] = []
+        zeros = [send[start:stop] for start, stop in bucket.plan.gaps]
+        for param, piece in bucket.pieces:
+            target = send[piece.offset : piece.offset + piece.numel]
+            check_gradient(param)
+            gradient = instead.get(param.index, param.parameter.grad)
+            if gradient is None:
+                zeros.append(target)
+                continue
+            used[param.index] = True
+            targets.append(target)
+            gradients.append(memory_order(gradient, param.parameter)[piece.start : piece.start + piece.numel])
+        if targets:
+            torch._foreach_copy_(targets, gradients)
+        if zeros:
+            torch._foreach_zero_(zeros)
+
+
+@contextmanager
+def joined_streams(streams: set[torch.cuda.Stream] | None, device: torch.device) -> Iterator[None]:
+    """Orders what runs inside, on the current stream of ``device``, after ``streams``, and them after it.
+
+    Gradients may have been computed on several streams. The copy waits for all of them, and they wait for the copy:
+    memory that is freed after it goes back to the streams that it was allocated on, which may reuse it at once.
+    """
+    if streams is None:
+        yield
+        return
+    current = torch.cuda.current_stream(device)
+    others = streams - {current}
+    for stream in others:
+        current.wait_stream(stream)
+    yield
+    for stream in others:
+        stream.wait_stream(current)

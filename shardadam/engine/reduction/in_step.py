@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gradient_sync="step"``: gradients accumulate and stay in ``p.grad``, and are reduced inside ``step``.
+
+Where the transport has memory that peers can read, ``p.grad`` lies in it (``BucketViews``), nothing is sent, and the
+update sums the gradients of all ranks as it goes. Everything else goes through staging.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardadam.chunks import sum_sources_
+from shardadam.engine.grad_stats import GradStats
+from shardadam.engine.profiling import record
+from shardadam.engine.reduction.base import Reducer, Snapshot, is_current, snapshot
+from shardadam.engine.reduction.bucket_view import BucketViews
+from shardadam.engine.reduction.copy_in import copy_in
+from shardadam.engine.reduction.hooks import GradientHooks
+from shardadam.engine.reduction.staging import StagingPool
+from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.transport import Transport
+from shardadam.update import Sources
+
+
+class StepReducer(Reducer):
+    """Reduces once for each state of ``p.grad``: again only after a gradient was written or replaced.
+
+    Args:
+        transport: of the optimizer.
+        with_squares: whether the norm will be wanted: the squares are measured while the sums are in the cache then.
+    """
+
+    def __init__(self, transport: Transport, *, with_squares: bool) -> None:
+        super().__init__()
+        self._transport = transport
+        self._with_squares = with_squares
+        self._pool = StagingPool(transport)
+        self._bucket_views = BucketViews(transport)
+        self._hooks = GradientHooks(self)
+        self._taken: list[Snapshot] = []  # the gradients that have been reduced since reset
+
+    def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
+        super().add(params, buckets)
+        viewed = self._bucket_views.add(params, buckets)
+        for bucket in buckets:
+            if self._bucket_views.holds(bucket):
+                _free(bucket.shard.gradient)
+            else:
+                self._pool.reserve(bucket)
+        self._hooks.register(viewed)
+
+    def remove_hooks(self) -> None:
+        self._hooks.remove()
+
+    def on_gradient(self, index: int) -> None:
+        """Moves a gradient into its bucket view."""
+        self._bucket_views.take(self._params[index])
+
+    def why_not_to_clip(self, parameter: Tensor) -> str | None:
+        if self._transport.world_size * self._transport.replicas > 1:
+            return "gradients are averaged over ranks in step() only, so that every rank clips by a norm of its own."
+        return None
+
+    def close(self) -> None:
+        if not is_current(self._taken, self._params):
+            self.reset()
+            self.rounds += 1
+            self._bucket_views.write(self.used)
+            self._taken = snapshot(self._params)
+        for bucket in self._buckets:
+            if bucket.index not in self._grad_stats and not self._bucket_views.holds(bucket):
+                self._launch(bucket)
+
+    @torch.no_grad()
+    def _launch(self, bucket: FlatBucket) -> None:
+        staging = self._pool.acquire(bucket, may_wait=True)
+        copy_in(bucket, staging.send, self.used)
+        stats = self._grad_stats[bucket.index] = GradStats(with_squares=self._with_squares)
+        self._pool.reduce_scatter(bucket, staging, accumulate=False, on_chunk=stats.update)
+
+    @property
+    def is_idle(self) -> bool:
+        return self._pool.is_idle
+
+    def wait_all(self) -> None:
+        self._pool.wait_all()
+
+    @torch.no_grad()
+    def sum_up(self) -> None:
+        self.wait_all()
+        left = [bucket for bucket in self._buckets if self.sources(bucket) is not None]
+        if not left:
+            return
+        self._transport.fence()  # every rank has written its gradients
+        for bucket in left:
+            sources = self._bucket_views.sources(bucket)
+            _restore(bucket.arena.gradient_shard)
+            stats = self._grad_stats[bucket.index] = GradStats(with_squares=self._with_squares)
+            with record("reduce_scatter"):
+                sum_sources_(
+                    bucket.shard.gradient, sources.slices, scale=sources.scale, accumulate=False, on_chunk=stats.update
+                )
+        self._transport.fence()  # no rank reads them any more
+
+    def sources(self, bucket: FlatBucket) -> Sources | None:
+        if not self._bucket_views.holds(bucket) or bucket.index in self._grad_stats:
+            return None
+        return self._bucket_views.sources(bucket)
+
+    def await_readers(self) -> None:
+        if self._bucket_views.nbytes() > 0:
+            self._transport.fence()
+
+    def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
+        """As ``Reducer.grad_stats``. Without squares, nothing is summed up for it: gradients in bucket views are judged
+        as each rank has written them.
+        """
+        if with_squares:
+            return super().grad_stats(with_squares=True)
+        self.wait_all()
+        grad_stats = list(self._grad_stats.values())
+        if len(grad_stats) < len(self._buckets) and not self._bucket_views.are_finite():
+            grad_stats.append(GradStats(with_squares=False))
+            grad_stats[-1].mark_nonfinite()
+        return grad_stats
+
+    def reset(self) -> None:
+        self.wait_all()
+        self._pool.trim()
+        super().reset()
+        self._taken = []
+
+    def gradient_bytes(self) -> int:
+        return self._bucket_views.nbytes()
+
+    def staging_bytes(self) -> int:
+        return self._pool.nbytes()
+
+
+def _free(flat: Tensor) -> None:
+    """Frees the memory of ``flat`` and of all tensors that share it; the tensors stay."""
+    flat.untyped_storage().resize_(0)
+
+
+def _restore(flat: Tensor) -> None:
+    """Allocates the memory that ``_free`` has freed, if it has; uninitialised."""
+    storage = flat.untyped_storage()
+    if storage.nbytes() == 0:
+        storage.resize_(flat.nbytes)
