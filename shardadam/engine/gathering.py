@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updated shards -> parameters: all-gathers in place in the buckets' flat parameter buffers."""
+"""Updated shards -> parameters: all-gathers, in place in the buckets' flat parameter buffers.
+
+Must not decide who waits when: ``step`` and ``OverlappedForward`` do.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,31 @@ from shardadam.transport.base import own_slice
 
 
 class ParameterGatherer:
-    """Dispatches a bucket's all-gather as soon as its shard is updated; the next bucket's update runs meanwhile."""
+    """The all-gathers of one optimizer. A bucket's is dispatched as soon as its shard is updated, and runs during the
+    update of the next.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._pending: dict[int, Pending] = {}  # by index of the bucket, in the order of dispatch
-        self._unreleased: list[Pending] = []  # waited for here, but peers may still be reading
+        self._pending: dict[int, Pending] = {}  # by bucket index, in the order of dispatch
+        self._unreleased: list[Pending] = []  # waited for, but peers may still be reading this rank's shards
 
     def dispatch(self, bucket: FlatBucket) -> None:
+        """Starts the all-gather of the bucket's parameters. Collective: in the same order on all ranks."""
         with record("all_gather"):
             self._pending[bucket.index] = self._transport.all_gather(bucket.parameters)
 
     @property
     def has_pending(self) -> bool:
+        """Whether any all-gather has not been waited for."""
         return bool(self._pending)
 
     def is_any_pending(self, indices: Iterable[int]) -> bool:
+        """Whether the all-gather of any of these buckets has not been waited for."""
         return any(index in self._pending for index in indices)
 
     def wait_for(self, indices: Iterable[int]) -> None:
-        """Afterwards the parameters of these buckets are what their ranks have made of them."""
+        """Waits for the all-gathers of these buckets: their parameters may be read afterwards."""
         for index in indices:
             pending = self._pending.get(index)
             if pending is not None:
@@ -44,11 +52,13 @@ class ParameterGatherer:
                     self._unreleased.append(self._pending.pop(index))
 
     def wait_all(self) -> None:
-        """Afterwards all parameters are what their ranks have made of them."""
+        """Waits for all all-gathers: all parameters may be read afterwards."""
         self.wait_for(list(self._pending))
 
     def synchronize(self) -> None:
-        """Afterwards nobody reads them any more, either, and they may be written. Collective."""
+        """Waits for all all-gathers on all ranks: parameters may be written afterwards, too, as no peer reads them any
+        more. Collective: all ranks must call it.
+        """
         self.wait_all()
         for pending in self._unreleased:
             pending.await_release()
@@ -64,14 +74,18 @@ def gather_shards(
     keep: Set[int],
     device: torch.device | str,
 ) -> dict[int, Tensor]:
-    """Whole tensors of parameters out of the shards that ``shard_of`` takes from each of ``buckets``. Collective.
+    """Gathers whole tensors (moments, masters, gradients) of parameters from the shards of all ranks.
+
+    Collective: all ranks must call it with the same buckets.
 
     Args:
-        keep: indices of the parameters wanted on this rank, all of whose buckets are there.
-        device: where they are wanted.
+        buckets: all buckets that the wanted parameters lie in.
+        shard_of: this rank's shard of a bucket, 1-D, as long as ``bucket.shard.parameter``.
+        keep: indices of the params wanted on this rank.
+        device: where the results are wanted.
 
     Returns:
-        By index, new tensors of the parameters' shapes and strides, in the dtype of the shards.
+        By param index, new tensors of the parameters' shapes and strides, in the dtype of the shards.
     """
     flat: dict[int, Tensor] = {}
     params = {param.index: param for bucket in buckets for param, _ in bucket.pieces if param.index in keep}

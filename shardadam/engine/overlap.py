@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All-gathers under the next forward: hooks on modules, each of which waits for its own parameters' buckets.
+"""Runs all-gathers during the next forward: a hook on each module waits for the buckets of its own parameters.
 
-Note: parameters that no module's forward announces
+Note: parameters used without calling their module
     A module may use the parameters of another without calling it (``nn.MultiheadAttention`` and its ``out_proj``; a
-    matrix that is tied). The first forward after registration therefore waits for everything before it begins, and
-    records which modules are called. The parameters of those that are not are waited for at the beginning of every
-    forward. Whatever slips through is found in backward, where the gradient of a parameter arrives that nobody has
-    waited for.
+    tied matrix). The first forward therefore waits for everything before it begins, and records which modules are
+    called. Every later forward begins by waiting for the parameters of the modules that were not. What is missed all
+    the same raises in backward, when a gradient comes for a parameter whose all-gather nobody has waited for.
 """
 
 from __future__ import annotations
@@ -23,33 +22,37 @@ from shardadam.engine.storage import FlatBucket, ShardedParam
 
 
 class OverlappedForward:
-    """
+    """The hooks on one model. They do not keep the gatherer alive: the model may outlive its optimizer. Local.
+
     Args:
-        model: its forward waits for what it needs; ``state_dict`` and ``load_state_dict``, for everything.
-        params: of the optimizer, by the id of their parameters.
+        model: each module's forward waits for its own parameters, ``state_dict`` and ``load_state_dict`` for all.
+        params: all params of the optimizer, by ``id(param.parameter)``.
+        gatherer: waits for the buckets.
 
     Raises:
         RuntimeError: ``model`` has been compiled, and would not call the hooks.
-        ValueError: it has no parameter of the optimizer's.
+        ValueError: it has none of the optimizer's parameters.
     """
 
     def __init__(self, model: nn.Module, params: dict[int, ShardedParam], gatherer: ParameterGatherer) -> None:
-        _refuse_compiled(model)
+        _check_not_compiled(model)
         self._gatherer = weakref.ref(gatherer)  # the model may outlive the optimizer
-        self._is_learning = True
+        self._is_recording = True  # until the first forward has ended
         self._called: set[nn.Module] = set()
-        self._at_once: list[int] = []  # indices of buckets that any forward waits for
-        self._indices: dict[nn.Module, list[int]] = {}
-        self._covered: set[int] = set()  # indices
+        self._wait_first: list[int] = []  # indices of the buckets that every forward waits for before it begins
+        self._indices: dict[nn.Module, list[int]] = {}  # of the buckets of each module's own parameters
+        self._covered: set[int] = set()  # indices of the params in the model
         for module in model.modules():
             own = [params[id(p)] for p in module.parameters(recurse=False) if id(p) in params]
             self._indices[module] = sorted({bucket.index for param in own for bucket in param.buckets})
             self._covered |= {param.index for param in own}
         if not self._covered:
             raise ValueError(
-                "overlap_gather: the model has none of the optimizer's parameters. Pass the model that they belong to."
+                "overlap_gather: the model has none of the optimizer's parameters. Pass the model whose parameters the "
+                "optimizer was given."
             )
-        # Compiled code breaks off for them and waits. Not as decorators: importing torch's compiler takes seconds.
+        # Compiled code has a graph break at each hook, and waits there. Not as decorators: importing torch's compiler
+        # takes seconds.
         before_root, before, after_root = map(
             torch.compiler.disable, (self._before_root, self._before, self._after_root)
         )
@@ -66,11 +69,11 @@ class OverlappedForward:
                 param.parameter.register_post_accumulate_grad_hook(check)  # type: ignore[no-untyped-call]
 
     def covers(self, bucket: FlatBucket) -> bool:
-        """Whether a forward waits for all that is in ``bucket``."""
+        """Whether forwards of the model wait for the whole bucket: it holds no parameter of another model."""
         return all(param.index in self._covered for param, _ in bucket.pieces)
 
     def _before_root(self, module: nn.Module, *_: Any) -> None:
-        if self._is_learning:
+        if self._is_recording:
             self._called.clear()
         self._before(module)
 
@@ -78,18 +81,18 @@ class OverlappedForward:
         gatherer = self._gatherer()
         if gatherer is None:
             return
-        if self._is_learning:
+        if self._is_recording:
             self._called.add(module)
             gatherer.wait_all()
         elif gatherer.has_pending:
-            gatherer.wait_for(self._at_once)
+            gatherer.wait_for(self._wait_first)
             gatherer.wait_for(self._indices[module])
 
     def _after_root(self, *_: Any) -> None:
-        if self._is_learning:
-            self._is_learning = False
-            silent = [indices for module, indices in self._indices.items() if module not in self._called]
-            self._at_once = sorted({index for indices in silent for index in indices})
+        if self._is_recording:
+            self._is_recording = False
+            not_called = [indices for module, indices in self._indices.items() if module not in self._called]
+            self._wait_first = sorted({index for indices in not_called for index in indices})
 
     def _before_state_dict(self, *_: Any) -> None:
         gatherer = self._gatherer()
@@ -97,14 +100,14 @@ class OverlappedForward:
             gatherer.wait_all()
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def _check_not_compiled(model: nn.Module) -> None:
     compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(
         module._compiled_call_impl is not None for module in model.modules()
     )
     if compiled:
         raise RuntimeError(
             "overlap_gather: the model has been compiled, and compiled code does not call hooks that are registered "
-            "after it. Call overlap_gather first and torch.compile then."
+            "later. Call overlap_gather first and torch.compile then."
         )
 
 
@@ -115,8 +118,8 @@ def _gradient_check(gatherer: weakref.ref[ParameterGatherer], param: ShardedPara
         live = gatherer()
         if live is not None and live.has_pending and live.is_any_pending(indices):
             raise RuntimeError(
-                f"Parameter {name!r} has been used before its all-gather was over: the forward of the model that was "
-                "given to overlap_gather did not run, or runs code that was compiled before. Call "
+                f"Parameter {name!r} has been used before its all-gather was over: it was read outside the forward of "
+                "the model given to overlap_gather, or by code compiled before overlap_gather was called. Call "
                 "optimizer.synchronize() before anything else reads parameters, and overlap_gather before "
                 "torch.compile."
             )
@@ -125,7 +128,7 @@ def _gradient_check(gatherer: weakref.ref[ParameterGatherer], param: ShardedPara
 
 
 class _Hook:
-    """A hook that copies and pickles of the module leave behind."""
+    """A hook that does nothing in copies and in pickles of its module."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
@@ -145,5 +148,5 @@ def _nothing(*_: Any) -> None:
 
 
 def uncovered(buckets: Iterable[FlatBucket], overlaps: Sequence[OverlappedForward]) -> list[int]:
-    """Indices of the buckets that no forward waits for."""
+    """Indices of the buckets that no forward waits for, and ``step`` must."""
     return [bucket.index for bucket in buckets if not any(overlap.covers(bucket) for overlap in overlaps)]

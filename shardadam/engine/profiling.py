@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names for what a step does, in torch's profiler; free where nobody profiles."""
+"""Names the phases of a step in torch's profiler. Costs next to nothing where nobody profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def record(name: str) -> AbstractContextManager[Any]:
-    """What runs inside is shown as ``shardadam.<name>``."""
+    """The profiler shows what runs inside as ``shardadam.<name>``."""
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.profiler.record_function(f"shardadam.{name}")
     return _NOTHING
