@@ -39,13 +39,13 @@ def draw_layout(path: Path) -> None:
     start = 0.0
     gap = 60.0
     for number, bucket in enumerate(layout.buckets):
-        for piece in bucket.pieces:
-            label = names[piece.parameter] if piece.numel > 200 else ""
-            box(axes, start + piece.offset, rows["buckets"], piece.numel, COLORS[piece.parameter], label)
+        for segment in bucket.segments:
+            label = names[segment.parameter] if segment.numel > 200 else ""
+            box(axes, start + segment.offset, rows["buckets"], segment.numel, COLORS[segment.parameter], label)
         axes.text(start, rows["buckets"] + 0.78, f"bucket {number}", fontsize=8, color="#777777")
         for rank in range(RANKS):
             low = start + rank * bucket.shard_numel
-            for segment in bucket.segments(rank):
+            for segment in bucket.shard_segments(rank):
                 box(axes, low + segment.offset, rows["shards"], segment.numel, COLORS[segment.parameter], "")
             frame = Rectangle(
                 (low, rows["shards"]), bucket.shard_numel, 0.7, fill=False, edgecolor="#777777", linewidth=2

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 ALIGNMENT_NUMEL = 128
 """Every parameter starts at a multiple of this, and every shard is a multiple of it long: a block of 128 elements never
@@ -35,21 +36,21 @@ class ParameterSpec:
     arena: object
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The part of one parameter that lies in one bucket: ``parameter[start : start + numel]``, counted in memory order,
-    at ``bucket[offset : offset + numel]``."""
+class Span(NamedTuple):
+    """``tensor[start : start + numel]``, counted in memory order."""
 
-    parameter: int
     start: int
     numel: int
-    offset: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.numel
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The part of one parameter that lies in one shard: ``parameter[start : start + numel]``, counted in memory
-    order, at ``shard[offset : offset + numel]``.
+    """The part of one parameter that lies in one bucket or in one shard: ``parameter[start : start + numel]``, counted
+    in memory order, at ``bucket[offset : offset + numel]`` or ``shard[offset : offset + numel]``.
     """
 
     parameter: int
@@ -61,35 +62,35 @@ class Segment:
 @dataclass(frozen=True)
 class Bucket:
     """The unit of communication and of update: ``numel`` elements at ``offset`` of an arena, in ``world_size`` equal
-    shards.
+    shards. ``segments`` are the parts of parameters in it, by ascending offsets; an empty parameter has an empty one.
     """
 
     arena: int
     offset: int
     numel: int
     world_size: int
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def shard_numel(self) -> int:
         return self.numel // self.world_size
 
-    def segments(self, rank: int) -> Iterator[Segment]:
-        """The segments of ``rank``'s shard, in order of their offsets; empty parameters have none."""
+    def shard_segments(self, rank: int) -> Iterator[Segment]:
+        """The parts of parameters in ``rank``'s shard, by ascending offsets; an empty parameter has none."""
         low, high = rank * self.shard_numel, (rank + 1) * self.shard_numel
-        for piece in self.pieces:
-            first, last = max(low, piece.offset), min(high, piece.offset + piece.numel)
+        for segment in self.segments:
+            first, last = max(low, segment.offset), min(high, segment.offset + segment.numel)
             if first < last:
-                yield Segment(piece.parameter, piece.start + first - piece.offset, last - first, first - low)
+                yield Segment(segment.parameter, segment.start + first - segment.offset, last - first, first - low)
 
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """``(start, stop)`` of every run of padding in the bucket."""
         gaps, end = [], 0
-        for piece in self.pieces:
-            if piece.offset > end:
-                gaps.append((end, piece.offset))
-            end = piece.offset + piece.numel
+        for segment in self.segments:
+            if segment.offset > end:
+                gaps.append((end, segment.offset))
+            end = segment.offset + segment.numel
         if self.numel > end:
             gaps.append((end, self.numel))
         return tuple(gaps)
@@ -131,7 +132,7 @@ def equal_runs(bucket: Bucket, rank: int, labels: Sequence[int | None]) -> list[
     whole shard where all labels are equal.
     """
     runs: list[Run] = []
-    segments = list(bucket.segments(rank))
+    segments = list(bucket.shard_segments(rank))
     for index, segment in enumerate(segments):
         label = labels[segment.parameter]
         if label is None:
@@ -148,7 +149,7 @@ def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket
     """Lays ``parameters`` out in buckets of about ``bucket_bytes``, each cut into ``world_size`` equal shards.
 
     Buckets take the parameters of an arena in reverse order (backward completes them about so), cut where the next one
-    would not fit; a parameter larger than a bucket is split into pieces of a bucket. Each bucket is padded to a
+    would not fit; a parameter larger than a bucket is split into segments of a bucket. Each bucket is padded to a
     multiple of ``world_size * ALIGNMENT_NUMEL``.
     """
     if world_size < 1:
@@ -181,31 +182,31 @@ class _ArenaBuilder:
         self.capacity = max(1, bucket_numel // self.granularity) * self.granularity
         self.buckets: list[Bucket] = []
         self.end = 0  # where the open bucket begins in the arena
-        self.pieces: list[Piece] = []
+        self.segments: list[Segment] = []
         self.used = 0  # elements taken in the open bucket
 
     def add(self, parameter: int, numel: int) -> int:
         """Places a parameter and returns its offset in the arena."""
-        if self.pieces and self.used + numel > self.capacity:
+        if self.segments and self.used + numel > self.capacity:
             self.close()
         offset = self.end + self.used
         start = 0
         while numel - start > self.capacity:  # only ever from the beginning of a bucket
-            self.pieces.append(Piece(parameter, start, self.capacity, 0))
+            self.segments.append(Segment(parameter, start, self.capacity, 0))
             self.used = self.capacity
             self.close()
             start += self.capacity
-        self.pieces.append(Piece(parameter, start, numel - start, self.used))
+        self.segments.append(Segment(parameter, start, numel - start, self.used))
         self.used += _round_up(numel - start, ALIGNMENT_NUMEL)
         return offset
 
     def close(self) -> None:
-        if not self.pieces:
+        if not self.segments:
             return
         numel = _round_up(max(1, self.used), self.granularity)
-        self.buckets.append(Bucket(self.arena, self.end, numel, self.world_size, tuple(self.pieces)))
+        self.buckets.append(Bucket(self.arena, self.end, numel, self.world_size, tuple(self.segments)))
         self.end += numel
-        self.pieces, self.used = [], 0
+        self.segments, self.used = [], 0
 
 
 def cut(start: int, stop: int, every: int) -> Iterator[tuple[int, int]]:

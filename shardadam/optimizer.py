@@ -95,6 +95,9 @@ class ShardedAdam(Optimizer):
     Raises:
         ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
         RuntimeError: another rank could not build its optimizer.
+
+    ``skipped_steps`` counts steps not taken because a gradient was infinite or NaN on some rank, 0-dim int64 on the
+    device.
     """
 
     _is_built = False
@@ -159,6 +162,7 @@ class ShardedAdam(Optimizer):
             raise
         device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
         self._engine = StepEngine(transport, options, device)
+        self.skipped_steps = self._engine.skipped_steps
         self._consolidated: dict[str, Any] | None = None
         self._add_params(named)
         if gradient_sync != "external":
@@ -173,13 +177,6 @@ class ShardedAdam(Optimizer):
         device; else None.
         """
         return self._engine.grad_norm
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """How many steps were not taken because a gradient was infinite or NaN on some rank; 0-dim int64 on the
-        device.
-        """
-        return self._engine.skipped_steps
 
     @property
     def gradient_sync(self) -> str:

@@ -276,7 +276,7 @@ def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
 def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> int:
     """Bytes of the gradients that exist at once outside of the optimizer's buffers."""
     if setting.gradient_sync == "backward":
-        buckets = ({piece.parameter for piece in bucket.pieces} for bucket in layout.buckets)
+        buckets = ({segment.parameter for segment in bucket.segments} for bucket in layout.buckets)
         tied = {index for index, one in enumerate(trainable) if one.is_tied}  # may wait for their last use
 
         def with_bucket(bucket: set[int]) -> int:

@@ -117,7 +117,7 @@ def count_bytes(directory: str, moments: Any, bucket_mb: float) -> tuple[int, in
         shardadam.load(directory, model=model, optimizer=optimizer)
     finally:
         loading.Reader = Reader  # type: ignore[misc]
-    spans = [span for param in optimizer._engine.parameters.params for span in param.segments]
+    spans = [span for param in optimizer._engine.parameters.params for span in param.shard_segments]
     return readers[0].bytes_read, 12 * sum(span.numel for span in spans), 2 * len(spans)
 
 

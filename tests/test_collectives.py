@@ -222,9 +222,11 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
         for bucket, (parameter, exp_avg, exp_avg_sq) in zip(optimizer._engine.parameters.buckets, shards, strict=True):
             total = torch.zeros(bucket.numel)
             for peer in range(world_size):
-                for member, piece in bucket.pieces:
+                for member, segment in bucket.segments:
                     flat = gradients[peer][member.parameter].flatten()
-                    total[piece.offset : piece.offset + piece.numel] += flat[piece.start : piece.start + piece.numel]
+                    total[segment.offset : segment.offset + segment.numel] += flat[
+                        segment.start : segment.start + segment.numel
+                    ]
             mean = total.chunk(world_size)[rank] / world_size
             kernel(
                 [parameter], [mean], [exp_avg], [exp_avg_sq], [], [torch.tensor(step + 1.0)], lr=1e-2, beta1=0.9,

@@ -63,13 +63,13 @@ def names_of(optimizer: dict[str, Any]) -> dict[int, str]:
 
 
 @pytest.mark.sweep(4)
-@pytest.mark.parametrize("piece_numel", [128, 384, values.PIECE_NUMEL])
+@pytest.mark.parametrize("chunk_numel", [128, 384, values.CHUNK_NUMEL])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_torchs_files_hold_what_was_saved_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, precision: Any, piece_numel: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, precision: Any, chunk_numel: int
 ) -> None:
-    monkeypatch.setattr(values, "PIECE_NUMEL", piece_numel)
+    monkeypatch.setattr(values, "CHUNK_NUMEL", chunk_numel)
     model, optimizer = on_ranks(world_size, saved, str(tmp_path), precision)[0]
     found_model, found_optimizer = exported(tmp_path, TORCH)
     assert differences(model, found_model) == []
@@ -86,13 +86,13 @@ def test_torchs_files_hold_what_was_saved_bit_for_bit(
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("piece_numel", [128, values.PIECE_NUMEL])
+@pytest.mark.parametrize("chunk_numel", [128, values.CHUNK_NUMEL])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_safetensors_hold_what_was_saved_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, precision: Any, piece_numel: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, precision: Any, chunk_numel: int
 ) -> None:
-    monkeypatch.setattr(values, "PIECE_NUMEL", piece_numel)
+    monkeypatch.setattr(values, "CHUNK_NUMEL", chunk_numel)
     model, optimizer = on_ranks(world_size, saved, str(tmp_path), precision)[0]
     found_model, found_state = exported(tmp_path, SAFETENSORS)
     assert json.loads(metadata(tmp_path / "exported/model.safetensors")["aliases"]) == {"again.weight": "tied.weight"}

@@ -48,9 +48,9 @@ class Arena:
 
     def parts(self) -> list[tuple[int, slice]]:
         """Every parameter's index, and its blocks' elements, padding included."""
-        starts = [segment.offset for segment in self.bucket.segments(0)]
+        starts = [segment.offset for segment in self.bucket.shard_segments(0)]
         stops = [*starts[1:], self.bucket.numel]
-        owners = [segment.parameter for segment in self.bucket.segments(0)]
+        owners = [segment.parameter for segment in self.bucket.shard_segments(0)]
         return [(owner, slice(start, stop)) for owner, start, stop in zip(owners, starts, stops, strict=True)]
 
     def stored(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def build(format: Format) -> Arena:
     plan = build_layout([ParameterSpec(n, 4, 0) for n in NUMELS], world_size=1, bucket_bytes=1 << 30)
     (bucket,), (arena,) = plan.buckets, plan.arenas
     indices = {parameter: position for position, parameter in enumerate(arena.parameters)}
-    bucket = replace(bucket, pieces=tuple(replace(p, parameter=indices[p.parameter]) for p in bucket.pieces))
+    bucket = replace(bucket, segments=tuple(replace(p, parameter=indices[p.parameter]) for p in bucket.segments))
     numel, exact = bucket.numel, format.exact_dtype
     lengths = [stop - start for start, stop in zip(arena.offsets, (*arena.offsets[1:], numel), strict=True)]
     state = formats.allocate(format, numel, torch.device("cpu"))

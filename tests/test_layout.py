@@ -46,23 +46,23 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def pieces_of(layout: Layout) -> dict[int, list[tuple[Bucket, int, int, int]]]:
+def segments_of(layout: Layout) -> dict[int, list[tuple[Bucket, int, int, int]]]:
     """For each parameter its ``(bucket, start, numel, offset in the arena)``, in order of the buckets."""
-    pieces: dict[int, list[tuple[Bucket, int, int, int]]] = {}
+    segments: dict[int, list[tuple[Bucket, int, int, int]]] = {}
     for bucket in layout.buckets:
-        for piece in bucket.pieces:
-            entry = (bucket, piece.start, piece.numel, bucket.offset + piece.offset)
-            pieces.setdefault(piece.parameter, []).append(entry)
-    return pieces
+        for segment in bucket.segments:
+            entry = (bucket, segment.start, segment.numel, bucket.offset + segment.offset)
+            segments.setdefault(segment.parameter, []).append(entry)
+    return segments
 
 
 def ranks_that_matter(bucket: Bucket) -> set[int]:
     """All ranks where they are few, else those at whose shards anything begins or ends, and their peers."""
-    if bucket.world_size * len(bucket.pieces) <= 2_000:
+    if bucket.world_size * len(bucket.segments) <= 2_000:
         return set(range(bucket.world_size))
     ranks = {0, bucket.world_size - 1}
-    for piece in bucket.pieces:
-        for end in (piece.offset, piece.offset + max(piece.numel, 1) - 1):
+    for segment in bucket.segments:
+        for end in (segment.offset, segment.offset + max(segment.numel, 1) - 1):
             owner = end // bucket.shard_numel
             ranks |= {owner - 1, owner, owner + 1}
     return {rank for rank in ranks if 0 <= rank < bucket.world_size}
@@ -72,43 +72,43 @@ def ranks_that_matter(bucket: Bucket) -> set[int]:
 def test_every_element_lies_in_exactly_one_shard(case: Case) -> None:
     for bucket in case.build().buckets:
         visited = ranks_that_matter(bucket)
-        covered = {(piece.parameter, piece.start): 0 for piece in bucket.pieces}
+        covered = {(segment.parameter, segment.start): 0 for segment in bucket.segments}
         for rank in visited:
             end = 0
-            for segment in bucket.segments(rank):
+            for segment in bucket.shard_segments(rank):
                 assert segment.numel > 0
                 assert segment.offset >= end, "segments of a shard overlap or are out of order"
                 end = segment.offset + segment.numel
                 position = rank * bucket.shard_numel + segment.offset
                 owners = [
-                    piece
-                    for piece in bucket.pieces
-                    if piece.parameter == segment.parameter
-                    and piece.offset <= position
-                    and position + segment.numel <= piece.offset + piece.numel
+                    whole
+                    for whole in bucket.segments
+                    if whole.parameter == segment.parameter
+                    and whole.offset <= position
+                    and position + segment.numel <= whole.offset + whole.numel
                 ]
-                assert len(owners) == 1, f"{segment} of rank {rank} lies in {len(owners)} pieces"
+                assert len(owners) == 1, f"{segment} of rank {rank} lies in {len(owners)} segments of the bucket"
                 assert segment.start - owners[0].start == position - owners[0].offset
                 covered[owners[0].parameter, owners[0].start] += segment.numel
             assert end <= bucket.shard_numel
-        for piece in bucket.pieces:
-            # The shards that were not looked at and lie wholly inside the piece, as their peers inside do.
-            first = -(-piece.offset // bucket.shard_numel)
-            last = (piece.offset + piece.numel) // bucket.shard_numel
+        for segment in bucket.segments:
+            # The shards that were not looked at and lie wholly inside the segment, as their peers inside do.
+            first = -(-segment.offset // bucket.shard_numel)
+            last = (segment.offset + segment.numel) // bucket.shard_numel
             between = sum(rank not in visited for rank in range(first, last))
-            assert covered[piece.parameter, piece.start] + between * bucket.shard_numel == piece.numel
+            assert covered[segment.parameter, segment.start] + between * bucket.shard_numel == segment.numel
 
 
 @given(cases())
-def test_pieces_cover_each_parameter_once_and_in_order_and_are_contiguous_in_the_arena(case: Case) -> None:
+def test_segments_cover_each_parameter_once_and_in_order_and_are_contiguous_in_the_arena(case: Case) -> None:
     layout = case.build()
-    pieces = pieces_of(layout)
-    assert sorted(pieces) == list(range(len(case.parameters)))
+    segments = segments_of(layout)
+    assert sorted(segments) == list(range(len(case.parameters)))
     for arena in layout.arenas:
         for parameter, offset in zip(arena.parameters, arena.offsets, strict=True):
             start = 0
-            for _, piece_start, numel, position in pieces[parameter]:
-                assert piece_start == start
+            for _, segment_start, numel, position in segments[parameter]:
+                assert segment_start == start
                 assert position == offset + start
                 start += numel
             assert start == case.parameters[parameter].numel
@@ -121,7 +121,7 @@ def test_parameters_buckets_and_shards_are_aligned_and_shards_are_equal(case: Ca
     for arena in layout.arenas:
         assert all(offset % ALIGNMENT_NUMEL == 0 for offset in arena.offsets)
     for bucket in layout.buckets:
-        assert all(piece.offset % ALIGNMENT_NUMEL == 0 for piece in bucket.pieces)
+        assert all(segment.offset % ALIGNMENT_NUMEL == 0 for segment in bucket.segments)
         assert bucket.numel > 0
         assert bucket.world_size == case.world_size
         assert bucket.shard_numel * bucket.world_size == bucket.numel
@@ -129,9 +129,11 @@ def test_parameters_buckets_and_shards_are_aligned_and_shards_are_equal(case: Ca
 
 
 @given(cases())
-def test_pieces_do_not_overlap_and_gaps_are_their_exact_complement(case: Case) -> None:
+def test_segments_do_not_overlap_and_gaps_are_their_exact_complement(case: Case) -> None:
     for bucket in case.build().buckets:
-        stretches = [(piece.offset, piece.offset + piece.numel) for piece in bucket.pieces if piece.numel > 0]
+        stretches = [
+            (segment.offset, segment.offset + segment.numel) for segment in bucket.segments if segment.numel > 0
+        ]
         gaps = list(bucket.gaps)
         assert all(start < stop for start, stop in gaps)
         joined = sorted(stretches + gaps)
@@ -154,9 +156,9 @@ def test_buckets_lie_one_after_the_other_and_fill_their_arenas(case: Case) -> No
 @given(cases())
 def test_only_a_parameter_larger_than_a_bucket_is_split_and_no_bucket_exceeds_its_capacity(case: Case) -> None:
     layout = case.build()
-    for parameter, pieces in pieces_of(layout).items():
+    for parameter, segments in segments_of(layout).items():
         spec = case.parameters[parameter]
-        assert len(pieces) == max(1, -(-spec.numel // case.capacity(spec.itemsize)))
+        assert len(segments) == max(1, -(-spec.numel // case.capacity(spec.itemsize)))
     for bucket in layout.buckets:
         assert bucket.numel <= case.capacity(layout.arenas[bucket.arena].itemsize)
 
@@ -167,24 +169,26 @@ def test_a_bucket_is_closed_only_where_the_next_parameter_does_not_fit(case: Cas
     for bucket, following in pairwise(layout.buckets):
         if bucket.arena != following.arena:
             continue
-        following_numel = case.parameters[following.pieces[0].parameter].numel
-        used = max(piece.offset + -(-piece.numel // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL for piece in bucket.pieces)
+        following_numel = case.parameters[following.segments[0].parameter].numel
+        used = max(
+            segment.offset + -(-segment.numel // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL for segment in bucket.segments
+        )
         assert used + following_numel > case.capacity(layout.arenas[bucket.arena].itemsize)
 
 
 def test_a_parameter_that_fills_the_rest_of_a_bucket_exactly_goes_into_it() -> None:
     specs = [ParameterSpec(256, 4, ""), ParameterSpec(257, 4, ""), ParameterSpec(640, 4, "")]
     buckets = build_layout(specs, world_size=2, bucket_bytes=1024 * 4).buckets
-    assert [[piece.parameter for piece in bucket.pieces] for bucket in buckets] == [[2, 1], [0]]
+    assert [[segment.parameter for segment in bucket.segments] for bucket in buckets] == [[2, 1], [0]]
     specs[0] = ParameterSpec(384, 4, "")
     specs[1] = ParameterSpec(0, 4, "")
-    assert [len(bucket.pieces) for bucket in build_layout(specs, world_size=2, bucket_bytes=1024 * 4).buckets] == [3]
+    assert [len(bucket.segments) for bucket in build_layout(specs, world_size=2, bucket_bytes=1024 * 4).buckets] == [3]
 
 
 @given(cases())
 def test_padding_is_less_than_a_block_a_parameter_and_a_block_a_rank_for_each_bucket(case: Case) -> None:
     for bucket in case.build().buckets:
-        filled = [piece.numel for piece in bucket.pieces if piece.numel > 0]
+        filled = [segment.numel for segment in bucket.segments if segment.numel > 0]
         blocks = sum(-(-numel // ALIGNMENT_NUMEL) for numel in filled)
         padding = bucket.numel - sum(filled)
         if filled:
@@ -201,7 +205,7 @@ def test_parameters_are_taken_in_reverse_order(case: Case) -> None:
         members = [i for i, spec in enumerate(case.parameters) if spec.arena == arena.key]
         assert list(arena.parameters) == members[::-1]
         assert list(arena.offsets) == sorted(arena.offsets)
-        order = [piece.parameter for bucket in layout.buckets if bucket.arena == index for piece in bucket.pieces]
+        order = [segment.parameter for bucket in layout.buckets if bucket.arena == index for segment in bucket.segments]
         assert list(dict.fromkeys(order)) == members[::-1]
 
 
@@ -211,8 +215,8 @@ def test_parameters_of_different_arenas_never_share_a_bucket(case: Case) -> None
     assert len({arena.key for arena in layout.arenas}) == len(layout.arenas)
     for bucket in layout.buckets:
         arena = layout.arenas[bucket.arena]
-        for piece in bucket.pieces:
-            spec = case.parameters[piece.parameter]
+        for segment in bucket.segments:
+            spec = case.parameters[segment.parameter]
             assert (spec.arena, spec.itemsize) == (arena.key, arena.itemsize)
 
 
@@ -224,15 +228,15 @@ def test_depends_on_nothing_but_its_arguments(case: Case, other: Case) -> None:
 
 
 @given(cases())
-def test_an_empty_parameter_has_one_piece_and_no_segment(case: Case) -> None:
+def test_an_empty_parameter_has_one_segment_in_a_bucket_and_none_in_shards(case: Case) -> None:
     layout = case.build()
-    pieces = pieces_of(layout)
+    segments = segments_of(layout)
     empty = {index for index, spec in enumerate(case.parameters) if spec.numel == 0}
     for index in empty:
-        assert [(start, numel) for _, start, numel, _ in pieces[index]] == [(0, 0)]
+        assert [(start, numel) for _, start, numel, _ in segments[index]] == [(0, 0)]
     for bucket in layout.buckets:
         for rank in ranks_that_matter(bucket):
-            assert empty.isdisjoint(segment.parameter for segment in bucket.segments(rank))
+            assert empty.isdisjoint(segment.parameter for segment in bucket.shard_segments(rank))
 
 
 def test_nothing_to_lay_out_gives_no_bucket() -> None:
@@ -244,7 +248,7 @@ def test_equal_runs_cover_exactly_the_segments_that_have_a_label(case: Case, dat
     labels = data.draw(st.lists(st.sampled_from([None, 0, 1]), min_size=20, max_size=20))
     for bucket in case.build().buckets[:4]:
         for rank in sorted(ranks_that_matter(bucket))[:20]:
-            segments = list(bucket.segments(rank))
+            segments = list(bucket.shard_segments(rank))
             runs = equal_runs(bucket, rank, labels)
             assert all(run.start % ALIGNMENT_NUMEL == run.stop % ALIGNMENT_NUMEL == 0 for run in runs)
             assert all(0 <= run.start < run.stop <= bucket.shard_numel for run in runs)
@@ -268,7 +272,7 @@ def test_equal_labels_everywhere_give_one_run_over_the_whole_shard(case: Case) -
     labels = [7] * len(case.parameters)
     for bucket in case.build().buckets[:4]:
         for rank in sorted(ranks_that_matter(bucket))[:20]:
-            segments = list(bucket.segments(rank))
+            segments = list(bucket.shard_segments(rank))
             expected = [Run(0, bucket.shard_numel, segments[0].parameter)] if segments else []
             assert equal_runs(bucket, rank, labels) == expected
 

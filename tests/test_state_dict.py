@@ -24,7 +24,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils._pytree import tree_map
 
 from shardadam import Precision, ShardedAdam, ShardedAdamW
-from shardadam.state.flat_shard import FlatShard, Span
+from shardadam.layout import Span
+from shardadam.state.flat_shard import FlatShard
 from tests.parity import LR, assert_close, build_parameters, clones, quadratic
 from tests.ranks import on_ranks, rank_and_size
 
@@ -175,8 +176,8 @@ def load_torch_whole(saved: dict[str, Any], bucket_mb: float) -> list[dict[str, 
     parameters = build()
     optimizer = sharded(parameters, bucket_mb=bucket_mb)
     optimizer.load_state_dict(saved["optimizer"])
-    pieces = max(len(member.buckets) for member in optimizer._engine.parameters.params)
-    assert (pieces > 1) == (bucket_mb < 0.001)
+    parts = max(len(param.buckets) for param in optimizer._engine.parameters.params)
+    assert (parts > 1) == (bucket_mb < 0.001)
     return [optimizer.full_state(p) for p in parameters]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,24 +32,17 @@ from shardadam.checkpoint.contents import PARAM_GROUPS
 from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.checkpoint.values import Values
-from shardadam.state.flat_shard import Box, boxes
+from shardadam.layout import Span
+from shardadam.state.flat_shard import boxes, in_shape
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor in DCP's terms: boxes, in memory order; ``order`` has their dimensions."""
+    """A tensor in DCP's terms: boxes by their offsets, each with the position of its first element in memory order."""
 
     key: str
     spec: TensorSpec
-    boxes: list[Box]
-    by_offsets: dict[tuple[int, ...], Box] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.by_offsets = {self.logical(box.offsets): box for box in self.boxes}
-
-    def logical(self, of_dimensions: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers of dimensions in memory order, in the tensor's own."""
-        return tuple(of_dimensions[self.spec.order.index(dim)] for dim in range(len(self.spec.order)))
+    boxes: dict[tuple[int, ...], tuple[int, ChunkStorageMetadata]]
 
 
 class DcpReader(StorageReader):
@@ -91,10 +84,7 @@ class DcpReader(StorageReader):
             self._numbers = _numbers_of(values) | values.model_objects()
         described: dict[str, Any] = {}
         for key, tensor in self._tensors.items():
-            chunks = [
-                ChunkStorageMetadata(torch.Size(offsets), torch.Size(tensor.logical(box.sizes)))
-                for offsets, box in tensor.by_offsets.items()
-            ]
+            chunks = [box for _, box in tensor.boxes.values()]
             properties = TensorProperties(tensor.spec.dtype)
             described[key] = TensorStorageMetadata(properties, torch.Size(tensor.spec.shape), chunks)
         for key, value in self._numbers.items():
@@ -125,7 +115,7 @@ class DcpReader(StorageReader):
                 key = item.storage_index.fqn
                 if key in self._tensors:
                     tensor = self._tensors[key]
-                    wanted.append((tensor.key, tensor.by_offsets[_offsets(item)].start, item))
+                    wanted.append((tensor.key, tensor.boxes[_offsets(item)][0], item))
                 elif item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, _pickled(self._numbers[key]))
                 else:
@@ -135,10 +125,9 @@ class DcpReader(StorageReader):
                 read = values.opened(key)
                 for _, _, item in items:
                     tensor = self._tensors[item.storage_index.fqn]
-                    box = tensor.by_offsets[_offsets(item)]
-                    in_memory = read(box.start, box.stop).view(box.sizes)
-                    order = tensor.spec.order
-                    _give(planner, item, in_memory.permute([order.index(dim) for dim in range(len(order))]))
+                    start, box = tensor.boxes[_offsets(item)]
+                    flat = read(start, start + box.sizes.numel())
+                    _give(planner, item, in_shape(flat, box.sizes, tensor.spec.order))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -157,10 +146,12 @@ def _tensors_of(reader: Reader, values: Values) -> dict[str, _Tensor]:
     """By all names that they have."""
     tensors = {}
     for key, spec in values.specs.items():
-        in_memory = [spec.shape[dim] for dim in spec.order]
-        items = reader.index.tensors[key].items
-        cut = [box for item in items for box in boxes(in_memory, item.start, item.start + item.numel)]
-        tensors[key] = _Tensor(key, spec, cut)
+        tensor = tensors[key] = _Tensor(key, spec, {})
+        start = 0
+        for item in reader.index.tensors[key].items:
+            for box in boxes(Span(item.start, item.numel), spec.shape, spec.order):
+                tensor.boxes[box.offsets] = start, box
+                start += box.sizes.numel()
     for alias, name in _names(values):
         if f"model.{name}" in tensors:
             tensors[f"model.{alias}"] = tensors[f"model.{name}"]

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from shardadam.checkpoint.directory import newest, sync_directory
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec, memory_of
-from shardadam.checkpoint.loading import in_shape
 from shardadam.checkpoint.values import Values
+from shardadam.state.flat_shard import in_shape
 
 Format = Literal["torch", "safetensors"]
 FORMATS: tuple[Format, ...] = ("torch", "safetensors")
@@ -131,7 +131,7 @@ class _Record:
     """A tensor yet to be read. The same one in two places of an object is one tensor there after loading, too."""
 
     spec: TensorSpec
-    pieces: Callable[[], Iterable[Tensor]]
+    chunks: Callable[[], Iterable[Tensor]]
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +177,7 @@ def _record_of(tensor: Tensor) -> _Record:
 
 
 def _strides(spec: TensorSpec) -> tuple[int, ...]:
-    return in_shape(torch.empty(spec.numel, device="meta"), spec).stride()
+    return in_shape(torch.empty(spec.numel, device="meta"), spec.shape, spec.order).stride()
 
 
 def _write_torch(values: Values, files: _Files) -> None:
@@ -196,7 +196,7 @@ def _write_torch(values: Values, files: _Files) -> None:
 
 
 def _stored(values: Values, key: str) -> _Record:
-    return _Record(values.specs[key], lambda: values.pieces(key))
+    return _Record(values.specs[key], lambda: values.chunks(key))
 
 
 def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _save(file: IO[bytes], thing: Any) -> None:
             pickler.dump(thing)
         _add_record(archive, file, "byteorder", [memoryview(sys.byteorder.encode())])
         for key, record in enumerate(pickler.records):
-            parts = (memory_of(piece.contiguous()) for piece in record.pieces())
+            parts = (memory_of(chunk.contiguous()) for chunk in record.chunks())
             _add_record(archive, file, f"data/{key}", parts, record.nbytes)
         _add_record(archive, file, "version", [memoryview(b"3\n")])
     _finish(file)
@@ -309,22 +309,22 @@ def _write_file(
     with files.new(file_name) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            for piece in _row_major(values, keys[name]):
-                file.write(memory_of(piece.contiguous()))
+            for chunk in _row_major(values, keys[name]):
+                file.write(memory_of(chunk.contiguous()))
         _finish(file)
 
 
 def _row_major(values: Values, key: str) -> Iterator[Tensor]:
     spec = values.specs[key]
     if spec.order == tuple(range(len(spec.shape))):
-        yield from values.pieces(key)
+        yield from values.chunks(key)
     else:
         flat = torch.empty(math.prod(spec.shape), dtype=spec.dtype)
         start = 0
-        for piece in values.pieces(key):
-            flat[start : start + piece.numel()] = piece
-            start += piece.numel()
-        yield in_shape(flat, spec).contiguous().view(-1)
+        for chunk in values.chunks(key):
+            flat[start : start + chunk.numel()] = chunk
+            start += chunk.numel()
+        yield in_shape(flat, spec.shape, spec.order).contiguous().view(-1)
 
 
 def _to_json(value: Any) -> Any:

@@ -24,7 +24,7 @@ from shardadam.checkpoint.saving import ARRIVAL, exchange, store_barrier_for, wa
 from shardadam.engine.storage import ShardedParam, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
-from shardadam.state.flat_shard import dimension_order
+from shardadam.state.flat_shard import dimension_order, in_shape
 from shardadam.state.local import load_group_, local_state, spans_of
 from shardadam.update import formats, reference
 
@@ -261,7 +261,7 @@ def _stretches(param: ShardedParam) -> Iterator[tuple[int, int, slice]]:
     """This rank's spans, cut so that what is converted stays small; and where they lie in its part of the state."""
     begin = 0
     for span in spans_of(param):
-        for low, high in cut(span.start, span.start + span.numel, 4 * ITEM_BYTES):
+        for low, high in cut(span.start, span.stop, 4 * ITEM_BYTES):
             yield low, high, slice(begin + low - span.start, begin + high - span.start)
         begin += span.numel
 
@@ -309,13 +309,8 @@ class _Source:
             raw.update(zip(formats.MOMENTS, formats.read_moments(raw), strict=True))
         for kind, flat in raw.items():
             if kind not in formats.SCALES:
-                self._reordered[kind] = memory_order(in_shape(flat, self._spec(kind)), param.parameter)
-
-
-def in_shape(flat: Tensor, spec: TensorSpec) -> Tensor:
-    """A flat tensor in memory order, in its shape; a view."""
-    logical = sorted(range(len(spec.shape)), key=lambda position: spec.order[position])
-    return flat.view([spec.shape[dim] for dim in spec.order]).permute(logical)
+                spec = self._spec(kind)
+                self._reordered[kind] = memory_order(in_shape(flat, spec.shape, spec.order), param.parameter)
 
 
 def _read_parameter(param: ShardedParam, source: _Source, low: int, high: int) -> None:
@@ -364,7 +359,7 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
     spec = reader.index.tensors[key].spec
     flat = torch.empty(spec.numel, dtype=spec.dtype)
     reader.read_(key, 0, flat)
-    tensor.detach().copy_(in_shape(flat, spec))
+    tensor.detach().copy_(in_shape(flat, spec.shape, spec.order))
 
 
 # What is no tensor

@@ -43,7 +43,7 @@ from shardadam.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class PendingWrite:
     """Elements from ``start`` on of a stored tensor; ``read`` gives them, 1-D and in memory order, where they lie."""
 
     key: str
@@ -57,7 +57,7 @@ class Part:
     """What one rank writes, with all there is to know of the checkpoint as a whole."""
 
     specs: dict[str, TensorSpec] = field(default_factory=dict)
-    stretches: list[Stretch] = field(default_factory=list)
+    writes: list[PendingWrite] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     extra: Any = None
     description: dict[str, Any] = field(default_factory=dict)
@@ -298,9 +298,9 @@ def _add_shards(part: Part, key: str, spec: TensorSpec, param: ShardedParam, kin
     begin = 0
     for span in spans_of(param):
         # Several at a time bounds what is made anew where a remainder becomes a master, or leaves a GPU.
-        for low, high in cut(span.start, span.start + span.numel, 4 * ITEM_BYTES):
+        for low, high in cut(span.start, span.stop, 4 * ITEM_BYTES):
             elements = slice(low - span.start + begin, high - span.start + begin)
-            part.stretches.append(Stretch(key, spec, low // unit, _reading(param, kind, low, high, elements)))
+            part.writes.append(PendingWrite(key, spec, low // unit, _reading(param, kind, low, high, elements)))
         begin += span.numel
 
 
@@ -336,10 +336,10 @@ def _add_replicated(part: Part, tensors: Mapping[str, Tensor], rank: int, world_
                 "(clone()), or register the buffer with persistent=False."
             )
         spec = part.specs[key] = things.spec_of(tensor)
-        stretch = 4 * (ITEM_BYTES // spec.dtype.itemsize) if is_dense(tensor) else max(1, spec.numel)
-        for low, high in cut(0, spec.numel, stretch):
+        every = 4 * (ITEM_BYTES // spec.dtype.itemsize) if is_dense(tensor) else max(1, spec.numel)
+        for low, high in cut(0, spec.numel, every):
             if rank == (turn % world_size if is_parameter else 0):
-                part.stretches.append(Stretch(key, spec, low, _reading_whole(tensor, spec, low, high)))
+                part.writes.append(PendingWrite(key, spec, low, _reading_whole(tensor, spec, low, high)))
             turn += int(is_parameter)
 
 
@@ -354,18 +354,18 @@ _staging: dict[tuple[str, int], Tensor] = {}
 @torch.no_grad()
 def _staged(part: Part) -> Part:
     """The same with everything copied into memory of its own on the CPU. One at a time."""
-    stretches, used = [], set()
-    for stretch in part.stretches:
-        flat, key = stretch.read(), (stretch.key, stretch.start)
+    writes, used = [], set()
+    for write in part.writes:
+        flat, key = write.read(), (write.key, write.start)
         copied = _staging.get(key)
         if copied is None or (copied.dtype, copied.shape) != (flat.dtype, flat.shape):
             copied = _staging[key] = torch.empty_like(flat, device="cpu")
         copied.copy_(flat)
         used.add(key)
-        stretches.append(replace(stretch, read=partial(_itself, copied)))
+        writes.append(replace(write, read=partial(_itself, copied)))
     for key in _staging.keys() - used:
         del _staging[key]
-    return replace(part, stretches=stretches)
+    return replace(part, writes=writes)
 
 
 def _itself(flat: Tensor) -> Tensor:
@@ -432,8 +432,8 @@ def _write_part(aside: Path, part: Part, rank: int) -> None:
     try:
         for key, spec in part.specs.items():
             writer.add_tensor(key, spec)
-        for stretch in part.stretches:
-            writer.write(stretch.key, stretch.spec, stretch.start, stretch.read().cpu().contiguous())
+        for write in part.writes:
+            writer.write(write.key, write.spec, write.start, write.read().cpu().contiguous())
         for key, value in part.objects.items():
             writer.write_object(key, value)
         index = writer.close()

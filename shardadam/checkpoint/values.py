@@ -19,8 +19,8 @@ from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.layout import ALIGNMENT_NUMEL, cut
 from shardadam.update import formats
 
-PIECE_NUMEL = 2**17
-"""What ``Values.pieces`` yields at once: a multiple of ``ALIGNMENT_NUMEL``."""
+CHUNK_NUMEL = 2**17
+"""What ``Values.chunks`` yields at once: a multiple of ``ALIGNMENT_NUMEL``."""
 
 STATE = (*formats.MOMENTS, "master")
 ReadFn = Callable[[int, int], Tensor]
@@ -86,10 +86,10 @@ class Values:
         dtype = self.specs[key].dtype
         return lambda start, stop: stored(start, stop).to(dtype)
 
-    def pieces(self, key: str) -> Iterator[Tensor]:
+    def chunks(self, key: str) -> Iterator[Tensor]:
         """The whole tensor, in memory order."""
         read = self.opened(key)
-        for start, stop in cut(0, self.specs[key].numel, PIECE_NUMEL):
+        for start, stop in cut(0, self.specs[key].numel, CHUNK_NUMEL):
             yield read(start, stop)
 
     def _checked_scale(self, key: str, scale_key: str) -> str:

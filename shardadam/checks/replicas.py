@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.engine.storage import NamedParameter, ShardedParam, is_dense
+from shardadam.layout import Span
 from shardadam.ranks.agreement import exchange, name_ranks
-from shardadam.state.flat_shard import Span
 from shardadam.state.local import local_state, state_spans
 from shardadam.transport import Transport
 

@@ -88,16 +88,16 @@ def gather_shards(
         By param index, new tensors of the parameters' shapes and strides, in the dtype of the shards.
     """
     flat: dict[int, Tensor] = {}
-    params = {param.index: param for bucket in buckets for param, _ in bucket.pieces if param.index in keep}
+    params = {param.index: param for bucket in buckets for param, _ in bucket.segments if param.index in keep}
     for bucket in buckets:
         shard = shard_of(bucket)
         whole = torch.zeros(bucket.numel, dtype=shard.dtype, device=shard.device)
         own_slice(whole, transport.rank, transport.world_size).copy_(shard)
         transport.all_gather(whole).wait()
-        for param, piece in bucket.pieces:
+        for param, segment in bucket.segments:
             if param.index in params:
                 if param.index not in flat:
                     flat[param.index] = torch.empty(param.parameter.numel(), dtype=shard.dtype, device=device)
-                target = flat[param.index][piece.start : piece.start + piece.numel]
-                target.copy_(whole[piece.offset : piece.offset + piece.numel])
+                target = flat[param.index][segment.start : segment.start + segment.numel]
+                target.copy_(whole[segment.offset : segment.offset + segment.numel])
     return {index: tensor.as_strided(params[index].shape, params[index].stride) for index, tensor in flat.items()}

@@ -70,7 +70,7 @@ class OverlappedForward:
 
     def covers(self, bucket: FlatBucket) -> bool:
         """Whether forwards of the model wait for the whole bucket: it holds no parameter of another model."""
-        return all(param.index in self._covered for param, _ in bucket.pieces)
+        return all(param.index in self._covered for param, _ in bucket.segments)
 
     def _before_root(self, module: nn.Module, *_: Any) -> None:
         if self._is_recording:

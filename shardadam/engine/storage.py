@@ -51,12 +51,12 @@ class ShardedParam:
     stride: tuple[int, ...]
     address: int = 0
     buckets: list[FlatBucket] = field(default_factory=list)
-    segments: list[layout.Segment] = field(default_factory=list)
+    shard_segments: list[layout.Segment] = field(default_factory=list)
     state_start: int = 0
 
     @property
     def state_slice(self) -> slice:
-        return slice(self.state_start, self.state_start + sum(segment.numel for segment in self.segments))
+        return slice(self.state_start, self.state_start + sum(segment.numel for segment in self.shard_segments))
 
     @property
     def block_slice(self) -> slice:
@@ -98,8 +98,8 @@ class FlatBucket:
 
     plan: layout.Bucket
     arena: FlatArena
-    pieces: list[tuple[ShardedParam, layout.Piece]]
     segments: list[tuple[ShardedParam, layout.Segment]]
+    shard_segments: list[tuple[ShardedParam, layout.Segment]]
     parameters: Tensor
     shard: Shard
     wire_dtype: torch.dtype
@@ -154,9 +154,9 @@ def allocate(
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         for bucket in plan.buckets:
             if bucket.arena == index:
-                pieces = tuple(replace(piece, parameter=indices[piece.parameter]) for piece in bucket.pieces)
+                segments = tuple(replace(segment, parameter=indices[segment.parameter]) for segment in bucket.segments)
                 wire_dtype = precision.wire_dtype(arena.parameters.dtype)
-                _add_bucket(arena, replace(bucket, pieces=pieces), transport.rank, wire_dtype)
+                _add_bucket(arena, replace(bucket, segments=segments), transport.rank, wire_dtype)
         first_index += len(arena.params)
         arenas.append(arena)
     if any(named.parameter.device.type == "cpu" for named in parameters):
@@ -226,7 +226,7 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
     shard = slice(start, start + plan.shard_numel)
     blocks = slice(shard.start // ALIGNMENT_NUMEL, shard.stop // ALIGNMENT_NUMEL)
     whole = arena.parameters[plan.offset : plan.offset + plan.numel]
-    segments = list(plan.segments(rank))
+    segments = list(plan.shard_segments(rank))
     if arena.blocks.numel() > 0:
         _fill_blocks(arena.blocks[blocks], segments)
 
@@ -237,8 +237,8 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
     bucket = FlatBucket(
         plan=plan,
         arena=arena,
-        pieces=[(arena.params[piece.parameter], piece) for piece in plan.pieces],
-        segments=[(arena.params[segment.parameter], segment) for segment in segments],
+        segments=[(arena.params[segment.parameter], segment) for segment in plan.segments],
+        shard_segments=[(arena.params[segment.parameter], segment) for segment in segments],
         parameters=whole,
         shard=Shard(
             parameter=own_slice(whole, rank, plan.world_size),
@@ -255,12 +255,12 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
         wire_dtype=wire_dtype,
     )
     arena.buckets.append(bucket)
-    for param, _ in bucket.pieces:
+    for param, _ in bucket.segments:
         param.buckets.append(bucket)
-    for param, segment in bucket.segments:
-        if not param.segments:
+    for param, segment in bucket.shard_segments:
+        if not param.shard_segments:
             param.state_start = start + segment.offset
-        param.segments.append(segment)
+        param.shard_segments.append(segment)
 
 
 def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:

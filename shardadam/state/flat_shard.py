@@ -1,49 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor of a parameter's shape of which this rank holds some stretches: the form that torch.distributed.checkpoint
+"""A tensor of a parameter's shape of which this rank holds some spans: the form that torch.distributed.checkpoint
 (DCP) saves and reshards.
 
 Holds no optimizer and moves nothing between ranks. DCP speaks of boxes (offsets and sizes, one number a dimension), the
-optimizer of stretches in memory order: ``boxes`` translates.
+optimizer of spans in memory order: ``boxes`` translates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shardadam.layout import ITEM_BYTES, cut
+from shardadam.layout import ITEM_BYTES, Span, cut
 
 _aten = torch.ops.aten
 
 
-class Span(NamedTuple):
-    """``tensor[start : start + numel]``, counted in memory order."""
+def boxes(span: Span, shape: Sequence[int], order: Sequence[int]) -> Iterator[ChunkStorageMetadata]:
+    """Cuts ``span`` of a dense tensor into at most ``2 * len(shape) - 1`` boxes that follow each other in memory order.
 
-    start: int
-    numel: int
+    Args:
+        shape: of the whole tensor.
+        order: its dimensions from the outermost to the innermost in memory, see ``dimension_order``.
+
+    Returns:
+        Offsets and sizes of each box, in the tensor's own order of dimensions.
+    """
+    logical = _logical(order)
+    for offsets, sizes in _row_major_boxes([shape[dim] for dim in order], span.start, span.stop):
+        yield ChunkStorageMetadata(torch.Size(offsets[i] for i in logical), torch.Size(sizes[i] for i in logical))
 
 
-class Box(NamedTuple):
-    """A hyper-rectangle of a tensor, whose elements are ``start : stop`` of it in memory order."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    start: int
-    stop: int
+_Ints = tuple[int, ...]
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cuts the stretch ``start : stop`` of a row-major tensor into at most ``2 * len(shape) - 1`` boxes, in order."""
+def _row_major_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Ints, _Ints]]:
     if start >= stop:
         return
     if len(shape) <= 1:
-        yield Box((start,) if shape else (), (stop - start,) if shape else (), start, stop)
+        yield (start,) if shape else (), (stop - start,) if shape else ()
         return
     row_numel = math.prod(shape[1:])
     first, last = -(-start // row_numel), stop // row_numel  # the whole rows
@@ -54,15 +55,25 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         yield from _boxes_in_row(shape, first - 1, start, first * row_numel)
     if first < last:
         rest = tuple(shape[1:])
-        yield Box((first, *(0,) * len(rest)), (last - first, *rest), first * row_numel, last * row_numel)
+        yield (first, *(0,) * len(rest)), (last - first, *rest)
     if last * row_numel < stop:
         yield from _boxes_in_row(shape, last, last * row_numel, stop)
 
 
-def _boxes_in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
+def _boxes_in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[tuple[_Ints, _Ints]]:
     begin = row * math.prod(shape[1:])
-    for box in boxes(shape[1:], start - begin, stop - begin):
-        yield Box((row, *box.offsets), (1, *box.sizes), begin + box.start, begin + box.stop)
+    for offsets, sizes in _row_major_boxes(shape[1:], start - begin, stop - begin):
+        yield (row, *offsets), (1, *sizes)
+
+
+def in_shape(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A view of ``flat``, the elements of a tensor in memory order, in the tensor's ``shape``."""
+    return flat.view([shape[dim] for dim in order]).permute(_logical(order))
+
+
+def _logical(order: Sequence[int]) -> list[int]:
+    """Where each dimension of the tensor stands in ``order``."""
+    return sorted(range(len(order)), key=lambda position: order[position])
 
 
 def dimension_order(tensor: Tensor) -> tuple[int, ...]:
@@ -84,7 +95,7 @@ class FlatShard(Tensor):
 
     Args:
         local: 1-D, as many elements as ``spans`` have.
-        spans: stretches in memory order, ascending.
+        spans: the parts of the whole tensor that ``local`` holds, ascending.
         shape: of the whole tensor.
         order: its dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
     """
@@ -104,38 +115,34 @@ class FlatShard(Tensor):
         return whole
 
     def _parts(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
-        """Every box of this rank's and the view of ``local`` that holds it, in the tensor's own order of dimensions."""
-        in_memory = [self.shape[dim] for dim in self.order]
-        logical = sorted(range(self.ndim), key=lambda position: self.order[position])
+        """This rank's boxes, and the view of ``local`` that holds each, in the tensor's own order of dimensions."""
         begin = 0
         for span in self.spans:
-            for start, stop in cut(span.start, span.start + span.numel, ITEM_BYTES // self.dtype.itemsize):
-                for box in boxes(in_memory, start, stop):
-                    first = begin + box.start - span.start
-                    part = self.local[first : first + box.stop - box.start].view(box.sizes).permute(logical)
-                    offsets = torch.Size([box.offsets[position] for position in logical])
-                    yield ChunkStorageMetadata(offsets, part.shape), part
-            begin += span.numel
+            for start, stop in cut(span.start, span.stop, ITEM_BYTES // self.dtype.itemsize):
+                for box in boxes(Span(start, stop - start), self.shape, self.order):
+                    end = begin + box.sizes.numel()
+                    yield box, in_shape(self.local[begin:end], box.sizes, self.order)
+                    begin = end
 
     # torch.distributed._checkpointable
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [chunk for chunk, _ in self._parts()]
+        return [box for box, _ in self._parts()]
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.local)
         return [
             WriteItem(
-                MetadataIndex(fqn, chunk.offsets),
+                MetadataIndex(fqn, box.offsets),
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
+                tensor_data=TensorWriteData(box, properties, self.shape),
             )
-            for chunk in self.__create_chunk_list__()
+            for box in self.__create_chunk_list__()
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for chunk, part in self._parts():
-            if chunk.offsets == index.offset:
+        for box, part in self._parts():
+            if box.offsets == index.offset:
                 return part
         raise ValueError(f"{index} is not on this rank")
 
@@ -174,5 +181,5 @@ class FlatShard(Tensor):
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        held = ", ".join(f"{span.start}:{span.start + span.numel}" for span in self.spans)
+        held = ", ".join(f"{span.start}:{span.stop}" for span in self.spans)
         return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, held=[{held}])"

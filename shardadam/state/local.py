@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shardadam.engine.storage import ShardedParam, memory_order
-from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.state.flat_shard import FlatShard, Span, dimension_order
+from shardadam.layout import ALIGNMENT_NUMEL, Span
+from shardadam.state.flat_shard import FlatShard, dimension_order, in_shape
 from shardadam.update import formats, reference
 
 _CODES = {"exp_avg": "exp_avg_code", "exp_avg_sq": "exp_avg_sq_code"}
@@ -87,15 +87,14 @@ def _whole_or_shard(
     """On one rank, and of an empty parameter, a shard is the whole: an ordinary tensor, as torch has it."""
     if world_size > 1 and torch.Size(shape).numel() > 0:
         return FlatShard(local, spans, shape, order)
-    logical = sorted(range(len(shape)), key=lambda position: order[position])
-    return local.view([shape[dim] for dim in order]).permute(logical)
+    return in_shape(local, shape, order)
 
 
 def spans_of(param: ShardedParam) -> list[Span]:
     """The stretches of the parameter that lie in this rank's shards, adjacent ones joined."""
     joined: list[Span] = []
-    for segment in param.segments:
-        if joined and sum(joined[-1]) == segment.start:
+    for segment in param.shard_segments:
+        if joined and joined[-1].stop == segment.start:
             joined[-1] = Span(joined[-1].start, joined[-1].numel + segment.numel)
         else:
             joined.append(Span(segment.start, segment.numel))
@@ -195,7 +194,7 @@ def _own_part(param: ShardedParam, name: str, saved: Tensor, shape: Sequence[int
 
 
 def _describe(spans: Sequence[Span]) -> str:
-    return ", ".join(f"{span.start}:{span.start + span.numel}" for span in spans) or "none"
+    return ", ".join(f"{span.start}:{span.stop}" for span in spans) or "none"
 
 
 def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[float, float]) -> None:
@@ -231,5 +230,5 @@ def own_elements(param: ShardedParam, whole: Tensor) -> Tensor:
 
 
 def _take(flat: Tensor, spans: Sequence[Span]) -> Tensor:
-    parts = [flat[span.start : span.start + span.numel] for span in spans]
+    parts = [flat[span.start : span.stop] for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat[:0]

@@ -161,7 +161,7 @@ class BackwardReducer(Reducer):
         return self._round
 
     def _round_of(self, order: list[int]) -> Round:
-        missing = [sum(param.parameter.requires_grad for param, _ in bucket.pieces) for bucket in self._buckets]
+        missing = [sum(param.parameter.requires_grad for param, _ in bucket.segments) for bucket in self._buckets]
         return Round(order, [False] * len(self._params), missing)
 
     def _close_round(self, *, may_wait: bool = False) -> None:
@@ -190,7 +190,7 @@ class BackwardReducer(Reducer):
         self._free_gradients(bucket, current.partly_launched)
 
     def _free_gradients(self, bucket: FlatBucket, partly_launched: dict[int, Tensor | None]) -> None:
-        for param, _ in bucket.pieces:
+        for param, _ in bucket.segments:
             parameter = param.parameter
             if len(param.buckets) == 1:
                 parameter.grad = None

@@ -33,8 +33,8 @@ def copy_in(
         targets: list[Tensor] = []
         gradients: list[Tensor] = []
         zeros = [send[start:stop] for start, stop in bucket.plan.gaps]
-        for param, piece in bucket.pieces:
-            target = send[piece.offset : piece.offset + piece.numel]
+        for param, segment in bucket.segments:
+            target = send[segment.offset : segment.offset + segment.numel]
             check_gradient(param)
             gradient = instead.get(param.index, param.parameter.grad)
             if gradient is None:
@@ -42,7 +42,7 @@ def copy_in(
                 continue
             used[param.index] = True
             targets.append(target)
-            gradients.append(memory_order(gradient, param.parameter)[piece.start : piece.start + piece.numel])
+            gradients.append(memory_order(gradient, param.parameter)[segment.start : segment.start + segment.numel])
         if targets:
             torch._foreach_copy_(targets, gradients)
         if zeros:

@@ -25,12 +25,12 @@ class ExternalReducer(Reducer):
         self.reset()
         self.rounds += 1
         for bucket in self._buckets:
-            for param, _ in bucket.pieces:
+            for param, _ in bucket.segments:
                 check_gradient(param)
                 self.used[param.index] = param.parameter.grad is not None
             bucket.shard.gradient.zero_()
             targets, gradients = [], []
-            for param, segment in bucket.segments:
+            for param, segment in bucket.shard_segments:
                 gradient = param.parameter.grad
                 if gradient is not None:
                     ordered = memory_order(gradient, param.parameter)
