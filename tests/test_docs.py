@@ -42,10 +42,12 @@ ENVIRONMENT = {
     "COLUMNS": "120",
 }
 NOT_RUN = {
-    "README.md": 5,
+    "README.md": 3,
+    "checkpoints.md": 1,
     "index.md": 1,
     "launch.md": 2,
     "migrating.md": 1,
+    "recipes.md": 1,
 }
 
 
@@ -234,6 +236,6 @@ def test_the_timeline_of_the_docs_is_the_measured_one() -> None:
     assert (ROOT / "docs" / "images" / "timeline.png").read_bytes() == measured.read_bytes()
 
 
-def test_the_readme_has_a_script_for_every_integration() -> None:
-    scripts = {block.how.partition(": ")[2] for block in BLOCKS if block.page == "README.md"}
+def test_the_docs_have_a_script_for_every_integration() -> None:
+    scripts = {block.how.partition(": ")[2] for block in BLOCKS if block.page == "integrations.md"}
     assert {"accelerate", "transformers", "lightning"} <= scripts
