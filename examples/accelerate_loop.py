@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loop written for accelerate: ``ShardedAccelerator`` in place of ``Accelerator`` is all that changes.
+
+    pip install '.[accelerate]'
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py
+
+Look at the loss, which falls; the optimizer averages gradients, and the model is not wrapped in DDP.
+"""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from shardadam import ShardedAdamW
+from shardadam.integrations.accelerate import ShardedAccelerator
+
+
+def main() -> None:
+    accelerator = ShardedAccelerator(gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(accelerator.device)
+    optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)
+    inputs = torch.randn(512, 16)
+    loader = DataLoader(TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)), batch_size=16, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    for epoch in range(5):
+        for features, targets in loader:
+            with accelerator.accumulate(model):
+                loss = nn.functional.mse_loss(model(features), targets)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        accelerator.print(f"epoch {epoch}  loss {accelerator.reduce(loss.detach(), 'mean').item():.4f}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

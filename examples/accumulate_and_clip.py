@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient accumulation without traffic in between, clipping, and a learning rate schedule.
+
+    torchrun --nproc-per-node 2 examples/accumulate_and_clip.py
+
+Look at the norm before clipping (one number for all ranks), and at the learning rate, which follows the schedule.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardadam import ShardedAdamW
+
+MICRO_BATCHES = 4
+
+
+def main() -> None:
+    dist.init_process_group()
+    rank = dist.get_rank()
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(device)
+    optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=60)
+
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(60):
+        inputs = torch.randn(MICRO_BATCHES, 32, 16, generator=generator).to(device)
+        targets = inputs.sum(dim=-1, keepdim=True)
+        with optimizer.no_sync():  # gradients accumulate in p.grad, and nothing is sent
+            for micro in range(MICRO_BATCHES - 1):
+                (nn.functional.mse_loss(model(inputs[micro]), targets[micro]) / MICRO_BATCHES).backward()
+        loss = nn.functional.mse_loss(model(inputs[-1]), targets[-1])
+        (loss / MICRO_BATCHES).backward()  # reduces what has accumulated, too
+        norm = optimizer.clip_grad_norm_(1.0)  # not torch.nn.utils.clip_grad_norm_
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if rank == 0 and step % 12 == 0:
+            print(f"step {step:2d}  loss {loss.item():.4f}  norm {norm.item():.3f}  lr {schedule.get_last_lr()[0]:.5f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

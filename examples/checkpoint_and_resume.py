@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that resume on any number of ranks. Run it twice, the second time on as many ranks as you like.
+
+    torchrun --nproc-per-node 2 examples/checkpoint_and_resume.py checkpoints
+    torchrun --nproc-per-node 3 examples/checkpoint_and_resume.py checkpoints
+
+Look at the step at which the second run begins, and at its first loss, which goes on from the last one of the first.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardadam
+
+STEPS_A_RUN = 30
+
+
+def main(directory: str) -> None:
+    dist.init_process_group()
+    rank = dist.get_rank()
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(device)
+    optimizer = shardadam.ShardedAdamW(model.named_parameters(), lr=1e-2)
+    inputs = torch.randn(256, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = inputs.sum(dim=1, keepdim=True)
+
+    first = 0
+    if shardadam.has_checkpoint(directory):
+        first = shardadam.load(directory, model=model, optimizer=optimizer).step
+    for step in range(first, first + STEPS_A_RUN):
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0 and step in (first, first + STEPS_A_RUN - 1):
+            print(f"step {step:2d}  loss {loss.item():.6f}")
+    shardadam.save(directory, step=first + STEPS_A_RUN, model=model, optimizer=optimizer, keep=2)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "checkpoints")

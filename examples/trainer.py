@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers.Trainer: ``ShardedTrainer`` in place of ``Trainer`` is all that changes.
+
+    pip install '.[transformers]'
+    torchrun --nproc-per-node 2 examples/trainer.py out
+
+Look at the loss in the logs, which falls, and at the checkpoint in the output directory, to which all ranks wrote.
+"""
+
+import sys
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+from shardadam.integrations.transformers import ShardedTrainer
+
+
+def main(directory: str) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    tokens = [(torch.arange(16) + i) % 64 for i in range(64)]
+    arguments = TrainingArguments(
+        directory,
+        max_steps=20,
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        logging_steps=5,
+        save_steps=20,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = ShardedTrainer(model, arguments, train_dataset=[{"input_ids": t, "labels": t} for t in tokens])
+    result = trainer.train()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        print(f"first loss {losses[0]}  last loss {losses[-1]}  steps {result.global_step}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "out")
