@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from shardadam.checks import arguments, replicas
-from shardadam.checks.misuse import warn_of_torchs_clipping, watch_other_optimizers
+from shardadam.checks.misuse import warn_of_torchs_clipping
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.parameters import agreed, named_parameters
 from shardadam.engine.step import StepEngine
@@ -167,7 +167,6 @@ class ShardedAdam(Optimizer):
         self._add_params(named)
         if gradient_sync != "external":
             warn_of_torchs_clipping()
-        watch_other_optimizers(self)
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
 

@@ -30,7 +30,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("engine.storage", "engine.grad_stats", "engine.profiling"),
     ("update", "transport"),
     ("ranks", "state.flat_shard"),
-    ("layout", "precision", "chunks", "version"),
+    ("layout", "precision", "chunks", "version", "checks.torch_patches"),
 )
 LISTED_BY_FILE = ("engine", "checks", "state")
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
