@@ -16,7 +16,7 @@ from shardadam.integrations.accelerate import ShardedAccelerator
 
 
 def main() -> None:
-    accelerator = ShardedAccelerator(gradient_accumulation_steps=2)
+    accelerator = ShardedAccelerator(gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(accelerator.device)
     optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)
