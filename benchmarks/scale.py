@@ -39,7 +39,7 @@ from shardadam import Precision, ShardedAdamW, update
 from shardadam.layout import Layout
 from shardadam.planner import Setting, memory_of
 from shardadam.state.memory import Memory
-from shardadam.transport import Transport, connect
+from shardadam.transport import ReduceScatter, Transport, connect
 
 RANKS = [2**power for power in range(15)]
 SMALL = Decoder("28M", 4, 512, 8, 4, 1408, 16000)
@@ -279,7 +279,7 @@ def transfers(transport: Transport, numels: Sequence[int]) -> dict[str, Callable
 
     def reduce_scatter() -> None:
         for numel, shard in zip(numels, shards, strict=True):
-            transport.reduce_scatter(staging, numel, shard, scale=1.0, accumulate=False).wait()
+            transport.reduce_scatter(ReduceScatter(staging, numel, shard, scale=1.0, accumulate=False)).wait()
 
     def all_gather() -> None:
         for bucket in buckets:

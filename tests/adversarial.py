@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from shardadam.transport import OnChunk, Pending, Staging, Transport
+from shardadam.transport import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.base import own_slice
 
 
@@ -30,25 +30,15 @@ class AdversarialTransport(Transport):
         staging.send.fill_(math.nan)
         return staging
 
-    def reduce_scatter(
-        self,
-        staging: Staging,
-        numel: int,
-        shard: Tensor,
-        *,
-        scale: float,
-        accumulate: bool,
-        on_chunk: OnChunk | None = None,
-    ) -> Pending:
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        shard = request.shard
         address = shard.data_ptr()
         self._shards.setdefault(address, shard.clone())
         shard.fill_(math.nan)
 
         def run() -> Pending:
             shard.copy_(self._shards.pop(address))
-            inner = self._inner.reduce_scatter(
-                staging, numel, shard, scale=scale, accumulate=accumulate, on_chunk=on_chunk
-            )
+            inner = self._inner.reduce_scatter(request)
             inner.wait()
             if any(late.address == address for late in self._late):
                 self._shards[address] = shard.clone()
@@ -57,7 +47,7 @@ class AdversarialTransport(Transport):
 
         transfer = self._add(run)
         transfer.address = address
-        transfer.sent = staging.send
+        transfer.sent = request.staging.send
         return transfer
 
     def all_gather(self, flat: Tensor) -> Pending:

@@ -22,7 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardadam
 from shardadam import ShardedAdamW
-from shardadam.transport import CollectiveTransport, HybridTransport, SingleProcessTransport, Transport, connect
+from shardadam.transport import (
+    CollectiveTransport,
+    HybridTransport,
+    ReduceScatter,
+    SingleProcessTransport,
+    Transport,
+    connect,
+)
 from shardadam.transport.groups import timeout_s
 from tests import runs, test_parity
 from tests.adversarial import AdversarialTransport
@@ -246,9 +253,8 @@ def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
         def on_chunk(part: Tensor, transfer: int = transfer) -> None:
             seen.setdefault(transfer, []).extend(part.tolist())
 
-        pending.append(
-            transport.reduce_scatter(staging, numel, shards[shard], scale=0.5, accumulate=accumulate, on_chunk=on_chunk)
-        )
+        request = ReduceScatter(staging, numel, shards[shard], scale=0.5, accumulate=accumulate, on_chunk=on_chunk)
+        pending.append(transport.reduce_scatter(request))
     for each in pending:
         each.wait()
     transport.fence()
@@ -311,7 +317,7 @@ def look_at_what_is_under_way(late: int, kind: str) -> tuple[list[bool], bool]:
     early = []
     if rank == late:
         dist.barrier()
-    pending = transport.reduce_scatter(staging, 8, shard, scale=1.0, accumulate=False)
+    pending = transport.reduce_scatter(ReduceScatter(staging, 8, shard, scale=1.0, accumulate=False))
     if rank != late:
         for _ in range(20):
             early.append(pending.done())

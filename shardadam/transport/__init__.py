@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam.chunks import OnChunk
 from shardadam.ranks.agreement import exchange
-from shardadam.transport.base import Pending, Staging, Transport
+from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.collective import CollectiveTransport
 from shardadam.transport.groups import CommGroups, backend_of_device, comm_groups, mesh_comm_groups, timeout_s
 from shardadam.transport.hybrid import HybridTransport
@@ -28,6 +28,7 @@ __all__ = [
     "HybridTransport",
     "OnChunk",
     "Pending",
+    "ReduceScatter",
     "SharedMemoryTransport",
     "SingleProcessTransport",
     "Staging",

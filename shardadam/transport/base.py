@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.chunks import OnChunk
+from shardadam.chunks import OnChunk, sum_sources_
 from shardadam.ranks.store_barrier import StoreBarrier
 
 
@@ -71,6 +72,37 @@ class Staging:
         return self.send.nbytes + (0 if self.receive is None else self.receive.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class ReduceScatter:
+    """Sum ``staging.send[:numel]`` over ranks and write ``scale`` times this rank's slice of the sum to ``shard``.
+
+    Args:
+        staging: its ``send`` holds the bucket's gradients. The transport may write all of it until it is released.
+        numel: elements to sum, from the start of ``send``: a multiple of the world size.
+        shard: ``numel / world_size`` elements, float32 or float64 whatever the dtype of ``send``. Not valid before
+            ``Pending.wait`` has returned.
+        scale: multiplies the sum.
+        accumulate: add to what ``shard`` holds instead of overwriting it.
+        on_chunk: called with each stretch of ``shard`` once it has its final value.
+    """
+
+    staging: Staging
+    numel: int
+    shard: Tensor
+    scale: float
+    accumulate: bool
+    on_chunk: OnChunk | None = None
+
+    @property
+    def send(self) -> Tensor:
+        """The bucket: ``numel`` elements."""
+        return self.staging.send[: self.numel]
+
+    def sum_(self, sources: Sequence[Tensor]) -> None:
+        """Writes the scaled sum of ``sources``, every rank's slice for this rank, to ``shard``."""
+        sum_sources_(self.shard, sources, scale=self.scale, accumulate=self.accumulate, on_chunk=self.on_chunk)
+
+
 class Transport(ABC):
     """Moves flat buffers among the ranks of one process group, for one optimizer.
 
@@ -111,24 +143,8 @@ class Transport(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def reduce_scatter(
-        self,
-        staging: Staging,
-        numel: int,
-        shard: Tensor,
-        *,
-        scale: float,
-        accumulate: bool,
-        on_chunk: OnChunk | None = None,
-    ) -> Pending:
-        """Sums ``staging.send[:numel]`` over ranks; ``scale`` times this rank's slice of the sum goes to ``shard``.
-
-        Args:
-            numel: a multiple of the world size.
-            shard: ``numel / world_size`` elements, float32 or float64, whatever travels. Not valid before ``wait``.
-            accumulate: add to what ``shard`` holds, instead of overwriting it.
-            on_chunk: sees what ``shard`` holds in the end.
-        """
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        """Starts a reduce-scatter. All ranks must pass the same ``numel``, and a ``send`` of the same dtype."""
 
     @abstractmethod
     def all_gather(self, flat: Tensor) -> Pending:

@@ -27,9 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.chunks import OnChunk, sum_sources_
 from shardadam.ranks import desync
-from shardadam.transport.base import Pending, Staging, Transport, own_slice
+from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, own_slice
 from shardadam.transport.groups import CommGroups, backend_of_device, timeout_s
 from shardadam.transport.watchdog import Watchdog
 
@@ -68,39 +67,29 @@ class CollectiveTransport(Transport):
         reduces_itself = self._is_native(device) and not self._exact_sums
         return Staging(send, None if reduces_itself else torch.empty_like(send))
 
-    def reduce_scatter(
-        self,
-        staging: Staging,
-        numel: int,
-        shard: Tensor,
-        *,
-        scale: float,
-        accumulate: bool,
-        on_chunk: OnChunk | None = None,
-    ) -> Pending:
-        send = staging.send[:numel]
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        staging, send = request.staging, request.send
         own = own_slice(send, self.rank, self.world_size)
-        sum_up = partial(sum_sources_, shard, scale=scale, accumulate=accumulate, on_chunk=on_chunk)
         if staging.receive is None:
             with self._on_stream(send.device) as stream:
                 _reduce_scatter(own, send, group=self._group)
-                sum_up([own])
+                request.sum_([own])
             return OnStream(stream)
         if send.device.type == "cpu":
             with self._with_others("A reduce-scatter"):
-                works, received = self._exchange(send, staging.receive[: numel - own.numel()])
+                works, received = self._exchange(send, staging.receive[: send.numel() - own.numel()])
             sources = [*received[: self.rank], own, *received[self.rank :]]
-            return self._on_host("A reduce-scatter", works, partial(sum_up, sources))
-        receive = staging.receive[:numel]
+            return self._on_host("A reduce-scatter", works, partial(request.sum_, sources))
+        receive = staging.receive[: send.numel()]
         sources = list(receive.chunk(self.world_size))
         if self._is_native(send.device):
             with self._on_stream(send.device) as stream:
                 dist.all_to_all_single(receive, send, group=self._group)
-                sum_up(sources)
+                request.sum_(sources)
             return OnStream(stream)
         with self._with_others("A reduce-scatter"):
             work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
-        return self._on_host("A reduce-scatter", [work], partial(sum_up, sources))
+        return self._on_host("A reduce-scatter", [work], partial(request.sum_, sources))
 
     def _exchange(self, send: Tensor, receive: Tensor) -> tuple[list[Any], list[Tensor]]:
         """Sends every peer its slice of ``send``; returns where this rank's slices of theirs arrive, in rank order."""

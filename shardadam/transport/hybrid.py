@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.chunks import OnChunk, chunks
+from shardadam.chunks import chunks
 from shardadam.ranks.store_barrier import StoreBarrier
-from shardadam.transport.base import Pending, Staging, Transport
+from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.collective import CommunicationStream, OnStream
 
 _GLANCE_S = 0.0005
@@ -67,21 +68,12 @@ class HybridTransport(Transport):
 
     # Transfers
 
-    def reduce_scatter(
-        self,
-        staging: Staging,
-        numel: int,
-        shard: Tensor,
-        *,
-        scale: float,
-        accumulate: bool,
-        on_chunk: OnChunk | None = None,
-    ) -> Pending:
-        total = torch.empty_like(shard) if accumulate else shard
-        scattering = self._shard.reduce_scatter(staging, numel, total, scale=scale, accumulate=False)
-        finish = partial(_finish, shard, total, accumulate, on_chunk)
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        total = torch.empty_like(request.shard) if request.accumulate else request.shard
+        scattering = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, on_chunk=None))
+        finish = partial(_finish, request, total)
         if not scattering.on_host:
-            with self._on_stream(shard.device) as stream:
+            with self._on_stream(total.device) as stream:
                 scattering.wait()
                 self._replica.all_reduce(total).wait()
                 finish()
@@ -193,13 +185,13 @@ class _ShardSum(Pending):
         self._scattering.await_release()
 
 
-def _finish(shard: Tensor, total: Tensor, accumulate: bool, on_chunk: OnChunk | None) -> None:
-    """``total`` is the sum over all ranks; unless it is added to ``shard``, it is in there already."""
-    if not accumulate and on_chunk is None:
+def _finish(request: ReduceScatter, total: Tensor) -> None:
+    """Adds ``total``, the scaled sum over all ranks, to ``shard``, unless it is ``shard``; then calls ``on_chunk``."""
+    if not request.accumulate and request.on_chunk is None:
         return
-    for chunk in chunks(0, shard.numel(), shard.device):
-        part = shard[chunk]
-        if accumulate:
+    for chunk in chunks(0, total.numel(), total.device):
+        part = request.shard[chunk]
+        if request.accumulate:
             part.add_(total[chunk])
-        if on_chunk is not None:
-            on_chunk(part)
+        if request.on_chunk is not None:
+            request.on_chunk(part)

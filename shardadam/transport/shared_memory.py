@@ -35,9 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.chunks import OnChunk, sum_sources_
 from shardadam.ranks import desync
-from shardadam.transport.base import Finished, Pending, Staging, Transport, own_slice
+from shardadam.transport.base import Finished, Pending, ReduceScatter, Staging, Transport, own_slice
 from shardadam.transport.unix_sockets import PeerSockets
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
@@ -199,33 +198,22 @@ class SharedMemoryTransport(Transport):
 
     # Transfers
 
-    def reduce_scatter(
-        self,
-        staging: Staging,
-        numel: int,
-        shard: Tensor,
-        *,
-        scale: float,
-        accumulate: bool,
-        on_chunk: OnChunk | None = None,
-    ) -> Pending:
-        lies_in = self._numbers.get(staging.send.data_ptr())
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        send = request.send
+        lies_in = self._numbers.get(send.data_ptr())
         if lies_in is None:
-            return self._inner.reduce_scatter(
-                staging, numel, shard, scale=scale, accumulate=accumulate, on_chunk=on_chunk
-            )
-        number = self._announce(_Begun(_What.REDUCE_SCATTER, numel * staging.send.itemsize, lies_in))
-        dtype = staging.send.dtype
+            return self._inner.reduce_scatter(request)
+        number = self._announce(_Begun(_What.REDUCE_SCATTER, send.nbytes, lies_in))
 
         def read(begun: dict[int, _Begun]) -> None:
             sources = []
             for rank in range(self.world_size):
                 if rank == self.rank:
-                    whole = staging.send[:numel]
+                    whole = send
                 else:
-                    whole = self._staging[rank, begun[rank].lies_in].view(dtype)[:numel]
+                    whole = self._staging[rank, begun[rank].lies_in].view(send.dtype)[: request.numel]
                 sources.append(own_slice(whole, self.rank, self.world_size))
-            sum_sources_(shard, sources, scale=scale, accumulate=accumulate, on_chunk=on_chunk)
+            request.sum_(sources)
 
         return _Read(self, number, read)
 

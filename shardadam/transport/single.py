@@ -5,25 +5,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardadam.chunks import OnChunk, sum_sources_
-from shardadam.transport.base import Finished, Pending, Staging, Transport
+from shardadam.transport.base import Finished, Pending, ReduceScatter, Transport
 
 
 class SingleProcessTransport(Transport):
     rank = 0
     world_size = 1
 
-    def reduce_scatter(
-        self,
-        staging: Staging,
-        numel: int,
-        shard: Tensor,
-        *,
-        scale: float,
-        accumulate: bool,
-        on_chunk: OnChunk | None = None,
-    ) -> Pending:
-        sum_sources_(shard, [staging.send[:numel]], scale=scale, accumulate=accumulate, on_chunk=on_chunk)
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        request.sum_([request.send])
         return Finished()
 
     def all_gather(self, flat: Tensor) -> Pending:

@@ -13,7 +13,7 @@ import torch
 from shardadam.chunks import OnChunk
 from shardadam.engine.profiling import record
 from shardadam.engine.storage import FlatBucket
-from shardadam.transport import Pending, Staging, Transport
+from shardadam.transport import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.base import Finished
 
 
@@ -106,14 +106,10 @@ class StagingPool:
             staging.send[: bucket.numel].mul_(scale)
             scale = 1.0
         with record("reduce_scatter"):
-            pending = self._transport.reduce_scatter(
-                staging,
-                bucket.numel,
-                bucket.shard.gradient,
-                scale=scale,
-                accumulate=accumulate,
-                on_chunk=on_chunk,
+            request = ReduceScatter(
+                staging, bucket.numel, bucket.shard.gradient, scale=scale, accumulate=accumulate, on_chunk=on_chunk
             )
+            pending = self._transport.reduce_scatter(request)
         self._in_flight.append(InFlight(staging, pending))
 
     def wait_all(self) -> None:
