@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from shardadam.transport import CollectiveTransport
+from shardadam import transport
 
 
 @contextmanager
@@ -31,8 +31,7 @@ def rank_0_of(ranks: int, *, as_nccl: bool = False) -> Iterator[None]:
             patches.enter_context(mock.patch.object(dist, "is_gloo_available", return_value=False))
             patches.enter_context(mock.patch.object(dist, "all_to_all_single"))
             if as_nccl:
-                native = lambda transport, device: device.type == "cuda"  # noqa: E731
-                patches.enter_context(mock.patch.object(CollectiveTransport, "_is_native", native))
+                patches.enter_context(mock.patch.object(transport, "STREAM_BACKENDS", ("fake",)))
             yield
     finally:
         dist.destroy_process_group()

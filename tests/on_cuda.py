@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from shardadam.ranks.store_barrier import StoreBarrier
-from shardadam.transport import CollectiveTransport
+from shardadam.transport import NcclTransport
 from shardadam.transport.groups import CommGroups, GroupPool
 
 
-def nccl_of_one() -> CollectiveTransport:
+def nccl_of_one() -> NcclTransport:
     """A transport over a new group of this process alone, on the first CUDA device."""
     if not dist.is_initialized():
         directory = tempfile.mkdtemp(prefix="shardadam-test-")
@@ -34,7 +34,7 @@ def nccl_of_one() -> CollectiveTransport:
         atexit.register(dist.destroy_process_group)
     pool = GroupPool(dist.new_group(backend="gloo"), StoreBarrier(None, 0, [0]))
     pool.training.append(dist.new_group(backend="nccl"))
-    return CollectiveTransport(CommGroups(pool.control, pool.training[0], pool, 0))
+    return NcclTransport(CommGroups(pool.control, pool.training[0], pool, 0))
 
 
 def warm_up(step: Callable[[], object]) -> None:

@@ -146,7 +146,8 @@ def test_collectives_are_called_by_transports_and_agreement_alone(path: str) -> 
 
 
 def test_the_search_for_collectives_finds_them_where_they_are() -> None:
-    assert collectives(MODULES["transport/collective.py"])
+    assert collectives(MODULES["transport/gloo.py"])
+    assert collectives(MODULES["transport/nccl.py"])
     assert collectives(MODULES["ranks/agreement.py"])
     for source in (
         "import torch.distributed as dist\ndist.all_reduce(x)",

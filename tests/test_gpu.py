@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from shardadam import GradScaler, Precision, ShardedAdamW
 from shardadam.planner import Setting, plan
-from shardadam.transport import Transport, collective, connect
+from shardadam.transport import Transport, connect
+from shardadam.transport.streams import CommunicationStream
 from shardadam.update.shard import Counters, Shard
 from tests import test_checkpoint_reshard as checkpoints
 from tests import test_overlap as overlap
@@ -49,14 +50,14 @@ def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process every transfer begins some milliseconds late: what does not wait for it reads what was there
     before.
     """
-    enter = collective.CommunicationStream.__enter__
+    enter = CommunicationStream.__enter__
 
     def late(self: Any) -> Any:
         stream = enter(self)
         torch.cuda._sleep(5_000_000)
         return stream
 
-    monkeypatch.setattr(collective.CommunicationStream, "__enter__", late)
+    monkeypatch.setattr(CommunicationStream, "__enter__", late)
 
 
 # The kernel

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import shardadam
 from shardadam import ShardedAdamW
 from shardadam.transport import (
-    CollectiveTransport,
+    GlooTransport,
     HybridTransport,
     ReduceScatter,
     SingleProcessTransport,
@@ -408,7 +408,7 @@ def kinds_of_transport() -> list[str]:
 
 
 def test_a_dimension_of_one_costs_nothing() -> None:
-    single, collective = SingleProcessTransport.__name__, CollectiveTransport.__name__
+    single, collective = SingleProcessTransport.__name__, GlooTransport.__name__
     expected = [collective, HybridTransport.__name__, single, collective]
     assert on_ranks(4, kinds_of_transport) == [expected] * 4
 

@@ -162,7 +162,7 @@ def test_two_hosts_train_together(hybrid: bool, alone: dict[int, dict[str, Any]]
     if hybrid:
         assert found[0]["transport"] == "HybridTransport" and found[0]["within"] == "SharedMemoryTransport"
     else:
-        assert found[0]["transport"] == "CollectiveTransport"
+        assert found[0]["transport"] == "GlooTransport"
         assert found[0]["parameters"] == alone[0]["parameters"]
 
 

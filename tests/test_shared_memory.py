@@ -117,7 +117,7 @@ def test_all_ranks_fall_back_or_raise_one_reason_if_one_cannot_share(what: str) 
     results = on_ranks(3, build_where_it_is_impossible, what, deadline_s=DEADLINE_S)
     assert len(set(results)) == 1, results
     fallback, (kind, message), later = results[0]
-    assert fallback == "CollectiveTransport" and later == "SharedMemoryTransport"
+    assert fallback == "GlooTransport" and later == "SharedMemoryTransport"
     assert kind == "RuntimeError" and REASONS[what] in message and '"auto"' in message
 
 
@@ -133,7 +133,7 @@ def build_collective() -> str:
 
 
 def test_collective_never_attaches() -> None:
-    assert on_ranks(2, build_collective) == ["CollectiveTransport"] * 2
+    assert on_ranks(2, build_collective) == ["GlooTransport"] * 2
 
 
 def build_unlike(kinds: Sequence[str]) -> str:
@@ -275,7 +275,7 @@ def run_case(case: Case, transport: str) -> dict[str, Any]:
 def compare_transports(case: Case) -> list[str]:
     """What is not equal bit for bit."""
     ours, reference = (run_case(case, transport) for transport in ("shared_memory", "collective"))
-    assert (ours.pop("kind"), reference.pop("kind")) == ("SharedMemoryTransport", "CollectiveTransport")
+    assert (ours.pop("kind"), reference.pop("kind")) == ("SharedMemoryTransport", "GlooTransport")
     assert ours.keys() == reference.keys()
     return [name for name, value in ours.items() if not is_same(value, reference[name])]
 

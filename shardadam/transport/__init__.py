@@ -15,17 +15,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardadam.chunks import OnChunk
 from shardadam.ranks.agreement import exchange
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
-from shardadam.transport.collective import CollectiveTransport
+from shardadam.transport.by_device import ByDeviceTransport
+from shardadam.transport.gloo import GlooTransport
 from shardadam.transport.groups import CommGroups, backend_of_device, comm_groups, mesh_comm_groups, timeout_s
 from shardadam.transport.hybrid import HybridTransport
+from shardadam.transport.nccl import STREAM_BACKENDS, NcclTransport
 from shardadam.transport.shared_memory import SharedMemoryTransport
 from shardadam.transport.single import SingleProcessTransport
 from shardadam.transport.unix_sockets import PeerSockets
 from shardadam.transport.unix_sockets import connect as connect_sockets
 
 __all__ = [
-    "CollectiveTransport",
+    "ByDeviceTransport",
+    "GlooTransport",
     "HybridTransport",
+    "NcclTransport",
     "OnChunk",
     "Pending",
     "ReduceScatter",
@@ -63,15 +67,24 @@ def connect(
         return shard
     assert mesh.store_barrier is not None
     return HybridTransport(
-        shard, CollectiveTransport(mesh.replica), control=mesh.control, store_barrier=mesh.store_barrier
+        shard, _connect_collective(mesh.replica), control=mesh.control, store_barrier=mesh.store_barrier
     )
+
+
+def _connect_collective(groups: CommGroups, *, exact_sums: bool = False) -> Transport:
+    """The transport over torch.distributed for the backends of ``groups.training``."""
+    backends = backend_of_device(groups.training)
+    if backends.get("cuda") not in STREAM_BACKENDS:
+        return GlooTransport(groups)
+    nccl = NcclTransport(groups, exact_sums=exact_sums)
+    return ByDeviceTransport(GlooTransport(groups), nccl) if "cpu" in backends else nccl
 
 
 def _connect_group(groups: CommGroups | None, *, kind: str, exact_sums: bool) -> Transport:
     """The transport for a shard group; None: of this rank alone."""
     if groups is None:
         return SingleProcessTransport()
-    collective = CollectiveTransport(groups, exact_sums=exact_sums)
+    collective = _connect_collective(groups, exact_sums=exact_sums)
     # Ranks that want different things are told so later, when all that they must agree on is compared.
     if set(exchange(kind, groups.control)) != {kind} or kind == "collective":
         return collective

@@ -179,6 +179,11 @@ class Transport(ABC):
         return None
 
 
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The bytes of a dense ``tensor`` as they lie in memory: backends treat dtypes and strides differently."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:
     """``rank``'s of ``world_size`` equal slices of a flat buffer."""
     shard_numel = flat.numel() // world_size

@@ -24,7 +24,7 @@ from torch import Tensor
 from shardadam.chunks import chunks
 from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
-from shardadam.transport.collective import CommunicationStream, OnStream
+from shardadam.transport.streams import CommunicationStreams, OnStream
 
 _GLANCE_S = 0.0005
 
@@ -49,7 +49,7 @@ class HybridTransport(Transport):
         self._shard = shard
         self._replica = replica
         self._scattering: deque[_ShardSum] = deque()  # whose sums over replicas have not been started
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams = CommunicationStreams()
 
     # Buffers: the shard group's
 
@@ -73,7 +73,7 @@ class HybridTransport(Transport):
         scattering = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, on_chunk=None))
         finish = partial(_finish, request, total)
         if not scattering.on_host:
-            with self._on_stream(total.device) as stream:
+            with self._streams.on(total.device) as stream:
                 scattering.wait()
                 self._replica.all_reduce(total).wait()
                 finish()
@@ -127,11 +127,6 @@ class HybridTransport(Transport):
     def _start_all(self) -> None:
         if self._scattering:
             self.start_until(self._scattering[-1])
-
-    def _on_stream(self, device: torch.device) -> CommunicationStream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        return CommunicationStream(self._streams[device])
 
 
 class _ShardSum(Pending):

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group with NCCL for CUDA and another backend for the CPU: each tensor goes to the transport of its device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
+
+
+class ByDeviceTransport(Transport):
+    """
+    Args:
+        host: for tensors on the CPU.
+        stream: for tensors on CUDA devices; over the same ranks and process groups.
+    """
+
+    def __init__(self, host: Transport, stream: Transport) -> None:
+        self.rank = host.rank
+        self.world_size = host.world_size
+        self.control = host.control
+        self.store_barrier = host.store_barrier
+        self._host = host
+        self._stream = stream
+
+    def _of(self, device: torch.device) -> Transport:
+        return self._stream if device.type == "cuda" else self._host
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+        return self._of(device).staging(numel, dtype, device)
+
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        return self._of(request.shard.device).reduce_scatter(request)
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        return self._of(flat.device).all_gather(flat)
+
+    def all_reduce(self, block: Tensor) -> Pending:
+        return self._of(block.device).all_reduce(block)
+
+    def broadcast(self, tensor: Tensor) -> Pending:
+        return self._of(tensor.device).broadcast(tensor)
+
+    def poll(self, seconds: float) -> bool:
+        return self._host.poll(seconds)
+
+    def close(self, *, clean: bool) -> None:
+        self._stream.close(clean=clean)
+        self._host.close(clean=clean)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NCCL: native collectives, enqueued on a stream of our own. The host never waits for a peer.
+
+Note: streams
+    Collectives are called synchronously, which on NCCL returns at once and keeps no references. ``wait`` makes the
+    caller's stream wait for one event recorded after each. Buffers are never passed to ``record_stream``: they live as
+    long as the optimizer.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardadam.ranks import desync
+from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
+from shardadam.transport.groups import CommGroups, timeout_s
+from shardadam.transport.streams import CommunicationStreams, OnStream
+from shardadam.transport.watchdog import Watchdog
+
+STREAM_BACKENDS = ("nccl",)
+"""Backends that run their collectives on CUDA streams."""
+
+_POLL_S = 0.0002
+# torch 2.13 renamed two collectives and warns about the old names, the only ones that torch 2.11 has.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class NcclTransport(Transport):
+    """CUDA tensors over a group of our own. It must not be given tensors on the CPU.
+
+    Args:
+        exact_sums: exchange gradients by all-to-all and sum them here, in rank order and in the shard's dtype. NCCL
+            itself sums in the dtype that it sends.
+    """
+
+    def __init__(self, groups: CommGroups, *, exact_sums: bool = False) -> None:
+        self.control = groups.control
+        self.store_barrier = groups.pool.store_barrier
+        self.rank = dist.get_rank(groups.training)
+        self.world_size = dist.get_world_size(groups.training)
+        self._comm_groups = groups
+        self._group = groups.training
+        self._exact_sums = exact_sums
+        self._streams = CommunicationStreams()
+        self._watchdog: Watchdog | None = None
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+        send = torch.empty(numel, dtype=dtype, device=device)
+        return Staging(send, torch.empty_like(send) if self._exact_sums else None)
+
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        send = request.send
+        with self._streams.on(send.device) as stream:
+            if request.staging.receive is None:
+                own = own_slice(send, self.rank, self.world_size)
+                _reduce_scatter(own, send, group=self._group)
+                request.sum_([own])
+            else:
+                receive = request.staging.receive[: send.numel()]
+                dist.all_to_all_single(receive, send, group=self._group)
+                request.sum_(list(receive.chunk(self.world_size)))
+        return OnStream(stream)
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        with self._streams.on(flat.device) as stream:
+            _all_gather(flat, own_slice(flat, self.rank, self.world_size), group=self._group)
+        return OnStream(stream)
+
+    def all_reduce(self, block: Tensor) -> Pending:
+        with self._streams.on(block.device) as stream:
+            dist.all_reduce(block, group=self._group)
+        pending = OnStream(stream)
+        self._watch_stream(block.device)
+        return pending
+
+    def broadcast(self, tensor: Tensor) -> Pending:
+        with self._streams.on(tensor.device) as stream:
+            dist.broadcast(in_memory_order(tensor), group=self._group, group_src=0)
+        return OnStream(stream)
+
+    def poll(self, seconds: float) -> bool:
+        time.sleep(min(seconds, _POLL_S))  # the backend's own threads go on meanwhile
+        return True
+
+    def close(self, *, clean: bool) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
+        self._comm_groups.release(clean=clean)
+
+    def _watch_stream(self, device: torch.device) -> None:
+        """From one all-reduce to the next, which is once a step."""
+        if self._watchdog is None:
+            ranks = dist.get_process_group_ranks(self._group)
+            self._watchdog = Watchdog(device, timeout_s(self._group), partial(desync.report, ranks))
+        with torch.cuda.stream(self._streams.of(device)):
+            self._watchdog.started()
