@@ -15,11 +15,14 @@ case " $* " in
 *" --long "*) which=() ;;
 *) which=(-m "not scripts") ;;
 esac
+cd "$ROOT"
+# A path among the arguments replaces the whole of tests/: run.sh tests/test_layout.py
 arguments=()
+paths=(tests)
 for argument in "$@"; do
     if [[ $argument != --scripts ]]; then arguments+=("$argument"); fi
+    if [[ $argument != -* && -e ${argument%%::*} ]]; then paths=(); fi
 done
 
-cd "$ROOT"
 export OMP_NUM_THREADS=1
-exec python -m pytest tests --durations 15 "${which[@]}" "${arguments[@]}"
+exec python -m pytest "${paths[@]}" --durations 15 "${which[@]}" "${arguments[@]}"
