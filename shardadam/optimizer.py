@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -28,6 +28,7 @@ from shardadam.ranks.signals import interrupts_held
 from shardadam.state import local, memory, whole
 from shardadam.state.memory import Memory
 from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_state_dict
+from shardadam.state.torch_view import OptimizerState
 from shardadam.transport import Transport, connect
 
 GradientSync = Literal["backward", "step", "external"]
@@ -101,6 +102,7 @@ class ShardedAdam(Optimizer):
     """
 
     _is_built = False
+    _state: OptimizerState
 
     def __init__(
         self,
@@ -181,6 +183,18 @@ class ShardedAdam(Optimizer):
     def gradient_sync(self) -> str:
         """As it was built: ``"backward"``, ``"step"`` or ``"external"``."""
         return self._engine.options.gradient_sync
+
+    @property
+    def state(self) -> OptimizerState:
+        """State by parameter, views of this rank's shards. Emptying or assigning it changes them; all ranks alike."""
+        return self._state
+
+    @state.setter
+    def state(self, entries: Mapping[Tensor, Any]) -> None:
+        if self._is_built:
+            self._state.replace(entries)
+        else:  # torch.optim.Optimizer.__init__
+            self._state = OptimizerState()
 
     # The step
 
@@ -317,12 +331,12 @@ class ShardedAdam(Optimizer):
 
     def _add_params(self, named: list[NamedParameter]) -> None:
         for param in self._engine.add_params(named):
-            self.state[param.parameter] = local.torch_state(param)
+            self._state.bind(param)
 
     def _add_unfrozen_params(self) -> None:
         """Adds parameters that were frozen before and are trainable now. Collective if there are any."""
         for param in self._engine.add_unfrozen_params():
-            self.state[param.parameter] = local.torch_state(param)
+            self._state.bind(param)
 
     @_collective
     def sync_module(self, module: torch.nn.Module) -> None:

@@ -52,9 +52,12 @@ class FusedUpdate:
         self._on_cpu = counters.steps.device.type == "cpu"
         self._limits: Tensor | None = None
         self._keys: Tensor | None = None
+        self._version = counters.steps._version
 
     def begin(self, inputs: StepInputs) -> None:
         counters = self._counters
+        if counters.steps._version != self._version:  # written from outside: parameters may differ in steps now
+            self.reload()
         if inputs.host_used is not None and not all(inputs.host_used):
             self._runs.advance(inputs.host_used)
         self._host_used = inputs.host_used
@@ -67,6 +70,8 @@ class FusedUpdate:
         self._keys = None
         taken = inputs.used & (inputs.found_inf == 0)
         counters.steps.add_(taken)
+        if counters.steps._version != self._version:  # written from outside: parameters may differ in steps now
+            self.reload()
         after = _bounds_after(counters.bounds, inputs.hyperparameters["betas"])
         counters.bounds.copy_(torch.where(taken, after, counters.bounds))
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``optimizer.state`` as torch users write it: emptied, replaced, assigned to. Every write reaches the flat storage.
+
+Holds views only: the moments live in the arenas. Local: nothing here moves anything between ranks, so all ranks must
+write alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from shardadam.engine.storage import ShardedParam
+from shardadam.state import local
+from shardadam.update import formats
+
+_SCALARS = ("step", "bound")
+_MASTER = "master"
+
+
+class ParamState(dict[str, Tensor]):
+    """``optimizer.state[p]``: this rank's part of the parameter's state, 1-D views of the flat storage by name.
+
+    Assigning to an entry copies into it: a tensor of the entry's shape, or of the parameter's, of which this rank keeps
+    its elements. Emptying it starts the parameter's Adam anew, as in torch; an exact master weight stays. Entries can
+    be neither added nor removed one by one.
+    """
+
+    def __init__(self, param: ShardedParam) -> None:
+        super().__init__(local.torch_state(param))
+        self._param = param
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._write(name, self._checked(name, value))
+
+    def replace(self, entries: Mapping[str, Any]) -> None:
+        """Starts anew, then copies ``entries``. Changes nothing if one of them does not fit."""
+        checked = {name: self._checked(name, value).clone() for name, value in entries.items()}
+        for name, tensor in self.items():
+            if name != _MASTER:
+                tensor.zero_()
+        for name, value in checked.items():
+            self._write(name, value)
+
+    def clear(self) -> None:
+        self.replace({})
+
+    def update(self, *others: Any, **named: Any) -> None:
+        checked = {name: self._checked(name, value) for name, value in dict(*others, **named).items()}
+        for name, value in checked.items():
+            self._write(name, value)
+
+    def __ior__(self, other: Any) -> ParamState:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Tensor:
+        return self[name] if name in self else self._refuse(name)
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse(name)
+
+    def pop(self, name: str, *default: Any) -> NoReturn:
+        self._refuse(name)
+
+    def popitem(self) -> NoReturn:
+        self._refuse("an entry")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ({**self},)
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"optimizer.state: {name!r} of parameter {self._param.name!r} can be neither added nor removed; there are "
+            f"{', '.join(self)}. Assign to one of these, empty optimizer.state[p] to start its Adam anew, or keep what "
+            "is yours in a dict of your own."
+        )
+
+    def _checked(self, name: str, value: Any) -> Tensor:
+        """This rank's elements of ``value``."""
+        if name not in self:
+            self._refuse(name)
+        target = self[name]
+        given = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        if name in _SCALARS:
+            if given.numel() == 1:
+                return given.reshape(())
+        elif given.is_floating_point() or given.dtype == target.dtype:
+            if given.shape == target.shape:
+                return given
+            if given.shape == self._param.shape and target.numel() == sum(s.numel for s in self._param.segments):
+                return local.own_elements(self._param, given)
+        raise ValueError(
+            f"optimizer.state: {name!r} of parameter {self._param.name!r}: found a {given.dtype} tensor of shape "
+            f"{tuple(given.shape)}, expected {target.dtype} of shape {tuple(target.shape)} (this rank's elements) or "
+            f"of the parameter's shape {tuple(self._param.shape)}."
+        )
+
+    @torch.no_grad()
+    def _write(self, name: str, value: Tensor) -> None:
+        target = self[name]
+        if name == _MASTER and value.dtype != target.dtype:
+            parameter = local.own_elements(self._param, self._param.parameter.detach())
+            formats.write_master_(local.local_state(self._param), parameter, value)
+        else:
+            target.copy_(value)
+
+
+class OptimizerState(defaultdict[Tensor, Any]):
+    """``optimizer.state``: a ``ParamState`` for every trainable parameter, which stays there whatever is written."""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+    def bind(self, param: ShardedParam) -> None:
+        super().__setitem__(param.parameter, ParamState(param))
+
+    def replace(self, entries: Mapping[Tensor, Any]) -> None:
+        """What ``optimizer.state = entries`` means: parameters that are not in it start anew."""
+        for parameter in [*self]:
+            if parameter not in entries:
+                del self[parameter]
+        for parameter, entry in entries.items():
+            self[parameter] = entry
+
+    def __setitem__(self, parameter: Tensor, entry: Any) -> None:
+        bound = self.get(parameter)
+        if not isinstance(bound, ParamState):
+            super().__setitem__(parameter, entry)
+        elif bound is not entry:
+            bound.replace(entry)
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        bound = self.get(parameter)
+        if isinstance(bound, ParamState):
+            bound.clear()
+        else:
+            super().__delitem__(parameter)
+
+    def clear(self) -> None:
+        self.replace({})
+
+    def pop(self, parameter: Tensor, *default: Any) -> Any:
+        if parameter not in self and default:
+            return default[0]
+        entry = self[parameter]
+        taken = {name: tensor.clone() for name, tensor in entry.items()} if isinstance(entry, ParamState) else entry
+        del self[parameter]
+        return taken
+
+    def popitem(self) -> NoReturn:
+        raise ValueError("optimizer.state: popitem() has no end, as trainable parameters stay. Call clear().")
+
+    def update(self, *others: Any, **named: Any) -> None:
+        entries: Iterable[tuple[Any, Any]] = dict(*others, **named).items()
+        for parameter, entry in entries:
+            self[parameter] = entry
+
+    def __ior__(self, other: Any) -> OptimizerState:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, parameter: Tensor, default: Any = None) -> Any:
+        if parameter not in self:
+            self[parameter] = default
+        return self[parameter]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Tensor, Any]:
+        return deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ({parameter: dict(entry) for parameter, entry in self.items()},)
