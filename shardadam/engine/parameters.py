@@ -135,6 +135,16 @@ class ShardedParameters:
         """By the ``id`` of the parameter."""
         return {id(param.parameter): param for param in self.params}
 
+    def release(self) -> None:
+        """Lets go of all storage at once: without this it would live until the cyclic garbage collector runs, as
+        parameters, arenas and buckets refer to each other.
+        """
+        for param in self.params:
+            param.buckets.clear()
+        for arena in self.arenas:
+            arena.params.clear()
+            arena.buckets.clear()
+
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives ``tensors``, of any dtype and strides, rank 0's values. Collective."""

@@ -277,6 +277,7 @@ class StepEngine:
             torch.autograd.graph.increment_version(self.parameters.taken())
 
     def release(self) -> None:
-        """Gives back hooks and what the transport holds; its optimizer is gone. Local."""
+        """Gives back hooks, memory and what the transport holds, when the optimizer is gone. Local."""
         self.reducer.remove_hooks()
         self.transport.close(clean=self.reducer.is_idle)
+        self.parameters.release()

@@ -193,6 +193,7 @@ class PeerSockets:
         if not self._is_open:
             return
         self._is_open = False
+        self.on_record = _refuse  # it refers to the transport, which refers to this
         for peer in self._peers:
             peer.socket.close()
             if peer.pidfd is not None:
