@@ -6,8 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import wraps
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,13 +17,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import warn_of_torchs_clipping
 from shardadam.engine.checkpoint_seam import CheckpointSeam
+from shardadam.engine.collective import collective
 from shardadam.engine.parameters import agreed, named_parameters
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.precision import Precision
-from shardadam.ranks import agreement, desync
-from shardadam.ranks.signals import interrupts_held
+from shardadam.ranks import agreement
 from shardadam.state import local, memory, whole
 from shardadam.state.memory import Memory
 from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_state_dict
@@ -32,33 +31,6 @@ from shardadam.state.torch_view import OptimizerState
 from shardadam.transport import Transport, connect
 
 GradientSync = Literal["backward", "step", "external"]
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _collective(
-    method: Callable[Concatenate[ShardedAdam, _P], _R],
-) -> Callable[Concatenate[ShardedAdam, _P], _R]:
-    """Marks a method that all ranks must call: desync reports name it, and signals wait until it is over.
-
-    If a second signal interrupts the call, the optimizer refuses to step until a checkpoint is loaded.
-    """
-
-    @wraps(method)
-    def call(self: ShardedAdam, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with desync.in_call(method.__name__), interrupts_held():
-            try:
-                return method(self, *args, **kwargs)
-            except Exception:
-                raise
-            except BaseException as error:
-                if self._is_built:
-                    self._engine.poison.reason = f"{method.__name__}() was broken off ({type(error).__name__})"
-                    self._engine.transport.abort()
-                raise
-
-    return call
 
 
 class ShardedAdam(Optimizer):
@@ -198,7 +170,7 @@ class ShardedAdam(Optimizer):
 
     # The step
 
-    @_collective
+    @collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates parameters with the gradients since the last step, averaged over ranks. Collective.
@@ -228,7 +200,7 @@ class ShardedAdam(Optimizer):
             self._consolidated = None
         return loss
 
-    @_collective
+    @collective
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients, also those that are reduced already, which ``model.zero_grad()`` cannot reach.
 
@@ -246,7 +218,7 @@ class ShardedAdam(Optimizer):
         """
         return self._engine.reducer.no_sync()
 
-    @_collective
+    @collective
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
         """Clips the 2-norm of all averaged gradients together to ``max_norm``. Collective.
 
@@ -276,7 +248,7 @@ class ShardedAdam(Optimizer):
         """
         self._engine.overlap_gather(model)
 
-    @_collective
+    @collective
     def synchronize(self) -> None:
         """Waits until all parameters are gathered and no peer reads them any more. Collective.
 
@@ -284,7 +256,7 @@ class ShardedAdam(Optimizer):
         """
         self._engine.gatherer.synchronize()
 
-    @_collective
+    @collective
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """``StepEngine.unscale``, for GradScaler. Collective."""
@@ -308,7 +280,7 @@ class ShardedAdam(Optimizer):
 
     # Parameters
 
-    @_collective
+    @collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch. Collective: all ranks must add the same."""
         if not self._is_built:  # called by torch.optim.Optimizer.__init__
@@ -338,7 +310,7 @@ class ShardedAdam(Optimizer):
         for param in self._engine.add_unfrozen_params():
             self._state.bind(param)
 
-    @_collective
+    @collective
     def sync_module(self, module: torch.nn.Module) -> None:
         """Broadcasts rank 0's buffers, and its parameters that this optimizer was not given. Collective.
 
@@ -351,7 +323,7 @@ class ShardedAdam(Optimizer):
 
     # Looking inside
 
-    @_collective
+    @collective
     def check_in_sync(self) -> None:
         """Checks with checksums that all ranks hold the same bits. Collective.
 
@@ -373,7 +345,7 @@ class ShardedAdam(Optimizer):
         copies = replicas.copies(parameters.params, parameters.frozen, engine.skipped_steps, engine.transport)
         replicas.check(copies, engine.transport.rank, engine.transport.control)
 
-    @_collective
+    @collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
         """The parameter's averaged gradient as ``step`` would use it. Collective.
 
@@ -383,7 +355,7 @@ class ShardedAdam(Optimizer):
         self._add_unfrozen_params()
         return self._engine.full_grad(parameter, self.param_groups)
 
-    @_collective
+    @collective
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's whole state: step, exp_avg, exp_avg_sq and, where there is one, master. Collective.
 
@@ -420,7 +392,7 @@ class ShardedAdam(Optimizer):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    @_collective
+    @collective
     def full_state_dict(self) -> dict[str, Any]:
         """The whole state on rank 0, as torch.optim.Adam/AdamW has it; an empty dict on other ranks. Collective.
 
@@ -430,7 +402,7 @@ class ShardedAdam(Optimizer):
         """
         return self._whole_state_dict(to=0) or {}
 
-    @_collective
+    @collective
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
 

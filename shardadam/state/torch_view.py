@@ -96,7 +96,7 @@ class ParamState(dict[str, Tensor]):
         elif given.is_floating_point() or given.dtype == target.dtype:
             if given.shape == target.shape:
                 return given
-            if given.shape == self._param.shape and target.numel() == sum(s.numel for s in self._param.segments):
+            if given.shape == self._param.shape and target.numel() == sum(s.numel for s in self._param.shard_segments):
                 return local.own_elements(self._param, given)
         raise ValueError(
             f"optimizer.state: {name!r} of parameter {self._param.name!r}: found a {given.dtype} tensor of shape "

@@ -70,8 +70,7 @@ class FusedUpdate:
         self._keys = None
         taken = inputs.used & (inputs.found_inf == 0)
         counters.steps.add_(taken)
-        if counters.steps._version != self._version:  # written from outside: parameters may differ in steps now
-            self.reload()
+        self._version = counters.steps._version
         after = _bounds_after(counters.bounds, inputs.hyperparameters["betas"])
         counters.bounds.copy_(torch.where(taken, after, counters.bounds))
 

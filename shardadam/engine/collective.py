@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks methods that all ranks must call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from shardadam.engine.step import StepEngine
+from shardadam.ranks import desync
+from shardadam.ranks.signals import interrupts_held
+
+
+class _Optimizer(Protocol):
+    _is_built: bool
+    _engine: StepEngine
+
+
+_S = TypeVar("_S", bound=_Optimizer)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def collective(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
+    """Names the method in desync reports while it runs, and defers signals until it is over.
+
+    If a second signal interrupts the call, the optimizer refuses to step until a checkpoint is loaded.
+    """
+
+    @wraps(method)
+    def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with desync.in_call(method.__name__), interrupts_held():
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                raise
+            except BaseException as error:
+                if self._is_built:
+                    self._engine.poison.reason = f"{method.__name__}() was broken off ({type(error).__name__})"
+                    self._engine.transport.abort()
+                raise
+
+    return call
