@@ -66,6 +66,7 @@ def test_bf16_and_int8() -> None:
 
 
 @pytest.mark.scripts
+@pytest.mark.timeout(240)  # it starts two runs
 def test_checkpoint_and_resume(tmp_path: Path) -> None:
     first = numbers("loss", run("checkpoint_and_resume.py", str(tmp_path / "c")))
     output = run("checkpoint_and_resume.py", str(tmp_path / "c"), ranks=3)
