@@ -490,6 +490,34 @@ def test_what_is_looked_at_in_between_is_not_kept_for_new(world_size: int, gradi
         torch.testing.assert_close(total, model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
 
 
+def launches_with_an_unused_parameter() -> tuple[int, int]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    model[:5](batch(0, 0)).square().mean().backward()  # the last layer has no gradient
+    return sum(optimizer._reducer._launches), len(optimizer._buckets)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_end_of_backward_launches_what_absent_gradients_have_held_up(world_size: int) -> None:
+    for launched, buckets in on_ranks(world_size, launches_with_an_unused_parameter):
+        assert launched == buckets
+
+
+def step_with_a_sum_that_overflows(gradient_sync: str) -> tuple[Tensor, int]:
+    parameter = nn.Parameter(torch.zeros(64))
+    optimizer = ShardedAdamW([parameter], lr=LR, gradient_sync=gradient_sync)
+    (parameter * 3e38).sum().backward()  # the sum over two ranks is infinite, and so would be the moments
+    optimizer.step()
+    return parameter.detach().clone(), int(optimizer.skipped_steps)
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+def test_finite_gradients_whose_sum_overflows_are_not_used(gradient_sync: str) -> None:
+    """In bucket views they are checked one by one, and before they are summed up."""
+    for parameter, skipped in on_ranks(2, step_with_a_sum_that_overflows, gradient_sync):
+        assert torch.equal(parameter, torch.zeros(64)) and skipped == 1
+
+
 def look_twice_at_a_gradient_in_anothers_view() -> tuple[float, float]:
     rank, _ = rank_and_size()
     first, second = (nn.Parameter(torch.zeros(64)) for _ in range(2))
