@@ -494,7 +494,7 @@ def launches_with_an_unused_parameter() -> tuple[int, int]:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
     model[:5](batch(0, 0)).square().mean().backward()  # the last layer has no gradient
-    return sum(optimizer._reducer._launches), len(optimizer._buckets)  # type: ignore[attr-defined]
+    return sum(optimizer._engine.reducer._launches), len(optimizer._engine.parameters.buckets)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
