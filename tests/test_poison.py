@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import Precision, ShardedAdamW
-from shardadam.ranks.signals import interrupts_held
+from shardadam.ranks.signals import defer_signals
 from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of, restart
 
 INJECTIONS = 30  # an ordinary run, in each of four calls
@@ -120,7 +120,7 @@ def test_a_signal_is_held_back_until_the_end() -> None:
     happened: list[str] = []
 
     def interrupt() -> None:
-        with interrupts_held():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
             happened.append("the rest")
@@ -134,7 +134,7 @@ def test_a_second_signal_is_not_held_back() -> None:
     happened: list[str] = []
 
     def interrupt() -> None:
-        with interrupts_held():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
@@ -150,7 +150,7 @@ def test_other_threads_and_handlers_of_the_system_are_left_alone() -> None:
     found: list[Any] = []
 
     def look() -> None:
-        with interrupts_held():
+        with defer_signals():
             found.append({number: signal.getsignal(number) for number in before})
 
     thread = threading.Thread(target=look)

@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from shardadam.engine.step import StepEngine
 from shardadam.ranks import desync
-from shardadam.ranks.signals import interrupts_held
+from shardadam.ranks.signals import defer_signals
 
 
 class _Optimizer(Protocol):
@@ -30,7 +30,7 @@ def collective(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenat
 
     @wraps(method)
     def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with desync.in_call(method.__name__), interrupts_held():
+        with desync.in_call(method.__name__), defer_signals():
             try:
                 return method(self, *args, **kwargs)
             except Exception:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardadam.engine.profiling import record
 from shardadam.engine.storage import FlatBucket
-from shardadam.ranks.signals import interrupts_held
+from shardadam.ranks.signals import defer_signals
 from shardadam.transport import Pending, Transport
 from shardadam.transport.base import own_slice
 
@@ -47,7 +47,7 @@ class ParameterGatherer:
         for index in indices:
             pending = self._pending.get(index)
             if pending is not None:
-                with interrupts_held(), record("all_gather"):
+                with defer_signals(), record("all_gather"):
                     pending.wait()
                     self._unreleased.append(self._pending.pop(index))
 

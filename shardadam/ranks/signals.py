@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM while ranks are at something together: they act when it is done, and not in the middle of it."""
+"""Defers Ctrl-C and SIGTERM until a call that other ranks take part in is complete."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ _NUMBERS = (int(signal.SIGINT), int(signal.SIGTERM))
 _MAIN = threading.main_thread().ident
 
 
-class interrupts_held:
-    """The handlers that Python has for SIGINT and SIGTERM run when what is inside is over.
+class defer_signals:
+    """Context manager: Python's handlers of SIGINT and SIGTERM run when the block is complete.
 
-    A second signal is not held back: inside may wait for a rank that does not come. Handlers of the system (the default
-    for SIGTERM, which ends the process) act at once as ever, and so do all of them outside the main thread.
+    A second signal is not deferred, as the block may wait for a rank that has ended. If it interrupts the call, the
+    optimizer refuses to step until a checkpoint is loaded. Does nothing outside the main thread, in a nested block, and
+    for signals without a handler in Python (SIGTERM by default, which ends the process at once).
     """
 
-    __slots__ = ("_handlers", "_held")
-    _is_holding = False
+    __slots__ = ("_deferred", "_handlers")
+    _is_active = False
 
     def __enter__(self) -> None:
         self._handlers: dict[int, Callable[..., Any]] | None = None
-        if interrupts_held._is_holding or threading.get_ident() != _MAIN:
+        if defer_signals._is_active or threading.get_ident() != _MAIN:
             return
-        self._held: list[tuple[int, FrameType | None]] = []
+        self._deferred: list[tuple[int, FrameType | None]] = []
         self._handlers = {}
-        interrupts_held._is_holding = True
+        defer_signals._is_active = True
         for number in _NUMBERS:
             handler = _signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler
-                _signal.signal(number, self._hold)
+                _signal.signal(number, self._defer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -46,13 +47,13 @@ class interrupts_held:
             return
         for number, handler in self._handlers.items():
             _signal.signal(number, handler)
-        interrupts_held._is_holding = False
-        if len(self._held) == 1:
-            number, frame = self._held[0]
+        defer_signals._is_active = False
+        if len(self._deferred) == 1:
+            number, frame = self._deferred[0]
             self._handlers[number](number, frame)
 
-    def _hold(self, number: int, frame: FrameType | None) -> None:
-        self._held.append((number, frame))
-        if len(self._held) > 1:
+    def _defer(self, number: int, frame: FrameType | None) -> None:
+        self._deferred.append((number, frame))
+        if len(self._deferred) > 1:
             assert self._handlers is not None
             self._handlers[number](number, frame)

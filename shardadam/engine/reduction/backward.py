@@ -35,7 +35,7 @@ from shardadam.engine.reduction.copy_in import copy_in, joined_streams
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.storage import FlatBucket, ShardedParam
-from shardadam.ranks.signals import interrupts_held
+from shardadam.ranks.signals import defer_signals
 from shardadam.transport import Transport
 
 
@@ -173,7 +173,7 @@ class BackwardReducer(Reducer):
         self._round = None
 
     def _launch_next(self, current: Round, *, may_wait: bool) -> None:
-        with interrupts_held():
+        with defer_signals():
             index = current.order[current.next]
             current.next += 1
             self._launch(index, current, may_wait=may_wait)
