@@ -6,16 +6,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import shardadam
 from shardadam import ShardedAdamW
-from shardadam.ranks import store_barrier
+from shardadam.ranks import desync
 from shardadam.ranks.agreement import Claim, _describe_difference, name_ranks
 from shardadam.ranks.desync import DesyncReporter
+from shardadam.ranks.store import StoreClient
+from shardadam.ranks.store_barrier import StoreBarrier
 from tests.ranks import on_ranks, rank_and_size
 
 ODD_RANK = 1
@@ -251,13 +255,22 @@ def test_a_rank_with_less_to_claim_is_said_to_have_nothing() -> None:
     assert "parameter 'a' (shape (2,)) on rank 0, nothing on rank 1." in described
 
 
-def test_a_store_that_cannot_be_cloned_is_not_asked_where_ranks_stand() -> None:
+def test_frames_of_the_package_are_not_the_user_s_code() -> None:
+    """After the module had moved to a folder, reports named lines of optimizer.py."""
+    module = Path(shardadam.__file__).parent / "engine" / "gathering.py"
+    found: dict[str, Any] = {"line_in_users_code": desync._line_in_users_code}
+    exec(compile("line = line_in_users_code()", str(module), "exec"), found)
+    assert found["line"].startswith("test_agreement.py:")
+
+
+def test_a_store_that_cannot_be_cloned_is_not_asked_for_a_status() -> None:
     """torch's FakeStore, and stores written in Python, raise at clone(): building an optimizer failed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert DesyncReporter(FakeStore(), 0, 2).report([0, 1]) == (
-        "Where the ranks stand is not known: the store by which they met cannot be asked from a thread of its own. "
-        "They are: rank 0 (this one), rank 1."
+    store = StoreClient(FakeStore(), may_share_connection=False)
+    assert DesyncReporter(store, 0, 2).report([0, 1]) == (
+        "Status of the ranks unknown: the store of the process group cannot be cloned. "
+        "The ranks are: rank 0 (this one), rank 1."
     )
 
 
@@ -277,13 +290,12 @@ class SilentStore:
         return ask
 
 
-def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_barrier, "_ANSWER_S", 0.3)
+def test_a_store_that_does_not_answer_is_given_up() -> None:
     store: Any = SilentStore()
-    barrier = store_barrier.StoreBarrier(store, 0, [0, 1])
+    barrier = StoreBarrier(StoreClient(store, answer_s=0.3), 0, [0, 1])
     start = time.monotonic()
     with barrier.heartbeat():
         store.asked.wait(5)
-    with pytest.raises(RuntimeError, match="a save: the store through which ranks meet cannot be reached any more"):
+    with pytest.raises(RuntimeError, match="a save: cannot reach the store of the process group"):
         barrier.exchange("", what="a save", timeout_s=1.0)
     assert time.monotonic() - start < 5

@@ -181,7 +181,7 @@ def load_on_some(directory: str) -> str:
 def test_load_on_some_ranks_only_names_the_others(tmp_path: Path) -> None:
     run = build(width=40)
     shardadam.save(tmp_path, step=0, model=run.model, optimizer=run.optimizer)
-    assert "ranks 1-2 did not come" in on_ranks(3, load_on_some, str(tmp_path))[0]
+    assert "ranks 1-2 did not arrive" in on_ranks(3, load_on_some, str(tmp_path))[0]
 
 
 def save_slowly(directory: str) -> list[Any]:

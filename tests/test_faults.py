@@ -262,7 +262,7 @@ def test_a_fault_ends_on_every_rank_in_an_error_that_names_the_rank(
                 continue
             assert one.kind in ("RankDesyncError", "TimeoutError", "ValueError"), what
             assert one.seconds < TIMEOUT_S + 5, what
-            assert f"rank {VICTIM}" in one.message or (fault is saves and "did not come" in one.message), what
+            assert f"rank {VICTIM}" in one.message or (fault is saves and "did not arrive" in one.message), what
             assert re.search(FAULTS[fault], one.message), what
             assert all(math.isfinite(x) for values in one.parameters for x in values), what
         if all(notices(fault, gradient_sync, rank) for rank in told):

@@ -194,7 +194,7 @@ def test_the_error_names_the_host_that_is_cut_off(how: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("when", [pytest.param("step", marks=pytest.mark.long), "save"])
 def test_a_host_that_loses_the_one_with_the_store_says_so(when: str, tmp_path: Path) -> None:
     """A save meets by the store alone, and a request to a host that is cut off returns never."""
-    told = {"step": "RankDesyncError", "save": "the store through which ranks meet cannot be reached"}[when]
+    told = {"step": "RankDesyncError", "save": "cannot reach the store of the process group"}[when]
     with two_hosts() as (a, b):
         options = ("--steps", "10000", "--pace", "0.02", "--timeout", "4", *(["--save"] if when == "save" else []))
         processes = [start(host, a, tmp_path, *options) for host in (a, b)]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks tell each other outside of tensors: agreement, the store barrier, desync reports, signals."""
+"""What ranks exchange besides tensors: agreement checks, the store barrier, desync reports; deferred signals."""

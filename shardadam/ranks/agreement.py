@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do all ranks hold the same, and are all of them there? With an error on every rank where not."""
+"""Checks that all ranks hold the same, and raises the same error on every rank where they do not.
+
+Exchanges small Python objects over a control group. Must not move tensors of the model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from shardadam.ranks import desync
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something that must be equal on all ranks, as text: ``field`` of ``subject`` is ``value``."""
+    """A value that must be equal on all ranks, as text: ``field`` of ``subject`` is ``value``."""
 
     subject: str
     field: str
@@ -35,13 +38,14 @@ _BUILD_ALIKE = "Build the same model and the same optimizer on every rank."
 
 
 def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy: str = _BUILD_ALIKE) -> None:
-    """Collective: raises on every rank, with one message, unless all ranks make the same claims in the same order.
+    """Checks that all ranks make the same claims in the same order. Collective: all ranks must call it.
 
     Args:
-        remedy: ends the message.
+        group: None for one rank.
+        remedy: the end of the message.
 
     Raises:
-        ValueError: names the first claim that differs, and what it is on which ranks.
+        ValueError: on every rank; names the first claim that differs and its values by rank.
         RuntimeError: another rank has called ``announce_failure``.
     """
     if group is None:
@@ -50,27 +54,26 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy:
     _raise_failure_of_another(digests, group)
     if len(set(digests)) == 1:
         return
-    everybody = exchange(list(claims), group)
-    for row in zip_longest(*everybody):
+    for row in zip_longest(*exchange(list(claims), group)):
         if len(set(row)) > 1:
             raise ValueError(f"{_describe_difference(row, dist.get_process_group_ranks(group))} {remedy}")
 
 
 def largest(value: int, group: dist.ProcessGroup | None) -> int:
-    """Collective: the largest ``value`` of all ranks."""
+    """Returns the largest ``value`` of all ranks. Collective: all ranks must call it."""
     return value if group is None else max(exchange(value, group))
 
 
 def announce_failure(error: Exception, group: dist.ProcessGroup | None) -> None:
-    """Collective, called in place of ``require``: the other ranks raise too, instead of waiting for this one."""
+    """Makes the other ranks raise from the ``require`` they are in. Call it in place of ``require``. Collective."""
     if group is not None:
         exchange(_Failure(f"{type(error).__name__}: {error}"), group)
 
 
 def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Collective: what every rank has passed, in rank order.
+    """Returns the objects of all ranks, in rank order. Collective: all ranks must call it.
 
-    As all_gather_object, which wants NumPy for it.
+    Like torch's all_gather_object, which needs NumPy.
     """
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
     text = pickle.dumps(mine)
@@ -78,45 +81,47 @@ def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     try:
         dist.all_gather(sizes, size, group=group)
-        most = max(int(one) for one in sizes)
-        padded = torch.frombuffer(bytearray(text.ljust(most)), dtype=torch.uint8).to(device)
+        largest_size = max(int(one) for one in sizes)
+        padded = torch.frombuffer(bytearray(text.ljust(largest_size)), dtype=torch.uint8).to(device)
         texts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(texts, padded, group=group)
     except RuntimeError as error:
-        raise desync.desync_error("Comparing what the ranks hold", error, group) from error
-    here = [one.cpu() for one in texts]
-    return [pickle.loads(ctypes.string_at(one.data_ptr(), int(n))) for one, n in zip(here, sizes, strict=True)]
+        raise desync.desync_error("An exchange of small objects between ranks", error, group) from error
+    on_host = [one.cpu() for one in texts]
+    return [pickle.loads(ctypes.string_at(one.data_ptr(), int(n))) for one, n in zip(on_host, sizes, strict=True)]
 
 
 def _raise_failure_of_another(answers: Sequence[Any], group: dist.ProcessGroup) -> None:
     for rank, answer in zip(dist.get_process_group_ranks(group), answers, strict=True):
         if isinstance(answer, _Failure):
-            raise RuntimeError(f"Rank {rank} could not build the optimizer, so no rank did. There: {answer.message}")
+            raise RuntimeError(
+                f"Rank {rank} could not build the optimizer, so no rank did. Its error: {answer.message}"
+            )
 
 
 def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> str:
-    """A row holds what each rank claims at one position; None where a rank has no more claims."""
+    """``row`` holds each rank's claim at one position; None where a rank has no more claims."""
     first = next(claim for claim in row if claim is not None)
     if all(claim is not None and (claim.subject, claim.field) == (first.subject, first.field) for claim in row):
-        what = f"{first.subject}: {first.field}" if first.field else first.subject
+        what = f" on {first.subject}: {first.field}" if first.field else f" on {first.subject}"
         values = [claim.value for claim in row if claim is not None]
     else:
-        what = "what comes next"
+        what = ":"
         values = ["nothing" if claim is None else f"{claim.subject} ({claim.field} {claim.value})" for claim in row]
     holders: dict[str, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):
         holders.setdefault(value, []).append(rank)
     differing = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
-    return f"Ranks disagree on {what} {differing}."
+    return f"Ranks disagree{what} {differing}."
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """``rank 3``, or ``ranks 0-2, 5``."""
-    stretches: list[list[int]] = []
+    intervals: list[list[int]] = []  # [first, last], or [only]
     for rank in ranks:
-        if stretches and stretches[-1][-1] == rank - 1:
-            stretches[-1][1:] = [rank]
+        if intervals and intervals[-1][-1] == rank - 1:
+            intervals[-1][1:] = [rank]
         else:
-            stretches.append([rank])
-    named = ", ".join("-".join(map(str, stretch)) for stretch in stretches)
+            intervals.append([rank])
+    named = ", ".join("-".join(map(str, interval)) for interval in intervals)
     return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"

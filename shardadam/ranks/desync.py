@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where does every rank stand? Asked when one of them does not come, and answered by a thread of each, whatever the
-main one is doing: in which collective call it is, or where in the user's code. Nothing here takes part in training.
+"""Desync reports: which call every rank is in, and at which line of the user's script.
+
+A rank that waits in vain asks for a report; a thread of every rank answers, whatever its main thread is doing. Uses the
+store only, and takes no part in training.
 """
 
 from __future__ import annotations
@@ -18,45 +20,53 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from shardadam.ranks.store import StoreClient, default_store
+
 _PERIOD_S = 0.25
-_PATIENCE_S = 2.0
-_STORE_TIMEOUT_S = 5.0
+_REPORT_S = 2.0
+_ANSWER_S = 3.0  # of the store
+_JOIN_S = 5.0
 _MOST_NAMED = 16
 _LIBRARIES = tuple(
     str(Path(folder).resolve()) + os.sep
-    for folder in (Path(__file__).parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
+    for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
 )
+_ENDED = "has ended"
+_SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
 
 
 class RankDesyncError(RuntimeError):
-    """A rank has ended, has raised, or makes other calls than this one; the message says which and where all stand.
+    """A rank has ended, has raised, or makes other calls than this one; the message gives the status of all ranks.
 
-    What was under way on this rank is not complete, and the ranks cannot go on together: start again, from the last
+    The call that was running on this rank is not complete, and training cannot continue: restart from the last
     checkpoint.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """Where a rank runs. ``world``: equal for two processes that see each other's numbers."""
+    """The process of a rank.
+
+    Args:
+        pid_namespace: equal for two processes that see each other's process ids; empty where the system has none.
+    """
 
     host: str
     pid: int
-    world: str
+    pid_namespace: str
 
     @staticmethod
     def here() -> ProcessInfo:
-        return ProcessInfo(socket.gethostname(), os.getpid(), _pid_world())
+        return ProcessInfo(socket.gethostname(), os.getpid(), _pid_namespace())
 
     def has_ended(self) -> bool:
-        """Whether it is known to have: it ran beside this process, and does not any more."""
-        if not self.world or self.world != _pid_world():
+        """Whether the process is known to have ended. False where this process cannot see it."""
+        if not self.pid_namespace or self.pid_namespace != _pid_namespace():
             return False
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -65,7 +75,7 @@ class ProcessInfo:
         return state in "ZX"
 
 
-def _pid_world() -> str:
+def _pid_namespace() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -74,182 +84,170 @@ def _pid_world() -> str:
 
 
 class DesyncReporter:
-    """All ranks of the default process group, of which reports are asked for some.
+    """Asks the ranks of the default process group for their status, and answers when another rank asks.
 
-    Note: a question and its answers
-        A question is a number in the store that the ranks met by at the beginning; every rank answers the newest,
-        under a key of its own. A thread looks for questions four times a second (less often where there are thousands
-        of ranks). It has a connection of its own: the main thread may block the other.
+    Note: status requests
+        A request is a number in the store. A thread of every rank checks for a new number four times a second (less
+        often with thousands of ranks) and writes its status under a key of its own. It has its own connection, as the
+        main thread may block the default one.
+
+    Args:
+        store: must not share the connection of the default store.
+        rank: this one.
     """
 
-    def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int) -> None:
-        self.processes: dict[int, ProcessInfo] = {}  # by rank, as far as they are known
+    def __init__(self, store: StoreClient, rank: int, world_size: int) -> None:
+        self.processes: dict[int, ProcessInfo] = {}  # by rank, where known
         self._rank = rank
-        self._store = clone_of(store)
-        if self._store is None:
+        self._store: StoreClient | None = store
+        try:
+            store.connect()
+        except dist.DistError:
+            self._store = None
             return
-        self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
-        _answer_in_background(self._store, rank, _PERIOD_S * max(1.0, world_size / 1000))
+        _answer_in_background(store, rank, _PERIOD_S * max(1.0, world_size / 1000))
 
     def report(self, ranks: Sequence[int]) -> str:
-        # In a thread, as a store whose host is cut off may keep a question for ever.
-        answer: list[dict[int, str] | None] = []
-        thread = threading.Thread(target=lambda: answer.append(self._ask(ranks)), daemon=True)
-        thread.start()
-        thread.join(_PATIENCE_S + 1)
-        told = answer[0] if answer else None
-        if told is None:
-            why = (
-                "the store by which they met cannot be asked from a thread of its own"
-                if self._store is None
-                else "the store by which they met cannot be reached; the process that holds it (rank 0, or torchrun's "
-                "agent there) has ended, or its host is cut off"
+        """The status of ``ranks``, one line each, silent ranks first. Takes up to 2 s where a rank does not answer."""
+        store = self._store
+        if store is None:
+            return self._unknown(ranks, "the store of the process group cannot be cloned")
+        try:
+            status = store.run_with_limit(lambda: self._status_of(ranks, store))
+        except RuntimeError:  # dist.DistError is one
+            return self._unknown(
+                ranks,
+                "cannot reach the store of the process group; the process that hosts it (rank 0, or torchrun's agent) "
+                "has ended, or its host is cut off",
             )
-            who = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
-            return f"Where the ranks stand is not known: {why}. They are: {who}."
-        silent = [rank for rank in ranks if told.setdefault(rank, _SILENT) in (_SILENT, _ENDED)]
-        shown = sorted(told, key=lambda rank: (rank not in silent, rank != self._rank, rank))
-        lines = [f"  {self._name(rank)}: {told[rank]}" for rank in shown[:_MOST_NAMED]]
+        silent = [rank for rank in ranks if status.setdefault(rank, _SILENT) in (_SILENT, _ENDED)]
+        shown = sorted(status, key=lambda rank: (rank not in silent, rank != self._rank, rank))
+        lines = [f"  {self._name(rank)}: {status[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
             lines.append(f"  and {len(shown) - _MOST_NAMED} more")
         remedy = (
-            "See their own output: what ended or keeps them comes first."
+            "Check the logs of the silent ranks first."
             if silent
-            else "All ranks must make the same calls in the same order; see what made them part."
+            else "All ranks must make the same calls in the same order; compare where they are in your script."
         )
-        return "\n".join(["Where the ranks stand:", *lines, remedy])
+        return "\n".join(["Status of the ranks:", *lines, remedy])
+
+    def _unknown(self, ranks: Sequence[int], why: str) -> str:
+        names = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
+        return f"Status of the ranks unknown: {why}. The ranks are: {names}."
 
     def _name(self, rank: int) -> str:
         hosts = {process.host for process in self.processes.values()}
         host = f" on {self.processes[rank].host}" if len(hosts) > 1 and rank in self.processes else ""
         return f"rank {rank}{host}{' (this one)' if rank == self._rank else ''}"
 
-    def _ask(self, ranks: Sequence[int]) -> dict[int, str] | None:
-        """What they answer, and which have ended; None where there is no way to ask."""
-        if self._store is None:
-            return None
-        told = {self._rank: _progress.describe()}
-        try:
-            question = self._store.add("questions", 1)
-            self._store.set(f"question/{question}", "?")
-            deadline = time.monotonic() + _PATIENCE_S
-            while True:
-                for rank in ranks:
-                    if rank in told:
-                        continue
-                    if (text := _answer_of(self._store, rank, question)) is not None:
-                        told[rank] = text
-                    elif rank in self.processes and self.processes[rank].has_ended():
-                        told[rank] = _ENDED
-                if len(told) == len(ranks) or time.monotonic() > deadline:
-                    return told
-                time.sleep(0.05)
-        except RuntimeError:  # dist.DistError is one
-            return None
+    def _status_of(self, ranks: Sequence[int], store: StoreClient) -> dict[int, str]:
+        """By rank; ranks that have not answered in time are missing."""
+        status = {self._rank: _calls.describe()}
+        request = store.add("requests", 1)
+        store.set(f"request/{request}", "?")
+        deadline = time.monotonic() + _REPORT_S
+        while True:
+            for rank in ranks:
+                if rank in status:
+                    continue
+                if (text := _answer_of(store, rank, request)) is not None:
+                    status[rank] = text
+                elif rank in self.processes and self.processes[rank].has_ended():
+                    status[rank] = _ENDED
+            if len(status) == len(ranks) or time.monotonic() > deadline:
+                return status
+            time.sleep(0.05)
 
 
-def clone_of(store: dist.distributed_c10d.Store) -> dist.distributed_c10d.Store | None:
-    """The same by a connection of its own; None where it is of a kind that cannot be cloned."""
-    try:
-        clone: dist.distributed_c10d.Store = store.clone()  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):
-        return None
-    return clone
-
-
-_ENDED = "has ended"
-_SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
-
-
-def _answer_of(store: dist.distributed_c10d.Store, rank: int, question: int) -> str | None:
-    key = f"answer/{rank}"
+def _answer_of(store: StoreClient, rank: int, request: int) -> str | None:
+    key = f"status/{rank}"
     if not store.check([key]):
         return None
-    number, _, text = bytes(store.get(key)).decode().partition(" ")
-    return text if int(number) >= question else None
+    number, _, text = store.get(key).partition(" ")
+    return text if int(number) >= request else None
 
 
 # This rank
 
-_worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, DesyncReporter] = weakref.WeakKeyDictionary()
+_reporters: weakref.WeakKeyDictionary[dist.ProcessGroup, DesyncReporter] = weakref.WeakKeyDictionary()
+"""By the default group of their time."""
 
 
 def register(processes: Mapping[int, ProcessInfo]) -> None:
-    """From now on this rank answers. Local; torch.distributed is initialised.
+    """Makes this rank answer status requests from now on. Local; torch.distributed must be initialised.
 
     Args:
-        processes: where some of the ranks run.
+        processes: of some ranks, by rank.
     """
     world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
-    if world not in _worlds:
-        # torch tells the store to nobody but its own modules.
-        everybodys = dist.distributed_c10d._get_default_store()
-        store = dist.distributed_c10d.PrefixStore("shardadam/desync", everybodys)
-        _worlds[world] = DesyncReporter(store, dist.get_rank(), dist.get_world_size())
-    _worlds[world].processes.update(processes)
+    if world not in _reporters:
+        store = StoreClient(default_store("desync"), answer_s=_ANSWER_S, may_share_connection=False)
+        _reporters[world] = DesyncReporter(store, dist.get_rank(), dist.get_world_size())
+    _reporters[world].processes.update(processes)
 
 
 def desync_error(what: str, error: RuntimeError, group: dist.ProcessGroup) -> RankDesyncError:
-    """The error to raise where a transfer in ``group`` has failed; asks its ranks where they stand. Local.
+    """Returns the error to raise after a failed transfer, with the status of the ranks of ``group``. Local.
 
     Args:
-        what: what failed.
+        what: what failed; begins the message.
         error: of the backend.
     """
-    how = re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", str(error))  # processes in its sources
+    how = re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", str(error))  # paths in Gloo's sources
     limit = " (the limit is the timeout of init_process_group)" if "imed out" in how else ""
-    return RankDesyncError(f"{what} has failed: {how}{limit}\n{report(dist.get_process_group_ranks(group))}")
+    return RankDesyncError(f"{what} failed: {how}{limit}\n{report(dist.get_process_group_ranks(group))}")
 
 
 def report(ranks: Sequence[int]) -> str:
-    """Where ``ranks`` stand, in a line for each. Takes up to two seconds where one does not answer. Local."""
+    """The status of ``ranks``, one line each. Takes up to 2 s where a rank does not answer. Local."""
     world = dist.group.WORLD if dist.is_initialized() else None
-    if world is None or world not in _worlds:
-        return "Where the ranks stand is not known: torch.distributed is not initialised any more."
-    return _worlds[world].report(ranks)
+    if world is None or world not in _reporters:
+        return "Status of the ranks unknown: torch.distributed is no longer initialised."
+    return _reporters[world].report(ranks)
 
 
-class _Progress:
-    """Where the main thread of this process stands."""
+class _CallLog:
+    """Which of the calls that all ranks must make the main thread of this process is in, or made last."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[str, int, float]] = []  # that it is in: name, how-manieth, since when
-        self._last: tuple[str, int, float] | None = None  # that it has completed
+        self._open: list[tuple[str, int, float]] = []  # name, count, start
+        self._last: tuple[str, int, float] | None = None  # name, count, end
         self._counts: Counter[str] = Counter()
 
     @contextmanager
     def in_call(self, call: str) -> Iterator[None]:
         self._counts[call] += 1
-        self._calls.append((call, self._counts[call], time.monotonic()))
+        self._open.append((call, self._counts[call], time.monotonic()))
         try:
             yield
         finally:
-            name, number, _ = self._calls.pop()
-            self._last = (name, number, time.monotonic())
+            name, count, _ = self._open.pop()
+            self._last = (name, count, time.monotonic())
 
     def describe(self) -> str:
-        place = _place_in_users_code()
-        where = f", at {place}" if place else ""
+        line = _line_in_users_code()
+        at = f", at {line}" if line else ""
         now = time.monotonic()
-        if self._calls:
-            name, number, since = self._calls[0]
-            return f"in call {number} of {name}() for {now - since:.1f} s{where}"
+        if self._open:
+            name, count, start = self._open[0]
+            return f"in call {count} of {name}() for {now - start:.1f} s{at}"
         if self._last is None:
-            return f"has made no call that all ranks must make{where}"
-        name, number, since = self._last
-        return f"after call {number} of {name}(), which was {now - since:.1f} s ago{where}"
+            return f"has not called the optimizer yet{at}"
+        name, count, end = self._last
+        return f"{now - end:.1f} s after call {count} of {name}(){at}"
 
 
-_progress = _Progress()
+_calls = _CallLog()
 
 
 def in_call(call: str) -> AbstractContextManager[None]:
-    """What is inside is a call that all ranks must make; this rank is known to be in it."""
-    return _progress.in_call(call)
+    """Marks the block as a call that all ranks must make; status reports name it."""
+    return _calls.in_call(call)
 
 
-def _place_in_users_code() -> str | None:
-    """``train.py:57 in main``: where the main thread is, or from where it has called libraries."""
+def _line_in_users_code() -> str | None:
+    """``train.py:57 in main``: the innermost frame of the main thread that is not a library's."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -264,7 +262,7 @@ def _place_in_users_code() -> str | None:
 _threads: list[tuple[threading.Thread, threading.Event]] = []
 
 
-def _answer_in_background(store: dist.distributed_c10d.Store, rank: int, period_s: float) -> None:
+def _answer_in_background(store: StoreClient, rank: int, period_s: float) -> None:
     done = threading.Event()
 
     def answer() -> None:
@@ -272,12 +270,12 @@ def _answer_in_background(store: dist.distributed_c10d.Store, rank: int, period_
         while not done.wait(period_s) and dist.is_initialized():
             try:
                 before = seen
-                while store.check([f"question/{seen + 1}"]):
+                while store.check([f"request/{seen + 1}"]):
                     seen += 1
                 if seen > before:
-                    store.set(f"answer/{rank}", f"{seen} {_progress.describe()}")
+                    store.set(f"status/{rank}", f"{seen} {_calls.describe()}")
             except RuntimeError:
-                return  # the store has ended, and soon this process will
+                return  # the store has ended
 
     thread = threading.Thread(target=answer, name="shardadam.ranks.desync", daemon=True)
     _threads.append((thread, done))
@@ -286,8 +284,8 @@ def _answer_in_background(store: dist.distributed_c10d.Store, rank: int, period_
 
 @atexit.register
 def _stop_threads() -> None:
-    """One that is in the middle of a request would abort the interpreter's end."""
+    """Waits for requests that are being made: Python aborts if it exits in the middle of one."""
     for _, done in _threads:
         done.set()
     for thread, _ in _threads:
-        thread.join(timeout=_STORE_TIMEOUT_S)
+        thread.join(timeout=_JOIN_S)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam.ranks import desync
 from shardadam.ranks.agreement import exchange
+from shardadam.ranks.store import StoreClient, default_store
 from shardadam.ranks.store_barrier import StoreBarrier
 
 
@@ -147,9 +148,7 @@ def store_barrier_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> St
 
 def _meeting_of(users: dist.ProcessGroup) -> StoreBarrier:
     if users not in _store_barriers:
-        # torch tells the store of a group to nobody but its own modules. Groups have names that are theirs alone.
-        everybodys = dist.distributed_c10d._get_default_store()
-        store = dist.distributed_c10d.PrefixStore(f"shardadam/{users.group_name}", everybodys)
+        store = StoreClient(default_store(users.group_name))  # a name that no other group has
         _store_barriers[users] = StoreBarrier(store, dist.get_rank(users), dist.get_process_group_ranks(users))
     return _store_barriers[users]
 

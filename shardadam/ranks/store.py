@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one client of the store that the ranks joined through, torch's default store.
+
+Keys live under a prefix. Requests use a connection of the client's own and have a time limit. Nothing else in the
+package talks to the store or asks torch for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+_R = TypeVar("_R")
+
+
+def default_store(prefix: str) -> dist.distributed_c10d.Store:
+    """Torch's default store, with keys under ``shardadam/<prefix>``. Needs an initialised torch.distributed."""
+    # torch has no public way to get it.
+    store = dist.distributed_c10d._get_default_store()
+    return dist.distributed_c10d.PrefixStore(f"shardadam/{prefix}", store)
+
+
+class StoreClient:
+    """Reads and writes short texts in a store. Threads may share a client.
+
+    Every request connects first where there is no connection yet, and raises ``dist.DistError`` where the store is
+    gone. A request alone may block for ever: make it in a daemon thread, or inside ``run_with_limit``.
+
+    Note: a store that does not answer
+        If the host of the store is cut off, a request never returns and its connection stays locked. So requests run in
+        a thread that can be given up, on a connection of their own that nothing else waits for. The next request opens
+        a new connection.
+
+    Args:
+        store: not used itself where it can be cloned.
+        answer_s: how long ``run_with_limit`` waits for the answer to one request, in seconds.
+        may_share_connection: use ``store`` itself where it cannot be cloned (torch's FakeStore, stores written in
+            Python); otherwise requests raise ``dist.DistStoreError`` there.
+    """
+
+    def __init__(
+        self, store: dist.distributed_c10d.Store, *, answer_s: float = 10.0, may_share_connection: bool = True
+    ) -> None:
+        self.answer_s = answer_s
+        self._store = store
+        self._may_share_connection = may_share_connection
+        self._connection: Any = None
+        self._asked_at: dict[int, float] = {}  # by thread, while its request is not answered
+
+    def run_with_limit(self, work: Callable[[], _R]) -> _R:
+        """Runs ``work`` in a thread; returns what it returns, raises what it raises.
+
+        Raises:
+            dist.DistStoreError: one of its requests was not answered within ``answer_s``. The thread is left behind.
+        """
+        results: list[_R] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="shardadam.store", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(min(0.5, self.answer_s / 10))
+            asked_at = self._asked_at.get(thread.ident or 0)
+            if thread.is_alive() and asked_at is not None and time.monotonic() - asked_at > self.answer_s:
+                self._connection = None
+                raise dist.DistStoreError(f"a request was not answered within {self.answer_s:g} s")
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def connect(self) -> None:
+        """Connects now instead of with the first request.
+
+        Raises:
+            dist.DistStoreError: the store cannot be cloned, and its connection must not be shared.
+        """
+        self._connected()
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all keys exist."""
+        return bool(self._request("check", list(keys)))
+
+    def get(self, key: str) -> str:
+        return bytes(self._request("get", key)).decode()
+
+    def get_all(self, keys: Sequence[str]) -> list[str]:
+        """The values of keys that exist; one request where the store can."""
+        if not self._request("has_extended_api"):
+            return [self.get(key) for key in keys]
+        return [bytes(value).decode() for value in self._request("multi_get", list(keys))]
+
+    def set(self, key: str, value: str) -> None:
+        self._request("set", key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a counter, which starts at 0; returns its new value."""
+        return int(self._request("add", key, amount))
+
+    def set_if_missing(self, key: str, value: str) -> str:
+        """Sets a key that does not exist; returns its value, which is another rank's if that was first."""
+        return bytes(self._request("compare_set", key, "", value)).decode()
+
+    def delete(self, key: str) -> None:
+        self._request("delete_key", key)
+
+    def _request(self, name: str, *arguments: Any) -> Any:
+        self._asked_at[threading.get_ident()] = time.monotonic()
+        try:
+            return getattr(self._connected(), name)(*arguments)
+        finally:
+            del self._asked_at[threading.get_ident()]
+
+    def _connected(self) -> Any:
+        connection = self._connection
+        if connection is not None:
+            return connection
+        with suppress(AttributeError, RuntimeError):  # raised by stores that cannot be cloned
+            connection = self._store.clone()  # type: ignore[attr-defined]
+            connection.set_timeout(timedelta(seconds=self.answer_s))
+        if connection is None:
+            if not self._may_share_connection:
+                raise dist.DistStoreError("the store cannot be cloned")
+            connection = self._store
+        self._connection = connection
+        return connection
