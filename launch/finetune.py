@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes a pretrained encoder to classify texts, whole or with LoRA, where memory is short: says before it trains
-what that takes a rank, and refuses what does not fit.
+"""Fine-tunes a pretrained encoder to classify texts, all weights or LoRA adapters, in little memory. Prints the memory
+that each rank needs before it trains, and refuses to start if that does not fit.
 
     torchrun --standalone --nproc-per-node 2 launch/finetune.py                   # all weights, on two ranks
-    ... launch/finetune.py --moments int8 --memory-limit 300MB                    # in little memory
+    ... launch/finetune.py --moments int8 --memory-limit 350MB                    # in little memory
     ... launch/finetune.py --tune lora --data reviews.jsonl --save-dir tuned      # your own texts, adapters only
 
-Without --data it tells docstrings of Python's standard library apart by module. The baseline is a linear probe of the
-same model, frozen. Both optimizers see the same model, data and schedule for one `--seed`.
+Without --data, it learns which module a docstring of Python's standard library belongs to. The baseline is a linear
+probe of the same model, frozen. Both optimizers see the same model, data and schedule for one `--seed`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from classifier import (
 )
 from data import DataError
 from finetune_arguments import parse_arguments
-from memory_check import Demand, Workload, kept_bytes, nearest, room
+from memory_check import Demand, Workload, available_memory, kept_bytes, nearest
 from pretrain import Replicated, Sharded, Timings, average, parameter_groups, synchronize
 from probe import Scores, confusion, probe
 from report import Report, Silence, megabytes
@@ -55,7 +55,7 @@ EVALUATED_AT_ONCE = 64  # texts
 
 
 class DoesNotFit(ValueError):
-    """Memory is short; the message says what there is, what is needed and which setting would fit."""
+    """Not enough memory; the message says how much is available, how much is needed and which setting fits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task for one model; `padding` is the token that fills up short texts."""
+    """A task, tokenized for one model; `padding` is the token that pads short texts."""
 
     training: Part
     validation: Part
@@ -80,13 +80,13 @@ class Prepared:
     padding: int
 
     def batch(self, part: Part, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and labels of some texts."""
+        """Token ids, mask and labels of the texts at `indices`."""
         ids, mask = padded([part.tokens[i] for i in indices.tolist()], self.padding, device)
         return ids, mask, part.labels[indices].to(device)
 
 
 def prepare(task: docstrings.Task, tokenizer: Any, args: argparse.Namespace) -> Prepared:
-    """Raises DataError where the training texts do not fill one batch."""
+    """Tokenizes a task. Raises DataError where the training texts do not fill one batch."""
     if len(task.training) < args.batch:
         raise DataError(
             f"Found {len(task.training)} training texts in {task.source}, which do not fill one --batch {args.batch}. "
@@ -100,7 +100,7 @@ def prepare(task: docstrings.Task, tokenizer: Any, args: argparse.Namespace) -> 
 
 
 def batches(lengths: Tensor, *, batch: int, seed: int, epoch: int) -> Tensor:
-    """(steps, batch) indices: the global batches of an epoch, of texts of similar length; the rest is dropped."""
+    """(steps, batch) indices: the global batches of an epoch, each of texts of similar length. Drops the remainder."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator)[: len(lengths) // batch * batch]
     chunks = [chunk[lengths[chunk].argsort(stable=True)] for chunk in order.split(16 * batch)]
@@ -108,11 +108,11 @@ def batches(lengths: Tensor, *, batch: int, seed: int, epoch: int) -> Tensor:
     return result[torch.randperm(len(result), generator=generator)]
 
 
-# The model, and whether it fits
+# The model and its memory
 
 
 def build(args: argparse.Namespace, encoder: nn.Module, classes: int, device: torch.device) -> Classifier:
-    """The same on every rank."""
+    """Builds the model, equal on every rank."""
     torch.manual_seed(args.seed)
     hidden_size = encoder.config.hidden_size
     if args.tune == "lora":
@@ -123,14 +123,14 @@ def build(args: argparse.Namespace, encoder: nn.Module, classes: int, device: to
 def workload(
     model: Classifier, prepared: Prepared, args: argparse.Namespace, ranks: Ranks, device: torch.device
 ) -> Workload:
-    """Collective: measures a micro-batch of the longest texts, and freezes what its loss does not depend on."""
+    """Measures a micro-batch of the longest texts, and freezes parameters without a gradient. Collective."""
     texts = args.batch // (ranks.world_size * args.accumulate)
     longest = prepared.training.lengths.argsort(descending=True, stable=True)[:texts]
     ids, mask, labels = prepared.batch(prepared.training, longest, device)
     parameters = list(model.parameters())
     kept, reached = kept_bytes(lambda: cross_entropy(model(ids, mask), labels), parameters)
     for index, parameter in enumerate(parameters):
-        parameter.requires_grad_(index in reached)  # a pooler's, which DDP would wait for
+        parameter.requires_grad_(index in reached)  # DDP would wait for a pooler's gradient
     most = torch.tensor(kept, device=device)
     if dist.is_initialized():
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -158,20 +158,20 @@ def check_memory(
     device: torch.device,
     report: Silence,
 ) -> Demand:
-    """Collective: says what training takes and what there is; raises DoesNotFit on all ranks alike."""
+    """Prints the needed and the available memory; raises DoesNotFit on all ranks alike. Collective."""
     demand, plain = work.demand(), work.adamw_demand()
     held = sum(parameter.nbytes for parameter in model.parameters())
-    there = room(args.memory_limit, held, ranks, device)
+    memory = available_memory(args.memory_limit, held, ranks, device)
     report.say(f"plain AdamW would need {plain}")
     report.say(f"this needs          {demand}")
-    if there is None:
-        report.say("how much memory there is, this machine does not tell: nothing is refused without --memory-limit")
+    if memory is None:
+        report.say("available memory is unknown on this system; set --memory-limit to check against it")
         return demand
-    available = there.on(ranks.world_size)
-    report.say(f"there are           {megabytes(available)} a rank ({there.source})")
+    available = memory.per_rank(ranks.world_size)
+    report.say(f"available           {megabytes(available)} a rank ({memory.source})")
     if demand.total <= available:
         return demand
-    options = nearest(work, there)
+    options = nearest(work, memory)
     if options is None and args.tune == "full":
         adapted = argparse.Namespace(**{**vars(args), "tune": "lora"})
         smaller = build(adapted, model.encoder, len(prepared.names), device)
@@ -179,15 +179,15 @@ def check_memory(
         if other.sharded and other.demand().total <= available:
             options = ["--tune lora"], other.demand()
         else:
-            options = nearest(other, there)
+            options = nearest(other, memory)
             options = options and (["--tune lora", *options[0]], options[1])
     if options is None:
-        remedy = "No other setting fits either: take a smaller --model, --max-length or --batch."
+        remedy = "No other setting fits either: choose a smaller --model, --max-length or --batch."
     else:
         remedy = f"Nearest that fits: {' '.join(options[0])}, which needs {options[1]}."
     on = "one rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     raise DoesNotFit(
-        f"memory is short: there are {megabytes(available)} a rank ({there.source}), and --tune {args.tune} "
+        f"memory is short: there are {megabytes(available)} a rank ({memory.source}), and --tune {args.tune} "
         f"{chosen_options(args)} on {on} needs {demand}; plain AdamW would need {plain}. {remedy}"
     )
 
@@ -203,9 +203,9 @@ def chosen_options(args: argparse.Namespace) -> str:
 
 @torch.no_grad()
 def baseline(model: Classifier, prepared: Prepared, ranks: Ranks, device: torch.device) -> tuple[Scores, float]:
-    """Collective: the linear probe's scores, and its L2 strength. All ranks solve the same small problem.
+    """Returns the linear probe's scores and its L2 strength. Collective; all ranks solve the same small problem.
 
-    `model` must be as it was built: with adapters, which are zero then, its encoder is still the pretrained one.
+    `model` must be untrained: its adapters are zero then, and its encoder is the pretrained one.
     """
     model.eval()
     training, validation = (
@@ -219,7 +219,7 @@ def baseline(model: Classifier, prepared: Prepared, ranks: Ranks, device: torch.
 
 
 def features(encoder: nn.Module, part: Part, prepared: Prepared, ranks: Ranks, device: torch.device) -> Tensor:
-    """Collective: (texts, hidden size) mean-pooled features; each rank computes some of the rows."""
+    """(texts, hidden size) mean-pooled features. Collective: each rank computes some of the rows."""
     result = torch.zeros(len(part.tokens), encoder.config.hidden_size, device=device)
     for indices in own_texts(part, ranks):
         ids, mask, _ = prepared.batch(part, indices, device)
@@ -231,7 +231,7 @@ def features(encoder: nn.Module, part: Part, prepared: Prepared, ranks: Ranks, d
 
 @torch.no_grad()
 def evaluate(model: Classifier, prepared: Prepared, ranks: Ranks, device: torch.device) -> tuple[float, Scores]:
-    """Collective: mean loss and scores on the validation texts; each rank counts its own, and the counts are summed."""
+    """Mean loss and scores on the validation texts. Collective: sums the counts of all ranks."""
     classes = len(prepared.names)
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -249,7 +249,7 @@ def evaluate(model: Classifier, prepared: Prepared, ranks: Ranks, device: torch.
 
 
 def own_texts(part: Part, ranks: Ranks) -> tuple[Tensor, ...]:
-    """Indices of this rank's share, texts of similar length together. Every text is in one rank's."""
+    """Indices of this rank's texts, in chunks of similar length. Each text belongs to one rank."""
     order = part.lengths.argsort(stable=True)
     return order[ranks.rank :: ranks.world_size].split(EVALUATED_AT_ONCE)
 
@@ -265,13 +265,10 @@ def train(
     device: torch.device,
     report: Silence,
 ) -> tuple[Timings, float]:
-    """Collective: every rank trains on its part of each global batch.
-
-    Returns timings, and the mean loss of the last epoch.
-    """
+    """Trains; returns timings and the mean loss of the last epoch. Collective: ranks share each batch."""
     timings, losses = Timings([], []), torch.zeros(args.epochs, device=device)
     lengths = prepared.training.lengths
-    torch.manual_seed(args.seed * 1_000_003 + ranks.rank)  # dropout: the same whatever the optimizer
+    torch.manual_seed(args.seed * 1_000_003 + ranks.rank)  # dropout, equal for both optimizers
     step, last_log, seen_tokens = 0, time.perf_counter(), 0
     for epoch in range(args.epochs):
         for batch in batches(lengths, batch=args.batch, seed=args.seed, epoch=epoch):
@@ -282,7 +279,7 @@ def train(
             for i, indices in enumerate(own.chunk(args.accumulate)):
                 is_last = i + 1 == args.accumulate
                 ids, mask, labels = prepared.batch(prepared.training, indices, device)
-                # Sharded gradients are reduced each time, as under no_sync() they would wait in full.
+                # Sharded: reduce in every pass. Under no_sync() each rank would keep whole gradients.
                 with nullcontext() if is_last or args.optimizer == "sharded" else run.no_sync():
                     part = cross_entropy(run.model(ids, mask), labels) / args.accumulate
                     part.backward()
@@ -315,9 +312,9 @@ def train(
 def finetune(
     args: argparse.Namespace, task: docstrings.Task, ranks: Ranks, device: torch.device
 ) -> tuple[dict[str, Any], Classifier]:
-    """Collective: baseline, memory, training, scores; what came of it, on every rank, and shown on rank 0.
+    """Checks memory, trains the baseline and the model, and prints the results on rank 0; returns them on all ranks.
 
-    Raises ModelError, DataError and DoesNotFit, on all ranks.
+    Collective. Raises ModelError, DataError and DoesNotFit, on all ranks.
     """
     check_same_texts(task, device)
     tokenizer, encoder = load_pretrained(args.model or packaged_model())
@@ -393,7 +390,7 @@ def finetune(
 
 
 def check_same_texts(task: docstrings.Task, device: torch.device) -> None:
-    """Collective: raises on all ranks if their machines hold different texts."""
+    """Raises DataError on all ranks if they read different texts. Collective."""
     if not dist.is_initialized():
         return
     checksum = zlib.crc32(repr((task.training, task.validation, task.names)).encode())
@@ -409,7 +406,7 @@ def check_same_texts(task: docstrings.Task, device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Collective: the most that any rank has taken; on the CPU its whole process, and what peers share with it."""
+    """The largest peak of any rank; on the CPU that of its whole process, with shared memory. Collective."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -421,7 +418,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """So that what loading and the probe took does not count; where the system cannot, it does."""
+    """Resets the peak after loading and the probe, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -464,7 +461,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, parser: Parser, ranks: Ranks, device: torch.device) -> None:
-    """Ends the process with code 2 and one message where this data, model or memory will not do."""
+    """Trains; exits with code 2 and one message if the data, the model or the memory is unsuitable."""
     try:
         task = docstrings.load(args.data, classes=args.classes, per_class=args.per_class)
     except DataError as error:
@@ -477,7 +474,7 @@ def run(args: argparse.Namespace, parser: Parser, ranks: Ranks, device: torch.de
         parser.error(str(error))
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()  # Gloo aborts at exit without
+            dist.destroy_process_group()  # otherwise Gloo aborts at exit
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of finetune.py: its options, and the checks on them that need neither data nor model."""
+"""The command line of finetune.py: its options, and checks on them that need neither data nor model."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def share(text: str) -> float:
 def make_parser(ranks: Ranks) -> Parser:
     parser = Parser(ranks, "Fine-tunes a pretrained encoder to classify texts, with a sharded or an ordinary AdamW.")
     add = parser.add_argument_group("training").add_argument
-    add("--tune", choices=("full", "lora"), default="full", help="lora: only LoRA adapters and the head")
+    add("--tune", choices=("full", "lora"), default="full", help="lora: train only LoRA adapters and the head")
     add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
     add("--epochs", type=positive, default=3, help="passes over the training texts")
-    add("--batch", type=positive, default=16, help="texts a step, over all ranks and all of --accumulate")
+    add("--batch", type=positive, default=16, help="texts a step, over all ranks and micro-batches")
     add("--accumulate", type=positive, default=1, help="backward passes a step, each over a smaller micro-batch")
-    add("--lr", type=real, default=None, help="the peak of the schedule; None: 4e-4, and 2e-3 with --tune lora")
-    add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of all")
-    add("--weight-decay", type=real, default=0.01, help="of matrices; vectors do not decay")
-    add("--clip", type=real, default=1.0, help="the largest global gradient norm; 0: do not clip")
+    add("--lr", type=real, default=None, help="peak learning rate; None: 4e-4, and 2e-3 with --tune lora")
+    add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of all steps")
+    add("--weight-decay", type=real, default=0.01, help="for matrices; vectors do not decay")
+    add("--clip", type=real, default=1.0, help="largest global gradient norm; 0: do not clip")
     add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
-    add("--seed", type=not_negative, default=0, help="of the head, the adapters, the order of the data and dropout")
+    add("--seed", type=not_negative, default=0, help="for the head, the adapters, the order of the data and dropout")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, metavar="NAME_OR_PATH", help="an encoder; None: all-MiniLM-L6-v2, from its package")
-    add("--max-length", type=positive, default=64, help="tokens of a text that count")
+    add("--max-length", type=positive, default=64, help="tokens of each text to use")
     add("--dropout", type=share, default=0.1, help="before the head")
-    add("--lora-rank", type=positive, default=8, help="of the adapters")
+    add("--lora-rank", type=positive, default=8, help="rank of the adapters")
     add_formats(add)
     add = add_machine(parser)
     add(
@@ -55,23 +55,24 @@ def make_parser(ranks: Ranks) -> Parser:
         type=memory_size,
         default=None,
         metavar="SIZE",
-        help="of a rank, for parameters, gradients, optimizer and activations, such as 2GB; None: what is free",
+        help="for parameters, gradients, optimizer and activations of a rank, such as 2GB; None: what is free on the "
+        "GPU or host, whatever the limit of a container",
     )
 
     add = parser.add_argument_group("data and output").add_argument
     add("--data", default=None, metavar="FILE.jsonl", help='lines of {"text", "label"}; None: Python\'s docstrings')
-    add("--classes", type=positive, default=20, help="modules to tell apart, without --data")
-    add("--per-class", type=positive, default=250, help="texts of a module at most, without --data")
+    add("--classes", type=positive, default=20, help="number of modules to learn, without --data")
+    add("--per-class", type=positive, default=250, help="most texts of a module, without --data")
     add("--probe", action=argparse.BooleanOptionalAction, default=True, help="train the baseline: a linear probe")
     add("--log-every", type=positive, default=10, help="steps between metrics")
-    add("--log-dir", default=None, help="where TensorBoard metrics go; None: nowhere")
-    add("--save-dir", default=None, metavar="DIR", help="where the tuned model goes, or its adapters; None: nowhere")
-    add("--json", default=None, metavar="PATH", help="a file for the final numbers")
+    add("--log-dir", default=None, help="directory for TensorBoard metrics; None: none")
+    add("--save-dir", default=None, metavar="DIR", help="directory for the tuned model or adapters; None: none")
+    add("--json", default=None, metavar="PATH", help="file for the final numbers")
     return parser
 
 
 def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.device]:
-    """Options, the parser (for errors found later) and the device; ends the process on what cannot work."""
+    """Returns the options, the parser (for later errors) and the device; exits on options that cannot work."""
     parser = make_parser(ranks)
     args = parser.parse_args()
     if args.lr is None:
@@ -84,8 +85,8 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
     if args.optimizer == "adamw" and (args.moments, args.master) != ("fp32", "auto"):
         parser.error(
             f"--moments {args.moments} --master {args.master} with --optimizer adamw: torch's AdamW has no such "
-            "choice; take --optimizer sharded, or leave them out"
+            "choice; use --optimizer sharded, or omit them"
         )
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: its directory does not exist; make it, or choose another")
+        parser.error(f"--json {args.json}: its directory does not exist; create it, or choose another")
     return args, parser, choose_device(args.device, ranks, parser)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does training fit into memory, and if not, which setting would: decided on all ranks alike, before training.
+"""Checks before training whether it fits in memory, and finds a setting that does. All ranks decide alike.
 
-What the optimizer takes is planned (shardadam.planner), what a forward pass keeps for backward is measured. Temporaries
-of single operations, the doubling of parameters while an optimizer is built, and what Python and torch take themselves
-are not counted.
+Counts parameters, gradients, optimizer state (planned by shardadam.planner) and activations (measured). Does not count
+temporaries of single operations, the copy of the parameters while an optimizer is built, and Python and torch.
 """
 
 from __future__ import annotations
@@ -32,108 +31,71 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-# What there is
+# Available memory
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes that there are for training's tensors.
+class AvailableMemory:
+    """Bytes for the tensors of training.
 
     Args:
-        shared: of a host, whose ranks divide it; of one rank, if `ranks` is None.
-        ranks: ranks of the host now.
-        held: a rank's parameters, which are in memory already and therefore no longer part of what is free.
-        source: where the number comes from, for the reader of the log.
+        free: bytes of a host, which its ranks share; of one rank if `ranks` is None.
+        ranks: number of ranks now.
+        parameters: bytes of a rank's parameters, which are in memory already and not part of `free`.
+        source: where the number comes from, for the log.
     """
 
-    shared: int
+    free: int
     ranks: Ranks | None
-    held: int
+    parameters: int
     source: str
 
-    def on(self, world_size: int) -> int:
-        """For each of `world_size` ranks on as many hosts as now."""
+    def per_rank(self, world_size: int) -> int:
+        """Bytes for each of `world_size` ranks on as many hosts as now."""
         if self.ranks is None:
-            return self.shared + self.held
+            return self.free + self.parameters
         hosts = -(-self.ranks.world_size // self.ranks.local_world_size)
-        return self.shared // -(-world_size // hosts) + self.held
+        return self.free // -(-world_size // hosts) + self.parameters
 
 
-def room(limit: int | None, held: int, ranks: Ranks, device: torch.device) -> Room | None:
-    """Collective: the least that any rank finds; None where a machine does not tell, and nothing can be refused."""
+def available_memory(limit: int | None, parameters: int, ranks: Ranks, device: torch.device) -> AvailableMemory | None:
+    """The smallest amount that any rank finds; None where it is unknown. Collective: all ranks must call it."""
     if limit is not None:
-        return Room(limit, None, 0, f"--memory-limit {megabytes(limit)}")
+        return AvailableMemory(limit, None, 0, f"--memory-limit {megabytes(limit)}")
     if device.type == "cuda":
         free, source = torch.cuda.mem_get_info(device)[0], "free on the GPU"
     else:
         free, source = free_host_bytes(), f"free on this host, over {ranks.local_world_size} ranks"
     if dist.is_initialized():
-        least = torch.tensor(-1 if free is None else free, device=device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        free = int(least) if least >= 0 else None
+        smallest = torch.tensor(-1 if free is None else free, device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        free = int(smallest) if smallest >= 0 else None
     if free is None:
         return None
-    return Room(free, None if device.type == "cuda" else ranks, held, source)
+    return AvailableMemory(free, None if device.type == "cuda" else ranks, parameters, source)
 
 
-def free_host_bytes(root: Path = Path("/")) -> int | None:
-    """What the host has left, or the cgroup of this process if that is less; None where neither can be read."""
-    found = [left for left in (*meminfo(root), *cgroup(root)) if left is not None]
-    return max(0, min(found)) if found else None
-
-
-def meminfo(root: Path) -> list[int]:
+def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """What Linux counts as available; None elsewhere. Ignores the limit of a container: pass --memory-limit there."""
     try:
-        text = (root / "proc/meminfo").read_text()
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     except OSError:
-        return []
-    return [int(kilobytes) * 1024 for kilobytes in re.findall(r"MemAvailable:\s+(\d+) kB", text)]
-
-
-def cgroup(root: Path) -> list[int]:
-    """What is left of each limit above this process, in cgroups of version 2 or 1. Cache that can go counts as left."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        place = top / name.strip("/")
-        for directory in (place, *place.parents):
-            found.append(left_of(directory / limit, directory / used, directory / "memory.stat", cache))
-            if directory == top:
-                break
-    return [left for left in found if left is not None]
-
-
-def left_of(limit: Path, used: Path, statistics: Path, cache: str) -> int | None:
-    """None: there is no limit (version 1 writes a huge number), or no such file."""
-    try:
-        most = int(limit.read_text())
-        freeable = re.findall(rf"^{cache} (\d+)$", statistics.read_text(), re.MULTILINE)
-        return most - int(used.read_text()) + sum(map(int, freeable)) if most < 2**60 else None
-    except (OSError, ValueError):
         return None
+    return int(found[1]) * 1024 if found else None
 
 
-# What is needed
+# Needed memory
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> tuple[int, set[int]]:
-    """Runs forward and backward once: bytes that forward keeps for backward besides `parameters`, and which of them
-    (by position) receive a gradient. No gradient stays, and none but the newest exists at a time.
+    """Runs forward and backward once; frees each gradient as soon as it is complete.
+
+    Returns the bytes that forward keeps for backward, without `parameters`, and the positions of the parameters that
+    receive a gradient.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is taken twice
+    alive: list[Tensor] = []  # so that no address is reused
     reached: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -167,7 +129,7 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> t
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes of one rank in training."""
+    """Bytes that one rank needs in training."""
 
     need: Need
     activations: int
@@ -191,12 +153,13 @@ class Demand:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be trained and how.
+    """The model to train and the settings of training.
 
     Args:
-        parameters: in the optimizer's order, frozen ones too.
-        text_bytes: of activations, of each text of a micro-batch.
-        texts: in a step, over all ranks and all of `accumulate`.
+        parameters: in the optimizer's order, with frozen ones.
+        text_bytes: bytes of activations for each text of a micro-batch.
+        texts: number of texts in a step, over all ranks and all micro-batches.
+        accumulate: number of micro-batches in a step.
     """
 
     parameters: Sequence[PlannedParameter]
@@ -207,7 +170,7 @@ class Workload:
     accumulate: int
 
     def activations(self, world_size: int, accumulate: int) -> int | None:
-        """On each rank; None where a step cannot be divided like that."""
+        """Bytes on each rank; None where the texts of a step cannot be divided evenly."""
         if self.texts % (world_size * accumulate):
             return None
         return round(self.text_bytes * (self.texts // (world_size * accumulate)))
@@ -226,32 +189,34 @@ class Workload:
         return Demand(found, activations)
 
 
-def nearest(work: Workload, there: Room) -> tuple[list[str], Demand] | None:
-    """The options to change so that it fits, as they are typed, and what it takes then; None: no change suffices.
+def nearest(work: Workload, memory: AvailableMemory) -> tuple[list[str], Demand] | None:
+    """Finds options with which training fits; returns them as typed, and the memory needed then. None: nothing fits.
 
-    In this order: what the optimizer can change on as many ranks (shardadam.planner.fitting), smaller micro-batches
-    with it, and the same on other numbers of ranks.
+    Tries, in this order: other formats of the optimizer on as many ranks (shardadam.planner.fitting), these with
+    smaller micro-batches, and both on other numbers of ranks.
     """
-    for may_move in (False, True):
+    for other_world_sizes in (False, True):
         accumulate = work.accumulate
         while work.activations(work.setting.world_size, accumulate) is not None:
-            found = _nearest(work, there, accumulate, may_move)
+            found = _nearest(work, memory, accumulate, other_world_sizes)
             if found is not None:
                 return found
             accumulate *= 2
     return None
 
 
-def _nearest(work: Workload, there: Room, accumulate: int, may_move: bool) -> tuple[list[str], Demand] | None:
+def _nearest(
+    work: Workload, memory: AvailableMemory, accumulate: int, other_world_sizes: bool
+) -> tuple[list[str], Demand] | None:
     asked = work.setting.world_size
 
     def available(world_size: int) -> int:
         activations = work.activations(world_size, accumulate)
-        if activations is None or (world_size != asked and not may_move):
+        if activations is None or (world_size != asked and not other_world_sizes):
             return -1
-        return there.on(world_size) - activations
+        return memory.per_rank(world_size) - activations
 
-    fit = fitting(work.parameters, work.setting, available, most_ranks=8 * asked if may_move else asked)
+    fit = fitting(work.parameters, work.setting, available, most_ranks=8 * asked if other_world_sizes else asked)
     if fit.nearest is None or fit.nearest_need is None:
         return None
     options = [] if work.sharded else ["--optimizer sharded"]
@@ -262,7 +227,7 @@ def _nearest(work: Workload, there: Room, accumulate: int, may_move: bool) -> tu
 
 
 def option(name: str, setting: Setting) -> str:
-    """A changed field of a setting, as the command line has it."""
+    """A changed field of a setting, as typed on the command line."""
     if name == "world_size":
         return f"{setting.world_size} ranks (torchrun --nproc-per-node)"
     value = setting.gradient_sync if name == "gradient_sync" else getattr(setting.precision, name)
