@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss scaling for float16: torch's GradScaler, told by the gradient shards of all ranks instead of ``p.grad``."""
+"""Loss scaling for float16: torch's GradScaler, with the gradient shards of all ranks in place of ``p.grad``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SMALLEST_SCALE = 2.0**-24
 class GradScaler(torch.amp.GradScaler):
     """A drop-in for torch.amp.GradScaler: the same arguments, methods and state.
 
-    For an optimizer of this package, ``unscale_`` and ``step`` are collective: all ranks find the same gradients finite
-    or not, take or skip the same steps, and keep equal scales. The scale is taken out of the gradients where the
-    update reads them, in float32, so float16 parameters are supported. ``step`` never waits for the device: the update
-    itself decides whether it writes. Other optimizers are treated as torch does.
+    With an optimizer of this package, ``unscale_`` and ``step`` are collective: all ranks must call them. All ranks
+    take or skip the same steps and keep equal scales. The update removes the scale as it reads the gradients, in
+    float32, so float16 parameters are supported. ``step`` never waits for the device: the update itself decides there
+    whether it writes. Other optimizers behave as with torch's GradScaler.
 
-    With ``gradient_sync`` "step" and "external", ``unscale_`` also divides ``p.grad`` in place, as in torch, and
-    refuses float16 gradients for it; ``step`` without it serves them.
+    With ``gradient_sync`` "step" and "external", ``unscale_`` also divides ``p.grad`` in place, as in torch, and raises
+    on float16 gradients, as in torch; ``step`` without ``unscale_`` supports them.
     """
 
     _updates = 0
@@ -36,13 +36,19 @@ class GradScaler(torch.amp.GradScaler):
         return {found.device: found}
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """``optimizer.step()`` with the gradients unscaled; skipped, on all ranks, if one of them is not finite."""
+        """Calls ``optimizer.step()`` with unscaled gradients; skips the update, on all ranks, if any is not finite.
+
+        Collective: all ranks must call it.
+
+        Raises:
+            RuntimeError: a closure was passed; called twice without ``update()`` between.
+        """
         if not self._enabled or not isinstance(optimizer, ShardedAdam):
             return super().step(optimizer, *args, **kwargs)
         if any(value is not None for value in (*args, *kwargs.values())):
             raise RuntimeError(
-                "GradScaler.step: found a closure, which loss scaling does not support. Run backward before, and call "
-                "step(optimizer) alone."
+                "GradScaler.step: found a closure, expected none: loss scaling does not support closures. Run backward "
+                "first, then call step(optimizer)."
             )
         self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
@@ -62,8 +68,8 @@ class GradScaler(torch.amp.GradScaler):
         """Adjusts the scale, as in torch.
 
         Raises:
-            RuntimeError: on every rank, when the scale has collapsed: gradients are infinite or NaN whatever it is, and
-                no step is taken any more. On GPUs it is looked at in one update of 128, as that waits for the device.
+            RuntimeError: on every rank, when the scale has fallen below 2^-24, so that every step is skipped. On GPUs,
+                only every 128th call checks this, as it waits for the device.
         """
         super().update(new_scale)
         if not self._enabled or self._scale is None:
@@ -73,7 +79,7 @@ class GradScaler(torch.amp.GradScaler):
             scale = float(self._scale)
             if not scale >= _SMALLEST_SCALE:
                 raise RuntimeError(
-                    f"The loss scale has fallen to {scale:g}: gradients are infinite or NaN in every step, whatever "
-                    "the scale, and no step is taken. Look for a NaN in the loss and the inputs, lower the learning "
-                    "rate, and go on from the last checkpoint."
+                    f"The loss scale has fallen to {scale:g}, expected {_SMALLEST_SCALE:g} or more: gradients are "
+                    "infinite or NaN at every scale, so every step is skipped. Look for a NaN in the loss and the "
+                    "inputs, lower the learning rate, and restart from the last checkpoint."
                 )

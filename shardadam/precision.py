@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is stored, and what travels, in which number format."""
+"""Number formats of the optimizer state and of gradients on the wire. Data only: allocates and converts nothing."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Precision:
             which have no other format). ``"bf16"``: 2 bytes each, rounded stochastically. ``"int8"``: 1 byte each and
             a float32 scale for every 128 elements, rounded stochastically in their roots; no quantisation can make a
             step larger than exact Adam's bound.
-        master: how the exact value behind a bfloat16 or float16 parameter is kept; others are their own master.
-            ``"fp32"``: a float32 copy, 4 bytes. ``"split"``: 16 bits that together with the parameter's own are the
-            float32 master, 2 bytes: for bfloat16 the same numbers as "fp32", bit for bit; for float16 too, where they
-            are not below 2^-17. ``"none"``: no master, the parameter is rounded stochastically. ``"auto"``: "split",
-            but "fp32" for float16 on the CPU, where that is faster.
+        master: format of the exact value of a bfloat16 or float16 parameter. Other parameters are their own master.
+            ``"fp32"``: a float32 copy, 4 bytes. ``"split"``: 16 bits that, with the parameter's own, form the float32
+            master, 2 bytes. Equal to "fp32" bit for bit for bfloat16, and for float16 values of at least 2^-17.
+            ``"none"``: no master, the parameter is rounded stochastically. ``"auto"``: "split", but "fp32" for float16
+            on the CPU, where that is faster.
         reduce: dtype of gradients on the wire; None: the gradient's own. The gradient shard is float32 (float64 for
-            float64 parameters) whatever travels.
-        accumulate: where gradients are summed over ranks. ``"wire"``: as the transport does it best; NCCL sums in
-            the dtype that travels. ``"fp32"``: by all-to-all and a sum of our own, in rank order and in the gradient
-            shard's dtype, whatever travels and whatever the backend. On Gloo both are that.
-        seed: of everything that is rounded stochastically. The random numbers depend on it, on the parameter's place in
-            the optimizer, on its step and on the position in it, and on nothing else: not on the number of ranks.
+            float64 parameters), whatever the dtype on the wire.
+        accumulate: dtype in which gradients are summed over ranks. ``"wire"``: whatever is fastest; NCCL sums in the
+            dtype on the wire. ``"fp32"``: the gradient shard's dtype, in rank order, by all-to-all and a local sum,
+            with any backend. With Gloo, "wire" does the same.
+        seed: seed of stochastic rounding, from 0 to 2^32 - 1. Random numbers depend only on it, the parameter's
+            position in the optimizer, its step, and the element's position: not on the number of ranks.
     """
 
     moments: Moments = "fp32"
@@ -53,26 +53,26 @@ class Precision:
         if self.reduce is not None and self.reduce not in _PARAMETER_DTYPES:
             raise ValueError(f"Precision.reduce: found {self.reduce!r}, expected None or one of {_PARAMETER_DTYPES}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"Precision.seed: found {self.seed!r}, expected a whole number of 0 or more, below 2^32")
+            raise ValueError(f"Precision.seed: found {self.seed!r}, expected an integer from 0 to 2^32 - 1")
 
     def wire_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
         return self.reduce or parameter_dtype
 
     def check_parameter(self, dtype: torch.dtype, name: str) -> None:
-        """Raises unless a parameter of ``dtype`` can be trained with these formats."""
+        """Raises TypeError unless a parameter of ``dtype`` can be trained with these formats."""
         if dtype not in _PARAMETER_DTYPES:
             raise TypeError(
                 f"Parameter {name!r}: found dtype {dtype}, expected one of {_PARAMETER_DTYPES}. "
-                "Freeze it (requires_grad=False) or leave it out."
+                "Freeze it (requires_grad=False) or do not pass it to the optimizer."
             )
         if dtype == torch.float64 and self.moments != "fp32":
             raise TypeError(
                 f"Parameter {name!r} is float64, expected float32, bfloat16 or float16 with Precision(moments="
-                f"{self.moments!r}). Convert it, or keep it in an optimizer of its own with the default precision."
+                f"{self.moments!r}). Convert it, or give it an optimizer of its own with the default precision."
             )
 
     def format(self, dtype: torch.dtype, device: torch.device) -> Format:
-        """How parameters of ``dtype`` on ``device`` are stored."""
+        """The formats of parameters of ``dtype`` on ``device``, with "auto" resolved."""
         if dtype in (torch.float32, torch.float64):
             return Format(dtype, self.moments, "own")
         if self.master == "auto":
@@ -83,7 +83,7 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The storage of one parameter dtype, with nothing left open; "own": the parameter is its own master."""
+    """The formats of one parameter dtype. Master "own": the parameter is its own master."""
 
     dtype: torch.dtype
     moments: Moments
@@ -91,7 +91,7 @@ class Format:
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The dtype of arithmetic, of gradient shards and of moments that are not compressed."""
+        """The dtype of arithmetic, of gradient shards and of uncompressed moments."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
