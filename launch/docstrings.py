@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled texts to fine-tune on: docstrings of Python's standard library, told apart by module, or a file of your own.
+"""Labelled texts for fine-tuning: docstrings of Python's standard library, labelled by module, or the user's own file.
 
-What comes out depends on the files alone. Whether a text is for training or validation depends on the text alone.
+The result depends on the files only. A hash of each text decides whether it is for training or validation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from data import DataError, stdlib_files
 
 VALIDATION_SHARE = 0.25
-SMALLEST_WORDS = 5  # of a docstring: shorter ones ("Return self.") could come from anywhere
+SMALLEST_WORDS = 5  # of a docstring: shorter ones ("Return self.") fit any module
 MASK = "_"
 WORD = re.compile(r"[^\W_]\w*")
 PART = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")  # of a word: XMLParser is XML and Parser
@@ -39,7 +39,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Task:
-    """No text is in both parts, or twice in one. `names` are the labels; `source` is for the reader of the log."""
+    """Each text is in one part, once. `names` are the labels; `source` is for the log."""
 
     training: Texts
     validation: Texts
@@ -48,10 +48,10 @@ class Task:
 
 
 def load(path: str | None, *, classes: int, per_class: int) -> Task:
-    """The task in the file `path`, or of the running Python's docstrings: its `classes` most frequent modules, each
-    with `per_class` texts at most.
+    """Reads the task in `path`, or makes one of the running Python's docstrings: its `classes` most frequent modules,
+    with at most `per_class` texts each.
 
-    Raises DataError where a file cannot be read as {"text", "label"} lines, or there is too little to train on.
+    Raises DataError where the file does not hold {"text", "label"} lines, or holds too few.
     """
     if path is None:
         pairs = chosen(stdlib_docstrings(), classes=classes, per_class=per_class)
@@ -63,10 +63,10 @@ def load(path: str | None, *, classes: int, per_class: int) -> Task:
         raise DataError(f"Found {len(names)} labels in {source}, expected 2 or more. Give texts of different labels.")
     parts: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for text, label in pairs:
-        parts[place(text) < VALIDATION_SHARE].append((text, label))
+        parts[hash_fraction(text) < VALIDATION_SHARE].append((text, label))
     for name, part in (("training", parts[False]), ("validation", parts[True])):
         if not part:
-            raise DataError(f"Of the {len(pairs)} texts of {source} none fell to {name}. Give more texts.")
+            raise DataError(f"Of the {len(pairs)} texts of {source}, none is for {name}. Give more texts.")
     return Task(indexed(parts[False], names), indexed(parts[True], names), tuple(names), source)
 
 
@@ -116,7 +116,7 @@ def found_in_stdlib() -> Iterator[tuple[str, str]]:
         module = name.split("/")[0].removesuffix(".py")
         try:
             tree = ast.parse(content)
-        except (SyntaxError, ValueError):  # lib2to3 and others hold files that are not meant to parse
+        except (SyntaxError, ValueError):  # lib2to3 and others hold files that do not parse on purpose
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -126,21 +126,18 @@ def found_in_stdlib() -> Iterator[tuple[str, str]]:
 
 
 def chosen(pairs: Iterable[tuple[str, str]], *, classes: int, per_class: int) -> list[tuple[str, str]]:
-    """Those of the most frequent labels, without duplicates, and without any word that holds a label's name."""
+    """Texts of the most frequent labels, without duplicates; words that hold the name of a label are masked."""
     known = distinct(pairs)
     counts = Counter(label for _, label in known)
     names = sorted(counts, key=lambda name: (-counts[name], name))[:classes]
     masked = distinct((mask(text, names), label) for text, label in known if label in names)
-    # A hash chooses, but not the one that splits: by that, those of a label's texts would come first that validate.
+    # Not the hash that splits: sorted by that, a label's validation texts would come first.
     masked.sort(key=lambda pair: digest("chosen " + pair[0]))
     return [pair for name in names for pair in [pair for pair in masked if pair[1] == name][:per_class]]
 
 
 def distinct(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Each text once, whatever its case; in order of first appearance.
-
-    What stands under several labels tells nothing, and is left out.
-    """
+    """Each text once, ignoring case, in order of first appearance; without texts that have several labels."""
     labels: dict[str, set[str]] = {}
     forms: dict[str, set[str]] = {}
     for text, label in pairs:
@@ -150,9 +147,9 @@ def distinct(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def mask(text: str, names: Sequence[str]) -> str:
-    """`text` with every word that holds one of `names` replaced; names of up to 3 letters only as a part of their own.
+    """Replaces every word of `text` that holds one of `names`. A name of up to 3 letters must be a part of its own.
 
-    All names are masked in all texts: if a text lost only its own, the loss itself would tell the label.
+    Masks all names in all texts: if a text lost only its own label, the mask would reveal it.
     """
     plain = [name.removeprefix("_py").strip("_").lower() for name in names]  # _pydecimal is known as decimal
     short, long = {name for name in plain if len(name) <= 3}, [name for name in plain if len(name) > 3]
@@ -169,6 +166,6 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.lower().encode("utf-8", "surrogatepass")).digest()
 
 
-def place(text: str) -> float:
-    """Where a text stands in [0, 1): a hash, so that texts added later do not move the others."""
+def hash_fraction(text: str) -> float:
+    """A hash in [0, 1), so that new texts do not move the others between training and validation."""
     return int.from_bytes(digest(text)[:8], "big") / 2**64

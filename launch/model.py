@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder-only transformer on bytes, small enough to read in one go.
+"""A small decoder-only transformer on bytes.
 
 Pre-norm blocks, rotary positions, causal attention, one matrix for the embedding and the output head.
-Knows nothing of data, optimizers or ranks.
+Independent of data, optimizers and ranks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
     def _initialise(self) -> None:
-        # GPT-2's scheme: what is added to the residual stream shrinks with its number of summands.
+        # As GPT-2: scales outputs into the residual stream by 1 / sqrt(number of summands).
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times as wide inside, GELU between."""
+    """Linear to four times the width, GELU, linear back."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (x[..., i], x[..., i + half]) by its position's angle."""
+    """Rotates each pair (x[..., i], x[..., i + half]) by the angle of its position."""
     cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -129,7 +129,7 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def generate(model: Decoder, prompt: bytes, count: int, *, seed: int, temperature: float = 0.8) -> bytes:
-    """`count` bytes that follow `prompt` (at least one byte), sampled on the CPU so that devices draw alike."""
+    """Returns `count` bytes that continue `prompt` (not empty), sampled on the CPU so that all devices draw alike."""
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
     text = list(prompt)

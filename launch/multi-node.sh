@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Starts a training script of yours on several machines, with the torchrun in PATH. Run the same command on each of them:
+# Runs your training script on several machines, with the torchrun in PATH. Run the same command on each machine:
 #
 #     NNODES=2 RDZV_ENDPOINT=node0:29500 bash launch/multi-node.sh train.py --its options
 #
-# NNODES          machines, or MIN:MAX: it begins with MIN of them, goes on without those that fail, and takes in those
-#                 that come (see MAX_RESTARTS)
-# RDZV_ENDPOINT   HOST:PORT of one of them, the same everywhere; a port that all of them reach
-# RDZV_ID         a name for the run (shardadam)
-# NPROC           ranks on this machine (the number of GPUs; 2 without)
-# MAX_RESTARTS    how often all ranks are started again when one fails (0; 10 with NNODES=MIN:MAX)
-# INTERFACE       the network interface that ranks talk over, for example eth0 (left to Gloo and NCCL)
-# LOCAL_ADDR      an address of this machine that the others reach (its host name, which they must be able to look up)
+# NNODES          number of machines, or MIN:MAX: starts with MIN, continues when machines fail, and adds new ones (see
+#                 MAX_RESTARTS)
+# RDZV_ENDPOINT   HOST:PORT of one machine, the same on all; all must be able to connect to it
+# RDZV_ID         name of the run (default: shardadam)
+# NPROC           ranks on this machine (default: the number of GPUs, or 2)
+# MAX_RESTARTS    how often to restart all ranks when one fails (default: 0; 10 with NNODES=MIN:MAX)
+# INTERFACE       network interface of the ranks, for example eth0 (default: chosen by Gloo and NCCL)
+# LOCAL_ADDR      address of this machine for the others (default: its host name, which they must resolve)
 set -euo pipefail
 
 # shellcheck source=launch/settings.sh

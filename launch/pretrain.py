@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrains a small decoder-only transformer on bytes, with ShardedAdamW or, to compare, with DDP and torch's AdamW.
+"""Pretrains a small decoder-only transformer on bytes, with ShardedAdamW or, for comparison, DDP and torch's AdamW.
 
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py            # two ranks on this machine
     python launch/pretrain.py --steps 50 --data book.txt                   # one process, your own text
-    ... --save-dir runs/a --save-every 100 --resume                        # go on where it was, on any number of ranks
-    torchrun --standalone --max-restarts 3 ... --resume                    # and by itself, when a rank has died
+    ... --save-dir runs/a --save-every 100 --resume                        # save and resume, on any number of ranks
+    torchrun --standalone --max-restarts 3 ... --resume                    # restart when a rank has died
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 1:4 --max-restarts 3 --rdzv-backend c10d ... --resume
-                                                                           # on the nodes that are there
+                                                                           # on the available nodes
 
 Both optimizers see the same model, data, global batch and schedule for one `--seed`, whatever the number of ranks.
 """
@@ -43,7 +43,7 @@ BETAS = (0.9, 0.95)
 
 
 class Sharded:
-    """ShardedAdamW: the model stays as it is, gradients are averaged and clipped by the optimizer."""
+    """ShardedAdamW: no wrapper around the model; the optimizer averages and clips gradients."""
 
     def __init__(self, model: Decoder, args: argparse.Namespace) -> None:
         self.model: nn.Module = model
@@ -61,7 +61,7 @@ class Sharded:
         return self.optimizer.no_sync()
 
     def step(self) -> Tensor | None:
-        """Updates and clears; the gradient's norm before clipping, on the device, if it clips."""
+        """Updates the parameters and clears gradients; returns the norm before clipping, on the device, or None."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.optimizer.grad_norm
@@ -71,7 +71,7 @@ class Sharded:
 
 
 class Replicated:
-    """DistributedDataParallel (where there are ranks) and torch.optim.AdamW, with the whole state on every rank."""
+    """DistributedDataParallel (with more than one rank) and torch.optim.AdamW, with the whole state on every rank."""
 
     def __init__(self, model: Decoder, args: argparse.Namespace) -> None:
         self.model: nn.Module = model
@@ -106,7 +106,7 @@ def parameter_groups(model: Decoder, weight_decay: float) -> list[dict]:
 
 
 def warmup_and_cosine(step: int, *, warmup: int, steps: int) -> float:
-    """The factor on the learning rate: linear up to 1 over `warmup` steps, then half a cosine down to 0."""
+    """Factor of the learning rate: rises linearly to 1 over `warmup` steps, then falls to 0 as half a cosine."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
@@ -118,13 +118,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace) ->
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each step, without those of the first few, in which buffers are allocated."""
+    """Seconds of each step."""
 
     forward_backward: list[float]
     optimizer: list[float]
 
     def medians(self) -> tuple[float, float] | tuple[None, None]:
-        """None where no step was left to take."""
+        """Without the first few steps, which allocate buffers. None if no step was taken."""
         if not self.optimizer:
             return None, None
         skip = min(5, len(self.optimizer) // 2)
@@ -143,11 +143,9 @@ def train(
     device: torch.device,
     report: Silence,
 ) -> tuple[int, Timings]:
-    """Collective: every rank trains on its part of each global batch of the steps in `span`.
+    """Takes the steps in `span`; returns the last one and timings. Collective: each rank takes its part of each batch.
 
-    Ranks meet outside the optimizer only to log, to save, and to hear whether one is to end (`preemption`).
-
-    Returns the last step taken, and timings.
+    Outside the optimizer, ranks communicate only to log, to save and to agree on a stop (`preemption`).
     """
     timings = Timings([], [])
     step = span.start - 1
@@ -187,7 +185,7 @@ def train(
         if args.check_every and step % args.check_every == 0:
             run.optimizer.check_in_sync()
         saver.step_done(step)
-        if preemption is not None and preemption.agreed():
+        if preemption is not None and preemption.requested():
             break
         if args.validate_every and step % args.validate_every == 0 and step < span[-1]:
             report.validation(step, validation_loss(model, corpus.validation, args, ranks, device))
@@ -196,10 +194,10 @@ def train(
 
 
 def local_batches(text: Tensor, step: int, args: argparse.Namespace, ranks: Ranks) -> list[tuple[Tensor, float]]:
-    """This rank's windows (count, context + 1) in each backward of the step, and the weight of their mean loss.
+    """This rank's windows (count, context + 1) for each backward of the step, and the weight of their mean loss.
 
-    Weights are such that the average over ranks of the sum is the mean over the global batch. A backward that is left
-    without a window has one of weight 0: ranks meet in it.
+    With these weights, the sum over backwards, averaged over ranks, is the mean over the global batch. A backward
+    without windows gets one of weight 0, as all ranks must run equally many.
     """
     starts = data.training_starts(text, step=step, batch=args.batch, context=args.context, seed=args.seed)
     parts = data.parts(args.batch, rank=ranks.rank, world_size=ranks.world_size, micro_batch=args.micro_batch)
@@ -214,7 +212,7 @@ def local_batches(text: Tensor, step: int, args: argparse.Namespace, ranks: Rank
 def validation_loss(
     model: Decoder, text: Tensor, args: argparse.Namespace, ranks: Ranks, device: torch.device
 ) -> float:
-    """Collective: nats a byte over the same windows in every run, summed in fp64."""
+    """Nats a byte over the same windows in every run, summed in fp64. Collective."""
     starts = data.validation_starts(text, count=args.validation_windows, context=args.context)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for some in starts[ranks.rank :: ranks.world_size].split(8):
@@ -226,14 +224,14 @@ def validation_loss(
 
 
 def average(value: Tensor, ranks: Ranks) -> Tensor:
-    """Collective: the mean over ranks."""
+    """The mean over ranks. Collective."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value / ranks.world_size
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the GPU, so that the host's clock measures it."""
+    """Waits for the GPU, so that the host's clock measures its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -244,7 +242,7 @@ def fingerprint(corpus: data.Corpus) -> list[int]:
 
 
 def check_same_text(corpus: data.Corpus, device: torch.device) -> None:
-    """Collective: raises on all ranks if their machines hold different files."""
+    """Raises DataError on all ranks if they read different files. Collective."""
     if not dist.is_initialized():
         return
     low = torch.tensor(fingerprint(corpus), device=device)
@@ -259,18 +257,18 @@ def check_same_text(corpus: data.Corpus, device: torch.device) -> None:
 
 
 def unsharded_state_bytes(model: Decoder) -> int:
-    """What one rank would hold unsharded: two fp32 moments a parameter, and an fp32 master where it is not fp32."""
+    """Unsharded state of one rank: two fp32 moments a parameter, and an fp32 master where the parameter is not fp32."""
     return sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in model.parameters())
 
 
 def steps_to_take(args: argparse.Namespace, taken: int) -> range:
-    """Steps count from 1; all that are left, or --stop-after of them."""
+    """The steps after `taken`, at most --stop-after of them. Steps count from 1."""
     last = min(args.steps, taken + args.stop_after) if args.stop_after else args.steps
     return range(taken + 1, last + 1)
 
 
 def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device: torch.device) -> None:
-    """Collective: builds or resumes, trains, validates, and shows on rank 0 what came of it."""
+    """Builds or resumes, trains, validates, and prints the results on rank 0. Collective."""
     check_same_text(corpus, device)
     identity = identity_of(args, fingerprint(corpus))
     start = starting_point(args, identity)
@@ -292,12 +290,12 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
             last, timings = train(run, saver, preemption, span, model, corpus, args, ranks, device, report)
         total_seconds = time.perf_counter() - started
         if last < span.stop - 1:
-            report.say(f"SIGTERM: stopped after step {last} of {args.steps}, which is saved; --resume goes on")
+            report.say(f"SIGTERM: stopped after step {last} of {args.steps}, which is saved; continue with --resume")
             return
         loss = validation_loss(model, corpus.validation, args, ranks, device)
         report.validation(span.stop - 1, loss)
         if span.stop <= args.steps:
-            report.say(f"stopped after step {span.stop - 1} of {args.steps}; --resume goes on")
+            report.say(f"stopped after step {span.stop - 1} of {args.steps}; continue with --resume")
     if ranks.rank != 0:
         return
 
@@ -343,7 +341,7 @@ def table_rows(results: dict) -> dict[str, str]:
         rows["training, total"] = f"{results['total_s']:.1f} s, {results['tokens_per_s']:,.0f} tokens/s"
         rows["steps of this process"] = f"{results['first_step']} to {results['last_step']}"
     else:
-        rows["steps of this process"] = "none was left"
+        rows["steps of this process"] = "none left"
     if results["last_step"] - results["first_step"] + 1 == results["steps"]:
         del rows["steps of this process"]
     if results["saves"]:
@@ -353,7 +351,7 @@ def table_rows(results: dict) -> dict[str, str]:
 
 @record
 def main() -> None:
-    """`record`: when torchrun gives up, it shows what the rank that failed first has raised."""
+    """`record` lets torchrun print the error of the rank that failed first."""
     ranks = Ranks.from_environment()
     args, parser, device = parse_arguments(ranks)
     try:
@@ -374,7 +372,7 @@ def main() -> None:
         parser.failure(str(error))
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()  # Gloo aborts at exit without
+            dist.destroy_process_group()  # otherwise Gloo aborts at exit
 
 
 if __name__ == "__main__":

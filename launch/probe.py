@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baseline, a linear probe of frozen features, and the scores by which it and a fine-tuned model are compared."""
+"""The baseline, a linear probe of frozen features, and the scores to compare it with the fine-tuned model."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of the L2 penalty, to choose from
-HELD_OUT = 5  # one in so many of the training texts chooses
+STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of the L2 penalty, to try
+HELD_OUT = 5  # one in so many training texts is held out to choose the strength
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of predictions on all validation texts. `macro_f1` weighs classes alike, however many texts they have."""
+    """Scores on all validation texts. `macro_f1` weighs classes equally, however many texts they have."""
 
     accuracy: float
     macro_f1: float
 
     @staticmethod
     def of(confusion: Tensor) -> Scores:
-        """From counts (true class, predicted class). A class that is neither there nor predicted is left out."""
+        """From counts (true class, predicted class). Ignores classes that neither occur nor are predicted."""
         confusion = confusion.double()
         right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         occurs = true + predicted > 0
@@ -38,8 +38,8 @@ def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 def probe(features: Tensor, labels: Tensor, other: Tensor, classes: int) -> tuple[Tensor, float]:
     """Trains multinomial logistic regression on `features` (texts, size) and predicts the classes of `other`.
 
-    The L2 strength is the one that does best on every fifth of the training texts when trained on the rest; then all
-    train. Returns the predictions and that strength. Everything in float64 and to convergence: no seed matters.
+    Chooses the L2 strength that scores best on every fifth training text when trained on the others, then trains on
+    all. Returns the predictions and that strength. Runs in float64 to convergence, without randomness.
     """
     mean, deviation = features.double().mean(0), features.double().std(0) + 1e-6
     features, other = ((one.double() - mean) / deviation for one in (features, other))
@@ -53,7 +53,7 @@ def probe(features: Tensor, labels: Tensor, other: Tensor, classes: int) -> tupl
 
 
 def logistic_regression(features: Tensor, labels: Tensor, classes: int, strength: float) -> Tensor:
-    """(size + 1, classes) weights of least mean loss + strength * |weights|^2; the last row, the bias, is free."""
+    """(size + 1, classes) weights that minimise mean loss + strength * |weights|^2, without the bias, the last row."""
     weights = torch.zeros(features.shape[1] + 1, classes, dtype=features.dtype, requires_grad=True)
     solver = torch.optim.LBFGS([weights], max_iter=200, history_size=10, line_search_fn="strong_wolfe")
 

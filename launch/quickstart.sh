@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From a fresh machine with Python 3.10 or newer to a trained model: makes or reuses .venv, then trains on NPROC ranks
-# (2) of this machine. Arguments go to launch/pretrain.py; PYTHON chooses the interpreter.
+# Trains a small model on a fresh machine with Python 3.10 or newer: creates or reuses .venv, then trains on NPROC ranks
+# (default: 2) of this machine. Passes its arguments to launch/pretrain.py; PYTHON chooses the interpreter.
 set -euo pipefail
 
 # shellcheck source=launch/venv.sh

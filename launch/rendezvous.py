@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks that torchrun has started, or started again, find each other.
+"""Builds the process group of ranks that torchrun has started or restarted.
 
-Note: a store of their own
-    torchrun's agents keep one store while workers come and go (torch 2.13), and what dead ranks have left in it, their
-    addresses among it, would be taken for the living's: `init_process_group` then waits for the dead. So rank 0 begins
-    a life under a new name, the others ask whether it lives, and only what is under that name is read.
+Note: keys of a restart
+    torchrun's agents keep one store while workers restart (torch 2.13). `init_process_group` would read the addresses
+    that dead ranks left in it, and wait for them. So rank 0 chooses a new prefix for each start, the others check that
+    this rank 0 answers, and all use only keys under that prefix.
 """
 
 from __future__ import annotations
@@ -20,31 +20,34 @@ from arguments import Ranks
 
 
 def join(ranks: Ranks, backend: str, *, timeout_s: float) -> None:
-    """Collective: `init_process_group`, whatever ranks there have been before; `timeout_s` is the group's, too."""
+    """Calls `init_process_group` with a store without old keys; `timeout_s` is the group's timeout, too. Collective."""
     timeout = timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=timeout)  # rank 0 makes a new store
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    store = dist.PrefixStore(name_of_life(agents, ranks, timeout_s), agents)
+    store = dist.PrefixStore(prefix_of_this_start(agents, ranks, timeout_s), agents)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
-def name_of_life(store: dist.Store, ranks: Ranks, timeout_s: float) -> str:
-    """Collective: the same new name on all ranks. Raises DistStoreError or TimeoutError where one does not come."""
+def prefix_of_this_start(store: dist.Store, ranks: Ranks, timeout_s: float) -> str:
+    """Returns the same new prefix on all ranks. Collective.
+
+    Raises DistStoreError or TimeoutError if a rank is missing.
+    """
     mine = uuid.uuid4().hex
     if ranks.rank == 0:
-        store.set("pretrain/life", mine)
+        store.set("pretrain/prefix", mine)
         for rank in range(1, ranks.world_size):
             store.set(f"{mine}/welcome/{rank}", store.get(f"{mine}/hello/{rank}"))
         return mine
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        life = store.get("pretrain/life").decode()
-        store.set(f"{life}/hello/{ranks.rank}", mine)
-        welcome = f"{life}/welcome/{ranks.rank}"
-        if store.check([welcome]) and store.get(welcome).decode() == mine:  # not one for a rank that is dead
-            return life
+        prefix = store.get("pretrain/prefix").decode()
+        store.set(f"{prefix}/hello/{ranks.rank}", mine)
+        welcome = f"{prefix}/welcome/{ranks.rank}"
+        if store.check([welcome]) and store.get(welcome).decode() == mine:  # and not for a dead rank
+            return prefix
         time.sleep(0.02)
-    raise TimeoutError(f"rank 0 did not come within {timeout_s:g} s (--timeout); see its own output")
+    raise TimeoutError(f"rank 0 did not join within {timeout_s:g} s (--timeout); check its log")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 shows: a progress bar (plain lines where there is no terminal), TensorBoard metrics, the closing table.
+"""Output of rank 0: a progress bar (plain lines without a terminal), TensorBoard metrics and the final table.
 
-Takes numbers and prints them; computes and communicates nothing. Every other rank uses `Silence`.
+Prints numbers that it is given; must not compute or communicate. All other ranks use `Silence`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 class Silence:
-    """The reporter of the ranks that report nothing."""
+    """The reporter of all ranks but rank 0: prints nothing."""
 
     def __enter__(self) -> Silence:
         return self
@@ -44,14 +44,14 @@ class Silence:
 
 
 class Report(Silence):
-    """Rank 0's reporter of a run of `steps` steps; metrics go to TensorBoard files too if `log_dir` names a place."""
+    """Rank 0's reporter of a run of `steps` steps; writes TensorBoard files to `log_dir`, unless None."""
 
     def __init__(self, steps: int, log_dir: str | None) -> None:
         self.console = Console(highlight=False)
         if not self.console.is_terminal:
-            self.console.width = 100  # the width of no terminal is 80, and of a log it does not matter
+            self.console.width = 100  # without a terminal, rich assumes 80
         self.steps = steps
-        self.tenths = -1  # of the run, as far as lines have told
+        self.tenths = -1  # of the run, in the last printed line
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -82,9 +82,9 @@ class Report(Silence):
         self.progress.update(self.task, completed=step)
 
     def metrics(self, step: int, values: Mapping[str, float], state_bytes: int) -> None:
-        """The newest numbers, under TensorBoard's names; `loss` and `tokens_per_s` also go to the progress bar.
+        """Writes the newest numbers, by their TensorBoard names; shows `loss` and `tokens_per_s` in the progress bar.
 
-        Without a terminal the first of them in every tenth of the run leave a line instead.
+        Without a terminal, prints a line for the first numbers in each tenth of the run.
         """
         status = (
             f"loss {values['loss']:.3f}  {values['tokens_per_s']:,.0f} tokens/s  "
@@ -97,7 +97,7 @@ class Report(Silence):
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
-            self.writer.flush()  # a rank that is killed flushes nothing
+            self.writer.flush()  # a killed rank would lose the rest
 
     def validation(self, step: int, loss: float) -> None:
         self.say(f"step {step}: validation loss {loss:.4f} nats a byte")
@@ -105,7 +105,7 @@ class Report(Silence):
             self.writer.add_scalar("validation_loss", loss, step)
 
     def summary(self, rows: Mapping[str, str], sample: bytes) -> None:
-        """The generated text, with what is not printable replaced, and a table of two columns."""
+        """Prints the generated text, without unprintable characters, and a table of two columns."""
         if sample:
             self.console.rule("generated text", align="left")
             printable = sample.decode("utf-8", errors="replace")
@@ -120,7 +120,7 @@ class Report(Silence):
 
 
 def summary_writer(log_dir: str) -> Any:
-    """A TensorBoard writer; imported here because importing it takes a second that only `--log-dir` should cost."""
+    """A TensorBoard writer. Imports here, as the import takes a second."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(log_dir)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
-# Sourced, not run: what the launchers have in common. Sets NPROC, MAX_RESTARTS and variables of torch's where they are
-# not set, and refuses what torchrun would take for something else.
+# Sourced, not run: settings of all launchers. Sets defaults of NPROC, MAX_RESTARTS and variables of torch, and rejects
+# values that torchrun would misread.
 
-# need NAME PATTERN EXPECTED: the variable is set, and such as PATTERN says.
+# need NAME PATTERN EXPECTED: exits unless the variable matches PATTERN.
 need() {
     if [[ ! ${!1:-} =~ $2 ]]; then
         echo "$(basename "$0"): $1: found '${!1:-}', expected $3; set it in front of the command: $1=..." >&2
@@ -11,7 +11,7 @@ need() {
     fi
 }
 
-# need_script SCRIPT ...: the first argument is a file.
+# need_script SCRIPT ...: exits unless the first argument is a file and torchrun is in PATH.
 need_script() {
     if [[ ! -f ${1:-} ]]; then
         echo "$(basename "$0"): found '${1:-}', expected a training script: bash launch/$(basename "$0") train.py ..." >&2
@@ -41,6 +41,6 @@ else
 fi
 need NPROC '^[1-9][0-9]*$' "a number of ranks"
 need MAX_RESTARTS '^[0-9]+$' "a number"
-# Without it, ranks that are started again look for the dead ones, whose addresses stay in torchrun's store.
+# Otherwise restarted ranks connect to dead ones, whose addresses stay in torchrun's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Starts a training script of yours on this machine, with the torchrun in PATH: a rank for every GPU or, where there is
-# none, two.
+# Runs your training script on this machine, with the torchrun in PATH: one rank a GPU, or two ranks without GPUs.
 #
 #     bash launch/single-node.sh train.py --its options
 #
-# NPROC          ranks (the number of GPUs; 2 without)
-# MAX_RESTARTS   how often all ranks are started again when one fails (0); the script resumes from its checkpoint
+# NPROC          ranks (default: the number of GPUs, or 2)
+# MAX_RESTARTS   how often to restart all ranks when one fails (default: 0); the script must resume from its checkpoint
 set -euo pipefail
 
 # shellcheck source=launch/settings.sh

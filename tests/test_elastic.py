@@ -301,7 +301,7 @@ def test_sigterm_saves_that_very_step(text: str, tmp_path: Path, whom: str, extr
     losses = at_each_step(torchrun.notes())
     last = max(losses)
     assert 4 <= last < STEPS
-    assert f"SIGTERM: stopped after step {last} of {STEPS}, which is saved; --resume goes on" in output
+    assert f"SIGTERM: stopped after step {last} of {STEPS}, which is saved; continue with --resume" in output
     rest = undisturbed(1, [*options, "--resume", "--save-on-sigterm"])
     found = [loss for step in sorted(losses) for loss in losses[step]] + rest
     assert found == pytest.approx(undisturbed(2, ["--data", text]), abs=2e-4)
@@ -312,13 +312,13 @@ def told_twice(pause_s: float) -> None:
     import preemption
 
     preemption.REPEATED_S = 0.2
-    with preemption.Preemption() as told:
-        assert not told.agreed()
+    with preemption.Preemption() as preempted:
+        assert not preempted.requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert told.agreed()
+        assert preempted.requested()
         time.sleep(pause_s)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert told.agreed()
+        assert preempted.requested()
 
 
 @pytest.mark.parametrize(("pause_s", "code"), [(0.0, 0), (0.4, 128 + signal.SIGTERM)])

@@ -88,7 +88,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--save-dir", str(directory / "saved"), "--save-async", "--keep=1", "--stop-after=6", "--resume"]
     result, output = pretrain(directory, *RESUMED, *options)
     assert result["last_step"] == 6 and result["saves"] == 2
-    assert f"starts from the beginning: {directory / 'saved'} holds no checkpoint" in output
+    assert f"starting at step 1: {directory / 'saved'} holds no checkpoint" in output
     assert {path.name for path in (directory / "saved").iterdir()} == {"latest", "step-00000006"}
     return directory / "saved"
 
@@ -103,7 +103,7 @@ def test_a_stopped_run_ends_where_it_would_have_on_any_number_of_ranks(
         saved = tmp_path / f"on-{ranks}"
         shutil.copytree(stopped, saved)
         resumed, output = pretrain(tmp_path, *RESUMED, "--save-dir", str(saved), "--resume", ranks=ranks)
-        assert f"went on from step 6 of {saved / 'step-00000006'}, saved on 2 ranks" in output
+        assert f"resumed from step 6 of {saved / 'step-00000006'}, saved on 2 ranks" in output
         assert (resumed["first_step"], resumed["last_step"], resumed["saves"]) == (7, 12, 2)
         assert resumed["validation_loss"] == pytest.approx(straight["validation_loss"], abs=1e-4)
         if ranks == 2:

@@ -160,11 +160,11 @@ def test_a_job_that_reaches_its_time_limit_saves_is_queued_again_and_goes_on(slu
     def logged(pattern: str) -> re.Match[str] | None:
         return re.search(pattern, log.read_text()) if log.exists() else None
 
-    await_(lambda: logged("asks to be queued again") is not None, "the end of the job", 120)
+    await_(lambda: logged("requeuing the job") is not None, "the end of the job", 120)
     stopped = logged(r"SIGTERM: stopped after step (\d+) ")
     assert stopped is not None and "sharded on 2 x cpu" in log.read_text(), log.read_text()
     await_(lambda: "PENDING" in slurm.run("squeue", "--noheader", "--format=%T", "--job", job), "the queued job")
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-    await_(lambda: logged(f"went on from step {stopped[1]} of") is not None, "the job that goes on", 60)
+    await_(lambda: logged(f"resumed from step {stopped[1]} of") is not None, "the job that goes on", 60)
     slurm.run("scancel", job)
     await_(lambda: not slurm.run("squeue", "--noheader").strip(), "the end of the cancelled job")
