@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``launch/pretrain.py`` with faults: what ``test_elastic.py`` starts under torchrun.
+"""``launch/pretrain.py`` with faults, which ``test_elastic.py`` starts under torchrun.
 
-``FAULTS`` lists faults separated by ``;``, such as ``rank=1 step=7 moment=backward attempt=0``: that rank is killed
-there (``raise``: raises) if torchrun has restarted so many times; what is not named is any. To the file ``LOSSES``
-rank 0 appends a line of JSON for every step, and every rank when it starts and before its fault. ``DROPOUT`` is the
-share of logits to drop: training that draws random numbers. ``PAUSE`` slows every step down by so many seconds.
+Environment variables:
+
+FAULTS   faults separated by ``;``, such as ``rank=1 step=7 moment=backward attempt=0``: kills (``raise``: raises in)
+         that rank at that moment, where ``attempt`` counts restarts of torchrun. Omitted conditions match anything.
+LOSSES   a file, to which rank 0 appends a line of JSON for every step, and every rank at its start and its fault.
+DROPOUT  the share of logits to drop, so that training draws random numbers.
+PAUSE    seconds to sleep in every step.
 """
 
 from __future__ import annotations
@@ -66,11 +69,11 @@ def wrap(owner: Any, name: str, *, before: str | None = None, after: str | None 
     setattr(owner, name, wrapped)
 
 
-wrap(ParameterGatherer, "dispatch", before="step")  # a bucket is updated, and not gathered yet
-wrap(saving, "_write_part", after="save")  # this rank's file is written, the others' may not be
-wrap(saving, "_write_manifest", after="save-manifest")  # all is written, nothing published
-wrap(directory, "publish", after="save-published")  # and nobody told
-wrap(loading, "_read_tensors", after="load")  # this rank's shards are read, the random numbers are still new
+wrap(ParameterGatherer, "dispatch", before="step")  # a bucket is updated, but not gathered yet
+wrap(saving, "_write_part", after="save")  # this rank's file is written; those of others may not be
+wrap(saving, "_write_manifest", after="save-manifest")  # all files are written, none is published
+wrap(directory, "publish", after="save-published")  # published, but the other ranks do not know
+wrap(loading, "_read_tensors", after="load")  # this rank's shards are read, random states are not
 
 training_starts, forward, metrics = data.training_starts, model.Decoder.forward, report.Report.metrics
 

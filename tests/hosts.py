@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Host:
-    """Where commands run: the namespaces of the process ``pid``."""
+    """A host: the namespaces of the process ``pid``, in which commands run."""
 
     name: str
     address: str
@@ -40,11 +40,11 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """``host-a`` and ``host-b``, at 10.77.0.1 and .2, which know each other's names. Namespaces end with the processes
-    that hold them.
+    """Creates ``host-a`` and ``host-b``, at 10.77.0.1 and .2, which resolve each other's names. The namespaces end
+    with the processes that hold them.
 
     Raises:
-        OSError, subprocess.SubprocessError: they cannot be made here.
+        OSError, subprocess.SubprocessError: this machine cannot create them.
     """
     with tempfile.NamedTemporaryFile("w", prefix="shardadam-hosts-") as names:
         names.write("127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n")
@@ -90,7 +90,7 @@ def _namespaces(names: str) -> Iterator[tuple[Host, Host]]:
 
 
 def why_no_hosts() -> str | None:
-    """Why there can be none on this machine; None: there can."""
+    """Why this machine cannot create them; None if it can."""
     try:
         with two_hosts():
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hosts of test_launchers.py train: a small model, whose rank writes after every step where it is.
+"""Trains a small model on the hosts of test_launchers.py; each rank writes its state to a file after every step.
 
 ... tests/hosts_run.py --steps 8 --out DIRECTORY [--hybrid] [--pace SECONDS] [--timeout SECONDS] [--save]
 

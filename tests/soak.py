@@ -3,16 +3,15 @@
 
     python tests/soak.py --minutes 30 --seed 0 [--json log.json]
 
-In every episode a number of ranks that is drawn anew, 1 to 4, goes on from the newest checkpoint, in formats, gradient
-modes and over transports that are drawn, too, until a fault ends it or it is through. What must hold, or this exits
-with 1 and says what did not:
+Each episode resumes from the newest checkpoint, on 1 to 4 ranks, with random formats, gradient modes and transports,
+and runs to its last step or to a fault. Exits with 1 and a message unless all of this holds:
 
-- no hang: every rank that is left tells its end, in an error or none, within the process group's timeout and a margin;
-- no poison: parameters are finite, and equal on all ranks that are left at the end of an episode;
-- no leak: no process, file descriptor, shared memory or temporary directory of a checkpoint stays behind, and the
-  memory of this process does not grow;
-- nothing lost but the steps since the last checkpoint: at the end a run without faults, which replays the same worlds
-  and steps, arrives at the same bits; and the loss has fallen.
+- no hang: every rank that lives finishes or raises within the process group's timeout and a margin;
+- no poison: at the end of an episode, parameters are finite, and equal on all ranks that live;
+- no leak: no process, file descriptor, shared memory or temporary directory of a checkpoint is left, and the memory of
+  this process does not grow;
+- no loss but the steps since the last checkpoint: a run without faults, which replays the same worlds and steps, gives
+  the same bits; and the loss has fallen.
 """
 
 from __future__ import annotations
@@ -48,19 +47,19 @@ from shardadam import CheckpointError, Precision, ShardedAdamW
 from tests.ranks import ranks_of
 
 TIMEOUT_S = 3.0
-MARGIN_S = 12.0  # two roll calls, a save's own time limit, and a busy machine
+MARGIN_S = 12.0  # two desync reports, a save's own time limit, and a busy machine
 START_S = 60.0
 BATCH = 12  # divided by 1 to 4
 SAVE_EVERY = 4
 GROWTH_BYTES = 64 << 20
 
 
-# What is drawn
+# Random choices
 
 
 @dataclass(frozen=True)
 class World:
-    """How an episode trains."""
+    """The settings of an episode."""
 
     ranks: int
     hybrid: bool
@@ -91,7 +90,7 @@ class World:
 
 @dataclass(frozen=True)
 class Fault:
-    """What one rank does, ``after`` so many steps of the episode."""
+    """What one rank does after ``after`` steps of the episode."""
 
     kind: str
     rank: int
@@ -105,7 +104,7 @@ class Fault:
 
 
 def soon(delay_s: float, number: int) -> None:
-    """A signal at whatever moment of the next step that is."""
+    """Sends a signal at a random moment of the next step."""
     pid = os.getpid()
     threading.Timer(delay_s, lambda: os.kill(pid, number)).start()
 
@@ -177,11 +176,11 @@ def killed_in_save(run: Run, fault: Fault) -> None:
 
 
 def poisoned(run: Run, fault: Fault) -> None:
-    """Ends nothing: the poisoned batch is skipped by all, and all go on."""
+    """Ends nothing: all ranks skip the poisoned batch and continue."""
 
 
 def corrupted(run: Run, fault: Fault) -> None:
-    """Ends nothing: this process damages the newest checkpoint after the episode, and the next must refuse it."""
+    """Ends nothing: damages the newest checkpoint after the episode; the next episode must refuse to load it."""
 
 
 FAULTS: dict[str, Callable[[Run, Fault], None]] = {
@@ -192,7 +191,12 @@ FAULTS: dict[str, Callable[[Run, Fault], None]] = {
     )
 }
 GENTLE = ("poisoned", "corrupted")
-NEEDS_OTHERS = ("stopped", "changes_lr", "clips", "saves_alone")  # on one rank nobody sees it, or it is no fault
+NEEDS_OTHERS = (
+    "stopped",
+    "changes_lr",
+    "clips",
+    "saves_alone",
+)  # with one rank, no other rank notices, or it is no fault
 
 
 # One rank
@@ -223,7 +227,7 @@ def save_alike(run: Run, before: Callable[[], None]) -> None:
 
 @dataclass(frozen=True)
 class Episode:
-    """What the ranks of an episode do: from the newest checkpoint to ``last``, or until the fault."""
+    """Trains on each rank, from the newest checkpoint to step ``last`` or the fault."""
 
     world: World
     directory: str
@@ -247,7 +251,7 @@ class Episode:
         values = [] if run is None else [p.detach().float().flatten().tolist() for p in run.model.parameters()]
         pipe.send((*told, -1 if run is None else run.step, values))
         if told[0] != "through":
-            os._exit(1)  # as its script would end: the others see it
+            os._exit(1)  # as its script would; the others notice
         dist.barrier()
         os._exit(0)
 
@@ -314,7 +318,7 @@ def build(world: World, rank: int, directory: str) -> Run:
 
 @dataclass
 class Told:
-    """What a rank has told: ``kind`` is "through", an exception's name, or "silent"."""
+    """The result of a rank: ``kind`` is "through", an exception's name, or "silent"."""
 
     kind: str = "silent"
     message: str = ""
@@ -324,11 +328,11 @@ class Told:
 
 
 class Failure(AssertionError):
-    """Something that must hold does not."""
+    """A guarantee is broken."""
 
 
 def play(episode: Episode, store: Path) -> list[Told]:
-    """Runs the ranks of an episode; returns when all that are left have told their end."""
+    """Runs the ranks of an episode; returns when all that live have sent their result."""
     told = [Told() for _ in range(episode.world.ranks)]
     with ranks_of(episode.world.ranks, store, episode, timeout_s=TIMEOUT_S) as ranks:
         deadline = time.monotonic() + START_S
@@ -391,7 +395,7 @@ def corrupt_newest(directory: Path, choose: random.Random) -> None:
 
 
 def shared_memory_names() -> set[str]:
-    """Without what other programs of this machine come and go with: semaphores, and tensors of torch's own sharing."""
+    """Files in /dev/shm, without those of other programs: semaphores, and tensors that torch shares."""
     found = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     return {name for name in found if not name.startswith(("sem.mp-", "torch_"))}
 
@@ -402,13 +406,13 @@ def resident_bytes() -> int:
 
 @dataclass
 class Log:
-    """What the soak has seen."""
+    """Counts of the whole soak."""
 
     seed: int
     minutes: float
     episodes: int = 0
-    steps: int = 0  # taken, repeated ones too
-    lost_steps: int = 0  # since the checkpoints that were gone on from
+    steps: int = 0  # with repeated ones
+    lost_steps: int = 0  # since the checkpoints that episodes resumed from
     most_lost: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
@@ -428,7 +432,7 @@ def evaluate(directory: Path, world: World) -> float:
 
 
 def content_of(directory: Path, world: World) -> dict[str, Any]:
-    """All that a checkpoint holds, whole and exact."""
+    """Everything in a checkpoint, exact."""
     run = build(replace(world, ranks=1, hybrid=False, moments="fp32", overlap=False), 0, str(directory))
     shardadam.load(directory, model=run.model, optimizer=run.optimizer, random_states=False)
     state = run.optimizer.full_state_dict()["state"]
@@ -443,10 +447,10 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
     log = Log(seed, minutes)
     dtype = choose.choice(("float32", "bfloat16"))
     checkpoints = root / "checkpoints"
-    segments: list[tuple[World, int, int]] = []  # that have led to where training is: world, from and to which step
+    segments: list[tuple[World, int, int]] = []  # history of the current state: world, first and last step
     end = time.monotonic() + minutes * 60
     shm, descriptors, memory = shared_memory_names(), len(os.listdir("/proc/self/fd")), 0
-    damaged: set[int] = set()  # checkpoints; where nobody reads the byte, nobody minds, and the replay would tell
+    damaged: set[int] = set()  # checkpoints; if no rank reads the damaged byte, the replay shows a difference
     first = World.draw(choose, dtype)
     log.first_loss = fresh_loss(first)
     while time.monotonic() < end or not segments:
@@ -511,7 +515,7 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
 
 
 def cut(segments: list[tuple[World, int, int]], step: int) -> list[tuple[World, int, int]]:
-    """What is left of them where training goes on from ``step``."""
+    """The segments up to ``step``, from which training resumes."""
     kept = [(world, start, min(stop, step)) for world, start, stop in segments if start < step]
     return kept
 
@@ -532,7 +536,7 @@ def check_leaks(shm: set[str], descriptors: int, memory: int) -> None:
 
 
 def check_replay(segments: Sequence[tuple[World, int, int]], checkpoints: Path, root: Path) -> None:
-    """The same worlds and steps without a fault give the same bits."""
+    """Checks that the same worlds and steps without faults give the same bits."""
     replayed = root / "replayed"
     for world, start, stop in segments:
         if newest_step(replayed) != start:

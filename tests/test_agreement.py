@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks disagree on raises on every rank, in the same words, and leaves the optimizer as it was."""
+"""A disagreement of ranks raises the same error on every rank, and leaves the optimizer unchanged."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.ranks import on_ranks, rank_and_size
 
 ODD_RANK = 1
 REMEDY = "Build the same model and the same optimizer on every rank."
-DEADLINE_S = 30.0  # what takes longer is a hang
+DEADLINE_S = 30.0  # longer is a hang
 
-# What differs -> what the message says of it, with what is found on the others and on the odd rank.
+# Difference -> its name in the message, the value on most ranks, the value on the odd rank.
 DIFFERENCES = {
     "shape": ("parameter 'second': shape", "(3, 5)", "(4, 5)"),
     "dtype": ("parameter 'second': dtype", "torch.float32", "torch.bfloat16"),
@@ -98,7 +98,7 @@ def build_optimizer(difference: str) -> ShardedAdamW:
 
 
 def raised(function: Callable[[], object]) -> tuple[str, str]:
-    """The kind and words of what ``function`` raises."""
+    """The type and message of the error that ``function`` raises."""
     try:
         function()
     except Exception as error:
@@ -160,7 +160,7 @@ def construct_twice() -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def add_and_train(difference: str, odd_rank: int) -> dict[str, Any]:
-    """Adds a group that is refused, then trains; and does the same with an optimizer that never was asked."""
+    """Adds a group that is refused, then trains; trains a control optimizer alike, without adding the group."""
     rank, _ = rank_and_size()
     value = torch.linspace(-1, 1, 300)
     disturbed, undisturbed = nn.Parameter(value.clone()), nn.Parameter(value.clone())
@@ -217,7 +217,7 @@ def test_a_rank_that_refuses_an_added_group_is_named_to_the_others_and_nothing_c
     assert_unchanged_and_trains(results)
 
 
-# The words
+# Messages
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_rank_with_less_to_claim_is_said_to_have_nothing() -> None:
 
 
 def test_frames_of_the_package_are_not_the_user_s_code() -> None:
-    """After the module had moved to a folder, reports named lines of optimizer.py."""
+    """When the module moved into a folder, reports named lines of optimizer.py."""
     module = Path(shardadam.__file__).parent / "engine" / "gathering.py"
     found: dict[str, Any] = {"line_in_users_code": desync._line_in_users_code}
     exec(compile("line = line_in_users_code()", str(module), "exec"), found)
@@ -275,7 +275,7 @@ def test_a_store_that_cannot_be_cloned_is_not_asked_for_a_status() -> None:
 
 
 class SilentStore:
-    """As one whose host is cut off: requests do not return."""
+    """Like a store whose host is cut off: requests do not return."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()

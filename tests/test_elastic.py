@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training under torchrun outlives its ranks: it goes on by itself from the newest checkpoint, on as many ranks as
-there are, and its losses are those of a run that nobody disturbed.
+"""Training under torchrun survives the death of ranks: it resumes from the newest checkpoint, on the ranks that are
+left, with the losses of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A file to train on; the workers that undisturbed runs have used are not for other tests."""
+    """A file to train on. Stops the workers of undisturbed runs, which other tests must not reuse."""
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join("".join(generator.choices("abcde", k=4)) for _ in range(1500)))
@@ -47,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         restart(world_size)
 
 
-# Runs that nobody disturbs, in warm workers
+# Undisturbed runs, in warm workers
 
 
 def curve(arguments: list[str], dropout: float = 0.0) -> list[float]:
@@ -91,7 +91,7 @@ def undisturbed(world_size: int, arguments: list[str], dropout: float = 0.0) -> 
 
 @pytest.mark.parametrize("optimizer", [["--gradient-sync=backward"], ["--gradient-sync=step"], ["--optimizer=adamw"]])
 def test_losses_depend_on_neither_ranks_nor_micro_batches(text: str, optimizer: list[str]) -> None:
-    """8 windows on 3 ranks are 2, 3 and 3; and two ranks of three have none of a batch of 1."""
+    """8 windows on 3 ranks are 2, 3 and 3; of a batch of 1, two of three ranks have none."""
     for batch, others in ((8, [(1, 3), (2, None), (2, 3), (3, 1)]), (1, [(3, None)])):
         common = ["--data", text, f"--batch={batch}", *optimizer]
         reference = undisturbed(1, common)
@@ -130,7 +130,7 @@ def test_ranks_are_checked_at_every_kth_step(text: str) -> None:
 
 
 class Torchrun:
-    """One agent, with all that its workers have noted. Ends what it has started."""
+    """One torchrun agent, and the notes of its workers. Ends the processes that it started."""
 
     def __init__(self, directory: Path, name: str, launcher: list[str], script: list[str], **environment: str) -> None:
         self.losses, self.log = directory / "losses", directory / f"{name}.log"
@@ -152,7 +152,7 @@ class Torchrun:
             self.kill()
 
     def kill(self) -> None:
-        """The agent and its workers, as when their machine is lost."""
+        """Kills the agent and its workers, as if their machine were lost."""
         self.process.kill()
         self.process.wait()
         for pid in {note["pid"] for note in self.notes() if note["agent"] == self.process.pid}:
@@ -181,7 +181,7 @@ class Torchrun:
 
 
 def at_each_step(notes: list[dict[str, Any]]) -> dict[int, list[float]]:
-    """All losses that were logged for a step: several where it was taken again."""
+    """All losses that were logged for a step; several if it was repeated."""
     losses: dict[int, list[float]] = {}
     for note in notes:
         if "loss" in note:
@@ -190,7 +190,7 @@ def at_each_step(notes: list[dict[str, Any]]) -> dict[int, list[float]]:
 
 
 def fault(generator: random.Random, moment: str, attempt: int, *, anywhen: bool = False) -> str:
-    """At a step of those that an attempt can reach; the first leaves a checkpoint behind."""
+    """A fault at a random step that the attempt reaches, after the first checkpoint."""
     words = {"moment": moment, "attempt": attempt}
     words["rank"] = 0 if moment in ("save-manifest", "save-published") else generator.randrange(2)  # rank 0 publishes
     if moment != "load" and not anywhen:
@@ -222,7 +222,7 @@ SWEEP = [
 def test_a_rank_killed_at_any_moment_changes_no_loss(
     text: str, tmp_path: Path, name: str, moments: tuple[str, ...]
 ) -> None:
-    """Neither in the steps before the next save nor in those after; dropout shows that random numbers go on."""
+    """Neither before the next save nor after it; dropout shows that random numbers resume, too."""
     generator = random.Random(f"{name} {moments}")
     is_async = "--save-async" in FORMATS[name]
     faults = [
@@ -248,18 +248,18 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(
         after = [other for other in notes if other["time"] > note["time"]]
         assert (
             min(other["time"] for other in after if "started" in other) - note["time"] < 28
-        )  # nobody waits for the timeout of 30 s
+        )  # no rank waits for the timeout of 30 s
         lost = note["step"] - min(other["step"] for other in after if "loss" in other) + 1
         assert lost <= (2 if is_async else 1) * SAVE_EVERY, faults
     assert "raise" not in moments or "ArithmeticError: this rank has found a loss of NaN" in output
     left = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert left == {"latest", f"step-{STEPS:08d}", f"step-{STEPS - SAVE_EVERY:08d}"}  # nothing of the killed saves
+    assert left == {"latest", f"step-{STEPS:08d}", f"step-{STEPS - SAVE_EVERY:08d}"}  # no files of interrupted saves
 
 
 def test_training_goes_on_with_fewer_nodes_and_again_with_more(text: str, tmp_path: Path) -> None:
-    """Where torchrun shares its store with its workers, it does not tell nodes that come later of it (torch 2.13)."""
+    """With a store shared between torchrun and its workers, nodes that join later cannot connect (torch 2.13)."""
     steps = 50
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where nodes meet outlives each
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives each node
     rendezvous = "last_call_timeout=1,join_timeout=40,read_timeout=20,keep_alive_interval=1,keep_alive_max_attempt=3"
     options = ["--data", text, "--batch=7", f"--steps={steps}", "--lr=0.005"]
     saving = ["--save-dir", str(tmp_path / "saved"), "--save-every=4", "--resume"]
@@ -297,7 +297,7 @@ def test_sigterm_saves_that_very_step(text: str, tmp_path: Path, whom: str, extr
         rank_1 = torchrun.await_note(lambda note: note["rank"] == 1)
         os.kill(torchrun.process.pid if whom == "torchrun" else rank_1["pid"], signal.SIGTERM)
         code, output = torchrun.ends(20)
-    assert (code == 0) == (whom != "torchrun")  # which itself ends as it was told, and raises
+    assert (code == 0) == (whom != "torchrun")  # torchrun itself raises on SIGTERM
     losses = at_each_step(torchrun.notes())
     last = max(losses)
     assert 4 <= last < STEPS
@@ -323,7 +323,7 @@ def told_twice(pause_s: float) -> None:
 
 @pytest.mark.parametrize(("pause_s", "code"), [(0.0, 0), (0.4, 128 + signal.SIGTERM)])
 def test_a_second_sigterm_ends_at_once_unless_it_is_the_same_one(pause_s: float, code: int) -> None:
-    """Who signals a process group reaches a worker twice: itself, and by way of torchrun."""
+    """A signal to a process group reaches a worker twice: directly, and through torchrun."""
     process = processes.Process(target=told_twice, args=(pause_s,))
     process.start()
     process.join(20)

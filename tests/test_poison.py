@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever comes into gradients, losses and inputs, and whenever a signal comes: parameters and state of all ranks stay
+"""With any values in gradients, losses and inputs, and a signal at any time, parameters and state of all ranks stay
 finite and equal, and the next step works or raises.
 """
 
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def poison(kind: str, model: Net, x: Tensor, choose: random.Random, world_size: int) -> Tensor:
-    """The loss of a batch that carries it."""
+    """The loss of a batch that is poisoned."""
     parameters = list(model.parameters())
     parameter = choose.choice(parameters)
     element = choose.randrange(parameter.numel())
@@ -60,7 +60,7 @@ def poison(kind: str, model: Net, x: Tensor, choose: random.Random, world_size: 
 
 
 def inject(format: str, gradient_sync: str, transport: str, seed: int, count: int) -> list[Any]:
-    """Seeded poison in between ordinary steps; returns what must be alike on all ranks."""
+    """Alternates seeded poison with ordinary steps; returns values that must be equal on all ranks."""
     dtype, precision = FORMATS[format]
     rank, world_size = rank_and_size()
     model = Net(dtype)
@@ -162,7 +162,7 @@ def test_other_threads_and_handlers_of_the_system_are_left_alone() -> None:
 
 
 def ignore_signals() -> int:
-    """How many came before they are."""
+    """Ignores further signals; returns how many arrived before."""
     for came in range(5):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -174,7 +174,7 @@ def ignore_signals() -> int:
 
 
 def interrupt_every_launch() -> tuple[int, int, list[float]]:
-    """How many interrupts came, how many buckets were launched by then, and what became of the parameters."""
+    """Returns how many interrupts arrived, how many buckets were launched by then, and the parameters after a step."""
     parameters = [nn.Parameter(torch.ones(300)) for _ in range(4)]
     optimizer = ShardedAdamW(parameters, lr=0.1, bucket_mb=0.001)
     start = optimizer._engine.transport.reduce_scatter
@@ -182,7 +182,7 @@ def interrupt_every_launch() -> tuple[int, int, list[float]]:
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)  # here it would strike
+        time.sleep(0.01)  # an undeferred signal would interrupt here
         return start(*args, **kwargs)
 
     optimizer._engine.transport.reduce_scatter = interrupted  # type: ignore[method-assign]
@@ -198,14 +198,14 @@ def interrupt_every_launch() -> tuple[int, int, list[float]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_does_not_strike_between_a_bucket_s_turn_and_its_launch(world_size: int) -> None:
-    """A bucket that is never launched would leave the others of its round to meet those of another."""
+    """Without one bucket's launch, later collectives of this rank would be matched with the wrong ones of others."""
     for came, launched, values in on_ranks(world_size, interrupt_every_launch):
         assert (came, launched) == (1, 1)
-        assert values == pytest.approx([1.0] * 3 + [0.899], abs=1e-4)  # backward had come no further
+        assert values == pytest.approx([1.0] * 3 + [0.899], abs=1e-4)  # backward had reached one bucket only
 
 
 class Interrupted:
-    """Trains while signals come; goes on after each."""
+    """Trains until a signal arrives, then steps and saves."""
 
     def __init__(self, gradient_sync: str, transport: str, directory: str) -> None:
         self.options: dict[str, Any] = {"gradient_sync": gradient_sync, "transport": transport}
@@ -225,17 +225,17 @@ class Interrupted:
                 optimizer.zero_grad()
         except (KeyboardInterrupt, SystemExit):
             came += 1
-        except (RuntimeError, TimeoutError) as error:  # a signal may come while it is being made
+        except (RuntimeError, TimeoutError) as error:  # a signal may arrive while it is built
             end = str(error)
         came += ignore_signals()
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
-        try:  # what all have must be equal, or nobody can go on
+        try:  # works if all ranks are equal, else raises
             optimizer.step()
             optimizer.zero_grad()
             after = "stepped"
         except (RuntimeError, TimeoutError, ValueError) as error:
             after = f"raised {type(error).__name__}"
-        steps = int(optimizer.state[next(model.parameters())]["step"])  # a count beside it may be one behind
+        steps = int(optimizer.state[next(model.parameters())]["step"])  # a count of our own may be one behind
         try:
             shardadam.save(self.directory, step=steps, model=model, optimizer=optimizer, timeout_s=2.0)
             after += ", saved"
@@ -276,16 +276,16 @@ def test_after_a_signal_ranks_are_equal_or_go_on_no_further(
     assert sum(came for came, *_ in told) >= 1
     assert all(finite for _, _, finite, _, _ in told)
     afters = [after for _, _, _, after, _ in told]
-    # One may be interrupted when a step is done, and another before it, who takes it then: they make other calls after.
+    # One rank may be interrupted after a step and another before it: their next calls differ.
     assert afters == ["stepped, saved"] * 2 or not any(after.endswith(", saved") for after in afters), afters
     assert told[0][4] == told[1][4]
 
 
-# A step that was broken off all the same
+# A step that was interrupted all the same
 
 
 def break_off(error: type[BaseException], transport: str, directory: str) -> list[str]:
-    """Rank 0 breaks off while it writes; what every rank is told then, and after it has loaded."""
+    """Interrupts rank 0 while it writes; returns the messages of the next calls; checks that loading repairs it."""
     model = Net(torch.float32)
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=0.001, transport=transport)
     shardadam.save(directory, step=0, model=model, optimizer=optimizer)
@@ -330,7 +330,7 @@ def test_what_was_broken_off_is_neither_stepped_nor_saved_until_it_is_loaded(
 
 
 def test_others_do_not_go_on_with_a_rank_that_broke_off(tmp_path: Path) -> None:
-    restart(2)  # these do not go on together
+    restart(2)  # these ranks cannot continue together
     first, other = on_ranks(2, break_off, KeyboardInterrupt, "shared_memory", str(tmp_path))
     restart(2)
     assert first[0] == "for a test" and "parted before" in first[1] and "cannot be saved" in first[2]
