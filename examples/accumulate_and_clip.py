@@ -6,6 +6,8 @@
 Look at the norm before clipping (one number for all ranks), and at the learning rate, which follows the schedule.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,9 +20,8 @@ MICRO_BATCHES = 4
 def main() -> None:
     dist.init_process_group()
     rank = dist.get_rank()
-    device = (
-        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(device)
     optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=60)

@@ -6,6 +6,8 @@
 Look at the bytes of state a parameter (over all ranks) of each format, and at the losses, which hardly differ.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,9 +24,7 @@ FORMATS = {
 def main() -> None:
     dist.init_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = (
-        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     inputs = torch.randn(256, 64, generator=torch.Generator().manual_seed(rank)).to(device, torch.bfloat16)
     targets = inputs.sum(dim=1, keepdim=True) / 8
     for name, precision in FORMATS.items():

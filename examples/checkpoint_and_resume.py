@@ -7,6 +7,7 @@
 Look at the step at which the second run begins, and at its first loss, which goes on from the last one of the first.
 """
 
+import os
 import sys
 
 import torch
@@ -21,11 +22,10 @@ STEPS_A_RUN = 30
 def main(directory: str) -> None:
     dist.init_process_group()
     rank = dist.get_rank()
-    device = (
-        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(device)
-    optimizer = shardadam.ShardedAdamW(model.named_parameters(), lr=1e-2)
+    optimizer = shardadam.ShardedAdamW(model.named_parameters(), lr=3e-3)
     inputs = torch.randn(256, 16, generator=torch.Generator().manual_seed(0)).to(device)
     targets = inputs.sum(dim=1, keepdim=True)
 

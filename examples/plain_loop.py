@@ -6,6 +6,8 @@
 Look at the loss, which falls, and at the state per rank: 8 bytes a parameter, divided by the number of ranks.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,9 +18,8 @@ from shardadam import ShardedAdamW
 def main() -> None:
     dist.init_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = (
-        torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 1)).to(device)  # not wrapped in DDP
     optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)  # broadcasts rank 0's parameters
 
