@@ -51,7 +51,8 @@ def bars(axes: Any, result: dict[str, Any], value: Any, names: list[str]) -> Non
         colour = OURS if entry.is_ours else PEERS if is_peer else NOT_COMPARED
         axes.barh(row, middle, color=colour, xerr=[[middle - low], [high - middle]], error_kw={"capsize": 3, "lw": 1})
         form = f"{middle:.2f}" if middle < 20 else f"{middle:.0f}"
-        axes.annotate(form, (high, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps the line at 1 off the number
+        axes.annotate(form, (high, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, bbox=white)
     axes.set_yticks(range(len(rows)), [ENTRIES[name].label for name in rows])
     for label, name in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if ENTRIES[name].is_ours else "normal")
