@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loop written for accelerate: ``ShardedAccelerator`` in place of ``Accelerator`` is all that changes.
+"""Train with accelerate: use ``ShardedAccelerator`` and ``ShardedAdamW``; the rest of the loop stays the same.
 
     pip install '.[accelerate]'
     torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
-Look at the loss, which falls; the optimizer averages gradients, and the model is not wrapped in DDP.
+Expect the loss to fall. The optimizer averages gradients; the model is not wrapped in DDP.
 """
 
 import torch

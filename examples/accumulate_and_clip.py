@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient accumulation without traffic in between, clipping, and a learning rate schedule.
+"""Accumulate gradients without communication in between, clip them, and follow a learning rate schedule.
 
     torchrun --nproc-per-node 2 examples/accumulate_and_clip.py
 
-Look at the norm before clipping (one number for all ranks), and at the learning rate, which follows the schedule.
+Prints the norm before clipping, which is equal on all ranks, and the learning rate.
 """
 
 import os
@@ -30,11 +30,11 @@ def main() -> None:
     for step in range(60):
         inputs = torch.randn(MICRO_BATCHES, 32, 16, generator=generator).to(device)
         targets = inputs.sum(dim=-1, keepdim=True)
-        with optimizer.no_sync():  # gradients accumulate in p.grad, and nothing is sent
+        with optimizer.no_sync():  # gradients accumulate in p.grad; nothing is sent
             for micro in range(MICRO_BATCHES - 1):
                 (nn.functional.mse_loss(model(inputs[micro]), targets[micro]) / MICRO_BATCHES).backward()
         loss = nn.functional.mse_loss(model(inputs[-1]), targets[-1])
-        (loss / MICRO_BATCHES).backward()  # reduces what has accumulated, too
+        (loss / MICRO_BATCHES).backward()  # reduces the accumulated gradients, too
         norm = optimizer.clip_grad_norm_(1.0)  # not torch.nn.utils.clip_grad_norm_
         optimizer.step()
         schedule.step()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bfloat16 parameters with exact float32 masters split into 16 extra bits, and 8-bit moments.
+"""Train bfloat16 parameters with float32 masters, whole or split into 16 extra bits, and with 8-bit moments.
 
     torchrun --nproc-per-node 2 examples/bf16_and_int8.py
 
-Look at the bytes of state a parameter (over all ranks) of each format, and at the losses, which hardly differ.
+Prints the bytes of state per parameter (over all ranks) and the loss of each format. The losses hardly differ.
 """
 
 import os

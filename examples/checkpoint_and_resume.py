@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that resume on any number of ranks. Run it twice, the second time on as many ranks as you like.
+"""Save a checkpoint and resume from it on another number of ranks. Run it twice:
 
     torchrun --nproc-per-node 2 examples/checkpoint_and_resume.py checkpoints
     torchrun --nproc-per-node 3 examples/checkpoint_and_resume.py checkpoints
 
-Look at the step at which the second run begins, and at its first loss, which goes on from the last one of the first.
+The second run starts at step 30, and its first loss continues from the last one of the first run.
 """
 
 import os

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest training loop: data-parallel AdamW with half the state on each of two ranks.
+"""Train with data-parallel AdamW that keeps half the state on each of two ranks: the smallest loop.
 
     torchrun --nproc-per-node 2 examples/plain_loop.py
 
-Look at the loss, which falls, and at the state per rank: 8 bytes a parameter, divided by the number of ranks.
+Expect the loss to fall, and the state per rank to be 8 bytes per parameter, divided by the number of ranks.
 """
 
 import os

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers.Trainer: ``ShardedTrainer`` in place of ``Trainer`` is all that changes.
+"""Train with transformers: use ``ShardedTrainer`` in place of ``Trainer``; nothing else changes.
 
     pip install '.[transformers]'
     torchrun --nproc-per-node 2 examples/trainer.py out
 
-Look at the loss in the logs, which falls, and at the checkpoint in the output directory, to which all ranks wrote.
+Expect the loss in the logs to fall. All ranks write the checkpoint in the output directory.
 """
 
 import sys
