@@ -342,8 +342,10 @@ class ShardedAdam(Optimizer):
         self._add_unfrozen_params()
         engine.gatherer.synchronize()
         parameters = engine.parameters
-        copies = replicas.copies(parameters.params, parameters.frozen, engine.skipped_steps, engine.transport)
-        replicas.check(copies, engine.transport.rank, engine.transport.control)
+        tensors = replicas.replicated_tensors(
+            parameters.params, parameters.frozen, engine.skipped_steps, engine.transport
+        )
+        replicas.check(tensors, engine.transport.rank, engine.transport.control)
 
     @collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
