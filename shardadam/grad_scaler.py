@@ -36,12 +36,12 @@ class GradScaler(torch.amp.GradScaler):
         return {found.device: found}
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """Calls ``optimizer.step()`` with unscaled gradients; skips the update, on all ranks, if any is not finite.
+        """Call ``optimizer.step()`` with unscaled gradients; skip the update, on all ranks, if any is not finite.
 
         Collective: all ranks must call it.
 
         Raises:
-            RuntimeError: a closure was passed; called twice without ``update()`` between.
+            RuntimeError: a closure was passed, or ``update`` was not called since the last ``step``.
         """
         if not self._enabled or not isinstance(optimizer, ShardedAdam):
             return super().step(optimizer, *args, **kwargs)
@@ -54,7 +54,7 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         stage = torch.amp.grad_scaler.OptState
         if state["stage"] is stage.STEPPED:
-            raise RuntimeError("step() has already been called since the last update().")
+            raise RuntimeError("step() has already been called since the last update(). Call update() after each step.")
         if state["stage"] is stage.READY:
             assert self._scale is not None
             inverse = self._scale.double().reciprocal().float()  # as in unscale_
@@ -65,7 +65,7 @@ class GradScaler(torch.amp.GradScaler):
         return None
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Adjusts the scale, as in torch.
+        """Adjust the scale, as in torch.
 
         Raises:
             RuntimeError: on every rank, when the scale has fallen below 2^-24, so that every step is skipped. On GPUs,

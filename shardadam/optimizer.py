@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ShardedAdam and ShardedAdamW: torch.optim's surface. ``engine/step.py`` does the work."""
+"""ShardedAdam and ShardedAdamW, the public optimizers: torch.optim's interface over ``engine/step.py``.
+
+Does no arithmetic and calls no collectives.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from shardadam.checks import arguments, replicas
-from shardadam.checks.misuse import warn_of_torchs_clipping
+from shardadam.checks.misuse import warn_about_torch_clipping
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective import collective
 from shardadam.engine.parameters import agreed, named_parameters
@@ -37,7 +40,7 @@ class ShardedAdam(Optimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
     Collective: all ranks must build the same optimizer over the same model. It broadcasts rank 0's parameter values and
-    makes trainable parameters views of flat buffers; their shape, strides, ties and identity stay.
+    makes trainable parameters views of flat buffers. Their shapes, strides, ties and identities stay the same.
 
     Args:
         params: what torch.optim.Adam takes: tensors, (name, tensor) pairs, or param groups of either.
@@ -45,7 +48,7 @@ class ShardedAdam(Optimizer):
         betas: decay rates of exp_avg and exp_avg_sq, floats.
         eps: added to the denominator.
         weight_decay: coefficient of the L2 penalty, or of decoupled decay.
-        amsgrad: True is refused.
+        amsgrad: not supported, must be False.
         maximize: maximise the objective instead of minimising it.
         decoupled_weight_decay: decay as in AdamW.
         process_group: a ProcessGroup or a 1-D DeviceMesh to shard over. None: the default group, or this process alone
@@ -53,23 +56,23 @@ class ShardedAdam(Optimizer):
             dimension, keeps equal shards along its first, and averages gradients over both (hybrid sharding).
         gradient_sync: who averages gradients over ranks, and when. ``"backward"``: this optimizer reduce-scatters them
             while backward runs and frees them (ZeRO-2). ``"step"``: they stay in ``p.grad``, and ``step`` reduces them
-            (ZeRO-1). ``"external"``: ``p.grad`` is averaged already (DDP, Trainer); only state is sharded.
+            (ZeRO-1). ``"external"``: DDP or a trainer has averaged ``p.grad``; only state is sharded.
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
         precision: number formats of the state, and of gradients in transfer.
-        bucket_mb: size of a bucket, in MiB of parameters; None: 8 on the CPU, 32 on GPUs.
+        bucket_mb: size of a bucket, in MiB of parameters. None: 8 on the CPU, 32 on GPUs.
         transport: ``"shared_memory"``: CPU ranks of one host read each other's memory. ``"collective"``:
-            torch.distributed. ``"auto"``: shared memory where possible, else torch.distributed. Or a Transport that
-            belongs to this optimizer alone.
+            torch.distributed. ``"auto"``: shared memory where possible, else torch.distributed. Or a Transport that no
+            other optimizer uses.
         foreach: accepted for compatibility and ignored: the update is always fused.
         capturable: as ``foreach``.
         fused: as ``foreach``.
-        differentiable: True is refused.
+        differentiable: not supported, must be False.
 
     Raises:
         ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
         RuntimeError: another rank could not build its optimizer.
 
-    ``skipped_steps`` counts steps not taken because a gradient was infinite or NaN on some rank, 0-dim int64 on the
+    ``skipped_steps`` counts the steps skipped because a gradient was infinite or NaN on some rank: 0-dim int64 on the
     device.
     """
 
@@ -140,25 +143,26 @@ class ShardedAdam(Optimizer):
         self._consolidated: dict[str, Any] | None = None
         self._add_params(named)
         if gradient_sync != "external":
-            warn_of_torchs_clipping()
+            warn_about_torch_clipping()
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """2-norm of the averaged gradients before clipping at the last ``step`` that clipped, 0-dim float32 on the
-        device; else None.
+        """2-norm of the averaged gradients before clipping at the last ``step``, 0-dim float32 on the device.
+
+        None if that step did not clip.
         """
         return self._engine.grad_norm
 
     @property
     def gradient_sync(self) -> str:
-        """As it was built: ``"backward"``, ``"step"`` or ``"external"``."""
+        """``"backward"``, ``"step"`` or ``"external"``, as passed to the constructor."""
         return self._engine.options.gradient_sync
 
     @property
     def state(self) -> OptimizerState:
-        """State by parameter, views of this rank's shards. Emptying or assigning it changes them; all ranks alike."""
+        """This rank's shards of the state, by parameter, as views. Writes change them; make the same on all ranks."""
         return self._state
 
     @state.setter
@@ -173,10 +177,10 @@ class ShardedAdam(Optimizer):
     @collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates parameters with the gradients since the last step, averaged over ranks. Collective.
+        """Update the parameters with the gradients since the last step, averaged over ranks. Collective.
 
-        Leaves a parameter alone if it has a gradient on no rank; if it has one on some ranks, the others count as zero.
-        If a gradient is infinite or NaN on any rank, no rank changes anything but ``skipped_steps``.
+        A parameter without a gradient on any rank stays as it is. If only some ranks have one, the others count as
+        zeros. If a gradient is infinite or NaN on any rank, ``step`` changes nothing but ``skipped_steps``.
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.
@@ -185,8 +189,8 @@ class ShardedAdam(Optimizer):
             What ``closure`` returned, else None.
 
         Raises:
-            RuntimeError: a parameter was moved to another device, dtype or shape after the optimizer was built, or
-                another optimizer was built over it, or an earlier call was interrupted while it wrote.
+            RuntimeError: a parameter has changed its device, dtype or shape since the optimizer was built, another
+                optimizer was built over it, or an earlier call was interrupted while it wrote.
             ValueError: on every rank, if ranks make different calls or have different hyperparameters.
         """
         loss = None
@@ -202,32 +206,34 @@ class ShardedAdam(Optimizer):
 
     @collective
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discards all gradients, also those that are reduced already, which ``model.zero_grad()`` cannot reach.
+        """Discard all gradients, also reduced ones, which ``model.zero_grad()`` cannot reach.
 
-        Collective with ``gradient_sync="backward"``: it completes reductions under way. The first call after a step
-        costs nothing. A further one, to skip a batch, also lets a rank whose forward or backward raised catch up.
+        Collective with ``gradient_sync="backward"``: it completes started reductions. The first call after a step costs
+        nothing. A second one, to skip a batch, also runs the reductions that a rank missed because its forward or
+        backward raised.
         """
         if self._is_built:
             self._engine.zero_grad()
         super().zero_grad(set_to_none)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Makes backward accumulate into ``p.grad`` and reduce nothing inside the block, as in DDP.
+        """Return a context in which backward accumulates into ``p.grad`` and reduces nothing, as in DDP. Local.
 
-        All ranks must use it alike. The next backward outside, or ``step``, reduces what has accumulated.
+        All ranks must use it around the same backward passes. The next backward outside of it, or ``step``, reduces the
+        accumulated gradients.
         """
         return self._engine.reducer.no_sync()
 
     @collective
     def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
-        """Clips the 2-norm of all averaged gradients together to ``max_norm``. Collective.
+        """Clip the 2-norm of all averaged gradients together to ``max_norm``. Collective.
 
-        ``step`` applies the scale, which is computed from the gradients as they are now. If backward runs again before
-        ``step``, its gradients get the same scale; with ``gradient_sync`` "step" and "external", gradients that change
-        before ``step`` are not clipped.
+        Computes the scale from the present gradients; ``step`` applies it. If backward runs again before ``step``, its
+        gradients get the same scale. With ``gradient_sync`` "step" and "external", gradients that change before
+        ``step`` are not clipped.
 
         Returns:
-            The norm before clipping, 0-dim float32, on the device.
+            The norm before clipping, 0-dim float32 on the device.
         """
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
@@ -235,12 +241,12 @@ class ShardedAdam(Optimizer):
         return self._engine.clip_grad_norm_(max_norm, self.param_groups)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
-        """Runs all-gathers under the next forward of ``model``: from now on ``step`` returns without waiting for them.
+        """Overlap all-gathers with the next forward of ``model``: from now on ``step`` does not wait for them.
 
-        Every module waits for its own parameters. The model's forward, ``state_dict`` and ``load_state_dict`` wait, and
-        so do the optimizer's methods. Call ``synchronize`` before anything else reads or writes parameters after a
-        step: copies, averages, writes by hand, parameters used without calling their module. Local, but all ranks must
-        call it; call it before torch.compile.
+        Before its forward, each module waits for its own parameters. The model's ``state_dict`` and ``load_state_dict``
+        and the optimizer's methods wait for all. After a step, call ``synchronize`` before anything else reads or
+        writes parameters: copies, averages, writes by hand, parameters used without calling their module. Local, but
+        all ranks must call it, before torch.compile.
 
         Raises:
             RuntimeError: ``model`` is compiled already, and would not wait.
@@ -250,16 +256,16 @@ class ShardedAdam(Optimizer):
 
     @collective
     def synchronize(self) -> None:
-        """Waits until all parameters are gathered and no peer reads them any more. Collective.
+        """Wait until all parameters are gathered and no peer reads them any more. Collective.
 
-        Costs nothing without ``overlap_gather``.
+        Without ``overlap_gather``, returns at once.
         """
         self._engine.gatherer.synchronize()
 
     @collective
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
-        """``StepEngine.unscale``, for GradScaler. Collective."""
+        """Call ``StepEngine.unscale``, for GradScaler. Collective."""
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
             return torch.zeros(())
@@ -269,20 +275,21 @@ class ShardedAdam(Optimizer):
         if "grad_scale" in self.__dict__:  # set by a GradScaler of torch, around the step
             del self.__dict__["grad_scale"], self.__dict__["found_inf"]
             raise RuntimeError(
-                "torch.amp.GradScaler cannot see gradients that are not averaged yet, and would let ranks skip "
-                "different steps. Use shardadam.GradScaler; it takes the same arguments."
+                "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see "
+                "gradients that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; "
+                "it takes the same arguments."
             )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """True makes torch's GradScaler set ``grad_scale`` around ``step``, which then refuses it."""
+        """True makes torch's GradScaler set ``grad_scale`` before ``step``, which then raises."""
         return self.gradient_sync != "external"
 
     # Parameters
 
     @collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch. Collective: all ranks must add the same."""
+        """Add a param group, as in torch. Collective: all ranks must add the same. Raises as the constructor does."""
         if not self._is_built:  # called by torch.optim.Optimizer.__init__
             arguments.check_group(param_group, self.defaults)
             super().add_param_group(param_group)
@@ -306,13 +313,13 @@ class ShardedAdam(Optimizer):
             self._state.bind(param)
 
     def _add_unfrozen_params(self) -> None:
-        """Adds parameters that were frozen before and are trainable now. Collective if there are any."""
+        """Add the parameters that were frozen before and are trainable now. Collective if there are any."""
         for param in self._engine.add_unfrozen_params():
             self._state.bind(param)
 
     @collective
     def sync_module(self, module: torch.nn.Module) -> None:
-        """Broadcasts rank 0's buffers, and its parameters that this optimizer was not given. Collective.
+        """Broadcast rank 0's buffers of ``module``, and its parameters that this optimizer does not have. Collective.
 
         DDP's constructor does the same.
         """
@@ -321,19 +328,19 @@ class ShardedAdam(Optimizer):
         tensors = [*module.parameters(), *module.buffers()]
         self._engine.parameters.broadcast(tensor for tensor in tensors if id(tensor) not in seen)
 
-    # Looking inside
+    # Inspection
 
     @collective
     def check_in_sync(self) -> None:
-        """Checks with checksums that all ranks hold the same bits. Collective.
+        """Check by checksums that all ranks hold equal bits. Collective.
 
-        Compares parameters, frozen ones too, step counters, ``skipped_steps`` and hyperparameters; with hybrid
-        sharding also the state of replicas. Reads everything once, sends one number per rank, and changes nothing. A
-        shard without replicas has no copy to compare with.
+        Compares trainable and frozen parameters, step counters, ``skipped_steps`` and hyperparameters; with hybrid
+        sharding, also the state over each replica group. Without it, each shard of the state exists once and is not
+        compared. Reads everything once, sends a few bytes per rank, and changes nothing.
 
         Raises:
             ValueError: hyperparameters differ, or a parameter's shape, dtype, strides or ``requires_grad``.
-            RuntimeError: other values differ; names the first of them, and the ranks.
+            RuntimeError: other values differ. Names the first tensor that differs, and the ranks.
         """
         engine = self._engine
         engine.step_sync.read_all()
@@ -342,43 +349,51 @@ class ShardedAdam(Optimizer):
         self._add_unfrozen_params()
         engine.gatherer.synchronize()
         parameters = engine.parameters
-        copies = replicas.copies(parameters.params, parameters.frozen, engine.skipped_steps, engine.transport)
-        replicas.check(copies, engine.transport.rank, engine.transport.control)
+        tensors = replicas.replicated_tensors(
+            parameters.params, parameters.frozen, engine.skipped_steps, engine.transport
+        )
+        replicas.check(tensors, engine.transport.rank, engine.transport.control)
 
     @collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:
-        """The parameter's averaged gradient as ``step`` would use it. Collective.
+        """Return the parameter's averaged gradient as ``step`` would use it. Collective.
 
         Returns:
-            A new tensor of the parameter's shape, float32 (float64 for float64 parameters); None if no rank has one.
+            A new tensor of the parameter's shape, float32 (float64 for float64 parameters). None if no rank has one.
+
+        Raises:
+            ValueError: ``parameter`` is not a trainable parameter of this optimizer.
         """
         self._add_unfrozen_params()
         return self._engine.full_grad(parameter, self.param_groups)
 
     @collective
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The parameter's whole state: step, exp_avg, exp_avg_sq and, where there is one, master. Collective.
+        """Return the parameter's whole state: step, exp_avg, exp_avg_sq and, where there is one, master. Collective.
 
         Returns:
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
+
+        Raises:
+            ValueError: ``parameter`` is not a trainable parameter of this optimizer.
         """
         self._add_unfrozen_params()
         self._engine.gatherer.synchronize()
         return whole.of_one(self._engine.parameters.find(parameter), self._engine.transport)
 
     def memory(self) -> Memory:
-        """Bytes that the optimizer holds on this rank now, by kind. Local."""
+        """Return the bytes that the optimizer holds on this rank now, by kind. Local."""
         return memory.held_by(self._engine.parameters.arenas, self._engine.reducer)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard of the state, in torch's form. Local.
+        """Return this rank's shard of the state, in torch's form. Local.
 
         On several ranks, tensors are ``FlatShard``: they have the parameter's shape, hold this rank's elements only,
         and share the optimizer's memory and format. torch.distributed.checkpoint saves them, and loads them on any
         number of ranks; pickling one raises TypeError. On one rank they are ordinary tensors. After
-        ``consolidate_state_dict``, and until the next step, the rank named there gets the whole state instead.
+        ``consolidate_state_dict(to)`` and until the next step, rank ``to`` gets the whole state instead.
         """
         self._engine.gatherer.wait_all()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -394,7 +409,7 @@ class ShardedAdam(Optimizer):
 
     @collective
     def full_state_dict(self) -> dict[str, Any]:
-        """The whole state on rank 0, as torch.optim.Adam/AdamW has it; an empty dict on other ranks. Collective.
+        """Return the whole state on rank 0, as torch.optim.Adam/AdamW has it, and an empty dict elsewhere. Collective.
 
         Tensors are new, on the CPU, of the parameters' shapes, and float32 (float64 for float64 parameters) whatever
         format they are stored in. Parameters with a master also have ``master``, which torch's optimizers keep and
@@ -404,9 +419,9 @@ class ShardedAdam(Optimizer):
 
     @collective
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gathers the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
+        """Gather the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
 
-        ZeroRedundancyOptimizer's spelling of ``full_state_dict``.
+        ``full_state_dict`` under ZeroRedundancyOptimizer's name.
 
         Args:
             to: rank in the optimizer's process group.
@@ -420,10 +435,10 @@ class ShardedAdam(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW. Local.
+        """Load this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW. Local.
 
-        Loads the hyperparameters of the param groups too, as torch does. If ``state_dict`` has no master weights, they
-        are taken from the parameters: load the model first.
+        Also loads the hyperparameters of the param groups, as torch does. If ``state_dict`` has no master weights,
+        copies them from the parameters: load the model first.
 
         Raises:
             ValueError: ``state_dict`` does not fit this optimizer. Nothing has been changed.
@@ -455,8 +470,9 @@ class ShardedAdam(Optimizer):
 
 
 class ShardedAdamW(ShardedAdam):
-    """torch.optim.AdamW with its state split over the ranks of a process group: ``ShardedAdam`` with decoupled
-    decay.
+    """torch.optim.AdamW with its state split over the ranks of a process group.
+
+    ``ShardedAdam`` with decoupled weight decay: the same arguments, without ``decoupled_weight_decay``.
     """
 
     def __init__(

@@ -56,10 +56,11 @@ class Precision:
             raise ValueError(f"Precision.seed: found {self.seed!r}, expected an integer from 0 to 2^32 - 1")
 
     def wire_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype on the wire of gradients of parameters of ``parameter_dtype``."""
         return self.reduce or parameter_dtype
 
     def check_parameter(self, dtype: torch.dtype, name: str) -> None:
-        """Raises TypeError unless a parameter of ``dtype`` can be trained with these formats."""
+        """Raise TypeError if a parameter of ``dtype`` cannot be trained with these formats."""
         if dtype not in _PARAMETER_DTYPES:
             raise TypeError(
                 f"Parameter {name!r}: found dtype {dtype}, expected one of {_PARAMETER_DTYPES}. "
@@ -72,7 +73,7 @@ class Precision:
             )
 
     def format(self, dtype: torch.dtype, device: torch.device) -> Format:
-        """The formats of parameters of ``dtype`` on ``device``, with "auto" resolved."""
+        """Return the formats for parameters of ``dtype`` on ``device``, with "auto" resolved."""
         if dtype in (torch.float32, torch.float64):
             return Format(dtype, self.moments, "own")
         if self.master == "auto":

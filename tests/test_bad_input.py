@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can do wrong is refused with an error that says what was found, what is expected, and what to do."""
+"""User mistakes raise errors that say what was found, what is expected, and what to do."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 def refuse(kind: type[Exception], *words: str) -> Any:
-    """Expects an error of exactly this kind whose message holds the words, in their order."""
+    """Expect an error of exactly this kind whose message contains the words in this order."""
     pattern = "(?s)" + ".*".join(re.escape(word) for word in words)
     return pytest.raises(kind, match=pattern, check=lambda error: type(error) is kind)
 
 
 def raised(function: Callable[[], object]) -> tuple[str, str]:
-    """The kind and words of what ``function`` raises, for rank functions to return."""
+    """Return the type and message of the error that ``function`` raises, for rank functions to return."""
     try:
         function()
     except Exception as error:
@@ -42,7 +42,7 @@ def raised(function: Callable[[], object]) -> tuple[str, str]:
     return "nothing", ""
 
 
-# What is passed as parameters
+# The params argument
 
 
 def test_refuses_a_tensor_for_params() -> None:
@@ -251,7 +251,7 @@ def test_refuses_two_parameters_over_the_same_memory(others: slice) -> None:
 
 
 def test_refuses_a_frozen_parameter_over_the_memory_of_a_trainable_one() -> None:
-    """It kept its old values while the trainable one moved on in the flat buffer."""
+    """The frozen one kept its old values while the trainable one changed in the flat buffer."""
     memory = torch.ones(20)
     frozen = nn.Parameter(memory, requires_grad=False)
     with refuse(ValueError, "different tensors over the same memory"):
@@ -399,7 +399,7 @@ def test_refuses_sparse_gradients_at_once_where_nothing_is_reduced_yet() -> None
         embedding(torch.tensor([1, 2])).sum().backward()
 
 
-# Parameters that are replaced behind the optimizer's back
+# Parameters that are replaced after the optimizer was built
 
 
 def build_convolutions() -> nn.Sequential:
@@ -438,12 +438,12 @@ def test_refuses_a_change_of_memory_format_after_it_was_built(gradient_sync: Any
 
 @GRADIENT_SYNCS
 def test_takes_back_parameters_after_a_move_to_the_same_device(gradient_sync: Any) -> None:
-    """``model.to("cpu:0")``, which accelerate does, replaces ``p.data``: training would stop without a word."""
+    """``model.to("cpu:0")``, which accelerate calls, replaces ``p.data``: training would silently have no effect."""
     model, theirs = build_convolutions(), build_convolutions()
     optimizer = ShardedAdamW(model.parameters(), lr=0.1, gradient_sync=gradient_sync)
     addresses = [p.data_ptr() for p in model.parameters()]
     model.to("cpu:0")
-    assert addresses != [p.data_ptr() for p in model.parameters()], "torch does not move any more: find another way"
+    assert addresses != [p.data_ptr() for p in model.parameters()], "torch no longer replaces p.data: test otherwise"
     train(model, optimizer)
     assert addresses == [p.data_ptr() for p in model.parameters()]
     train(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.1))
@@ -461,10 +461,10 @@ def test_refuses_to_be_copied(copied: Callable[[Any], Any]) -> None:
         copied(optimizer)
 
 
-@pytest.mark.parametrize("question", ["full_grad", "full_state"])
-def test_refuses_to_tell_of_a_tensor_that_it_does_not_have(question: str) -> None:
+@pytest.mark.parametrize("method", ["full_grad", "full_state"])
+def test_refuses_to_gather_for_a_tensor_that_it_does_not_have(method: str) -> None:
     frozen = parameter(3).requires_grad_(False)
     optimizer = ShardedAdamW([parameter(3), frozen])
     for foreign in (parameter(3), frozen, torch.ones(3)):
         with refuse(ValueError, "not a trainable parameter of the optimizer", "Pass one of its param_groups' params"):
-            getattr(optimizer, question)(foreign)
+            getattr(optimizer, method)(foreign)

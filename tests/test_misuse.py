@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mistake that would train wrong in silence ends in an error, or in one warning."""
+"""A mistake that would silently make training wrong ends in an error, or in one warning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def backward(model: nn.Module, scale: float = 1.0) -> None:
 
 
 def warned(act: Callable[[], Any]) -> list[str]:
-    """The warnings it gives, each with the file that it points at."""
+    """Return the warnings that ``act`` gives, each with the file that it points at."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
@@ -77,7 +77,7 @@ def test_torchs_clipping_of_other_parameters_is_unchanged() -> None:
         torch.testing.assert_close(p.grad, q.grad * 0.01 / (norm + 1e-6))
 
 
-# Gradients that are not there
+# Missing gradients
 
 
 def step_of_another_model(make: Callable[[nn.Module], nn.Module]) -> tuple[list[str], list[str]]:
@@ -106,7 +106,7 @@ def test_a_compiled_wrapper_trains_the_model_itself() -> None:
 
 
 def step_once_more(gradient_sync: str) -> list[str]:
-    """Rank 1 takes its third and its fifth step without a backward, as if it had called ``step`` twice."""
+    """Take five steps; on rank 1 the third and the fifth without a backward, as if it had called ``step`` twice."""
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
 
@@ -165,11 +165,11 @@ def test_a_gradient_written_by_hand_is_an_error_on_every_rank_and_loses_nothing(
         assert parameters == results[0][1]
 
 
-# Steps that are never taken
+# Steps that are always skipped
 
 
 def never_finite() -> list[list[str]]:
-    """The warnings of the first 9 steps, of the tenth, and of later ones."""
+    """Return the warnings of the first 9 steps, of the tenth, and of later ones."""
     model = build_model()
     optimizer = ShardedAdamW(model.parameters())
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of every kind train as under torch: added, frozen, unfrozen, tied, of mixed dtypes and memory formats,
-over subgroups, saved, copied and overwritten."""
+"""Parameters of every kind train as with torch: added, frozen, unfrozen, tied, of mixed dtypes and memory formats, over
+subgroups, saved, copied and overwritten."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def build_with_expanded() -> list[float]:
 
 
 def test_frozen_parameters_that_repeat_the_same_memory_are_broadcast() -> None:
-    """All ranks but the first failed to write them, and the first waited for the others."""
+    """All ranks but rank 0 failed to write them, and rank 0 waited for the others."""
     assert on_ranks(2, build_with_expanded) == [[1.0], [1.0]]
 
 
@@ -144,7 +144,7 @@ def test_parameters_may_join_between_clipping_and_step(world_size: int, how: str
 
 
 def toggle(twin: Twin, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
-    """Each parameter is trainable in stretches of its own; all values after every step."""
+    """Make each parameter trainable in some of the steps; return all values after every step."""
     parameters = build_parameters()
     if frozen_first:
         for parameter in parameters[::2]:
@@ -202,7 +202,7 @@ def test_a_frozen_parameter_costs_no_state_and_counts_from_one_once_unfrozen(
 
 
 def refreeze_beside_a_trained_one() -> list[bool]:
-    """Whether the late layer's gradient had gone into a reduction when the early layer's was computed."""
+    """Return whether the late layer's gradient was in a reduction already when the early layer's was computed."""
     early, frozen, late = build_parameters([(200,), (100,), (100,)])
     optimizer = ShardedAdamW([early, frozen, late], bucket_mb=256 * 4 / 2**20)
     had_left: list[bool] = []
@@ -318,7 +318,7 @@ def train_mixed(gradient_sync: str, bucket_mb: float) -> list[Tensor]:
 
 
 def train_masters(world_size: int) -> list[Tensor]:
-    """torch's fused AdamW on exact values, whose roundings are what gradients are computed at.
+    """Train exact values with torch's fused AdamW; compute gradients at their rounded values.
 
     Every tensor is padded to 128 elements: the kernel's vector and scalar loops round differently.
     """
@@ -414,7 +414,7 @@ def test_strides_and_identity_stay_through_construction_and_training(world_size:
 
 
 def train_in_pairs(by_mesh: bool) -> list[Any]:
-    """Ranks 0, 1 and ranks 2, 3 train models of their own; then rank 3's pair alone trains another."""
+    """Train one model on ranks 0 and 1, and another on ranks 2 and 3, which take three more steps."""
     rank, _ = rank_and_size()
     pairs = [[0, 1], [2, 3]]
     pair = rank // 2
@@ -425,7 +425,7 @@ def train_in_pairs(by_mesh: bool) -> list[Any]:
         group = groups[pair]
     parameters = build_parameters(seed=pair)
     optimizer = ShardedAdamW(parameters, lr=LR, process_group=group, bucket_mb=0.001)
-    for step in range(STEPS + 3 * pair):  # not in step with each other
+    for step in range(STEPS + 3 * pair):  # the pairs do not run in lockstep
         quadratic(parameters, rank, step).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -490,7 +490,7 @@ def test_an_optimizer_of_all_ranks_may_follow_one_of_some() -> None:
 
 
 def rebuild_on_a_subgroup() -> list[Tensor]:
-    """Rank 0's garbage collector has not come to the first optimizer when the second is built."""
+    """Build a second optimizer while rank 0's garbage collector has not yet freed the first."""
     rank, _ = rank_and_size()
     group = dist.new_group([0, 1])
     if rank > 1:
@@ -510,8 +510,8 @@ def rebuild_on_a_subgroup() -> list[Tensor]:
 
 
 def test_a_subgroups_optimizer_may_be_replaced_whenever_garbage_is_collected() -> None:
-    """torch names a group that only its members build by how many groups this process has: where ranks had collected
-    different garbage, they waited for each other under different names.
+    """If only its members build a group, torch names it by the number of groups in this process. After ranks had
+    collected different garbage, they waited for each other under different names.
     """
     results = on_ranks(4, rebuild_on_a_subgroup, deadline_s=25.0)
     assert_close(results[:2], run_torch(train_plainly, 2))
@@ -544,7 +544,7 @@ def test_a_single_process_needs_no_process_group() -> None:
 
 
 class Module(nn.Module):
-    """Parameters and buffers of every kind, with values of this rank's own."""
+    """Build parameters and buffers of every kind, with values that differ by rank."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -696,7 +696,7 @@ def test_what_is_written_to_parameters_from_outside_is_what_trains_on(world_size
 
 
 def overwrite_low_precision(master: str) -> list[Tensor]:
-    """Half of the elements are overwritten; then a step of lr 0, which must move nothing."""
+    """Overwrite half of the elements; then take a step with lr 0, which must change nothing."""
     rank, _ = rank_and_size()
     parameters = build_mixed()
     precision = Precision(master=master)  # type: ignore[arg-type]

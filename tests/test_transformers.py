@@ -43,7 +43,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], last: int = 0) -> None:
-    """``last``: how many steps both have logged; 0: all."""
+    """Compare the last ``last`` logged steps, or all if it is 0."""
     for mine, theirs in zip(ours, stock, strict=True):
         assert largest_difference(mine["model"], theirs["model"]) <= 1e-6
         for name in ("losses", "norms", "rates"):
@@ -112,7 +112,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(grad
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
-    """Saved halfway and at the end."""
+    """Train without interruption; save halfway and at the end."""
     out = tmp_path_factory.mktemp("straight")
     return runs("sharded", out, dropout=0.1, **SAVING), out
 
@@ -132,7 +132,7 @@ def test_training_resumes_bit_for_bit(straight: tuple[list[dict[str, Any]], Path
 
 
 def test_the_order_of_data_is_drawn_as_it_was(tmp_path: Path) -> None:
-    """The Trainer restores random number generators after it has begun to iterate; we must not, before it does."""
+    """The Trainer restores random number generators after it has begun to iterate; we must not do so before."""
     options = {"stream": True, "dropout": 0.1, "gradient_accumulation_steps": 1, "max_steps": 5}
     results = runs("sharded", tmp_path, **options, save_strategy="steps", save_steps=3)
     resumed = runs("sharded", tmp_path, **options, resume="checkpoint-3")
@@ -239,7 +239,7 @@ def test_what_cannot_work_is_refused_on_all_ranks(options: dict[str, Any], expec
 
 
 def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
-    """Checkpoints told parameters by position: the state of one layer went into another that was trained instead."""
+    """Checkpoints found parameters by position: one layer's state was loaded into another that was trained instead."""
     runs("sharded", tmp_path, frozen="h.0.", max_steps=1, save_strategy="steps", save_steps=1)
     for message in on_ranks(2, refused, str(tmp_path), {"frozen": "h.1.", "resume": "checkpoint-1"}):
         assert "CheckpointError" in message and "transformer.h.0.attn.c_attn.weight" in message, message

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may come in: checks of arguments, param groups and parameters, and what ranks must agree on about them."""
+"""Checks of constructor arguments, param groups and parameters, and the claims about them that ranks compare. Local."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shardadam.engine.storage import NamedParameter, is_dense
 from shardadam.precision import Precision
 from shardadam.ranks.agreement import Claim
 
-_CPU_BUCKET_BYTES = 8 * 2**20  # what ranks of a host read from each other had better come from their caches
-_GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes a rank for its full bandwidth
+_CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
+_GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes per rank for its full bandwidth
 _AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of an optimizer that no param group can change. ``transport`` is a name."""
+    """The arguments of an optimizer that no param group can override. ``transport`` is the name of one."""
 
     gradient_sync: str
     max_grad_norm: float | None
@@ -33,12 +33,13 @@ class Options:
     transport: str
 
     def bucket_bytes(self, devices: Iterable[torch.device]) -> int:
-        """How large the buckets of parameters on ``devices`` shall be."""
+        """Return the size of a bucket, in bytes, for parameters on ``devices``."""
         if self.bucket_mb is None:
             return _CPU_BUCKET_BYTES if all(device.type == "cpu" for device in devices) else _GPU_BUCKET_BYTES
         return round(self.bucket_mb * 2**20)
 
     def check(self) -> None:
+        """Raise ValueError or TypeError if an option is not one of those that ``ShardedAdam`` documents."""
         if self.gradient_sync not in ("backward", "step", "external"):
             raise ValueError(f"gradient_sync: found {self.gradient_sync!r}, expected 'backward', 'step' or 'external'")
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
@@ -54,15 +55,21 @@ class Options:
             )
 
     def claims(self) -> list[Claim]:
+        """Return the options, which must be equal on all ranks."""
         return [Claim("the optimizer", field.name, repr(getattr(self, field.name))) for field in fields(self)]
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raises unless the hyperparameters of a param group are such as Adam can work with."""
+    """Raise ValueError or TypeError if a hyperparameter of a param group is invalid, or a parameter appears twice.
+
+    Args:
+        group: a param group; ``params`` may be missing.
+        defaults: the optimizer's defaults, for hyperparameters that ``group`` does not have.
+    """
     values = {**defaults, **group}
     lr = values["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr: found a tensor of {lr.numel()} elements, expected a float or a tensor of one")
+        raise ValueError(f"lr: found a tensor of {lr.numel()} elements, expected a float or a tensor of one element")
     _check_number("lr", lr, 0)
     _check_number("eps", values["eps"], 0)
     _check_number("weight_decay", values["weight_decay"], 0)
@@ -72,10 +79,10 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for index, beta in enumerate(betas):
         _check_number(f"betas[{index}]", beta, 0, 1)
     if values["amsgrad"]:
-        raise ValueError("amsgrad: found True, which is not supported: its third moment has no shard. Leave it False.")
+        raise ValueError("amsgrad: found True, expected False: its third moment is not supported. Leave it False.")
     if values["differentiable"]:
         raise ValueError(
-            "differentiable: found True, which is not supported: the update runs in place. Leave it False."
+            "differentiable: found True, expected False: not supported, as the update runs in place. Leave it False."
         )
     parameters = group.get("params")
     if isinstance(parameters, (list, tuple)):
@@ -83,7 +90,7 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raises unless ``low <= value < high``."""
+    """Raise TypeError unless ``value`` is a number, and ValueError unless ``low <= value < high``."""
     if not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
     if not bool(low <= value) or not bool(value < high or high == math.inf):
@@ -98,24 +105,30 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
         if id(parameter) in seen:
             raise ValueError(
                 f"A parameter appears twice in one param group, at positions {seen[id(parameter)]} and {index}. Give "
-                "every parameter once; model.parameters() lists tied ones once."
+                "every parameter once; model.parameters() lists tied parameters once."
             )
         seen[id(parameter)] = index
 
 
 def check_parameters(parameters: Sequence[NamedParameter], precision: Precision, taken: Sequence[Tensor] = ()) -> None:
-    """Raises unless every parameter can become a view of a flat buffer without changing what anybody else sees.
+    """Raise ValueError or TypeError if a trainable parameter cannot become a view of a flat buffer.
 
     Args:
-        taken: parameters that the optimizer holds already.
+        parameters: new ones, trainable or frozen.
+        precision: says which dtypes are supported.
+        taken: trainable parameters that the optimizer already has.
     """
     for named in parameters:
         parameter, name = named.parameter, named.name
         if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(f"Parameter {name!r} is not initialised yet. Run a forward of its lazy module first.")
+            raise ValueError(
+                f"Parameter {name!r} is not initialised yet, expected one with values. Run a forward of its lazy "
+                "module before building the optimizer."
+            )
         if parameter.device.type == "meta":
             raise ValueError(
-                f"Parameter {name!r} is on the meta device and has no values. Materialise it first (to_empty)."
+                f"Parameter {name!r} is on the meta device, expected one with values. Materialise it first "
+                '(module.to_empty(device="...")), and initialise it.'
             )
         if not parameter.requires_grad:
             continue
@@ -126,19 +139,24 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
             )
         if parameter.layout != torch.strided:
             raise TypeError(
-                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided)"
+                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided). Freeze it "
+                "(requires_grad=False), or give the module a dense parameter."
             )
         precision.check_parameter(parameter.dtype, name)
         if not is_dense(parameter):
             raise ValueError(
                 f"Parameter {name!r} has gaps or overlaps in memory (shape {tuple(parameter.shape)}, strides "
-                f"{parameter.stride()}). Give the module a parameter of its own: nn.Parameter(p.detach().clone())."
+                f"{parameter.stride()}), expected a dense tensor. Give the module a parameter of its own: "
+                "nn.Parameter(p.detach().clone())."
             )
-    _check_overlaps([*parameters, *(NamedParameter(p, "one taken in before", 0, 0) for p in taken)])
+    _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
 
 
 def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
-    """Two tensors over one memory would part silently when one of them gets a place in a flat buffer."""
+    """Raise ValueError if a trainable parameter shares memory with another one.
+
+    Only one of them would move into the flat buffer, and the other would keep its old values.
+    """
     extents = sorted(
         (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), p.requires_grad, named.name)
         for named in parameters
@@ -148,8 +166,8 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
     for (device, _, end, trains, name), (next_device, start, _, next_trains, next_name) in pairwise(extents):
         if device == next_device and start < end and (trains or next_trains):
             raise ValueError(
-                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory. To tie them, "
-                "assign one nn.Parameter to both modules."
+                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory, expected one "
+                "tensor or separate memory. To tie them, assign one nn.Parameter to both modules."
             )
 
 
@@ -160,11 +178,14 @@ def claims(
     first_group: int = 0,
     may_wait: bool = True,
 ) -> list[Claim]:
-    """What all ranks must agree on before they lay ``parameters`` out.
+    """Return what must be equal on all ranks: hyperparameters, and the names, shapes and formats of parameters.
 
     Args:
-        first_group: what ``groups`` are counted from.
-        may_wait: for the device of a learning rate that is a tensor there; without it that is not compared.
+        groups: param groups with all their hyperparameters.
+        parameters: those whose layout is to be computed.
+        first_group: the index of ``groups[0]`` in the optimizer's ``param_groups``.
+        may_wait: whether to read a learning rate that is a tensor on a device, which waits for the device. If False,
+            only its device type is compared.
     """
     result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
     for index, group in enumerate(groups, first_group):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings of mistakes that raise no error and yet train wrong, or not at all. Each is given once.
+"""Warnings about mistakes that raise no error but make training wrong or useless. Each is given once.
 
-Runs on the host between steps, never while backward runs. Must not talk to other ranks, wait for the device, or stop
+Runs on the host between steps, never during backward. Must not talk to other ranks, wait for the device, or stop
 training.
 """
 
@@ -28,31 +28,31 @@ class MisuseWarnings:
         self._skipped_in_a_row = 0
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
-        """Warns of a step without gradients, and of many skipped steps in a row.
+        """Warn about a step without gradients, and about many skipped steps in a row.
 
         Args:
-            used: bool, on the CPU: whether any rank has had a gradient for each parameter since the last step.
-            used_here: the same of this rank alone.
+            used: for each parameter, whether any rank has had a gradient since the last step; 1-D, bool, on the CPU.
+            used_here: the same for this rank alone.
             found_inf: whether a gradient was infinite or NaN on any rank.
         """
         if not bool(used.any()):
             self._warn_once(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "
-                "Expected a backward through the parameters that the optimizer was given. Check that the model was "
-                "not copied and its parameters were not replaced since."
+                "Expected a backward through the optimizer's parameters before each step. Check that the model was not "
+                "copied, and its parameters were not replaced, after the optimizer was built."
             )
         elif not any(used_here):
             self._warn_once(
                 "step(): this rank has had no gradient since the last step, and other ranks have, so it counts as "
                 "zeros in the average. Expected a backward on every rank before each step. If its batch was not "
-                "empty, check that it does not call step() more often than the others or skip a backward."
+                "empty, check that this rank does not call step() more often than others, or skip a backward."
             )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if found_inf else 0
         if self._skipped_in_a_row == _MAX_SKIPPED_STEPS:
             self._warn_once(
-                f"step(): the last {_MAX_SKIPPED_STEPS} steps were not taken, because in each a gradient was infinite "
-                "or NaN on some rank (optimizer.skipped_steps counts them). The model does not train. Check the loss "
-                "and the inputs for NaN and infinity."
+                f"step(): the last {_MAX_SKIPPED_STEPS} steps were not taken, because in each of them a gradient was "
+                "infinite or NaN on some rank (optimizer.skipped_steps counts them). Expected finite gradients. Check "
+                "the loss and the inputs for NaN and infinity."
             )
 
     def _warn_once(self, text: str) -> None:
@@ -64,9 +64,10 @@ class MisuseWarnings:
 _has_warned_of_clipping = False
 
 
-def warn_of_torchs_clipping() -> None:
-    """From now on, warns once a process where ``torch.nn.utils.clip_grad_norm_`` clips gradients that an optimizer of
-    this package averages: torch finds ``p.grad`` None, or this rank's own gradient, and raises nothing.
+def warn_about_torch_clipping() -> None:
+    """Warn, once per process, when ``torch.nn.utils.clip_grad_norm_`` clips gradients that this package averages.
+
+    It would find ``p.grad`` None, or this rank's own gradient, and raise nothing.
     """
     check_before_clipping(_check_clipped)
 
@@ -88,7 +89,7 @@ def _check_clipped(parameters: Sequence[Tensor]) -> None:
 
 
 def _stacklevel() -> int:
-    """The level that makes a warning point at the first line that is neither this package's nor torch's."""
+    """Return the level that makes a warning point at the caller's line, outside of this package and of torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("shardadam", "torch"):
         level, frame = level + 1, frame.f_back

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do ranks that must hold the same bits hold the same bits? By checksums, which find any single changed element, and of
-which ranks exchange one number each where all is well. Reads everything, and changes nothing.
+"""Checks by checksums that ranks hold equal bits where they must. Reads every replicated tensor and changes none.
 
 Note: the checksum
-    Memory is read as 64-bit words, w_i, and sum(w_i a_i) mod 2^64 is taken with odd a_i, which depend on i. If one word
-    changes by d, the sum changes by d a_i, which is 0 for d = 0 only, as a_i is odd and so has an inverse. Sums of
-    stretches of 1 MiB are added up in the same way. The upper bits of a word go into its lower ones first: an odd
-    multiple of the highest bit is that bit, whatever the multiple, and two changed signs would cancel each other.
+    Memory is read as 64-bit words w_i. A checksum is sum(a_i w_i) mod 2^64, where the a_i are fixed, random and odd. If
+    one word changes by d, the sum changes by d a_i. That is 0 only for d = 0, because an odd a_i has an inverse. Each
+    chunk of 1 MiB is summed by itself, and the sums of chunks are combined in the same way. Before that, the upper bits
+    of each word are mixed into its lower ones: 2^63 times any odd number is 2^63, so without mixing the changes of two
+    highest bits would cancel each other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,12 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.engine.storage import NamedParameter, ShardedParam, is_dense
-from shardadam.layout import Span
 from shardadam.ranks.agreement import exchange, name_ranks
-from shardadam.state.local import local_state, state_spans
+from shardadam.state.local import local_state
 from shardadam.transport import Transport
 
-_WORDS = 1 << 17
+_CHUNK_WORDS = 1 << 17
 _MASK = (1 << 64) - 1
 _REMEDY = (
     "Load the last checkpoint on all ranks, and look for what writes on some ranks only: code under `if rank == 0`, a "
@@ -36,189 +35,136 @@ _REMEDY = (
 
 @dataclass(frozen=True, eq=False)
 class ReplicatedTensor:
-    """Something of which ranks hold copies.
+    """A tensor that other ranks hold too.
 
     Args:
-        what: as in "Ranks hold different values of ...".
-        value: of any dtype; its elements are compared in memory order, or in logical order where it has gaps.
-        shard: None: all ranks hold it; else the ranks whose ``shard`` is the same.
-        spans: the stretches of the whole that ``value`` holds, one after the other; none: it is the whole.
+        name: for the message, as in "Ranks hold different values of ...".
+        value: of any shape and dtype. Compared in memory order, or in logical order if it has gaps in memory.
+        is_shard: only the ranks of a replica group hold it; else all ranks do.
     """
 
-    what: str
+    name: str
     value: Tensor
-    shard: int | None = None
-    spans: Sequence[Span] = ()
+    is_shard: bool = False
 
 
-def copies(
+def replicated_tensors(
     params: Sequence[ShardedParam], frozen: Sequence[NamedParameter], skipped_steps: Tensor, transport: Transport
 ) -> list[ReplicatedTensor]:
-    """What other ranks hold, too, of an optimizer. Local."""
-    found = [
-        ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for some in (params, frozen) for one in some
-    ]
-    local = [(param, local_state(param)) for param in params]
-    found += [ReplicatedTensor(f"the step of parameter {param.name!r}", state["step"]) for param, state in local]
-    found.append(ReplicatedTensor("skipped_steps", skipped_steps))
+    """Return all replicated tensors of an optimizer, in the same order on every rank. Local.
+
+    Shards of the state are replicated only with hybrid sharding.
+    """
+    tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for one in (*params, *frozen)]
+    states = [(param, local_state(param)) for param in params]
+    tensors += [ReplicatedTensor(f"the step of parameter {param.name!r}", state["step"]) for param, state in states]
+    tensors.append(ReplicatedTensor("skipped_steps", skipped_steps))
     if transport.replicas > 1:
-        found += [
-            ReplicatedTensor(f"{kind} of parameter {param.name!r}", value, transport.rank, state_spans(kind, param))
-            for param, state in local
+        tensors += [
+            ReplicatedTensor(f"{kind} of parameter {param.name!r}", value, is_shard=True)
+            for param, state in states
             for kind, value in state.items()
         ]
-    return found
+    return tensors
 
 
 @torch.no_grad()
-def check(tensors: Sequence[ReplicatedTensor], shard: int, group: dist.ProcessGroup | None) -> None:
-    """Collective: raises on every rank, with one message, unless all copies of every tensor are equal bit for bit.
+def check(tensors: Sequence[ReplicatedTensor], shard_rank: int, group: dist.ProcessGroup | None) -> None:
+    """Check that every tensor is equal, bit for bit, on all ranks that hold it. Collective.
 
     Args:
-        tensors: as many on every rank, those of all ranks first.
-        shard: which one this rank holds.
+        tensors: of the same names in the same order on every rank.
+        shard_rank: this rank's rank in its shard group; the ranks of a replica group have equal ones.
+        group: all ranks; None for one rank.
 
     Raises:
-        RuntimeError: names the first tensor that differs, the ranks that are in the minority, and the element.
+        RuntimeError: on every rank; names the first tensor that differs and the ranks that do not hold the most common
+            value.
     """
     if group is None:
         return
-    sums = [checksum(tensor.value) for tensor in tensors]
-    whole = _combined([total for tensor, total in zip(tensors, sums, strict=True) if tensor.shard is None])
-    replicated = _combined([total for tensor, total in zip(tensors, sums, strict=True) if tensor.shard is not None])
-    answers = exchange((whole, shard, replicated), group)
-    shards = {shard: replicated for _, shard, replicated in answers}
-    if all(one == whole for one, _, _ in answers) and all(one == shards[shard] for _, shard, one in answers):
-        return
-    _explain(tensors, sums, shard, group)
+    checksums = [checksum(tensor.value) for tensor in tensors]
+    common = _combine([one for tensor, one in zip(tensors, checksums, strict=True) if not tensor.is_shard])
+    of_shards = _combine([one for tensor, one in zip(tensors, checksums, strict=True) if tensor.is_shard])
+    answers = exchange((common, shard_rank, of_shards), group)
+    by_shard_rank = {answer[1]: answer[2] for answer in answers}
+    if any((one, shards) != (common, by_shard_rank[its_rank]) for one, its_rank, shards in answers):
+        _raise_difference(tensors, checksums, shard_rank, group)
+
+
+def _raise_difference(
+    tensors: Sequence[ReplicatedTensor], checksums: Sequence[int], shard_rank: int, group: dist.ProcessGroup
+) -> None:
+    """Find the first tensor whose checksums differ, and raise. Collective."""
+    answers = exchange((shard_rank, list(checksums)), group)
+    ranks = dist.get_process_group_ranks(group)
+    shard_ranks = [answer[0] for answer in answers]
+    rows = zip(*(answer[1] for answer in answers), strict=False)  # a row per tensor, a checksum per rank
+    for tensor, row in zip(tensors, rows, strict=False):
+        for wanted in sorted(set(shard_ranks)) if tensor.is_shard else [None]:
+            columns = zip(ranks, shard_ranks, row, strict=True)
+            by_rank = {rank: one for rank, its_shard_rank, one in columns if wanted in (None, its_shard_rank)}
+            if len(set(by_rank.values())) > 1:
+                raise RuntimeError(f"Ranks hold different values of {tensor.name}: {_compare(by_rank)} {_REMEDY}")
+    raise RuntimeError(f"Ranks hold different numbers of parameters. {_REMEDY}")
+
+
+def _compare(by_rank: Mapping[int, int]) -> str:
+    """Say which ranks' checksums differ from the most common one."""
+    (most_common, count), (_, next_count) = Counter(by_rank.values()).most_common(2)
+    equal = [rank for rank, one in by_rank.items() if one == most_common]
+    other = [rank for rank, one in by_rank.items() if one != most_common]
+    verb = "differ" if len(other) > 1 else "differs"
+    doubt = " No value has a majority, so which is right is not known." * (count == next_count)
+    return f"{name_ranks(other)} {verb} from {name_ranks(equal)}.{doubt}"
 
 
 def checksum(tensor: Tensor) -> int:
-    """64 bits."""
-    return _combined(_sums(tensor))
-
-
-def _sums(tensor: Tensor) -> list[int]:
-    """Of each stretch of its memory."""
+    """Return a checksum of 64 bits of the tensor's values. Waits for the device."""
     memory = _memory(tensor)
     weights = _weights(memory.device)
     whole = memory.numel() // 8 * 8
     words = memory[:whole].view(torch.int64)
+    chunks = [words[start : start + _CHUNK_WORDS] for start in range(0, words.numel(), _CHUNK_WORDS)]
     if whole < memory.numel():
-        rest = memory.new_zeros(8)
-        rest[: memory.numel() - whole] = memory[whole:]
-        tail = rest.view(torch.int64)
-    else:
-        tail = words[:0]
-    stretches = (words[start : start + _WORDS] for start in range(0, words.numel(), _WORDS))
-    room = words.new_empty(min(max(1, words.numel()), _WORDS))
-    found = [_mixed(stretch, room).mul_(weights[: stretch.numel()]).sum() for stretch in stretches]
-    found += [_mixed(tail, room).mul_(weights[-1]).sum()] if tail.numel() else []
-    return [int(total) & _MASK for total in torch.stack(found).tolist()] if found else []
+        last_word = memory.new_zeros(8)
+        last_word[: memory.numel() - whole] = memory[whole:]
+        chunks.append(last_word.view(torch.int64))
+    if not chunks:
+        return _combine([])
+    scratch = torch.empty_like(chunks[0])
+    sums = [_mix(chunk, scratch).mul_(weights[: chunk.numel()]).sum() for chunk in chunks]
+    return _combine([int(one) & _MASK for one in torch.stack(sums).tolist()])
 
 
-def _mixed(words: Tensor, room: Tensor) -> Tensor:
-    """In ``room``: each word with its upper bits in its lower ones, too; no two words become one.
+def _mix(words: Tensor, scratch: Tensor) -> Tensor:
+    """Return, in ``scratch``, each word with its upper bits XORed into its lower ones; different words stay different.
 
-    By 37 bits: signs that are packed into one word, 8, 16 or 32 bits apart, come to different places.
+    Shifts by 37 bits, so that signs 8, 16 or 32 bits apart in one word come to different bits.
     """
-    room = torch.bitwise_right_shift(words, 37, out=room[: words.numel()])
-    return room.bitwise_and_((1 << 27) - 1).bitwise_xor_(words)
+    mixed = torch.bitwise_right_shift(words, 37, out=scratch[: words.numel()])
+    return mixed.bitwise_and_((1 << 27) - 1).bitwise_xor_(words)
 
 
 def _memory(tensor: Tensor) -> Tensor:
-    """As bytes."""
-    flat = _flat(tensor)
-    if flat.data_ptr() % 8:  # a slice that begins inside a word
-        flat = flat.clone()
-    return flat.view(torch.uint8) if tensor.numel() else flat.new_empty(0, dtype=torch.uint8)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """In one dimension, in memory order; in logical order where there are gaps."""
-    whole = tensor.detach()
-    return (whole if is_dense(whole) else whole.contiguous()).as_strided((tensor.numel(),), (1,))
+    """Return the values as uint8, 1-D, from an address that is a multiple of 8."""
+    if not tensor.numel():
+        return tensor.new_empty(0, dtype=torch.uint8)
+    dense = tensor if is_dense(tensor) else tensor.contiguous()
+    flat = dense.as_strided((tensor.numel(),), (1,))
+    return (flat.clone() if flat.data_ptr() % 8 else flat).view(torch.uint8)
 
 
 @cache
 def _weights(device: torch.device) -> Tensor:
+    """Return random odd int64 numbers, the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**62), 2**62, (_WORDS + 1,), generator=generator) * 2 + 1).to(device)
+    return (torch.randint(-(2**62), 2**62, (_CHUNK_WORDS,), generator=generator) * 2 + 1).to(device)
 
 
-def _combined(sums: Sequence[int]) -> int:
-    total = len(sums)
-    for index, one in enumerate(sums):
+def _combine(checksums: Sequence[int]) -> int:
+    """Return one checksum of several, which depends on their order and number."""
+    total = len(checksums)
+    for index, one in enumerate(checksums):
         total = (total + one * (2 * (index * 0x9E3779B97F4A7C15 & _MASK) + 1)) & _MASK
     return total
-
-
-# What differs
-
-
-def _explain(tensors: Sequence[ReplicatedTensor], sums: Sequence[int], shard: int, group: dist.ProcessGroup) -> None:
-    everybody = exchange((shard, list(sums)), group)
-    ranks = dist.get_process_group_ranks(group)
-    for index in range(min(len(sums) for _, sums in everybody)):
-        # All ranks make the same exchanges, of tensors that they do not hold, too.
-        for key in [None] if tensors[index].shard is None else sorted({shard for shard, _ in everybody}):
-            holders = [place for place, (shard, _) in enumerate(everybody) if key in (None, shard)]
-            values = [everybody[place][1][index] for place in holders]
-            if len(set(values)) > 1:
-                (usual, count), *others = Counter(values).most_common(2)
-                odd = next(place for place, value in zip(holders, values, strict=True) if value != usual)
-                other = next(place for place, value in zip(holders, values, strict=True) if value == usual)
-                what, element = _locate(tensors[index], odd, other, group)
-                alike = [ranks[place] for place, value in zip(holders, values, strict=True) if value == usual]
-                unlike = [ranks[place] for place, value in zip(holders, values, strict=True) if value != usual]
-                verb = "differ" if len(unlike) > 1 else "differs"
-                where = (
-                    "though not when they are looked at again: memory fails, or something writes meanwhile"
-                    if element is None
-                    else f"first at element {element[0]}, which is {element[1]} on rank {ranks[odd]} and {element[2]} "
-                    f"on rank {ranks[other]}"
-                )
-                doubt = " As many hold the one as the other, so which is right is not known." * (count == others[0][1])
-                raise RuntimeError(
-                    f"Ranks hold different values of {what}: {name_ranks(unlike)} {verb} from {name_ranks(alike)}, "
-                    f"{where}.{doubt} {_REMEDY}"
-                )
-    raise RuntimeError(f"Ranks hold different numbers of parameters. {_REMEDY}")
-
-
-def _locate(
-    tensor: ReplicatedTensor, odd: int, other: int, group: dist.ProcessGroup
-) -> tuple[str, tuple[int, str, str] | None]:
-    """What it is on the ``odd`` rank, and the first element of the whole that differs, with both values; None where all
-    are equal when they are looked at again. Collective.
-    """
-    place = dist.get_rank(group)
-    takes_part = place in (odd, other)
-    flat = _flat(tensor.value).cpu()
-    sums = exchange(_sums(tensor.value) if takes_part else None, group)
-    stretch = next((i for i, (a, b) in enumerate(zip(sums[odd], sums[other], strict=False)) if a != b), 0)
-    size = 8 * _WORDS // flat.element_size()
-    start = min(stretch * size, max(0, flat.numel() - size))  # the last one may be a tail of some bytes
-    chunk = flat[start : start + size + 8].clone()  # a view would be sent with all that it is a view of
-    looks = exchange((tensor.what, tensor.spans, start, chunk) if takes_part else None, group)
-    (what, spans, start, one), (*_, two) = looks[odd], looks[other]
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    positions = (one.view(bits) != two.view(bits)).nonzero()
-    if not positions.numel():
-        return what, None
-    position = int(positions[0])
-    first, second = (_shown(some[position], some.view(bits)[position]) for some in (one, two))
-    return what, (_in_the_whole(start + position, spans), first, second)
-
-
-def _in_the_whole(element: int, spans: Sequence[Span]) -> int:
-    for span in spans:
-        if element < span.numel:
-            return span.start + element
-        element -= span.numel
-    return element
-
-
-def _shown(value: Tensor, bits: Tensor) -> str:
-    """With its bits: NaNs and zeros that differ in them alone would read the same."""
-    return f"{value.item()} ({bits.item() % (1 << 8 * bits.element_size()):#x})"

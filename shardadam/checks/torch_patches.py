@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every replacement of a private function of torch, and why there is no other way.
+"""All patches of torch's private functions, and why each is needed.
 
-A replacement is installed once a process, calls what it replaces with the same arguments, and is left out where torch
-no longer has the function. It must not change a result.
+A patch is applied once per process, calls the original with the same arguments, and is left out if torch no longer has
+the function. It must not change a result.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def check_before_clipping(check: Callable[[list[Tensor]], None]) -> None:
-    """Makes ``torch.nn.utils.clip_grad_norm_`` call ``check(parameters)`` before it scales their gradients.
+    """Make ``torch.nn.utils.clip_grad_norm_`` call ``check(parameters)`` before it scales their gradients.
 
-    torch has no hook there. Its public function is imported by name before this package is, so the private one that
-    it calls, ``_clip_grads_with_norm_``, is replaced.
+    torch has no hook for this. Scripts may have imported the public function by name already, so the patch replaces
+    ``_clip_grads_with_norm_``, which it calls.
     """
     module: Any = torch.nn.utils.clip_grad
     scale: Callable[..., Any] | None = getattr(module, "_clip_grads_with_norm_", None)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where users are: one module a framework, each importing that framework, and nothing here importing them."""
+"""One module per framework, which imports that framework. No other part of the package imports them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate: an Accelerator that leaves gradients to a ShardedAdam(W) instead of wrapping models in DDP."""
+"""An Accelerator for accelerate that leaves gradients to a ShardedAdam(W) instead of wrapping models in DDP."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import ShardedAdam
 
 _FOLDER = "shardadam_{}"
-_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class ShardedAccelerator(Accelerator):
-    """accelerate.Accelerator whose models are trained by ``ShardedAdam`` or ``ShardedAdamW``: the same arguments and
-    methods.
+    """accelerate.Accelerator for models that a ``ShardedAdam`` or ``ShardedAdamW`` trains, with the same interface.
 
-    Models are not wrapped in DistributedDataParallel: the optimizer averages gradients. ``accumulate``, ``no_sync`` and
-    ``clip_grad_norm_`` go to it, fp16 takes ``shardadam.GradScaler``, and ``save_state`` and ``load_state`` write and
-    read the shards of all ranks, for any number of them. What DDP's constructor broadcasts (buffers, frozen
-    parameters), ``prepare`` broadcasts. Move the model to ``accelerator.device`` before building the optimizer.
+    Does not wrap models in DistributedDataParallel: the optimizer averages gradients. ``accumulate``, ``no_sync`` and
+    ``clip_grad_norm_`` call the optimizer's methods, and fp16 uses ``shardadam.GradScaler``. ``prepare`` broadcasts
+    rank 0's buffers and frozen parameters, as DDP's constructor does. ``save_state`` writes the shards of all ranks,
+    and ``load_state`` reads them on any number of ranks. Move the model to ``accelerator.device`` before building the
+    optimizer.
 
     Raises:
-        ValueError: the launcher has set up DeepSpeed, FSDP or another engine with an optimizer of its own.
+        ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself.
     """
 
     scaler: Any
@@ -39,20 +39,25 @@ class ShardedAccelerator(Accelerator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._take_over()
+        self._set_up_sharding()
 
     @classmethod
     def adopt(cls, accelerator: Accelerator) -> ShardedAccelerator:
-        """Makes an accelerator that has prepared nothing yet one of these, in place."""
+        """Turn an accelerator that has prepared nothing yet into a ShardedAccelerator, in place, and return it.
+
+        Raises:
+            ValueError: as the constructor.
+        """
         accelerator.__class__ = cls
-        accelerator._take_over()
+        accelerator._set_up_sharding()
         return accelerator
 
-    def _take_over(self) -> None:
-        if self.distributed_type not in _PLAIN:
+    def _set_up_sharding(self) -> None:
+        if self.distributed_type not in _DATA_PARALLEL:
             raise ValueError(
                 f"{type(self).__name__}: found distributed_type {self.distributed_type.value}, expected plain data "
-                "parallelism. Leave the engine out of the accelerate config, or use accelerate.Accelerator."
+                "parallelism (NO, MULTI_CPU or MULTI_GPU). Remove the engine from the accelerate config, or use "
+                "accelerate.Accelerator."
             )
         if self.scaler is not None:
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
@@ -63,16 +68,22 @@ class ShardedAccelerator(Accelerator):
     # Preparing
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """Prepare models, optimizers, data loaders and schedulers, as accelerate does. Collective.
+
+        Raises:
+            ValueError: a model is not on ``self.device``, and its optimizer is built already.
+            TypeError: an optimizer is not a ShardedAdam(W), or has ``gradient_sync="external"``.
+        """
         optimizers = [one for one in args if isinstance(one, ShardedAdam)]
         for model in (one for one in args if isinstance(one, nn.Module)):
-            if self._must_move(model) and any(_holds(optimizer, model.parameters()) for optimizer in optimizers):
+            if self._must_move(model) and any(_has_any(optimizer, model.parameters()) for optimizer in optimizers):
                 raise ValueError(
-                    f"The model is not on {self.device}, and its optimizer has been built. Call "
-                    "model.to(accelerator.device) before building the optimizer."
+                    f"prepare: found a model that is not on {self.device} although its optimizer is built, expected it "
+                    "there. Call model.to(accelerator.device) before building the optimizer."
                 )
         prepared = super().prepare(*args, device_placement=device_placement)
         for model in self._models:
-            for optimizer in self._holders(model.parameters()):
+            for optimizer in self._optimizers_of(model.parameters()):
                 if optimizer in optimizers or any(model is one for one in args):
                     optimizer.sync_module(model)
         return prepared
@@ -80,6 +91,7 @@ class ShardedAccelerator(Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
+        """Prepare a model as for evaluation, which does not wrap it."""
         if device_placement is None:
             device_placement = self.device_placement and self._must_move(model)
         return super().prepare_model(model, device_placement, evaluation_mode=True)
@@ -87,74 +99,85 @@ class ShardedAccelerator(Accelerator):
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
     ) -> AcceleratedOptimizer:
+        """Wrap a ShardedAdam(W) for accelerate; raise TypeError for other optimizers."""
         if getattr(optimizer, "_is_accelerate_prepared", False):
             return super().prepare_optimizer(optimizer, device_placement)
         if not isinstance(optimizer, ShardedAdam) or optimizer.gradient_sync == "external":
-            found = 'one with gradient_sync="external"' if isinstance(optimizer, ShardedAdam) else type(optimizer)
+            external = ' with gradient_sync="external"' * isinstance(optimizer, ShardedAdam)
             raise TypeError(
-                f"prepare: found as optimizer {found}, expected a ShardedAdam or ShardedAdamW with gradient_sync "
-                '"backward" or "step": models are not wrapped in DistributedDataParallel here, and nothing else would '
-                "average gradients. Use accelerate.Accelerator for others."
+                f"prepare: found a {type(optimizer).__name__}{external}, expected a ShardedAdam or ShardedAdamW with "
+                'gradient_sync "backward" or "step": models are not wrapped in DistributedDataParallel, and nothing '
+                "else averages gradients. Use accelerate.Accelerator for other optimizers."
             )
         prepared = _PreparedOptimizer(optimizer, device_placement=False, scaler=self.scaler)
         self._optimizers.append(prepared)
         return prepared
 
     def _must_move(self, model: nn.Module) -> bool:
-        # accelerate's CPU is cpu:0, which is where cpu is, but moving there replaces every parameter's memory.
+        # accelerate's device is cpu:0. That is the same as cpu, but moving there would replace all parameters' memory.
         here = self.device
         return any(p.device != here and (p.device.type, here.type) != ("cpu", "cpu") for p in model.parameters())
 
-    def _holders(self, parameters: Iterable[Tensor]) -> list[ShardedAdam]:
+    def _optimizers_of(self, parameters: Iterable[Tensor]) -> list[ShardedAdam]:
+        """Return the prepared optimizers that have any of ``parameters``."""
         given = list(parameters)
-        return [prepared.optimizer for prepared in self._optimizers if _holds(prepared.optimizer, given)]
+        return [prepared.optimizer for prepared in self._optimizers if _has_any(prepared.optimizer, given)]
 
     # The loop
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """Return a context in which backward accumulates gradients of ``model`` and reduces nothing. Local."""
         with ExitStack() as stack:
-            for optimizer in self._holders(model.parameters()):
+            for optimizer in self._optimizers_of(model.parameters()):
                 stack.enter_context(optimizer.no_sync())
             yield
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float = 2
     ) -> Tensor:
-        """Clips the 2-norm of all gradients of the optimizer that holds ``parameters``. Collective.
+        """Clip the 2-norm of all gradients of the optimizer that has ``parameters``. Collective.
+
+        Args:
+            parameters: all trainable parameters of one optimizer.
+            max_norm: the largest norm.
+            norm_type: must be 2.
+
+        Returns:
+            The norm before clipping, 0-dim float32 on the device.
 
         Raises:
-            ValueError: another norm, or not all the parameters of exactly one optimizer.
+            ValueError: ``parameters`` or ``norm_type`` is not as described.
         """
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        optimizers = self._holders(given)
+        optimizers = self._optimizers_of(given)
         expected = {id(p) for optimizer in optimizers for p in _parameters(optimizer) if p.requires_grad}
         if len(optimizers) != 1 or expected != {id(p) for p in given if p.requires_grad} or norm_type != 2:
             raise ValueError(
                 f"clip_grad_norm_: found {len(given)} parameters of {len(optimizers)} optimizers and norm_type "
-                f"{norm_type}, expected all trainable parameters of one ShardedAdam(W), and norm_type 2."
+                f"{norm_type}, expected all trainable parameters of one ShardedAdam(W), and norm_type 2. Pass "
+                "model.parameters()."
             )
         self.unscale_gradients()
         return optimizers[0].clip_grad_norm_(max_norm)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
-        raise NotImplementedError(
-            "clip_grad_value_: gradients are sharded, and clipped by norm alone (clip_grad_norm_)."
-        )
+        """Raise NotImplementedError: gradients are sharded, and can only be clipped by norm."""
+        raise NotImplementedError("clip_grad_value_: not supported for sharded gradients. Use clip_grad_norm_.")
 
     # Checkpoints
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As accelerate's, with each rank's shards under ``shardadam_0`` and so on. Collective."""
-        with self._without_sharded():
+        """Save as accelerate does, with all ranks' shards under ``shardadam_0`` and so on. Collective."""
+        with self._without_optimizers():
             directory = super().save_state(output_dir, *args, **kwargs)
         for index, prepared in enumerate(self._optimizers):
             save(Path(directory) / _FOLDER.format(index), step=self.step, optimizer=prepared.optimizer, keep=1)
         return directory
 
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As accelerate's, on any number of ranks. Collective."""
-        with self._without_sharded():
+        """Load as accelerate does, on any number of ranks. Collective."""
+        with self._without_optimizers():
             super().load_state(input_dir, *args, **kwargs)
         assert self._state_directory is not None
         for index, prepared in enumerate(self._optimizers):
@@ -164,17 +187,17 @@ class ShardedAccelerator(Accelerator):
         self._state_directory = Path(directory)
 
     @contextmanager
-    def _without_sharded(self) -> Iterator[None]:
-        """accelerate would write rank 0's part of a sharded state, and load it on all."""
-        every, self._optimizers = self._optimizers, []
+    def _without_optimizers(self) -> Iterator[None]:
+        """Hide the optimizers from accelerate, which would save rank 0's shards and load them on all ranks."""
+        optimizers, self._optimizers = self._optimizers, []
         try:
             yield
         finally:
-            self._optimizers = every
+            self._optimizers = optimizers
 
 
 class _PreparedOptimizer(AcceleratedOptimizer):
-    """Knows by the optimizer's own count whether a step was skipped: the loss scaler leaves that to the update."""
+    """Tells by the optimizer's ``skipped_steps`` whether a step was skipped: ``GradScaler.step`` does not know it."""
 
     _skipped_before: Tensor | None = None
 
@@ -185,7 +208,7 @@ class _PreparedOptimizer(AcceleratedOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step met a gradient that was not finite, under loss scaling. Waits for the device."""
+        """Whether loss scaling has skipped the last step for a gradient that is not finite. Waits for the device."""
         return self._skipped_before is not None and bool(self.optimizer.skipped_steps != self._skipped_before)
 
 
@@ -194,6 +217,6 @@ def _parameters(optimizer: ShardedAdam) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _holds(optimizer: ShardedAdam, parameters: Iterable[Tensor]) -> bool:
+def _has_any(optimizer: ShardedAdam, parameters: Iterable[Tensor]) -> bool:
     given = {id(p) for p in parameters}
     return any(id(p) in given for p in _parameters(optimizer))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers: a Trainer whose optimizer state is sharded, and a callback that makes a plain Trainer's checkpoints
-whole.
-"""
+"""A Trainer for transformers whose optimizer state is sharded, and a callback for a plain Trainer's checkpoints."""
 
 from __future__ import annotations
 
@@ -21,18 +19,18 @@ _FOLDER = "shardadam"
 
 
 class ShardedTrainerMixin:
-    """To be put before Trainer, or a subclass of it: ``class MyTrainer(ShardedTrainerMixin, Trainer)``.
+    """Makes a Trainer, or a subclass of it, sharded: ``class MyTrainer(ShardedTrainerMixin, Trainer)``.
 
-    The optimizer is a ``ShardedAdamW`` with the learning rate, betas, eps and weight decay of the TrainingArguments, or
-    the one that is passed as ``optimizers=(optimizer, scheduler)`` or ``optimizer_cls_and_kwargs=(ShardedAdamW,
-    {"lr": ..., "precision": ...})``. The model is not wrapped in DistributedDataParallel: the optimizer averages
-    gradients. Checkpoints hold the shards of all ranks, and training resumes from them on any number of ranks; so it
-    does from those of a plain Trainer with AdamW.
+    The optimizer is a ``ShardedAdamW`` with the learning rate, betas, eps and weight decay of the TrainingArguments. Or
+    pass one as ``optimizers=(optimizer, scheduler)`` or ``optimizer_cls_and_kwargs=(ShardedAdamW, {"lr": ...,
+    "precision": ...})``. The model is not wrapped in DistributedDataParallel: the optimizer averages gradients.
+    Checkpoints hold the shards of all ranks. Training resumes on any number of ranks, from these checkpoints or from
+    those of a plain Trainer with AdamW.
 
     Raises:
         ValueError: ``TrainingArguments.optim`` is not one of torch's AdamW, or there is another engine (DeepSpeed,
             FSDP).
-        TypeError: another optimizer is passed, or one with ``gradient_sync="external"``.
+        TypeError: the optimizer passed is not a ShardedAdam(W), or has ``gradient_sync="external"``.
     """
 
     accelerator: Any
@@ -54,7 +52,7 @@ class ShardedTrainerMixin:
         if found is not torch.optim.AdamW:
             raise ValueError(
                 f'TrainingArguments.optim: found "{getattr(args.optim, "value", args.optim)}", expected "adamw_torch" '
-                "or another of torch's AdamW. Leave it out; for other formats of the state pass "
+                "or another of torch's AdamW. Leave optim out. For other formats of the state, pass "
                 "optimizer_cls_and_kwargs=(ShardedAdamW, {...}) to the Trainer."
             )
         return ShardedAdamW, options
@@ -64,7 +62,7 @@ class ShardedTrainerMixin:
         super().create_optimizer(model)  # type: ignore[misc]
         if is_new:
             _name_parameters(self.optimizer, self.model if model is None else model)
-        # train() calls the model's zero_grad, which does not reach what one that was interrupted has reduced.
+        # An interrupted train() may have left reduced gradients, which the model's zero_grad does not reach.
         self.optimizer.zero_grad()
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -78,7 +76,7 @@ class ShardedTrainerMixin:
         if checkpoint is None or not (Path(checkpoint) / _FOLDER).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        # The Trainer restores random number generators itself, after it has skipped the data that was seen.
+        # The Trainer itself restores random number generators, after it has skipped the data of earlier steps.
         load(Path(checkpoint) / _FOLDER, optimizer=_unwrapped(self.optimizer), random_states=False)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
@@ -88,10 +86,10 @@ class ShardedTrainer(ShardedTrainerMixin, Trainer):
 
 
 class ConsolidateCallback(TrainerCallback):
-    """For a plain Trainer with ``optimizers=(ShardedAdamW(..., gradient_sync="external"), None)``, which writes what
-    rank 0's ``state_dict()`` gives: gathers the whole state there before each checkpoint.
+    """Gathers the whole state on rank 0 before each checkpoint of a plain Trainer, which saves rank 0's state only.
 
-    Rank 0 holds it, in float32 on the CPU, until the next step; ``ShardedTrainer`` writes shards instead.
+    For ``optimizers=(ShardedAdamW(..., gradient_sync="external"), None)``. Rank 0 holds the state, in float32 on the
+    CPU, until the next step; ``ShardedTrainer`` writes shards instead.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -105,7 +103,7 @@ class ConsolidateCallback(TrainerCallback):
             self._consolidate(args, kwargs["optimizer"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Whether this evaluation was the best is decided after this, and nothing is called before that is saved.
+        # The Trainer decides after this whether the evaluation was the best, and then saves without another callback.
         if args.save_strategy == SaveStrategy.BEST and kwargs.get("optimizer") is not None:
             self._consolidate(args, kwargs["optimizer"])
 
@@ -117,8 +115,9 @@ class ConsolidateCallback(TrainerCallback):
 
 
 def _name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """The Trainer builds its optimizer over bare tensors, and checkpoints would tell those by position: after a change
-    in what is frozen, another parameter's state would be loaded.
+    """Name the parameters of an optimizer that the Trainer has built over bare tensors.
+
+    Without names, checkpoints would find parameters by position and, if others are frozen now, load the wrong state.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     if all(id(p) in names for group in optimizer.param_groups for p in group["params"]):
@@ -127,5 +126,5 @@ def _name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """What accelerate's prepare has wrapped."""
+    """Return the optimizer that accelerate's ``prepare`` has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
