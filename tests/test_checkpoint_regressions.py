@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import CheckpointError, ShardedAdamW
-from shardadam.checkpoint import directory as directories
 from tests.ranks import on_ranks, processes, rank_and_size
 from tests.runs import build, differences
 
@@ -358,7 +357,7 @@ def test_a_crash_while_old_checkpoints_are_removed_leaves_none_for_ever(
     for step in range(5):
         shardadam.save(tmp_path, step=step, **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(directories, "_remove", lambda path: os.listdir("/missing"))
+        patch.setattr("shardadam.checkpoint.directory._remove", lambda path: os.listdir("/missing"))
         with pytest.warns(UserWarning, match="could not be removed"):
             shardadam.save(tmp_path, step=5, keep=2, **arguments)
     shardadam.save(tmp_path, step=6, keep=2, **arguments)

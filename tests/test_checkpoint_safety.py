@@ -21,7 +21,7 @@ import torch
 
 import shardadam
 from shardadam import CheckpointError
-from shardadam.checkpoint import directory as directories
+from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.files import MANIFEST, Reader, manifest_text
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import Run, build, differences
@@ -303,12 +303,11 @@ def test_a_path_that_cannot_be_written_is_named_on_all_ranks(tmp_path: Path) -> 
 def test_latest_missing_or_dangling_gives_the_newest(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         save_run(str(tmp_path), step)
-    newest: Callable[[], str] = lambda: directories.newest(tmp_path).name  # noqa: E731
-    assert newest() == "step-00000009"
+    assert newest(tmp_path).name == "step-00000009"
     shutil.rmtree(tmp_path / "step-00000009")
-    assert newest() == "step-00000010"
+    assert newest(tmp_path).name == "step-00000010"
     (tmp_path / "latest").unlink()
-    assert newest() == "step-00000010"
+    assert newest(tmp_path).name == "step-00000010"
     assert shardadam.has_checkpoint(tmp_path)
 
 
@@ -317,7 +316,7 @@ def test_a_digit_changed_in_latest_does_not_lead_to_an_older_checkpoint(tmp_path
         save_run(str(tmp_path), step)
     latest = tmp_path / "latest"
     latest.write_text(latest.read_text().replace("step-00000003", "step-00000001", 1))
-    assert directories.newest(tmp_path).name == "step-00000003"
+    assert newest(tmp_path).name == "step-00000003"
 
 
 @pytest.mark.parametrize("change", [('"step":3', '"step":4'), ('"world_size":1', '"world_size":2')])

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import CheckpointError, Precision, ShardedAdamW
-from shardadam.checkpoint import export as exporting
 from shardadam.checkpoint import values
-from shardadam.checkpoint.export import FORMATS, export
+from shardadam.checkpoint.export import ALIGNMENT_BYTES, FORMATS, SAFETENSORS_DTYPES, export
 from tests.parity import build_parameters, quadratic
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import FORMATS as PRECISIONS
@@ -178,7 +177,7 @@ class Extra(nn.Module):
 def test_every_record_is_its_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool, zip64_from_bytes: int
 ) -> None:
-    monkeypatch.setattr(exporting, "_ZIP64_FROM_BYTES", zip64_from_bytes)
+    monkeypatch.setattr("shardadam.checkpoint.export._ZIP64_FROM_BYTES", zip64_from_bytes)
     model = Extra()
     optimizer = ShardedAdamW(model.parameters(), lr=torch.tensor(0.25))
     for index, parameter in enumerate(model.weights):
@@ -199,13 +198,13 @@ def test_every_record_is_its_tensors(
             assert archive.testzip() is None  # every checksum
             names = [name.removeprefix("archive/") for name in archive.namelist()]
         reader = torch._C.PyTorchFileReader(str(path))
-        assert {reader.get_record_offset(name) % exporting.ALIGNMENT_BYTES for name in names} == {0}
+        assert {reader.get_record_offset(name) % ALIGNMENT_BYTES for name in names} == {0}
     with pytest.raises(CheckpointError, match=r"no tensor.*format torch"):
         export(tmp_path, format=SAFETENSORS, output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("dtype", [*exporting.SAFETENSORS_DTYPES, torch.complex128], ids=str)
+@pytest.mark.parametrize("dtype", [*SAFETENSORS_DTYPES, torch.complex128], ids=str)
 def test_every_dtype_of_a_buffer(tmp_path: Path, dtype: torch.dtype) -> None:
     model = nn.Module()
     model.register_buffer("buffer", torch.arange(24).view(2, 3, 4).to(dtype).transpose(0, 2))
@@ -255,7 +254,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         if len(finished) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporting, "_finish", full)
+    monkeypatch.setattr("shardadam.checkpoint.export._finish", full)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
     with pytest.raises(CheckpointError, match="No space left"):

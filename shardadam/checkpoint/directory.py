@@ -78,7 +78,7 @@ def _checksum(names: list[str]) -> str:
     return f"crc32 {zlib.crc32(chr(10).join(names).encode()):08x}"
 
 
-def prepare(directory: Path, step: int) -> str:
+def create_unpublished(directory: Path, step: int) -> str:
     """Makes room for a new checkpoint and removes what crashed saves have left.
 
     Returns:
@@ -95,17 +95,17 @@ def prepare(directory: Path, step: int) -> str:
     while (directory / name).exists():
         count += 1
         name = f"step-{step:08d}-{count}"
-    aside(directory, name).mkdir()
+    unpublished_path(directory, name).mkdir()
     return name
 
 
-def aside(directory: Path, name: str) -> Path:
+def unpublished_path(directory: Path, name: str) -> Path:
     """Where a checkpoint lies until it is published."""
     return directory / (_SAVING + name)
 
 
-def discard(directory: Path, name: str) -> None:
-    shutil.rmtree(aside(directory, name), ignore_errors=True)
+def discard_unpublished(directory: Path, name: str) -> None:
+    shutil.rmtree(unpublished_path(directory, name), ignore_errors=True)
 
 
 def publish(directory: Path, name: str) -> None:
@@ -114,13 +114,13 @@ def publish(directory: Path, name: str) -> None:
     unlisted = [p.name for p in directory.iterdir() if _NAME.fullmatch(p.name) and p.name not in history]
     history = history or sorted(unlisted, key=_age, reverse=True)
     listed = [name, *history]
-    sync_directory(aside(directory, name))
+    sync_directory(unpublished_path(directory, name))
     write_durably(directory / LATEST, "\n".join([*listed, _checksum(listed)]) + "\n")
-    os.rename(aside(directory, name), directory / name)
+    os.rename(unpublished_path(directory, name), directory / name)
     sync_directory(directory)
 
 
-def retire(directory: Path, keep: int) -> None:
+def remove_older(directory: Path, keep: int) -> None:
     """Removes all checkpoints but the ``keep`` newest, of those that ``latest`` lists."""
     there = [name for name in read_history(directory) if (directory / name).is_dir()]
     for older in there[keep:]:

@@ -16,9 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.checkpoint import contents as things
-from shardadam.checkpoint import directory as directories
-from shardadam.checkpoint.contents import Contents, OwnedParameter, contents_of
+from shardadam.checkpoint.contents import (
+    PARAM_GROUPS,
+    SCHEDULER,
+    Contents,
+    OwnedParameter,
+    contents_of,
+    load_objects,
+    set_random_state,
+)
+from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.checkpoint.saving import ARRIVAL, exchange, store_barrier_for, wait_for_background_save
 from shardadam.engine.storage import ShardedParam, memory_order
@@ -89,7 +96,7 @@ def load(
     failure: Exception | None = None
     path = ""
     try:
-        path = str(directories.newest(directory)) if store_barrier.rank == 0 else ""
+        path = str(newest(directory)) if store_barrier.rank == 0 else ""
     except Exception as error:
         failure = error
     path = agree(failure, ARRIVAL, path)[0]
@@ -121,7 +128,7 @@ def load(
             try:
                 _set_objects(contents, objects, scheduler)
                 if random_states and f"rng.{store_barrier.rank}" in objects:
-                    things.set_random_state(objects[f"rng.{store_barrier.rank}"])
+                    set_random_state(objects[f"rng.{store_barrier.rank}"])
             except Exception as error:
                 failure = error
             agree(failure, "done", is_last=True)
@@ -185,7 +192,7 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
                 }
                 _check_names("the optimizer", reader, expected=shapes.keys(), found=shapes.keys() & tensors.keys())
                 _check_shapes(reader, shapes)
-    if scheduler is not None and things.SCHEDULER not in reader.index.objects:
+    if scheduler is not None and SCHEDULER not in reader.index.objects:
         raise CheckpointError(f"{reader.path} holds no scheduler: it was saved without. Leave scheduler out.")
 
 
@@ -236,9 +243,9 @@ def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int)
     if contents.model is not None:
         wanted += contents.objects
     if contents.optimizer is not None:
-        wanted.append(things.PARAM_GROUPS)
+        wanted.append(PARAM_GROUPS)
     if scheduler is not None:
-        wanted.append(things.SCHEDULER)
+        wanted.append(SCHEDULER)
     return {key: reader.read_object(key) for key in wanted if key in reader.index.objects}
 
 
@@ -367,11 +374,11 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
 
 def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any) -> None:
     if contents.optimizer is not None:
-        for group, saved in zip(contents.optimizer.param_groups, objects[things.PARAM_GROUPS], strict=True):
+        for group, saved in zip(contents.optimizer.param_groups, objects[PARAM_GROUPS], strict=True):
             load_group_(group, saved)
-    things.load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
+    load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
     if scheduler is not None:
-        scheduler.load_state_dict(objects[things.SCHEDULER])
+        scheduler.load_state_dict(objects[SCHEDULER])
 
 
 @torch.no_grad()

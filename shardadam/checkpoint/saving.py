@@ -17,9 +17,22 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from shardadam.checkpoint import contents as things
-from shardadam.checkpoint import directory as directories
-from shardadam.checkpoint.contents import Contents, contents_of
+from shardadam.checkpoint.contents import (
+    PARAM_GROUPS,
+    SCHEDULER,
+    Contents,
+    contents_of,
+    random_state,
+    spec_of,
+    state_specs,
+)
+from shardadam.checkpoint.directory import (
+    create_unpublished,
+    discard_unpublished,
+    publish,
+    remove_older,
+    unpublished_path,
+)
 from shardadam.checkpoint.files import (
     MANIFEST,
     CheckpointError,
@@ -148,7 +161,7 @@ def save(
         part = _collect(contents_of(model, optimizer), store_barrier, scheduler, extra, step)
         if store_barrier.rank == 0:
             with store_barrier.heartbeat():  # it may have much to remove that a crash has left
-                name = directories.prepare(directory, step)
+                name = create_unpublished(directory, step)
     except Exception as error:
         failure = error
     what = f"save to {directory}"
@@ -160,7 +173,7 @@ def save(
             raise CheckpointError(f"{what}: ranks disagree on the step, found {steps}.")
     except BaseException:
         if name:
-            directories.discard(directory, name)
+            discard_unpublished(directory, name)
         raise
     name = answers[0]["name"]
     assert part is not None
@@ -245,7 +258,7 @@ def _collect(contents: Contents, store_barrier: StoreBarrier, scheduler: Any, ex
         raise CheckpointError(f"extra: found something that JSON cannot hold ({error}).") from error
     rank, world_size = store_barrier.rank, len(store_barrier.ranks)
     part = Part(extra=extra)
-    objects: dict[str, Any] = {f"rng.{rank}": things.random_state()}
+    objects: dict[str, Any] = {f"rng.{rank}": random_state()}
     part.description = {
         "step": step,
         "world_size": world_size,
@@ -258,17 +271,17 @@ def _collect(contents: Contents, store_barrier: StoreBarrier, scheduler: Any, ex
     written = contents.owned if optimizer is None or optimizer._checkpoint_seam.is_writer else []
     for parameter in written:
         if contents.model is not None:
-            _add_shards(part, parameter.value_key, things.spec_of(parameter.param.parameter), parameter.param)
+            _add_shards(part, parameter.value_key, spec_of(parameter.param.parameter), parameter.param)
     _add_replicated(part, contents.replicated, rank, world_size)
     for parameter in written:
-        for kind, spec in things.state_specs(parameter.param).items():
+        for kind, spec in state_specs(parameter.param).items():
             _add_shards(part, parameter.state_key(kind), spec, parameter.param, kind)
     if rank == 0:
         objects |= contents.objects
     if rank == 0 and scheduler is not None:
-        objects[things.SCHEDULER] = scheduler.state_dict()
+        objects[SCHEDULER] = scheduler.state_dict()
     if rank == 0 and optimizer is not None:
-        objects[things.PARAM_GROUPS] = [
+        objects[PARAM_GROUPS] = [
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in optimizer.param_groups
         ]
@@ -335,7 +348,7 @@ def _add_replicated(part: Part, tensors: Mapping[str, Tensor], rank: int, world_
                 f"{key} cannot be saved: found {found}, expected an ordinary tensor. Give the module one of its own "
                 "(clone()), or register the buffer with persistent=False."
             )
-        spec = part.specs[key] = things.spec_of(tensor)
+        spec = part.specs[key] = spec_of(tensor)
         every = 4 * (ITEM_BYTES // spec.dtype.itemsize) if is_dense(tensor) else max(1, spec.numel)
         for low, high in cut(0, spec.numel, every):
             if rank == (turn % world_size if is_parameter else 0):
@@ -386,7 +399,7 @@ def _write(
     timeout_s: float,
 ) -> Path:
     """Collective, in whatever thread."""
-    aside = directories.aside(directory, name)
+    unpublished = unpublished_path(directory, name)
 
     def agree(failure: Exception | None, phase: str, *, is_last: bool = False) -> None:
         what = f"save to {directory / name}"
@@ -398,7 +411,7 @@ def _write(
             if isinstance(part, Exception):
                 raise part
             with store_barrier.heartbeat():
-                _write_part(aside, part, store_barrier.rank)
+                _write_part(unpublished, part, store_barrier.rank)
         except Exception as error:
             failure = error
         agree(failure, "written")
@@ -406,18 +419,18 @@ def _write(
             if store_barrier.rank == 0:
                 assert isinstance(part, Part)
                 with store_barrier.heartbeat():
-                    _write_manifest(aside, part, len(store_barrier.ranks))
-                    directories.publish(directory, name)
+                    _write_manifest(unpublished, part, len(store_barrier.ranks))
+                    publish(directory, name)
         except Exception as error:
             failure = error
         agree(failure, "published", is_last=True)
     except BaseException:
         if store_barrier.rank == 0:
-            directories.discard(directory, name)
+            discard_unpublished(directory, name)
         raise
     if store_barrier.rank == 0 and keep is not None:
         try:
-            directories.retire(directory, keep)
+            remove_older(directory, keep)
         except OSError as error:
             warnings.warn(f"Older checkpoints than {directory / name} could not be removed: {error}", stacklevel=1)
     return directory / name
@@ -427,8 +440,8 @@ def _part_name(rank: int) -> str:
     return f"part-{rank:05d}.json"
 
 
-def _write_part(aside: Path, part: Part, rank: int) -> None:
-    writer = PartWriter(aside, rank)
+def _write_part(unpublished: Path, part: Part, rank: int) -> None:
+    writer = PartWriter(unpublished, rank)
     try:
         for key, spec in part.specs.items():
             writer.add_tensor(key, spec)
@@ -440,13 +453,13 @@ def _write_part(aside: Path, part: Part, rank: int) -> None:
     finally:
         writer.abandon()
     content = {"index": index_to_json(index), "extra": part.extra}
-    (aside / _part_name(rank)).write_text(json.dumps(content, separators=(",", ":")))
+    (unpublished / _part_name(rank)).write_text(json.dumps(content, separators=(",", ":")))
 
 
-def _write_manifest(aside: Path, part: Part, world_size: int) -> None:
+def _write_manifest(unpublished: Path, part: Part, world_size: int) -> None:
     indices, extras = [], []
     for rank in range(world_size):
-        path = aside / _part_name(rank)
+        path = unpublished / _part_name(rank)
         try:
             found = json.loads(path.read_text())
         except FileNotFoundError as error:
@@ -456,9 +469,9 @@ def _write_manifest(aside: Path, part: Part, world_size: int) -> None:
         indices.append(index_from_json(found["index"]))
         extras.append(found["extra"])
     content = {**part.description, "extras": extras, "index": index_to_json(merge(indices))}
-    write_durably(aside / MANIFEST, manifest_text(content))
+    write_durably(unpublished / MANIFEST, manifest_text(content))
     for rank in range(world_size):
-        (aside / _part_name(rank)).unlink()
+        (unpublished / _part_name(rank)).unlink()
 
 
 # In the background
