@@ -14,7 +14,7 @@ from torch import Tensor
 
 import shardadam
 from shardadam import CheckpointError
-from shardadam.checkpoint import saving
+from shardadam.checkpoint import background
 from tests.ranks import on_ranks, rank_and_size, restart
 from tests.runs import FORMATS, build, differences
 
@@ -103,7 +103,7 @@ def fail_in_the_background(directory: str) -> list[str]:
     try:
         shardadam.save(directory, step=1, model=run.model, optimizer=run.optimizer, asynchronous=True)
         run.train(range(2))
-        saving._running[0].join()  # type: ignore[index]
+        background._running[0].join()  # type: ignore[index]
     finally:
         if rank == 1:
             os.write = write
@@ -173,7 +173,7 @@ def test_extra_state_and_wrapped_models_round_trip(tmp_path: Path) -> None:
 
 def test_what_json_or_a_safe_pickle_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run = build()
-    with pytest.raises(CheckpointError, match="extra: found something that JSON cannot hold"):
+    with pytest.raises(CheckpointError, match="extra: found a value that JSON cannot represent"):
         shardadam.save(tmp_path, step=0, model=run.model, extra={1, 2})
     run.scheduler.somebodys = Path("x")
     with pytest.raises(CheckpointError, match=r"scheduler holds something that could only be loaded by running code"):

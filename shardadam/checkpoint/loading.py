@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardadam.checkpoint.background import wait_for_background_save
 from shardadam.checkpoint.contents import (
     PARAM_GROUPS,
     SCHEDULER,
@@ -26,13 +27,14 @@ from shardadam.checkpoint.contents import (
     set_random_state,
 )
 from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
-from shardadam.checkpoint.saving import ARRIVAL, exchange, store_barrier_for, wait_for_background_save
+from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.engine.storage import ShardedParam, memory_order
-from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
+from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order, in_shape
-from shardadam.state.local import load_group_, local_state, spans_of
+from shardadam.state.local import load_group_
 from shardadam.update import formats, reference
 
 
@@ -86,59 +88,40 @@ def load(
     wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
-    what = f"load from {directory}"
-
-    def agree(failure: Exception | None, phase: str, value: Any = None, *, is_last: bool = False) -> list[Any]:
-        return exchange(
-            store_barrier, failure, value, call="load", phase=phase, what=what, timeout_s=timeout_s, is_last=is_last
-        )
-
-    failure: Exception | None = None
-    path = ""
-    try:
-        path = str(newest(directory)) if store_barrier.rank == 0 else ""
-    except Exception as error:
-        failure = error
-    path = agree(failure, ARRIVAL, path)[0]
+    exchange = RankExchange(store_barrier, call="load", what=f"load from {directory}", timeout_s=timeout_s)
+    with exchange.phase(ARRIVAL) as arrival:
+        if store_barrier.rank == 0:
+            arrival.value = str(newest(directory))
+    path = Path(arrival.values[0])
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
 
     with ExitStack() as opened:
-        try:
-            reader = opened.enter_context(Reader(Path(path)))
+        with exchange.phase("checked"):
+            reader = opened.enter_context(Reader(path))
             contents = contents_of(model, optimizer)
             if optimizer is not None:
                 optimizer._checkpoint_seam.bind_moved()
             _check_fit(contents, reader, scheduler)
             objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
-        except Exception as error:
-            failure = error
-        agree(failure, "checked")
         with _halfway(path, optimizer):
-            try:
-                with torch.no_grad(), store_barrier.heartbeat():
-                    _read_tensors(contents, reader)
-            except Exception as error:
-                failure = error
-            agree(failure, "read")
+            with exchange.phase("read"), torch.no_grad(), store_barrier.heartbeat():
+                _read_tensors(contents, reader)
             if optimizer is not None:
                 _set_scalars(contents, reader.content["optimizer"])
                 optimizer._checkpoint_seam.after_load(parameters=model is not None)
-            try:
+            with exchange.phase("done", is_last=True):
                 _set_objects(contents, objects, scheduler)
                 if random_states and f"rng.{store_barrier.rank}" in objects:
                     set_random_state(objects[f"rng.{store_barrier.rank}"])
-            except Exception as error:
-                failure = error
-            agree(failure, "done", is_last=True)
         extras = reader.content["extras"]
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
 
 
 @contextmanager
-def _halfway(path: str, optimizer: ShardedAdam | None) -> Iterator[None]:
+def _halfway(path: Path, optimizer: ShardedAdam | None) -> Iterator[None]:
     """Whoever fails inside leaves model and optimizer with a part of the checkpoint."""
     try:
         yield
@@ -257,20 +240,11 @@ def _read_tensors(contents: Contents, reader: Reader) -> None:
     saved = reader.content.get("optimizer") or {"parameters": {}}
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
-        for low, high, elements in _stretches(parameter.param):
+        for piece in pieces_of(parameter.param):
             if contents.model is not None and source.dtype("parameter") is not None:
-                _read_parameter(parameter.param, source, low, high)
+                _read_parameter(piece, source)
             if parameter.name in saved["parameters"]:
-                _read_state(parameter.param, source, low, high, elements)
-
-
-def _stretches(param: ShardedParam) -> Iterator[tuple[int, int, slice]]:
-    """This rank's spans, cut so that what is converted stays small; and where they lie in its part of the state."""
-    begin = 0
-    for span in spans_of(param):
-        for low, high in cut(span.start, span.stop, 4 * ITEM_BYTES):
-            yield low, high, slice(begin + low - span.start, begin + high - span.start)
-        begin += span.numel
+                _read_state(piece, source)
 
 
 class _Source:
@@ -291,16 +265,17 @@ class _Source:
             return self._reordered[kind].dtype if kind in self._reordered else None
         return self._spec(kind).dtype if kind in self._keys else None
 
-    def read(self, kind: str, low: int, high: int, into: Tensor | None = None) -> Tensor:
-        """Elements ``low : high`` (blocks of them for scales), into ``into`` where it can be written directly."""
+    def read(self, kind: str, piece: Piece, into: Tensor | None = None) -> Tensor:
+        """Returns the piece of a tensor (of scales: its blocks); reads into ``into`` and returns it where possible."""
+        start, stop = piece.start, piece.stop
         if kind in formats.SCALES:
-            low, high = low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL)
+            start, stop = start // ALIGNMENT_NUMEL, -(-stop // ALIGNMENT_NUMEL)
         if self._reordered:
-            return self._reordered[kind][low:high]
+            return self._reordered[kind][start:stop]
         dtype = self._spec(kind).dtype
         direct = into is not None and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
-        flat = into if direct and into is not None else torch.empty(high - low, dtype=dtype)
-        self._reader.read_(self._keys[kind], low, flat)
+        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype)
+        self._reader.read_(self._keys[kind], start, flat)
         return flat
 
     def _spec(self, kind: str) -> TensorSpec:
@@ -320,40 +295,33 @@ class _Source:
                 self._reordered[kind] = memory_order(in_shape(flat, spec.shape, spec.order), param.parameter)
 
 
-def _read_parameter(param: ShardedParam, source: _Source, low: int, high: int) -> None:
-    parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
-    stored = source.dtype("parameter")
-    if stored == parameter.dtype:
-        _copy_(parameter, source.read("parameter", low, high, parameter))
+def _read_parameter(piece: Piece, source: _Source) -> None:
+    parameter = piece.parameter()
+    if source.dtype("parameter") == parameter.dtype:
+        _copy_(parameter, source.read("parameter", piece, parameter))
     else:
-        exact = source.read("parameter" if source.dtype("master") is None else "master", low, high)
+        exact = source.read("parameter" if source.dtype("master") is None else "master", piece)
         narrow = exact.dtype == torch.float32 and parameter.dtype in (torch.bfloat16, torch.float16)
         parameter.copy_(reference.round_half_away(exact, parameter.dtype) if narrow else exact)
 
 
-def _read_state(param: ShardedParam, source: _Source, low: int, high: int, elements: slice) -> None:
-    blocks = slice(elements.start // ALIGNMENT_NUMEL, -(-elements.stop // ALIGNMENT_NUMEL))
-    state = {
-        kind: tensor[blocks if kind in formats.SCALES else elements]
-        for kind, tensor in local_state(param).items()
-        if kind not in ("step", "bound")
-    }
+def _read_state(piece: Piece, source: _Source) -> None:
+    state = piece.state()
     kinds = (*formats.MOMENTS, *formats.SCALES)
     own = [kind for kind in kinds if kind in state]
     if all(source.dtype(kind) == state[kind].dtype for kind in own):
         for kind in own:
-            _copy_(state[kind], source.read(kind, low, high, state[kind]))
+            _copy_(state[kind], source.read(kind, piece, state[kind]))
     else:
         device = state[formats.MOMENTS[0]].device
-        saved = {kind: source.read(kind, low, high).to(device) for kind in kinds if source.dtype(kind) is not None}
+        saved = {kind: source.read(kind, piece).to(device) for kind in kinds if source.dtype(kind) is not None}
         formats.write_moments_(state, *formats.read_moments(saved))
     if "master" in state or "remainder" in state:
-        parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
-        master = parameter
+        parameter = master = piece.parameter()
         if source.dtype("master") is not None:
-            master = source.read("master", low, high).to(parameter.device)
+            master = source.read("master", piece).to(parameter.device)
         elif source.dtype("parameter") == torch.float32:
-            master = source.read("parameter", low, high).to(parameter.device)
+            master = source.read("parameter", piece).to(parameter.device)
         formats.write_master_(state, parameter, master)
 
 
@@ -388,15 +356,14 @@ def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
     groups = contents.optimizer.param_groups
     for parameter in contents.owned:
         param, entry = parameter.param, saved["parameters"].get(parameter.name)
-        counters, state = param.arena.counters, local_state(param)
-        if entry is None:  # it was frozen then, and starts anew
-            for kind in (*formats.MOMENTS, *formats.SCALES):
-                if kind in state:
-                    state[kind].zero_()
-            own = memory_order(param.parameter.detach(), param.parameter)
-            for low, high, elements in _stretches(param):
-                at = {kind: state[kind][elements] for kind in formats.MASTERS if kind in state}
-                formats.write_master_(at, own[low:high], own[low:high])
+        counters = param.arena.counters
+        if entry is None:  # it was frozen when it was saved, so its Adam starts anew
+            for piece in pieces_of(param):
+                state = piece.state()
+                for kind in (*formats.MOMENTS, *formats.SCALES):
+                    if kind in state:
+                        state[kind].zero_()
+                formats.write_master_(state, piece.parameter(), piece.parameter())
         steps = 0.0 if entry is None else entry["step"]
         counters.steps[param.arena_index] = steps
         betas = groups[param.arena.group_index]["betas"]
