@@ -176,7 +176,9 @@ def test_what_json_or_a_safe_pickle_cannot_hold_is_refused_before_anything_is_wr
     with pytest.raises(CheckpointError, match="extra: found a value that JSON cannot represent"):
         shardadam.save(tmp_path, step=0, model=run.model, extra={1, 2})
     run.scheduler.somebodys = Path("x")
-    with pytest.raises(CheckpointError, match=r"scheduler holds something that could only be loaded by running code"):
+    with pytest.raises(
+        CheckpointError, match=r"scheduler contains something that could only be loaded by running code"
+    ):
         shardadam.save(tmp_path, step=0, model=run.model, scheduler=run.scheduler)
     assert list(tmp_path.iterdir()) == []
 
