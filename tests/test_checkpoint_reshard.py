@@ -168,7 +168,7 @@ def load_other(directory: str, how: str) -> tuple[str, bool]:
 
 REFUSALS = {
     "a shape": ["model.vector has shape (777,), expected (778,)"],
-    "names": ["model.more.0, model.more.1, model.more.2 and 2 more", "Only there: model.vector"],
+    "names": ["model.more.0, model.more.1, model.more.2 and 2 more", "Only in the checkpoint: model.vector"],
     "groups": ["[1, 2]", "[2, 1]"],
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``load``: every rank reads what lies in its own shards, on however many ranks it was saved; parameters are gathered.
+"""``load``: each rank reads the elements of its own shards, saved on any number of ranks; parameters are then gathered.
 
-Everything that can be checked without reading the data is checked before anything is changed.
+Checks everything that can be checked without reading tensors before it changes anything.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from shardadam.update import formats, reference
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What ``load`` has loaded, beside model and optimizer.
+    """What ``load`` returns.
 
     Args:
-        path: the directory of this checkpoint.
-        step: how many steps had been taken.
-        world_size: on how many ranks it was saved.
-        extra: what this rank had passed as ``extra``; None on a rank that was not there.
-        extras: what each rank had passed, in rank order.
+        path: the directory of the checkpoint.
+        step: number of steps taken when it was saved.
+        world_size: number of ranks that saved it.
+        extra: the ``extra`` that this rank passed to ``save``; None on ranks beyond ``world_size``.
+        extras: the ``extra`` of all ranks that saved it, in rank order.
     """
 
     path: Path
@@ -68,22 +68,22 @@ def load(
 ) -> Checkpoint:
     """Loads the newest checkpoint in ``directory``, or ``directory`` itself if it is one, in place.
 
-    Collective, on any number of ranks, at any ``bucket_mb``; state that is stored in another ``Precision`` is
-    converted, state in the same one is loaded bit for bit. Never runs code that a checkpoint holds.
-
+    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
+    Number of ranks and ``bucket_mb`` may differ from those of ``save``. State saved in another ``Precision`` is
+    converted; in the same one it is loaded bit for bit. Never runs code that a checkpoint contains.
 
     Args:
-        directory: what was given to ``save``, or one of the checkpoints in it.
+        directory: as given to ``save``, or one checkpoint in it.
         model: as given to ``save``; None: not loaded.
         optimizer: the same.
         scheduler: the same.
-        random_states: restore the random number generators too, on the ranks that there were when it was saved.
-        timeout_s: how long to wait, in seconds, for ranks that give no sign of life.
+        random_states: restore the random number generators too, on ranks below the number of ranks that saved.
+        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
 
     Raises:
-        TimeoutError: names ranks that have not called it.
-        CheckpointError: there is no checkpoint, or it is not whole, or does not fit. Nothing has been changed then,
-            unless the message says so: damage within a file is met only when it is read.
+        TimeoutError: names ranks that did not call ``load``.
+        CheckpointError: there is no checkpoint, it is damaged, or it does not fit. Nothing has changed unless the
+            message says so: damage inside a file is found only when it is read.
     """
     wait_for_background_save()
     directory = Path(directory).absolute()
@@ -122,31 +122,31 @@ def load(
 
 @contextmanager
 def _halfway(path: Path, optimizer: ShardedAdam | None) -> Iterator[None]:
-    """Whoever fails inside leaves model and optimizer with a part of the checkpoint."""
+    """If the block fails, poisons the optimizer, because it and the model then hold a part of the checkpoint."""
     try:
         yield
     except BaseException as error:
         if optimizer is not None:
-            optimizer._checkpoint_seam.poison(f"loading {path} has failed halfway")
+            optimizer._checkpoint_seam.poison(f"loading {path} failed halfway")
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(
-            f"{error} What it was to be loaded into holds a part of it now: load another one before going on."
+            f"{error} Model and optimizer now hold a part of the checkpoint: load a whole one before training."
         ) from error
 
 
-# What must fit
+# Checks
 
 
 def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
-    """Raises unless everything asked for is there, in the right shapes, and nothing is left over."""
+    """Raises CheckpointError unless names and shapes of everything to be loaded are those of the checkpoint."""
     tensors = reader.index.tensors
     aliases: Mapping[str, str] = reader.content["aliases"]
     if contents.model is not None:
         found = {key for key in tensors if key.startswith("model.")} | aliases.keys()
         objects = {key for key in reader.index.objects if key.startswith("model.")}
         if not found | objects and contents.model_keys:
-            raise CheckpointError(f"{reader.path} holds no model: it was saved without. Leave model out.")
+            raise CheckpointError(f"{reader.path} was saved without a model. Call load without model.")
         _check_names("the model", reader, expected=contents.model_keys, found=found)
         _check_names("the model", reader, expected=contents.objects.keys(), found=objects)
         shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
@@ -155,13 +155,13 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
     if contents.optimizer is not None:
         saved = reader.content.get("optimizer")
         if saved is None:
-            raise CheckpointError(f"{reader.path} holds no optimizer: it was saved without. Leave optimizer out.")
+            raise CheckpointError(f"{reader.path} was saved without an optimizer. Call load without optimizer.")
         _check_groups(contents, reader, saved["groups"])
         frozen = sorted(set(saved["parameters"]) - {parameter.name for parameter in contents.owned})
         if frozen:
             raise CheckpointError(
-                f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad "
-                "before loading; what is frozen afterwards keeps its state."
+                f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad on "
+                "them before loading. You may freeze them again afterwards; their state stays."
             )
         for parameter in contents.owned:
             if parameter.name in saved["parameters"]:
@@ -176,15 +176,15 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
                 _check_names("the optimizer", reader, expected=shapes.keys(), found=shapes.keys() & tensors.keys())
                 _check_shapes(reader, shapes)
     if scheduler is not None and SCHEDULER not in reader.index.objects:
-        raise CheckpointError(f"{reader.path} holds no scheduler: it was saved without. Leave scheduler out.")
+        raise CheckpointError(f"{reader.path} was saved without a scheduler. Call load without scheduler.")
 
 
 def _check_names(whose: str, reader: Reader, *, expected: Collection[str], found: Collection[str]) -> None:
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unexpected:
         raise CheckpointError(
-            f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only there: "
-            f"{_some(unexpected)}. Build the model that was saved."
+            f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only in the "
+            f"checkpoint: {_some(unexpected)}. Build the model that was saved."
         )
 
 
@@ -213,8 +213,8 @@ def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[s
     if [set(group) for group in mine] != [set(group) for group in saved]:
         sizes, saved_sizes = [len(group) for group in mine], [len(group) for group in saved]
         raise CheckpointError(
-            f"{reader.path} does not fit the optimizer: its param groups have {saved_sizes} parameters, expected "
-            f"{sizes} and the same ones in each. Build the optimizer over the same groups."
+            f"{reader.path} does not fit the optimizer: found param groups of {saved_sizes} parameters, expected "
+            f"{sizes}, with the same ones in each. Build the optimizer over the same groups."
         )
 
 
@@ -233,7 +233,7 @@ def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int)
 
 
 def _read_tensors(contents: Contents, reader: Reader) -> None:
-    """In place: this rank's shards of what is sharded, and all that is not."""
+    """Reads replicated tensors, and this rank's pieces of parameters and their state, in place."""
     aliases: Mapping[str, str] = reader.content["aliases"]
     for key, tensor in contents.replicated.items():
         _read_whole(tensor, reader, aliases.get(key, key))
@@ -248,7 +248,7 @@ def _read_tensors(contents: Contents, reader: Reader) -> None:
 
 
 class _Source:
-    """What a checkpoint holds of one parameter, in the memory order that the parameter has here."""
+    """The stored tensors of one parameter, read in the memory order that the parameter has in this process."""
 
     def __init__(self, reader: Reader, parameter: OwnedParameter, aliases: Mapping[str, str]) -> None:
         self._reader = reader
@@ -282,7 +282,7 @@ class _Source:
         return self._reader.index.tensors[self._keys[kind]].spec
 
     def _reorder(self, param: ShardedParam) -> None:
-        """Positions in memory mean other elements here than there: the whole tensors have to be turned."""
+        """Reads whole tensors and reorders them, because the saved parameter had another memory order."""
         raw = {}
         for kind in self._keys:
             raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype)
@@ -337,7 +337,7 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
     tensor.detach().copy_(in_shape(flat, spec.shape, spec.order))
 
 
-# What is no tensor
+# Objects and scalars
 
 
 def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any) -> None:
