@@ -367,7 +367,7 @@ def load_part(parts: list[Any], shift: int) -> list[Any]:
 
 def elements(words: str) -> tuple[str, str]:
     """Those that the refused state dict holds and those that the rank has."""
-    found = re.search(r"holds the elements (\S[^a-z]*|none) of exp_avg, this rank has (\S[^a-z]*|none)\. ", words)
+    found = re.search(r"has the elements (\S[^a-z]*|none) of exp_avg, expected this rank's (\S[^a-z]*|none)\. ", words)
     assert found is not None, words
     return found[1], found[2]
 
