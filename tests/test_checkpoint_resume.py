@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming from a checkpoint in new processes on as many ranks is training that was never interrupted, bit for bit."""
+"""Training resumed in new processes, on as many ranks, equals uninterrupted training bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.runs import FORMATS, build, differences
 
 
 def straight(directory: str, format: Any, accumulate: int, asynchronous: bool) -> list[dict[str, Tensor]]:
-    """20 steps; after 10 of them a checkpoint, which in the background is written while training goes on."""
+    """Trains 20 steps and saves after 10; a save in the background writes while training continues."""
     rank, _ = rank_and_size()
     run = build(format)
     run.train(range(10), accumulate=accumulate)
@@ -94,7 +94,7 @@ def test_the_newest_are_kept_and_a_step_may_be_saved_again(tmp_path: Path) -> No
 
 
 def fail_in_the_background(directory: str) -> list[str]:
-    """Rank 1 cannot write its file, which nobody knows before it is tried."""
+    """Rank 1 cannot write its file, which shows only in the background."""
     rank, _ = rank_and_size()
     run = build()
     said = []
@@ -184,7 +184,7 @@ def test_what_json_or_a_safe_pickle_cannot_hold_is_refused_before_anything_is_wr
 
 
 def change_after_the_call(directory: str) -> list[Any]:
-    """A tensor lr and a scheduler go on changing in place while the file is written."""
+    """A tensor lr and a scheduler change in place while the file is written."""
     parameter = torch.nn.Parameter(torch.ones(300))
     optimizer = shardadam.ShardedAdamW([parameter], lr=torch.tensor(0.5))
     future = shardadam.save(directory, step=0, optimizer=optimizer, asynchronous=True)

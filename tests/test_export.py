@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported checkpoint holds exactly what was saved, loads without shardadam, and takes little memory to make."""
+"""An exported checkpoint has exactly what was saved and loads without shardadam; exporting takes little memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCH, SAFETENSORS = FORMATS
 
 
 def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Model and optimizer of what it saves, the optimizer's on rank 0."""
+    """Returns the state of the model, and on rank 0 of the optimizer, that it saves."""
     run = build(precision)
     run.train(range(3))
     shardadam.save(directory, step=3, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
@@ -39,7 +39,7 @@ def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Ten
 
 
 def exported(directory: Path, format: Any, **options: Any) -> list[Any]:
-    """Model and optimizer as their files say."""
+    """Returns model and optimizer as their files have them."""
     paths = export(directory, format=format, output=directory / "exported", **options)
     suffix = "pt" if format == TORCH else "safetensors"
     assert [path.name for path in paths] == [f"model.{suffix}", f"optimizer.{suffix}"]
@@ -159,7 +159,7 @@ def test_torchs_adamw_trains_on_from_an_export(tmp_path: Path, world_size: int) 
 
 
 class Extra(nn.Module):
-    """Many tensors of one shape, which only their places tell apart, and things that are none."""
+    """Many tensors of one shape, which differ only by position, and objects that are no tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ import shardadam.cli
 def kib(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
+Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
 before = kib("VmRSS")
 assert shardadam.cli.main(["export", sys.argv[1], "--format", sys.argv[2], "--output", sys.argv[3]]) == 0
 print((kib("VmHWM") - before) / 1024)
@@ -299,7 +299,7 @@ print((kib("VmHWM") - before) / 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("moments", "format"), [("fp32", TORCH), ("int8", SAFETENSORS)])
 def test_memory_is_far_below_the_size(tmp_path: Path, moments: Any, format: str) -> None:
-    """A single tensor of 64 MiB, and twice as much of moments when they are exported."""
+    """One tensor of 64 MiB, and two moments of that size."""
     model = nn.Linear(4096, 4096, bias=False)
     optimizer = ShardedAdamW(model.parameters(), precision=Precision(moments=moments))
     shardadam.save(tmp_path, step=1, model=model, optimizer=optimizer)
