@@ -65,7 +65,8 @@ class RankExchange:
             CheckpointError: the block failed on another rank, or ranks are in different calls.
             TimeoutError: names the ranks that did not arrive.
         """
-        phase, failure = Phase(), None
+        phase = Phase()
+        failure: Exception | None = None
         try:
             yield phase
         except Exception as error:

@@ -357,7 +357,7 @@ def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
     for parameter in contents.owned:
         param, entry = parameter.param, saved["parameters"].get(parameter.name)
         counters = param.arena.counters
-        if entry is None:  # it was frozen when it was saved, so its Adam starts anew
+        if entry is None:  # it was frozen when it was saved, so its Adam restarts
             for piece in pieces_of(param):
                 state = piece.state()
                 for kind in (*formats.MOMENTS, *formats.SCALES):

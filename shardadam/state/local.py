@@ -199,7 +199,7 @@ def _describe(spans: Sequence[Span]) -> str:
 
 
 def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[float, float]) -> None:
-    """Writes this rank's elements into the state, converted to its format. If ``saved`` is empty, Adam starts anew.
+    """Writes this rank's elements into the state, converted to its format. If ``saved`` is empty, Adam restarts.
 
     Args:
         saved: 1-D tensors, in any format; ``step`` and ``bound`` are numbers.

@@ -26,7 +26,7 @@ class ParamState(dict[str, Tensor]):
     """``optimizer.state[p]``: this rank's elements of the parameter's state, as 1-D views of the flat storage, by name.
 
     Assigning to an entry copies a tensor of the entry's shape, or this rank's elements of one of the parameter's shape.
-    Clearing starts the parameter's Adam anew, as in torch; an exact master weight stays. Single entries cannot be added
+    Clearing restarts the parameter's Adam, as in torch; an exact master weight stays. Single entries cannot be added
     or removed.
     """
 
@@ -79,7 +79,7 @@ class ParamState(dict[str, Tensor]):
     def _refuse(self, name: str) -> NoReturn:
         raise ValueError(
             f"optimizer.state: {name!r} of parameter {self._param.name!r} can be neither added nor removed, expected "
-            f"one of {', '.join(self)}. Assign to one of these, clear optimizer.state[p] to start its Adam anew, or "
+            f"one of {', '.join(self)}. Assign to one of these, clear optimizer.state[p] to restart its Adam, or "
             "keep other values in a dict of your own."
         )
 
@@ -123,7 +123,7 @@ class OptimizerState(defaultdict[Tensor, Any]):
         super().__setitem__(param.parameter, ParamState(param))
 
     def replace(self, entries: Mapping[Tensor, Any]) -> None:
-        """Implements ``optimizer.state = entries``: parameters that are not in it start anew."""
+        """Implements ``optimizer.state = entries``: parameters that are not in it restart."""
         for parameter in [*self]:
             if parameter not in entries:
                 del self[parameter]
@@ -156,9 +156,7 @@ class OptimizerState(defaultdict[Tensor, Any]):
         return taken
 
     def popitem(self) -> NoReturn:
-        raise ValueError(
-            "optimizer.state: popitem() cannot remove trainable parameters. Call clear() to start Adam anew."
-        )
+        raise ValueError("optimizer.state: popitem() cannot remove trainable parameters. Call clear() to restart Adam.")
 
     def update(self, *others: Any, **named: Any) -> None:
         entries: Iterable[tuple[Any, Any]] = dict(*others, **named).items()
