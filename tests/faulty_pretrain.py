@@ -29,7 +29,7 @@ import data
 import model
 import pretrain
 import report
-from shardadam.checkpoint import directory, loading, saving
+from shardadam.checkpoint import loading, saving
 from shardadam.engine.gathering import ParameterGatherer
 
 RANK, ATTEMPT = (int(os.environ.get(name, 0)) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
@@ -72,7 +72,7 @@ def wrap(owner: Any, name: str, *, before: str | None = None, after: str | None 
 wrap(ParameterGatherer, "dispatch", before="step")  # a bucket is updated, but not gathered yet
 wrap(saving, "_write_part", after="save")  # this rank's file is written; those of others may not be
 wrap(saving, "_write_manifest", after="save-manifest")  # all files are written, none is published
-wrap(directory, "publish", after="save-published")  # published, but the other ranks do not know
+wrap(saving, "publish", after="save-published")  # published, but the other ranks do not know
 wrap(loading, "_read_tensors", after="load")  # this rank's shards are read, random states are not
 
 training_starts, forward, metrics = data.training_starts, model.Decoder.forward, report.Report.metrics

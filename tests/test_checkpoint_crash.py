@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank that dies during a save, or does not come to it: the newest checkpoint stays whole, and nobody hangs."""
+"""If a rank dies during a save, or does not call it, the newest checkpoint stays whole and no rank hangs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 500
 
 
 def advance(run: Run, step: int) -> None:
-    """Training whose result depends on the step alone: on 1, 2 and 4 ranks the mean of equal gradients is exact."""
+    """A step whose result depends only on `step`: the mean of equal gradients is exact on 1, 2 and 4 ranks."""
     torch.manual_seed(step)
     run.model(torch.randn(4, 3, 6, 6)).backward()
     run.optimizer.step()
@@ -39,7 +39,7 @@ def new_run() -> Run:
 
 
 def save_until_killed(rank: int, world_size: int, store: str, directory: str, pipe: Connection) -> None:
-    """Tells over ``pipe`` of every checkpoint that ``save`` said was written."""
+    """Sends the step of every checkpoint over ``pipe`` as soon as ``save`` returns."""
     torch.set_num_threads(1)
     timeout = timedelta(seconds=20)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
@@ -63,7 +63,7 @@ def run_and_kill(tmp_path: Path, directory: Path, generator: random.Random, inde
     """Starts ranks, kills one at a random moment, and the others a moment later, as torchrun would.
 
     Returns:
-        The last step that a rank was told had been saved.
+        The last step that a rank sent.
     """
     world_size = generator.choice((1, 2, 4))
     pipes, ranks = [], []
@@ -111,14 +111,14 @@ def test_the_newest_checkpoint_survives_a_kill_at_any_moment(tmp_path: Path, req
             reached += 1
         assert digest(run.everything()) == digest(reference.everything()), f"kill {index}, step {loaded.step}"
         left = [path.name for path in directory.iterdir() if path.name.startswith(".")]
-        assert len(left) <= 3, left  # of this kill alone
+        assert len(left) <= 3, left  # from this kill alone
     assert reached > 0
     shardadam.save(directory, step=reached + 1, model=run.model, keep=2)
     assert not [path.name for path in directory.iterdir() if path.name.startswith(".")]
     assert len(list(directory.iterdir())) == 3
 
 
-# Ranks that do not come
+# Ranks that do not call save or load
 
 
 def save_on_some(directory: str, absent: list[int]) -> list[Any]:
@@ -133,7 +133,7 @@ def save_on_some(directory: str, absent: list[int]) -> list[Any]:
             said = str(error)
     seconds = time.monotonic() - start
     dist.barrier()
-    run.train(range(2))  # nothing is left that a later collective could meet
+    run.train(range(2))  # nothing is left over for a later collective
     path = shardadam.save(directory, step=2, model=run.model, optimizer=run.optimizer, timeout_s=20)
     return [said, seconds, path.name]
 
@@ -185,7 +185,7 @@ def test_load_on_some_ranks_only_names_the_others(tmp_path: Path) -> None:
 
 
 def save_slowly(directory: str) -> list[Any]:
-    """Rank 1 writes for longer than the others' patience, but shows signs of life."""
+    """Rank 1 writes for longer than ``timeout_s``, but shows a heartbeat."""
     rank, _ = rank_and_size()
     run = build(width=40)
     write = os.write

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a review of checkpoints found: each of these lost something silently, hung, or gave up for no reason."""
+"""Bugs that a review of checkpoints found: each lost data silently, hung, or failed without reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import CheckpointError, ShardedAdamW
-from shardadam.checkpoint import directory as directories
 from tests.ranks import on_ranks, processes, rank_and_size
 from tests.runs import build, differences
 
@@ -71,7 +70,7 @@ def cloning_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, met
 
 @pytest.mark.parametrize("how", ["extra state", "hook"])
 def test_what_a_model_makes_for_its_state_dict_comes_back(tmp_path: Path, how: str) -> None:
-    """It was loaded into copies."""
+    """It was loaded into copies, which had no effect."""
     model = TensorExtraState(3, 4)
     model.seen = torch.tensor(7)
     if how == "hook":
@@ -178,7 +177,7 @@ def move_and_load(directory: str) -> bool:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_parameters_whose_data_was_replaced(tmp_path: Path, world_size: int) -> None:
-    """Each rank wrote its half of what the model did not look at any more."""
+    """Each rank saved its half of memory that the model no longer used."""
     assert all(on_ranks(world_size, move_and_load, str(tmp_path)))
 
 
@@ -199,14 +198,14 @@ def save_without_an_optimizer(directory: str) -> Any:
 
 
 def test_a_save_without_an_optimizer_names_absent_ranks_too(tmp_path: Path) -> None:
-    """The first one built a process group, and hung."""
+    """The first such save built a process group, and hung."""
     (said, seconds, name), (_, _, others_name) = on_ranks(2, save_without_an_optimizer, str(tmp_path))
     assert "rank 1 did not arrive within 1 s" in said and seconds < 3
     assert name == others_name == "step-00000001"
 
 
-def come_late_with_ones_word(directory: str) -> list[str]:
-    """Rank 1 shows no sign of life for longer than rank 0 waits, and rank 0 saves again at once."""
+def arrive_late(directory: str) -> list[str]:
+    """Rank 1 shows no heartbeat for longer than rank 0 waits; rank 0 saves again at once."""
     rank, _ = rank_and_size()
     run = build(width=40)
     barrier = run.optimizer._engine.transport.store_barrier
@@ -236,9 +235,9 @@ def come_late_with_ones_word(directory: str) -> list[str]:
 
 
 def test_a_rank_that_comes_late_does_not_disturb_the_next_save(tmp_path: Path) -> None:
-    """Its word on the save that was given up was taken for one on the next, and both failed for ever after."""
-    first, second = on_ranks(2, come_late_with_ones_word, str(tmp_path))
-    assert "rank 1 did not arrive" in first[0] and "so late that the others have given it up" in second[0]
+    """Its message about the old save was read as one about the next save, and all later saves failed."""
+    first, second = on_ranks(2, arrive_late, str(tmp_path))
+    assert "rank 1 did not arrive" in first[0] and "arrived after the others had given up waiting" in second[0]
     assert first[1:] == second[1:] == ["step-00000002", "step-00000003"]
 
 
@@ -264,10 +263,10 @@ def test_a_slow_disk_is_a_sign_of_life(tmp_path: Path) -> None:
 
 
 def save_and_end_at_once(rank: int, port: int, directory: str, pipe: Any) -> None:
-    """Rank 0's process holds the store, and is gone as soon as ``save`` has returned."""
+    """Rank 0's process hosts the store, and ends as soon as ``save`` returns."""
     store = dist.TCPStore("localhost", port, 2, is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    if rank == 1:  # slower to look whether the others are there
+    if rank == 1:  # slower to notice that the others have arrived
         pause = time.sleep
         time.sleep = lambda seconds: pause(seconds + 0.1)
     run = build(width=40)
@@ -279,7 +278,7 @@ def save_and_end_at_once(rank: int, port: int, directory: str, pipe: Any) -> Non
 
 
 def test_rank_0_may_end_as_soon_as_it_has_saved(tmp_path: Path) -> None:
-    """The store went with it, before the others had read there that all was well."""
+    """The store ended with it, before the other ranks had read the result of the save."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -320,7 +319,7 @@ def load_stubbornly(directory: str) -> list[str]:
 
 def test_a_scheduler_that_fails_to_load_on_one_rank_stops_all(tmp_path: Path) -> None:
     for loading, training in on_ranks(2, load_stubbornly, str(tmp_path)):
-        assert "stubborn" in loading and "holds a part of it now" in loading
+        assert "stubborn" in loading and "now hold a part of the checkpoint" in loading
         assert "Load a whole checkpoint" in training
 
 
@@ -358,7 +357,7 @@ def test_a_crash_while_old_checkpoints_are_removed_leaves_none_for_ever(
     for step in range(5):
         shardadam.save(tmp_path, step=step, **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(directories, "_remove", lambda path: os.listdir("/missing"))
+        patch.setattr("shardadam.checkpoint.directory._remove", lambda path: os.listdir("/missing"))
         with pytest.warns(UserWarning, match="could not be removed"):
             shardadam.save(tmp_path, step=5, keep=2, **arguments)
     shardadam.save(tmp_path, step=6, keep=2, **arguments)

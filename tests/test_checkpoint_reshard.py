@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of N ranks loads on any M, at any bucket size and in any format, and each rank reads only its part."""
+"""A checkpoint of N ranks loads on any M, at any bucket size, in any format; each rank reads only its part."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CONVERSIONS = [(one, other) for one in FORMATS for other in FORMATS if one != ot
 @pytest.mark.sweep(5)
 @pytest.mark.parametrize(("saved_as", "loaded_as"), CONVERSIONS, ids=lambda f: "-".join(map(str, f)))
 def test_another_format_is_converted_on_load(tmp_path: Path, saved_as: Any, loaded_as: Any) -> None:
-    """To the nearest that the new format can hold, of the exact weights and moments."""
+    """To the value of the new format that is nearest to the exact weight or moment."""
     saved = on_ranks(2, save_run, str(tmp_path), saved_as, 0.01, 40)[0]
     loaded = on_ranks(1, load_run, str(tmp_path), loaded_as, 0.05, 40)[0]
     names = [name.removesuffix(".exp_avg") for name in saved if name.endswith(".exp_avg")]
@@ -102,7 +102,7 @@ def save_big(directory: str, bucket_mb: float) -> None:
 
 
 def count_bytes(directory: str, moments: Any, bucket_mb: float) -> tuple[int, int, int]:
-    """What this rank reads, what it needs, and how many ends of stretches of a parameter it has."""
+    """Returns the bytes that this rank reads, the bytes that it needs, and the number of boundaries of its spans."""
     readers: list[Reader] = []
 
     class Counting(Reader):
@@ -168,7 +168,7 @@ def load_other(directory: str, how: str) -> tuple[str, bool]:
 
 REFUSALS = {
     "a shape": ["model.vector has shape (777,), expected (778,)"],
-    "names": ["model.more.0, model.more.1, model.more.2 and 2 more", "Only there: model.vector"],
+    "names": ["model.more.0, model.more.1, model.more.2 and 2 more", "Only in the checkpoint: model.vector"],
     "groups": ["[1, 2]", "[2, 1]"],
 }
 
@@ -217,7 +217,7 @@ def load_trainable(directory: str) -> Everything:
 
 
 def test_parameters_that_joined_late_load_where_all_are_there_from_the_start(tmp_path: Path) -> None:
-    """Positions in the parameter count, not the buckets it came to lie in."""
+    """Positions in the parameter are saved, not its bucket."""
     saved = on_ranks(2, unfreeze_and_save, str(tmp_path))[0]
     for loaded in on_ranks(3, load_trainable, str(tmp_path)):
         assert differences(saved, loaded) == []
@@ -259,7 +259,7 @@ def test_another_memory_format_is_turned(tmp_path: Path) -> None:
 
 
 def test_exact_ties_round_away_from_zero_as_the_update_rounds_them(tmp_path: Path) -> None:
-    """Rounded to even they would not be what their masters round to, and the masters would be forgotten."""
+    """If they were rounded to even, masters would not round to their parameters, and would be dropped."""
     tie = torch.tensor([1 + 2.0**-8, -1 - 2.0**-8, 1 + 3 * 2.0**-8])
     exact = nn.Linear(3, 1, bias=False)
     exact.weight.detach().copy_(tie)

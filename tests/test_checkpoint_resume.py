@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming from a checkpoint in new processes on as many ranks is training that was never interrupted, bit for bit."""
+"""Training resumed in new processes, on as many ranks, equals uninterrupted training bit for bit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 import shardadam
 from shardadam import CheckpointError
-from shardadam.checkpoint import saving
+from shardadam.checkpoint import background
 from tests.ranks import on_ranks, rank_and_size, restart
 from tests.runs import FORMATS, build, differences
 
 
 def straight(directory: str, format: Any, accumulate: int, asynchronous: bool) -> list[dict[str, Tensor]]:
-    """20 steps; after 10 of them a checkpoint, which in the background is written while training goes on."""
+    """Trains 20 steps and saves after 10; a save in the background writes while training continues."""
     rank, _ = rank_and_size()
     run = build(format)
     run.train(range(10), accumulate=accumulate)
@@ -94,7 +94,7 @@ def test_the_newest_are_kept_and_a_step_may_be_saved_again(tmp_path: Path) -> No
 
 
 def fail_in_the_background(directory: str) -> list[str]:
-    """Rank 1 cannot write its file, which nobody knows before it is tried."""
+    """Rank 1 cannot write its file, which shows only in the background."""
     rank, _ = rank_and_size()
     run = build()
     said = []
@@ -103,7 +103,7 @@ def fail_in_the_background(directory: str) -> list[str]:
     try:
         shardadam.save(directory, step=1, model=run.model, optimizer=run.optimizer, asynchronous=True)
         run.train(range(2))
-        saving._running[0].join()  # type: ignore[index]
+        background._running[0].join()  # type: ignore[index]
     finally:
         if rank == 1:
             os.write = write
@@ -173,16 +173,18 @@ def test_extra_state_and_wrapped_models_round_trip(tmp_path: Path) -> None:
 
 def test_what_json_or_a_safe_pickle_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run = build()
-    with pytest.raises(CheckpointError, match="extra: found something that JSON cannot hold"):
+    with pytest.raises(CheckpointError, match="extra: found a value that JSON cannot represent"):
         shardadam.save(tmp_path, step=0, model=run.model, extra={1, 2})
     run.scheduler.somebodys = Path("x")
-    with pytest.raises(CheckpointError, match=r"scheduler holds something that could only be loaded by running code"):
+    with pytest.raises(
+        CheckpointError, match=r"scheduler contains something that could only be loaded by running code"
+    ):
         shardadam.save(tmp_path, step=0, model=run.model, scheduler=run.scheduler)
     assert list(tmp_path.iterdir()) == []
 
 
 def change_after_the_call(directory: str) -> list[Any]:
-    """A tensor lr and a scheduler go on changing in place while the file is written."""
+    """A tensor lr and a scheduler change in place while the file is written."""
     parameter = torch.nn.Parameter(torch.ones(300))
     optimizer = shardadam.ShardedAdamW([parameter], lr=torch.tensor(0.5))
     future = shardadam.save(directory, step=0, optimizer=optimizer, asynchronous=True)

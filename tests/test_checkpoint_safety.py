@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A damaged, foreign or malicious checkpoint is refused by name; nothing it holds is ever run."""
+"""A damaged, foreign or malicious checkpoint is refused by name; its code never runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 
 import shardadam
 from shardadam import CheckpointError
-from shardadam.checkpoint import directory as directories
+from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.files import MANIFEST, Reader, manifest_text
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import Run, build, differences
@@ -46,7 +46,7 @@ def refusal(directory: Path) -> str:
     before = run.everything()
     with pytest.raises(CheckpointError) as error:
         load_into(run, directory)
-    if "holds a part of it now" in str(error.value):
+    if "now hold a part of the checkpoint" in str(error.value):
         with pytest.raises(RuntimeError, match="Load a whole checkpoint"):
             run.train(range(1))
     else:
@@ -56,7 +56,7 @@ def refusal(directory: Path) -> str:
 
 
 def rewrite_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """With right checksums, as somebody would who means it."""
+    """With correct checksums, as an attacker would."""
     content = json.loads((checkpoint / MANIFEST).read_text())["content"]
     change(content)
     (checkpoint / MANIFEST).write_text(manifest_text(content))
@@ -99,7 +99,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_run(tmp_path: Path, key: 
     assert not trap.exists()
     assert key in said and "step-00000003" in said and "running code" in said
     assert "mkdir" in said
-    assert "weights_only" not in said  # torch's message advises to switch the protection off
+    assert "weights_only" not in said  # torch's message advises to turn the protection off
 
 
 def test_metadata_of_other_kinds_is_refused_unread(tmp_path: Path) -> None:
@@ -170,11 +170,11 @@ def test_a_flipped_byte_is_named_and_the_optimizer_refuses_to_go_on(tmp_path: Pa
     content[item.offset + 5] ^= 0x10
     file.write_bytes(content)
     said = refusal(tmp_path)
-    assert str(file) in said and "optimizer.state.first.weight.exp_avg" in said and "holds a part of it now" in said
+    assert str(file) in said and "optimizer.state.first.weight.exp_avg" in said and "now hold a part of" in said
 
 
 def load_damaged(directory: str) -> list[str]:
-    """Only rank 1's part of the state is damaged; all ranks must know."""
+    """Only rank 1's part of the state is damaged; all ranks must raise."""
     run = build(width=40)
     said = []
     for attempt in (lambda: load_into(run, directory), lambda: run.train(range(1))):
@@ -204,7 +204,7 @@ def test_damage_that_one_rank_meets_stops_all(tmp_path: Path) -> None:
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Truncations and byte flips over all files, ``latest`` included: never a crash or another tensor."""
+    """Truncates files and flips bits in all of them, ``latest`` included: never a crash or a wrong tensor."""
     whole = tmp_path / "whole"
     saved = {step: on_ranks(2, save_run, str(whole), step)[0] for step in (1, 3)}
     run = build(width=40)
@@ -238,7 +238,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path, request: pytest.Fi
     assert min(outcomes.values()) > 0, outcomes
 
 
-# Writing where one cannot
+# Directories that cannot be written
 
 
 def save_and_say(directory: str, full_rank: int | None) -> str:
@@ -297,18 +297,17 @@ def test_a_path_that_cannot_be_written_is_named_on_all_ranks(tmp_path: Path) -> 
         assert str(tmp_path / "file" / "below") in said and "Not a directory" in said
 
 
-# The pointer
+# latest
 
 
 def test_latest_missing_or_dangling_gives_the_newest(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         save_run(str(tmp_path), step)
-    newest: Callable[[], str] = lambda: directories.newest(tmp_path).name  # noqa: E731
-    assert newest() == "step-00000009"
+    assert newest(tmp_path).name == "step-00000009"
     shutil.rmtree(tmp_path / "step-00000009")
-    assert newest() == "step-00000010"
+    assert newest(tmp_path).name == "step-00000010"
     (tmp_path / "latest").unlink()
-    assert newest() == "step-00000010"
+    assert newest(tmp_path).name == "step-00000010"
     assert shardadam.has_checkpoint(tmp_path)
 
 
@@ -317,7 +316,7 @@ def test_a_digit_changed_in_latest_does_not_lead_to_an_older_checkpoint(tmp_path
         save_run(str(tmp_path), step)
     latest = tmp_path / "latest"
     latest.write_text(latest.read_text().replace("step-00000003", "step-00000001", 1))
-    assert directories.newest(tmp_path).name == "step-00000003"
+    assert newest(tmp_path).name == "step-00000003"
 
 
 @pytest.mark.parametrize("change", [('"step":3', '"step":4'), ('"world_size":1', '"world_size":2')])

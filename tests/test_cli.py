@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam export`` and ``shardadam inspect`` do what they say; exit codes and messages name what went wrong."""
+"""``shardadam export`` and ``shardadam inspect`` from a shell: output, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_inspect_prints_an_aligned_table(directory: Path, capsys: pytest.Capture
         "whole": "sizes only",
     }.items()
     for table in (tensors, files):
-        assert len({len(line) for line in table}) == 1  # the last column ends in one place
+        assert len({len(line) for line in table}) == 1  # the last column is aligned to the right
 
 
 def test_inspect_sees_damage_unless_it_looks_at_sizes_only(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +138,7 @@ def test_runs_as_a_module_and_stands_a_reader_that_stops(directory: Path) -> Non
 
 
 def test_importing_it_takes_nothing_but_torch() -> None:
-    """What is imported lazily stays so: torch._dynamo and its friends take seconds."""
+    """Lazy imports stay lazy: torch._dynamo, for example, takes seconds."""
     program = "import sys, shardadam.cli; print({'torch._dynamo', 'safetensors', 'triton'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert process.stdout.strip() == "set()"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.distributed.checkpoint (DCP) alone, without shardadam.save: a state saved on N ranks loads on any M, in all the
-ways that DCP takes an optimizer, and to and from torch's AdamW and FSDP2."""
+"""torch.distributed.checkpoint (DCP) without shardadam.save: a state saved on N ranks loads on any M, in all ways in
+which DCP takes an optimizer, and to and from torch's AdamW and FSDP2."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Net(nn.Module):
 
 
 class Run:
-    """``optimizer``: of a list of param groups, what trains them."""
+    """``optimizer``: makes an optimizer from a list of param groups."""
 
     def __init__(self, model: nn.Module, optimizer: Any = torch.optim.AdamW, **options: Any) -> None:
         parameters = list(model.parameters())
@@ -89,7 +89,7 @@ class Run:
         return self
 
     def everything(self) -> Everything:
-        """Parameters, state and hyperparameters, whole. Collective."""
+        """Returns whole parameters, state and hyperparameters. Collective."""
         found = {f"model.{name}": whole(p) for name, p in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -111,13 +111,13 @@ def ours(format: Any = FP32, bucket_mb: float = 0.002, shapes: Any = SHAPES, see
 
 
 def other(run: Run) -> Run:
-    """With hyperparameters that loading must replace, and, as it is called with another seed, parameters too."""
+    """Sets hyperparameters that loading must replace; ``run`` has another seed, so parameters differ too."""
     for group in run.optimizer.param_groups:
         group.update(lr=0.5, betas=(0.1, 0.2))
     return run
 
 
-# The ways that DCP takes an optimizer
+# The ways in which DCP takes an optimizer
 
 
 def contents(run: Run, way: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def read(run: Run, directory: str, way: str) -> None:
 
 
 def save(directory: str, way: str, *arguments: Any) -> list[Everything]:
-    """Everything as saved, and after one more step."""
+    """Returns everything as it was saved, and after one more step."""
     run = ours(*arguments).train(range(3))
     if way == "asynchronous":
         found = [run.everything()]
@@ -235,7 +235,7 @@ def refuse(directory: str, way: str, format: Any) -> tuple[str, bool]:
 def test_int8_codes_are_not_taken_for_moments(
     tmp_path: Path, saved_as: Any, loaded_as: Any, world_size: int, way: str
 ) -> None:
-    """DCP copies a tensor of one dtype into one of another and says nothing: codes were loaded as moments."""
+    """DCP silently copies between dtypes, so codes were loaded as moments."""
     on_ranks(world_size, save, str(tmp_path), way, saved_as)
     for words, is_unchanged in on_ranks(world_size, refuse, str(tmp_path), way, loaded_as):
         assert "Missing key in checkpoint state_dict" in words and "exp_avg" in words
@@ -331,7 +331,7 @@ def test_boxes_of_any_span_tile_it_in_order(shape: list[int], data: st.DataObjec
 def test_the_parts_of_a_shard_are_views_of_its_spans_at_their_places(
     shape: list[int], item_numel: int, data: st.DataObject
 ) -> None:
-    """In any order of dimensions, and cut at the boundaries of items."""
+    """In any order of dimensions, cut at the boundaries of items."""
     numel = math.prod(shape)
     order = data.draw(st.permutations(range(len(shape))))
     ends = sorted(data.draw(st.sets(st.integers(0, numel), max_size=6)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.distributed.checkpoint loads what shardadam.save has written: into FSDP2 and plain modules, on any ranks."""
+"""torch.distributed.checkpoint loads what shardadam.save wrote into FSDP2 and plain modules, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAYS = {"by name": StateDictOptions(), "flattened": StateDictOptions(flatten_opt
 
 
 class Net(nn.Module):
-    """``tied`` is another name of ``large``; with ``frozen`` among ``shapes``, the convolution is channels_last."""
+    """``tied`` is ``large`` under another name; with ``frozen`` among ``shapes``, the convolution is channels_last."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Whole, and moments as numbers. Collective."""
+    """Returns whole tensors, with moments decoded. Collective."""
     found = {f"model.{name}": whole(value) for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -83,7 +83,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def save(directory: str, shapes: Any, format: Any = FORMATS[0], item_bytes: int = 512) -> list[dict[str, Tensor]]:
-    """What is saved after 3 steps, and after 3 more."""
+    """Saves after 3 steps; returns everything then, and after 3 more steps."""
     dtype, moments, master = format
     model = Net(shapes, dtype)
     precision = Precision(moments=moments, master=master)
@@ -100,7 +100,7 @@ def save(directory: str, shapes: Any, format: Any = FORMATS[0], item_bytes: int 
 
 
 def train(model: Any, optimizer: Any, steps: range, *, ranks: int | None = None) -> None:
-    """On this rank's loss, or on those of all ``ranks``."""
+    """Trains on this rank's loss, or on those of all ``ranks``."""
     for step in steps:
         for rank in [rank_and_size()[0]] if ranks is None else range(ranks):
             (model(rank, step) / (ranks or 1)).backward()
@@ -109,7 +109,7 @@ def train(model: Any, optimizer: Any, steps: range, *, ranks: int | None = None)
 
 
 def read(model: nn.Module, directory: str, way: str) -> Any:
-    """Loads model and a new AdamW, which it returns, with hyperparameters that loading must replace."""
+    """Loads model and a new AdamW, whose hyperparameters loading must replace; returns the AdamW."""
     optimizer = torch.optim.AdamW(groups_of(model), lr=0.5, weight_decay=0.7)
     found = {
         "model": get_model_state_dict(model),
@@ -184,7 +184,7 @@ def test_what_is_asked_for_is_all_that_is_read_and_masters_are_there(tmp_path: P
         )
 
 
-# Before torch 2.13 dcp.load tells nobody why metadata could not be read.
+# Before torch 2.13, dcp.load does not say why metadata could not be read.
 IS_TOLD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 

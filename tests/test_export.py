@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported checkpoint holds exactly what was saved, loads without shardadam, and takes little memory to make."""
+"""An exported checkpoint has exactly what was saved and loads without shardadam; exporting takes little memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import CheckpointError, Precision, ShardedAdamW
-from shardadam.checkpoint import export as exporting
 from shardadam.checkpoint import values
-from shardadam.checkpoint.export import FORMATS, export
+from shardadam.checkpoint.export import ALIGNMENT_BYTES, FORMATS, SAFETENSORS_DTYPES, export
 from tests.parity import build_parameters, quadratic
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import FORMATS as PRECISIONS
@@ -31,7 +30,7 @@ TORCH, SAFETENSORS = FORMATS
 
 
 def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Model and optimizer of what it saves, the optimizer's on rank 0."""
+    """Returns the state of the model, and on rank 0 of the optimizer, that it saves."""
     run = build(precision)
     run.train(range(3))
     shardadam.save(directory, step=3, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
@@ -40,7 +39,7 @@ def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Ten
 
 
 def exported(directory: Path, format: Any, **options: Any) -> list[Any]:
-    """Model and optimizer as their files say."""
+    """Returns model and optimizer as their files have them."""
     paths = export(directory, format=format, output=directory / "exported", **options)
     suffix = "pt" if format == TORCH else "safetensors"
     assert [path.name for path in paths] == [f"model.{suffix}", f"optimizer.{suffix}"]
@@ -160,7 +159,7 @@ def test_torchs_adamw_trains_on_from_an_export(tmp_path: Path, world_size: int) 
 
 
 class Extra(nn.Module):
-    """Many tensors of one shape, which only their places tell apart, and things that are none."""
+    """Many tensors of one shape, which differ only by position, and objects that are no tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +177,7 @@ class Extra(nn.Module):
 def test_every_record_is_its_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool, zip64_from_bytes: int
 ) -> None:
-    monkeypatch.setattr(exporting, "_ZIP64_FROM_BYTES", zip64_from_bytes)
+    monkeypatch.setattr("shardadam.checkpoint.export._ZIP64_FROM_BYTES", zip64_from_bytes)
     model = Extra()
     optimizer = ShardedAdamW(model.parameters(), lr=torch.tensor(0.25))
     for index, parameter in enumerate(model.weights):
@@ -199,13 +198,13 @@ def test_every_record_is_its_tensors(
             assert archive.testzip() is None  # every checksum
             names = [name.removeprefix("archive/") for name in archive.namelist()]
         reader = torch._C.PyTorchFileReader(str(path))
-        assert {reader.get_record_offset(name) % exporting.ALIGNMENT_BYTES for name in names} == {0}
+        assert {reader.get_record_offset(name) % ALIGNMENT_BYTES for name in names} == {0}
     with pytest.raises(CheckpointError, match=r"no tensor.*format torch"):
         export(tmp_path, format=SAFETENSORS, output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("dtype", [*exporting.SAFETENSORS_DTYPES, torch.complex128], ids=str)
+@pytest.mark.parametrize("dtype", [*SAFETENSORS_DTYPES, torch.complex128], ids=str)
 def test_every_dtype_of_a_buffer(tmp_path: Path, dtype: torch.dtype) -> None:
     model = nn.Module()
     model.register_buffer("buffer", torch.arange(24).view(2, 3, 4).to(dtype).transpose(0, 2))
@@ -255,7 +254,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         if len(finished) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporting, "_finish", full)
+    monkeypatch.setattr("shardadam.checkpoint.export._finish", full)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
     with pytest.raises(CheckpointError, match="No space left"):
@@ -290,7 +289,7 @@ import shardadam.cli
 def kib(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
+Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
 before = kib("VmRSS")
 assert shardadam.cli.main(["export", sys.argv[1], "--format", sys.argv[2], "--output", sys.argv[3]]) == 0
 print((kib("VmHWM") - before) / 1024)
@@ -300,7 +299,7 @@ print((kib("VmHWM") - before) / 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("moments", "format"), [("fp32", TORCH), ("int8", SAFETENSORS)])
 def test_memory_is_far_below_the_size(tmp_path: Path, moments: Any, format: str) -> None:
-    """A single tensor of 64 MiB, and twice as much of moments when they are exported."""
+    """One tensor of 64 MiB, and two moments of that size."""
     model = nn.Linear(4096, 4096, bias=False)
     optimizer = ShardedAdamW(model.parameters(), precision=Precision(moments=moments))
     shardadam.save(tmp_path, step=1, model=model, optimizer=optimizer)

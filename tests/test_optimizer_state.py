@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes to ``optimizer.state`` do what they do in torch, or are refused by name.
 
-Emptying Adam's state between phases of training is a common idiom. It changed nothing here once, and said nothing.
+Users clear Adam's state between phases of training. Once, that had no effect here, and gave no error.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def clear_one(optimizer: Any, parameters: list[nn.Parameter]) -> None:
     if isinstance(optimizer, ShardedAdamW):
         optimizer.state[parameters[0]].clear()
     else:
-        optimizer.state[parameters[0]] = {}  # torch wants the keys of a dict that it has begun
+        optimizer.state[parameters[0]] = {}  # torch requires all keys in a dict that is not empty
 
 
 def update(optimizer: Any, parameters: list[nn.Parameter]) -> None:
@@ -114,7 +114,7 @@ def assign_in_both(name: str) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "step in place"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_assigned_entries_are_taken_as_in_torch(name: str, world_size: int) -> None:
-    """Steps that were written for each parameter differently need kernel calls of their own."""
+    """Parameters whose steps differ need kernel calls of their own."""
     for ours, theirs in on_ranks(world_size, assign_in_both, name):
         for mine, right in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6)

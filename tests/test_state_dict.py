@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``state_dict``, ``full_state_dict`` and ``load_state_dict``: resuming is exact, torch's AdamW state loads, torch's
-AdamW goes on from ours, and what does not fit is refused with nothing changed."""
+"""``state_dict``, ``full_state_dict`` and ``load_state_dict``: resuming is exact, states load from and into torch's
+AdamW, and what does not fit is refused with nothing changed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sharded(parameters: list[nn.Parameter], **options: Any) -> ShardedAdamW:
 
 
 def in_use(parameters: list[nn.Parameter], step: int, unused: bool) -> list[nn.Parameter]:
-    """With ``unused``, parameter i sits out every (i + 2)-th step."""
+    """With ``unused``, parameter i has no gradient in every (i + 2)-th step."""
     return [p for i, p in enumerate(parameters) if not (unused and (step + 1) % (i + 2) == 0)]
 
 
@@ -68,12 +68,12 @@ def through_a_file(saved: Any, weights_only: bool = True) -> Any:
 
 
 def kept(saved: Any) -> Any:
-    """A copy that further steps do not change: through a file where one rank has the whole."""
+    """Returns a copy that further steps do not change; on one rank, through a file."""
     return through_a_file(saved) if rank_and_size()[1] == 1 else copy.deepcopy(saved)
 
 
 def everything(optimizer: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Parameters and state."""
+    """Returns parameters and state."""
     return clones([*parameters, *(t for p in parameters for _, t in sorted(optimizer.state[p].items()))])
 
 
@@ -85,7 +85,7 @@ def unchanged(before: list[Tensor], after: list[Tensor]) -> bool:
 
 
 def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tensor]]:
-    """All parameters and state after training straight, and after saving and loading half way."""
+    """Returns all parameters and state after uninterrupted training, and after saving and loading halfway."""
     rank, _ = rank_and_size()
     lr: Any = torch.tensor(LR) if tensor_lr else LR
     parameters = build(dtype)
@@ -115,7 +115,7 @@ def test_resuming_on_as_many_ranks_is_bitwise(world_size: int, dtype: torch.dtyp
 
 
 def load_and_go_on(by: str) -> list[Any]:
-    """Two optimizers, one loaded from the other's own dict in memory: training one must not touch the other."""
+    """Loads one optimizer from another's dict in memory: training one must not change the other."""
     rank, _ = rank_and_size()
     lr = torch.tensor(LR)
     first, second = build(), build()
@@ -166,7 +166,7 @@ def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> l
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_state_of_torchs_adamw_is_gone_on_from(world_size: int, unused: bool, bucket_mb: float) -> None:
-    """Bucket sizes down to one that splits parameters over several buckets."""
+    """At bucket sizes down to one that splits parameters over several buckets."""
     saved = save_torch(world_size, torch.float32, unused)
     assert not saved["optimizer"]["state"][5]["exp_avg"].is_contiguous()
     assert_close(on_ranks(world_size, go_on_from_torch, saved, bucket_mb, unused), saved["straight"])
@@ -208,7 +208,7 @@ def test_a_parameter_that_torch_has_no_state_of_starts_anew() -> None:
 
 
 def test_a_flattened_state_without_masters_loads() -> None:
-    """set_optimizer_state_dict made an empty dict of the master that torch's optimizer does not have."""
+    """set_optimizer_state_dict passed an empty dict for the master, which torch's optimizer does not have."""
     model, other = nn.Linear(3, 2, dtype=torch.bfloat16), nn.Linear(3, 2, dtype=torch.bfloat16)
     plain, optimizer = torch.optim.AdamW(model.parameters(), lr=LR), ShardedAdamW(other.parameters(), lr=1.0)
     train(plain, list(model.parameters()), range(2), [0], False)
@@ -309,7 +309,7 @@ def test_a_scheduler_goes_on_after_a_load(world_size: int, tensor_lr: bool) -> N
 
 
 def refusal(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple[str, str, bool]:
-    """Kind and words of what loading raises, and whether everything is as it was."""
+    """Returns type and message of the error that loading raises, and whether nothing changed."""
     before = everything(optimizer, parameters)
     groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     kind, words = "nothing", ""
@@ -322,7 +322,7 @@ def refusal(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple
 
 
 class Packed(NamedTuple):
-    """A ``FlatShard`` on its way to another process, which pickling refuses."""
+    """The content of a ``FlatShard``, which refuses to be pickled, for another process."""
 
     local: Tensor
     spans: tuple[Span, ...]
@@ -366,8 +366,8 @@ def load_part(parts: list[Any], shift: int) -> list[Any]:
 
 
 def elements(words: str) -> tuple[str, str]:
-    """Those that the refused state dict holds and those that the rank has."""
-    found = re.search(r"holds the elements (\S[^a-z]*|none) of exp_avg, this rank has (\S[^a-z]*|none)\. ", words)
+    """Returns the elements that the refused state dict has, and those of the rank, as the message lists them."""
+    found = re.search(r"has the elements (\S[^a-z]*|none) of exp_avg, expected this rank's (\S[^a-z]*|none)\. ", words)
     assert found is not None, words
     return found[1], found[2]
 
@@ -505,7 +505,7 @@ def test_torchs_adamw_does_not_take_codes_for_moments() -> None:
 
 
 def load_state_of_a_smaller_model() -> list[Any]:
-    """Parameters half as long as ours: as long as our part of them."""
+    """Its parameters are half as long, as long as this rank's part of them."""
     small = build_parameters([(256,)])
     plain = torch.optim.AdamW(small)
     train(plain, small, range(2), [0], False)
@@ -521,7 +521,7 @@ def test_a_whole_tensor_of_the_shape_of_a_part_is_refused() -> None:
 
 
 def unfreeze_and_resume() -> list[Any]:
-    """The layout of a parameter that joined late differs from that of one that was there from the start."""
+    """A parameter that was added late has another layout than one that was there from the start."""
     rank, _ = rank_and_size()
     first, second = build_parameters([(600,), (700,)])
     second.requires_grad_(False)
@@ -567,7 +567,7 @@ def test_on_one_rank_state_dict_has_torchs_form(make: Callable[..., Any]) -> Non
 
 
 def test_adamw_stays_adamw_whatever_it_loads() -> None:
-    """A state dict of Adam made a ShardedAdamW decay as Adam does."""
+    """After loading a state dict of Adam, a ShardedAdamW decayed as Adam does."""
     parameter = nn.Parameter(torch.ones(3))
     adam = torch.optim.Adam([nn.Parameter(torch.ones(3))])
     optimizer = ShardedAdamW([parameter])
@@ -579,7 +579,7 @@ def test_adamw_stays_adamw_whatever_it_loads() -> None:
 
 
 def train_low(plain: Any, masters: list[nn.Parameter], low: list[nn.Parameter], steps: range, world_size: int) -> None:
-    """Averages of low-precision gradients into exact masters; ``low`` are the masters rounded."""
+    """Trains exact masters with averaged low-precision gradients; ``low`` are the rounded masters."""
     for step in steps:
         for master in masters:
             master.grad = torch.zeros_like(master)
@@ -594,7 +594,7 @@ def train_low(plain: Any, masters: list[nn.Parameter], low: list[nn.Parameter], 
 
 
 def give_the_whole(dtype: torch.dtype, master: Any) -> list[Any]:
-    """The whole state and parameters half way, and the exact parameters at the end."""
+    """Returns the whole state and parameters halfway, and the exact parameters at the end."""
     rank, _ = rank_and_size()
     parameters = build(dtype)
     optimizer = sharded(parameters, precision=Precision(master=master))
@@ -627,7 +627,7 @@ def test_torchs_adamw_goes_on_from_the_whole_state(world_size: int, dtype: torch
 
 
 def consolidate() -> list[Any]:
-    """What ``state_dict()`` is before, after, after a step and after a load, and whether the whole one is right."""
+    """Returns the types in ``state_dict()`` before and after consolidation, a step and a load, and if it was right."""
     rank, _ = rank_and_size()
     parameters = build()
     optimizer = sharded(parameters)
@@ -661,7 +661,7 @@ def test_state_dict_is_whole_on_the_rank_it_was_consolidated_to_until_the_next_s
 
 
 def test_a_consolidated_state_dict_is_given_out_more_than_once() -> None:
-    """get_optimizer_state_dict renames the keys of the dicts it is given: the second call found them renamed."""
+    """get_optimizer_state_dict renames keys in place; a second call found them renamed."""
     model = nn.Linear(3, 2)
     optimizer = ShardedAdamW(model.parameters())
     optimizer.consolidate_state_dict()
@@ -757,7 +757,7 @@ def test_what_one_rank_saved_loads_on_any(world_size: int, format: Any) -> None:
 
 
 def go_on_from_zero_redundancy() -> list[Tensor]:
-    """From ZeroRedundancyOptimizer, whose state rank 0 gives to all."""
+    """Continues from ZeroRedundancyOptimizer, whose state rank 0 sends to all."""
     rank, world_size = rank_and_size()
     parameters = build()
     zero = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=LR, weight_decay=0.1)

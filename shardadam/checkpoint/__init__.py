@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: written by N ranks and read by any number, whole or not at all, and without ever running code.
+"""Checkpoints: N ranks write them whole or not at all, any number of ranks reads them. Loading never runs their code.
 
-``saving`` and ``loading`` are the two ways; ``contents`` says what goes in and what it is called, ``files`` how it
-lies in files, ``directory`` how a checkpoint appears among others. ``values`` reads it for ``export`` and ``dcp``, the
-ways to everybody else. Tensors are named by parameter and cut by positions in it, never by bucket, rank or number of
-ranks.
+``saving`` and ``loading`` are the entry points. ``contents`` names what is saved, ``part`` is what one rank writes,
+``pieces`` what it owns of a parameter. ``files`` is the format, ``directory`` publishes, ``exchange`` lets ranks agree,
+``background`` writes in a thread. ``values`` decodes moments for ``export`` and ``dcp``. Tensors are named by parameter
+and cut by positions in it, never by bucket, rank or number of ranks.
 """
 
 from shardadam.checkpoint.dcp import DcpReader

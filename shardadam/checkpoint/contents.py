@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds, and what each thing is called in it.
+"""What a checkpoint contains, and under which keys.
 
 Keys: ``model.NAME`` as in ``model.state_dict()``; ``optimizer.state.NAME.exp_avg`` and so on, by the parameter's name
-in the model (the optimizer's own name for it where it is not in the model). Wrappers leave no trace in names.
+in the model (its name in the optimizer if the model does not have it). Names of wrappers are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCHEDULER = "scheduler"
 
 @dataclass(frozen=True, slots=True)
 class OwnedParameter:
-    """A parameter whose state is sharded, by its name in the checkpoint."""
+    """A trainable parameter of the optimizer, and its name in the checkpoint."""
 
     name: str
     param: ShardedParam
@@ -38,7 +38,7 @@ class OwnedParameter:
 
     @property
     def value_key(self) -> str:
-        """Of the parameter itself; not every optimizer's parameters are all in one model."""
+        """The key of the parameter itself. The model may lack some of the optimizer's parameters."""
         return f"model.{self.name}" if self.in_model else f"optimizer.parameter.{self.name}"
 
     def state_key(self, kind: str) -> str:
@@ -47,14 +47,14 @@ class OwnedParameter:
 
 @dataclass(slots=True)
 class Contents:
-    """The things of this process that a checkpoint is made of, or loaded into.
+    """What this process saves, or loads into, by key.
 
     Args:
         owned: every trainable parameter of the optimizer.
-        replicated: tensors of the model that are whole on every rank and that the optimizer does not update.
-        aliases: further names of tensors that the model has under several.
-        objects: what of ``model.state_dict()`` is no parameter and no buffer of the model's, but made for it.
-        groups: of the optimizer, the names of all parameters.
+        replicated: the model's other parameters and its buffers, whole on every rank.
+        aliases: key of the same tensor, for tensors that the model has under several names.
+        objects: other entries of ``model.state_dict()``, which the model makes on each call.
+        groups: names of all parameters in each param group.
     """
 
     model: nn.Module | None
@@ -72,15 +72,16 @@ class Contents:
 
 
 def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Contents:
-    """Local.
+    """Returns what to save or load. Local.
 
     Raises:
-        CheckpointError, TypeError: something cannot be saved or loaded.
+        CheckpointError: names are not distinct.
+        TypeError: ``optimizer`` is not a ``ShardedAdam``.
     """
     if optimizer is not None and not isinstance(optimizer, ShardedAdam):
         raise TypeError(
-            f"optimizer: found {type(optimizer).__name__}, expected a ShardedAdam or ShardedAdamW. Save another one's "
-            "state with torch.save or torch.distributed.checkpoint."
+            f"optimizer: found {type(optimizer).__name__}, expected a ShardedAdam or ShardedAdamW. Save the state of "
+            "other optimizers with torch.save or torch.distributed.checkpoint."
         )
     contents = Contents(model, optimizer)
     names: dict[int, str] = {}
@@ -91,7 +92,9 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
         for key, value in model.state_dict(keep_vars=True).items():
             name = _clean(key)
             if name in seen:
-                raise CheckpointError(f"Two entries of model.state_dict() are called {name!r} without their wrappers.")
+                raise CheckpointError(
+                    f"Two entries of model.state_dict() are called {name!r} when names of wrappers are left out."
+                )
             seen.add(name)
             if id(value) not in own:
                 contents.objects[f"model.{name}"] = value.detach() if isinstance(value, Tensor) else value
@@ -129,8 +132,8 @@ def _check_distinct(names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if repeated:
         raise CheckpointError(
-            f"Several parameters of the optimizer are called {repeated[0]!r}. Pass the model that holds them all, or "
-            "give them names of their own (model.named_parameters())."
+            f"Several parameters of the optimizer are called {repeated[0]!r}, expected distinct names. Pass the model "
+            "that holds them all, or build the optimizer over model.named_parameters()."
         )
 
 
@@ -149,7 +152,7 @@ def _clean(name: str) -> str:
 
 
 def load_objects(contents: Contents, objects: dict[str, Any]) -> None:
-    """Gives the model what it makes for ``state_dict`` (``get_extra_state``, hooks), by ``load_state_dict``."""
+    """Loads what the model made for ``state_dict`` (``get_extra_state``, hooks), through ``load_state_dict``."""
     if objects:
         assert contents.model is not None
         model = _unwrap(contents.model)
@@ -157,7 +160,7 @@ def load_objects(contents: Contents, objects: dict[str, Any]) -> None:
         model.load_state_dict({own_keys[key]: value for key, value in objects.items()}, strict=False)
 
 
-# What tensors are in storage
+# Tensors as they are stored
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
@@ -166,7 +169,7 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 
 def state_specs(param: ShardedParam) -> dict[str, TensorSpec]:
-    """The tensors of a parameter's state in storage; a remainder is stored as the float32 master it makes."""
+    """Returns the specs of a parameter's state, by kind. A remainder is stored as the float32 master it encodes."""
     of_parameter = spec_of(param.parameter)
     specs = {}
     for kind, tensor in local_state(param).items():
@@ -183,7 +186,7 @@ def state_specs(param: ShardedParam) -> dict[str, TensorSpec]:
 
 
 def random_state() -> dict[str, Any]:
-    """Of torch on the CPU and on the current CUDA device, of Python, and of NumPy where somebody uses it."""
+    """Returns the states of torch (CPU and the current CUDA device), Python, and NumPy if it is imported."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()

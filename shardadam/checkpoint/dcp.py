@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets torch.distributed.checkpoint (DCP) load what ``shardadam.save`` has written: into FSDP2, or plain modules with
-torch.optim.AdamW.
+"""A storage reader with which torch.distributed.checkpoint (DCP) loads checkpoints of ``shardadam.save``, for example
+into FSDP2 or into plain modules with torch.optim.AdamW.
 
-DCP plans and copies, ``Values`` reads and verifies. Nothing that a checkpoint holds is unpickled but by ``Reader``.
+DCP plans and copies, ``Values`` reads and verifies. Only ``Reader`` unpickles what a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from shardadam.state.flat_shard import boxes, in_shape
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor in DCP's terms: boxes by their offsets, each with the position of its first element in memory order."""
+    """A tensor in DCP's terms. ``boxes``: by offsets, with the position of the first element in memory order."""
 
     key: str
     spec: TensorSpec
@@ -49,15 +49,16 @@ class DcpReader(StorageReader):
     """``torch.distributed.checkpoint.load(state_dict, storage_reader=DcpReader(directory))``.
 
     ``state_dict`` is ``{"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}`` or a
-    part of it, on as many ranks as there are, however many it was saved on; ``flatten_optimizer_state_dict=True`` is
-    known, too. Keys: ``model.NAME``, ``optimizer.state.NAME.exp_avg``, ``exp_avg_sq``, ``step``, and ``master`` where
-    there are masters. Tensors have the parameters' shapes; moments are float32 (float64 where they are), whatever they
-    are stored in; steps are 0-dimensional float32.
+    part of it, also with ``flatten_optimizer_state_dict=True``. It may be loaded on any number of ranks. Keys:
+    ``model.NAME``, ``optimizer.state.NAME.exp_avg``, ``exp_avg_sq``, ``step``, and ``master`` if masters were saved.
+    Tensors have the parameters' shapes. Moments are float32 (float64 if stored so) in every format; steps are
+    0-dimensional float32.
 
-    Reading is local; ``load`` is collective. A rank reads and verifies the items that hold what it needs.
+    Reading is local; ``torch.distributed.checkpoint.load`` is collective. A rank reads and verifies the items that it
+    needs a part of.
 
     Args:
-        directory: what was given to ``shardadam.save``, or one of the checkpoints in it.
+        directory: as given to ``shardadam.save``, or one checkpoint in it.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged (in ``load``, wrapped in DCP's CheckpointException).
@@ -72,12 +73,12 @@ class DcpReader(StorageReader):
         self._numbers: dict[str, Any] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begins anew, with another directory if one is given."""
+        """Prepares for another load, from another directory if one is given."""
         if checkpoint_id is not None:
             self._set_directory(checkpoint_id)
 
     def read_metadata(self) -> Metadata:
-        """What there is: no data is read but hyperparameters."""
+        """Returns what the checkpoint contains. Reads no tensors, only objects."""
         with Reader(self.checkpoint_id) as reader:
             values = Values(reader)
             self._tensors = _tensors_of(reader, values)
@@ -96,18 +97,18 @@ class DcpReader(StorageReader):
         return Metadata(described)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
+        """Returns the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
+        """Returns the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Reads in the order in which it lies in the files."""
+        """Reads the plan's items, sorted by tensor and position."""
         with Reader(self.checkpoint_id) as reader:
             values = Values(reader)
             wanted: list[tuple[str, int, ReadItem]] = []
@@ -119,7 +120,7 @@ class DcpReader(StorageReader):
                 elif item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, _pickled(self._numbers[key]))
                 else:
-                    _give(planner, item, self._numbers[key])
+                    _load_into(planner, item, self._numbers[key])
             wanted.sort(key=lambda one: one[:2])
             for key, items in groupby(wanted, key=lambda one: one[0]):
                 read = values.opened(key)
@@ -127,14 +128,14 @@ class DcpReader(StorageReader):
                     tensor = self._tensors[item.storage_index.fqn]
                     start, box = tensor.boxes[_offsets(item)]
                     flat = read(start, start + box.sizes.numel())
-                    _give(planner, item, in_shape(flat, box.sizes, tensor.spec.order))
+                    _load_into(planner, item, in_shape(flat, box.sizes, tensor.spec.order))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether there is a checkpoint."""
+        """Returns whether there is a checkpoint."""
         try:
             newest(Path(checkpoint_id))
         except CheckpointError:
@@ -143,7 +144,7 @@ class DcpReader(StorageReader):
 
 
 def _tensors_of(reader: Reader, values: Values) -> dict[str, _Tensor]:
-    """By all names that they have."""
+    """Returns all tensors, tied ones by each of their names."""
     tensors = {}
     for key, spec in values.specs.items():
         tensor = tensors[key] = _Tensor(key, spec, {})
@@ -166,8 +167,8 @@ def _names(values: Values) -> Iterator[tuple[str, str]]:
 
 
 def _numbers_of(values: Values) -> dict[str, Any]:
-    """Steps and hyperparameters, these both as DCP flattens a list of groups (by number), and as
-    ``flatten_optimizer_state_dict`` does (by name of parameter).
+    """Returns steps and hyperparameters. Hyperparameters appear twice: by number of the group, as DCP flattens lists,
+    and by name of the parameter, as ``flatten_optimizer_state_dict`` has them.
     """
     found: dict[str, Any] = {}
     other_names: dict[str, list[str]] = {}
@@ -191,20 +192,20 @@ def _offsets(item: ReadItem) -> tuple[int, ...]:
 
 
 def _pickled(value: Any) -> io.BytesIO:
-    """DCP unpickles it without restrictions: so it is pickled here, from what ``Reader`` has read with them."""
+    """Pickles what ``Reader`` read with restrictions, because DCP unpickles without any."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
     return buffer
 
 
-def _give(planner: LoadPlanner, item: ReadItem, stored: Tensor) -> None:
+def _load_into(planner: LoadPlanner, item: ReadItem, stored: Tensor) -> None:
     target = planner.resolve_tensor(item).detach()
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         stored = stored.narrow(dim, offset, length)
     if stored.dtype.is_floating_point and not target.dtype.is_floating_point:
         raise CheckpointError(
-            f"{item.dest_index.fqn}: found {target.dtype} to load into, expected a floating-point type. Load a "
+            f"{item.dest_index.fqn}: found a {target.dtype} tensor to load into, expected floating point. Load into a "
             "ShardedAdamW with shardadam.load."
         )
     target.copy_(stored)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory of checkpoints: ``step-00000020`` and so on, and ``latest``, which lists them, newest first.
+"""A directory of checkpoints: ``step-00000020`` and so on, and ``latest``, a file that lists them, newest first.
 
 Note: publishing
-    A checkpoint is written to ``.saving-NAME``. To publish it is to rename that to ``NAME``: one atomic operation after
-    everything, manifest included, is on the disk. ``latest`` names the new one already before, and the one it
-    follows after it: of the names in it, the first that exists is the newest checkpoint, at every moment.
-    Checkpoints are removed the other way round: renamed out of sight first.
+    A checkpoint is written to ``.saving-NAME`` and then renamed to ``NAME``: one atomic operation, after everything is
+    on the disk, manifest included. ``latest`` lists the new name, followed by the older ones, before the rename. So at
+    every moment the first name in ``latest`` that exists is the newest checkpoint. To remove a checkpoint, it is
+    renamed to ``.deleting-NAME`` first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
 def newest(directory: Path) -> Path:
-    """The newest checkpoint in ``directory``, or ``directory`` itself where it is one.
+    """Returns the newest checkpoint in ``directory``, or ``directory`` itself if it is one.
 
     Raises:
         CheckpointError: there is none.
@@ -33,12 +33,12 @@ def newest(directory: Path) -> Path:
         return directory
     if not directory.is_dir():
         found = "not a directory" if directory.exists() else "no such directory"
-        raise CheckpointError(f"{directory}: {found}. Expected one that shardadam.save has written to.")
+        raise CheckpointError(f"{directory}: found {found}, expected a directory that shardadam.save wrote to.")
     history = [name for name in read_history(directory) if (directory / name).is_dir()]
     names = history or sorted((p.name for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=_age, reverse=True)
     if names:
         return directory / names[0]
-    if _NAME.fullmatch(directory.name):  # one that lacks its manifest
+    if _NAME.fullmatch(directory.name):  # a checkpoint without its manifest; Reader explains
         return directory
     if (directory / ".metadata").exists():
         raise CheckpointError(
@@ -46,11 +46,11 @@ def newest(directory: Path) -> Path:
             "torch.distributed.checkpoint.load; its metadata is a pickle, so load it only if you trust who wrote it."
         )
     some = ", ".join(sorted(path.name for path in directory.iterdir())[:3]) or "nothing"
-    raise CheckpointError(f"{directory} holds no checkpoint (found {some}). Expected one written by shardadam.save.")
+    raise CheckpointError(f"{directory} holds no checkpoint (found {some}), expected one that shardadam.save wrote.")
 
 
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Whether ``load`` would find something in ``directory``."""
+    """Returns whether ``load`` would find a checkpoint in ``directory``. Local."""
     try:
         newest(Path(directory))
     except CheckpointError:
@@ -65,7 +65,7 @@ def _age(name: str) -> tuple[int, int]:
 
 
 def read_history(directory: Path) -> list[str]:
-    """The names in ``latest``, newest first; none where it is missing or damaged."""
+    """Returns the names in ``latest``, newest first; none if it is missing or damaged."""
     try:
         *names, checksum = (directory / LATEST).read_text().splitlines()
     except (OSError, ValueError):
@@ -78,11 +78,11 @@ def _checksum(names: list[str]) -> str:
     return f"crc32 {zlib.crc32(chr(10).join(names).encode()):08x}"
 
 
-def prepare(directory: Path, step: int) -> str:
-    """Makes room for a new checkpoint and removes what crashed saves have left.
+def create_unpublished(directory: Path, step: int) -> str:
+    """Creates an empty, unpublished checkpoint; removes what crashed saves left behind.
 
     Returns:
-        Its name: another than those that are there.
+        Its name, which no other checkpoint has.
     """
     if not directory.exists():
         directory.mkdir(parents=True, exist_ok=True)
@@ -95,41 +95,41 @@ def prepare(directory: Path, step: int) -> str:
     while (directory / name).exists():
         count += 1
         name = f"step-{step:08d}-{count}"
-    aside(directory, name).mkdir()
+    unpublished_path(directory, name).mkdir()
     return name
 
 
-def aside(directory: Path, name: str) -> Path:
-    """Where a checkpoint lies until it is published."""
+def unpublished_path(directory: Path, name: str) -> Path:
+    """Returns where a checkpoint lies until it is published."""
     return directory / (_SAVING + name)
 
 
-def discard(directory: Path, name: str) -> None:
-    shutil.rmtree(aside(directory, name), ignore_errors=True)
+def discard_unpublished(directory: Path, name: str) -> None:
+    shutil.rmtree(unpublished_path(directory, name), ignore_errors=True)
 
 
 def publish(directory: Path, name: str) -> None:
-    """See the note on publishing."""
+    """Publishes a checkpoint; see the note on publishing."""
     history = [older for older in read_history(directory) if (directory / older).is_dir()]
     unlisted = [p.name for p in directory.iterdir() if _NAME.fullmatch(p.name) and p.name not in history]
     history = history or sorted(unlisted, key=_age, reverse=True)
     listed = [name, *history]
-    sync_directory(aside(directory, name))
+    sync_directory(unpublished_path(directory, name))
     write_durably(directory / LATEST, "\n".join([*listed, _checksum(listed)]) + "\n")
-    os.rename(aside(directory, name), directory / name)
+    os.rename(unpublished_path(directory, name), directory / name)
     sync_directory(directory)
 
 
-def retire(directory: Path, keep: int) -> None:
-    """Removes all checkpoints but the ``keep`` newest, of those that ``latest`` lists."""
-    there = [name for name in read_history(directory) if (directory / name).is_dir()]
-    for older in there[keep:]:
+def remove_older(directory: Path, keep: int) -> None:
+    """Removes the checkpoints that ``latest`` lists, except the ``keep`` newest."""
+    existing = [name for name in read_history(directory) if (directory / name).is_dir()]
+    for older in existing[keep:]:
         os.rename(directory / older, directory / (_DELETING + older))
         _remove(directory / (_DELETING + older))
 
 
 def _remove(path: Path) -> None:
-    """A checkpoint may have been moved elsewhere, and a link left in its place."""
+    """Removes a directory, or a link to one: users move checkpoints elsewhere and leave links."""
     if path.is_symlink():
         path.unlink()
     else:

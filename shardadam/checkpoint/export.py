@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as files that need no shardadam: what torch.load or safetensors reads.
+"""Exports a checkpoint as files that torch.load or safetensors reads without shardadam.
 
-Streams: no tensor is ever whole in memory, but one that has to be turned into row-major order. Everything read is
-verified; files appear when all of them are whole.
+Streams tensors in chunks; only a tensor that must be reordered to row-major is whole in memory. Verifies everything it
+reads. Files appear when all of them are complete.
 """
 
 from __future__ import annotations
@@ -37,26 +37,25 @@ def export(
 ) -> list[Path]:
     """Writes the newest checkpoint in ``directory``, or ``directory`` itself if it is one, as plain files. Local.
 
-    ``torch``: ``model.pt``, for ``model.load_state_dict``, and ``optimizer.pt``, for
+    ``torch``: ``model.pt`` for ``model.load_state_dict``, and ``optimizer.pt`` for
     ``torch.optim.AdamW.load_state_dict``; both load with ``torch.load(weights_only=True)``. ``safetensors``:
     ``model.safetensors`` and ``optimizer.safetensors``, which has tensors ``state.NAME.exp_avg`` and so on, and
-    ``param_groups`` and ``steps`` as JSON in its metadata. Model or optimizer is left out where the checkpoint has
-    none.
+    ``param_groups`` and ``steps`` as JSON in its metadata. A model or optimizer that was not saved has no file.
 
-    Shapes are the parameters', moments and masters float32 (float64 for float64 parameters) whatever they are stored
-    in. Strides are kept in ``torch``'s files; safetensors knows row-major tensors alone. Tied tensors share memory in
-    ``torch``'s files; in safetensors, they are there once, and ``aliases`` in the metadata has their other names.
+    Tensors have the parameters' shapes; moments and masters are float32 (float64 for float64 parameters) in every
+    format. ``torch`` files keep strides, and tied tensors share memory. safetensors files are row-major, contain tied
+    tensors once, and list their other names as ``aliases`` in the metadata.
 
     Args:
-        output: directory for the files, made if need be. Default: ``NAME-FORMAT``, by the name of the checkpoint, in
-            the current directory.
+        output: directory for the files, created if missing. Default: ``NAME-FORMAT`` in the current directory, with the
+            name of the checkpoint.
 
     Returns:
-        What it has written.
+        The paths of the files.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged, or there are such files already, or they cannot be
-            written. Nothing is left of them then.
+        CheckpointError: there is no checkpoint, it is damaged, a file exists already, or a file cannot be written. No
+            file is left behind then.
     """
     if format not in FORMATS:
         raise ValueError(f"format: found {format!r}, expected one of {FORMATS}")
@@ -70,11 +69,11 @@ def export(
                 write(values, files)
             return files.paths
         except OSError as error:
-            raise CheckpointError(f"{output}: {error}. Nothing has been exported.") from error
+            raise CheckpointError(f"{output}: {error}. Nothing was exported.") from error
 
 
 class _Files:
-    """Opens files under other names; ``_published`` gives them their own at the end."""
+    """Opens files under temporary names, which ``_published`` replaces at the end."""
 
     def __init__(self, output: Path) -> None:
         self._output = output
@@ -85,30 +84,30 @@ class _Files:
         if path.exists():
             raise CheckpointError(f"{path} exists already. Remove it, or export to another directory.")
         self.paths.append(path)
-        return _aside(path).open("wb")
+        return _temporary(path).open("wb")
 
 
-def _aside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.exporting")
 
 
 @contextmanager
 def _published(output: Path) -> Iterator[_Files]:
-    """All files that are opened within, or none."""
-    made = [path for path in (output, *output.parents) if not path.exists()]
+    """Renames all files that the block opened to their own names; if it fails, removes all of them."""
+    created = [path for path in (output, *output.parents) if not path.exists()]
     files = _Files(output)
     published: list[Path] = []
     try:
         output.mkdir(parents=True, exist_ok=True)
         yield files
         for path in files.paths:
-            os.replace(_aside(path), path)
+            os.replace(_temporary(path), path)
             published.append(path)
         sync_directory(output)
     except BaseException:
-        for path in (*published, *map(_aside, files.paths)):
+        for path in (*published, *map(_temporary, files.paths)):
             path.unlink(missing_ok=True)
-        for path in made:
+        for path in created:
             with suppress(OSError):
                 path.rmdir()
         raise
@@ -128,7 +127,7 @@ _ZIP64_FROM_BYTES = 2**30
 
 @dataclass(eq=False, slots=True)
 class _Record:
-    """A tensor yet to be read. The same one in two places of an object is one tensor there after loading, too."""
+    """A tensor that is read later. If an object contains it twice, both places share one tensor after loading."""
 
     spec: TensorSpec
     chunks: Callable[[], Iterable[Tensor]]
@@ -140,34 +139,34 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """Stands for a tensor's memory in a pickle."""
+    """The memory of a tensor, in a pickle."""
 
     identifier: tuple[Any, ...]
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles ``_Record``s and tensors as torch.save does tensors; ``records`` are numbered as it meets them."""
+    """Pickles ``_Record``s and tensors as torch.save pickles tensors; ``records`` has them in order."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, protocol=2)  # what torch's restricted unpickler knows
+        super().__init__(file, protocol=2)  # torch's restricted unpickler knows no later one
         self.records: list[_Record] = []
 
-    def persistent_id(self, thing: Any) -> Any:
-        return thing.identifier if isinstance(thing, _Storage) else None
+    def persistent_id(self, value: Any) -> Any:
+        return value.identifier if isinstance(value, _Storage) else None
 
-    def reducer_override(self, thing: Any) -> Any:
-        if isinstance(thing, Tensor):
-            thing = _record_of(thing)
-        if not isinstance(thing, _Record):
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = _record_of(value)
+        if not isinstance(value, _Record):
             return NotImplemented
-        key, spec = str(len(self.records)), thing.spec
-        self.records.append(thing)
+        key, spec = str(len(self.records)), value.spec
+        self.records.append(value)
         arguments: tuple[Any, ...] = (0, spec.shape, _strides(spec), False, OrderedDict())
         legacy = torch.storage._dtype_to_storage_type_map().get(spec.dtype)
         if legacy is not None:
             storage = _Storage(("storage", getattr(torch, legacy), key, "cpu", spec.numel))
             return torch._utils._rebuild_tensor_v2, (storage, *arguments)
-        storage = _Storage(("storage", torch.UntypedStorage, key, "cpu", thing.nbytes))
+        storage = _Storage(("storage", torch.UntypedStorage, key, "cpu", value.nbytes))
         return torch._utils._rebuild_tensor_v3, (storage, *arguments, spec.dtype)
 
 
@@ -212,13 +211,13 @@ def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]
     return {"state": state, "param_groups": packed}
 
 
-def _save(file: IO[bytes], thing: Any) -> None:
-    """What ``torch.save(thing, file)`` would do if its ``_Record``s were tensors."""
+def _save(file: IO[bytes], value: Any) -> None:
+    """Writes what ``torch.save(value, file)`` would write if ``_Record``s were tensors."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         info = _aligned("data.pkl", file.tell(), 0)
         with archive.open(info, "w") as entry:
             pickler = _Pickler(entry)
-            pickler.dump(thing)
+            pickler.dump(value)
         _add_record(archive, file, "byteorder", [memoryview(sys.byteorder.encode())])
         for key, record in enumerate(pickler.records):
             parts = (memory_of(chunk.contiguous()) for chunk in record.chunks())
@@ -237,7 +236,7 @@ def _add_record(
 
 
 def _aligned(name: str, offset: int, nbytes: int) -> zipfile.ZipInfo:
-    """An entry whose bytes begin at a multiple of ``ALIGNMENT_BYTES``, for those who map the file into memory."""
+    """Returns an entry whose bytes start at a multiple of ``ALIGNMENT_BYTES``, so that files can be memory-mapped."""
     info = zipfile.ZipInfo(f"archive/{name}")
     header_bytes = 30 + len(info.filename) + (20 if nbytes >= _ZIP64_FROM_BYTES else 0) + 4
     padding = -(offset + header_bytes) % ALIGNMENT_BYTES
@@ -272,7 +271,7 @@ def _write_safetensors(values: Values, files: _Files) -> None:
     objects = list(values.model_objects())
     if objects:
         raise CheckpointError(
-            f"{objects[0]} is no tensor, and safetensors holds nothing else. Export it with format torch."
+            f"{objects[0]} is no tensor; safetensors files contain only tensors. Export with format torch."
         )
     keys = [key for key in values.specs if key.startswith("model.")]
     if keys:
@@ -291,16 +290,16 @@ def _write_safetensors(values: Values, files: _Files) -> None:
 def _write_file(
     values: Values, files: _Files, file_name: str, keys: Mapping[str, str], metadata: Mapping[str, Any]
 ) -> None:
-    """Of ``keys``, the values are the checkpoint's."""
+    """Writes one file. ``keys``: keys of the checkpoint, by name in the file."""
     texts = {name: json.dumps(value, default=_to_json) for name, value in metadata.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **texts}}
     end = 0
-    # Descending sizes of elements align every tensor to its own.
+    # In order of descending element size, every tensor is aligned to its own.
     names = sorted(keys, key=lambda name: -values.specs[keys[name]].dtype.itemsize)
     for name in names:
         spec = values.specs[keys[name]]
         if spec.dtype not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{keys[name]} is {spec.dtype}, which safetensors has not. Export with format torch.")
+            raise CheckpointError(f"{keys[name]} is {spec.dtype}, which safetensors lacks. Export with format torch.")
         begin, end = end, end + spec.numel * spec.dtype.itemsize
         dtype = SAFETENSORS_DTYPES[spec.dtype]
         header[name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
@@ -330,4 +329,6 @@ def _row_major(values: Values, key: str) -> Iterator[Tensor]:
 def _to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    raise CheckpointError(f"A param group holds {type(value).__name__}, which JSON has not. Export with format torch.")
+    raise CheckpointError(
+        f"A param group contains a {type(value).__name__}, which JSON lacks. Export with format torch."
+    )

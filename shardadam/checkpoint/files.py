@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checkpoint as files: ``rank-00000.bin`` and so on, which hold bytes and nothing else, and ``checkpoint.json``,
-which says what they are.
+"""The format of a checkpoint: files of plain bytes, ``rank-00000.bin`` and so on, and the manifest ``checkpoint.json``.
 
-Every tensor is cut into items of at most ``ITEM_BYTES``, by positions in the tensor in memory order, each with a
-checksum of its own. Nothing is ever unpickled but objects, by torch.load with ``weights_only=True``, which imports
-nothing. Knows neither optimizers nor ranks other than as numbers of files.
+Every tensor is cut into items of at most ``ITEM_BYTES``, by positions in memory order; each item has a checksum. Only
+objects are unpickled, by torch.load with ``weights_only=True``, which imports nothing. Knows no optimizers, and ranks
+only as numbers of files.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ FORMAT, VERSION = "shardadam checkpoint", 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or read, or that does not fit what it is loaded into."""
+    """A checkpoint cannot be written or read, or does not fit what it is loaded into."""
 
 
 class Item(NamedTuple):
-    """``tensor[start : start + numel]`` lies at ``offset`` of file number ``file``."""
+    """``tensor[start : start + numel]``, 1-D in memory order, lies at byte ``offset`` of file number ``file``."""
 
     start: int
     numel: int
@@ -47,7 +46,7 @@ class Item(NamedTuple):
 
 
 class StoredObject(NamedTuple):
-    """``nbytes`` at ``offset`` of file number ``file`` hold a pickle for ``torch.load``."""
+    """A pickle for ``torch.load``: ``nbytes`` bytes from ``offset`` on in file number ``file``."""
 
     file: int
     offset: int
@@ -57,7 +56,7 @@ class StoredObject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A whole tensor; ``order`` has its dimensions from the outermost to the innermost in memory."""
+    """A whole tensor. ``order``: its dimensions, from the outermost to the innermost in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -81,7 +80,7 @@ class StoredTensor:
 
 @dataclass(slots=True)
 class Index:
-    """What one rank has written, or all of them."""
+    """What one rank wrote, or all ranks. ``files``: name and size in bytes."""
 
     files: list[tuple[str, int]] = field(default_factory=list)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
@@ -103,17 +102,17 @@ class PartWriter:
         self._rank = rank
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._offset = 0
-        self._on_its_way = 0
+        self._writeback_until = 0
         self.index = Index()
 
     def add_tensor(self, key: str, spec: TensorSpec) -> None:
-        """Names a tensor; each rank names all that it has written a part of, and empty ones."""
+        """Adds a tensor to the index. Each rank adds all tensors that it writes a part of, and empty ones."""
         known = self.index.tensors.setdefault(key, StoredTensor(spec, []))
         if known.spec != spec:
-            raise CheckpointError(f"Two different tensors are called {key!r}: {known.spec} and {spec}")
+            raise CheckpointError(f"Two different tensors are called {key!r}: {known.spec} and {spec}.")
 
     def write(self, key: str, spec: TensorSpec, start: int, flat: Tensor) -> None:
-        """Writes ``flat``, 1-D, contiguous and on the CPU, as the elements from ``start`` on."""
+        """Writes ``flat`` (1-D, contiguous, on the CPU) as the elements from ``start`` on."""
         self.add_tensor(key, spec)
         items = self.index.tensors[key].items
         for low, high in cut(start, start + flat.numel(), ITEM_BYTES // spec.dtype.itemsize):
@@ -121,12 +120,12 @@ class PartWriter:
             items.append(Item(low, high - low, self._rank, offset, crc32))
 
     def write_object(self, key: str, pickled: bytes) -> None:
-        """Writes what ``safely_pickled`` has made."""
+        """Writes what ``safely_pickled`` returned."""
         offset, crc32 = self._append(memoryview(pickled))
         self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), crc32)
 
     def close(self) -> Index:
-        """Returns when everything is on the disk."""
+        """Returns the index once everything is on the disk."""
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
@@ -144,18 +143,18 @@ class PartWriter:
         while written < len(content):
             written += os.write(self._file, content[written:])
         self._offset += len(content)
-        if self._offset - self._on_its_way >= ITEM_BYTES:
-            _start_writeback(self._file, self._on_its_way, self._offset)
-            self._on_its_way = self._offset
+        if self._offset - self._writeback_until >= ITEM_BYTES:
+            _start_writeback(self._file, self._writeback_until, self._offset)
+            self._writeback_until = self._offset
         return offset, crc32
 
 
 def safely_pickled(key: str, value: Any) -> bytes:
-    """What ``torch.load`` can read again without importing anything: tensors, numbers, texts, and lists, tuples, sets
+    """Pickles what ``torch.load`` reads without importing anything: tensors, numbers, texts, and lists, tuples, sets
     and dicts of them.
 
     Raises:
-        CheckpointError: ``value`` holds something else.
+        CheckpointError: ``value`` contains something else.
     """
     buffer = io.BytesIO()
     try:
@@ -163,15 +162,15 @@ def safely_pickled(key: str, value: Any) -> bytes:
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{key} holds something that could only be loaded by running code, so it is not saved: "
-            f"{_unpicklers_reason(error)}. Keep tensors, numbers, texts, lists, tuples and dicts in it."
+            f"{key} contains something that could only be loaded by running code, so it is not saved: "
+            f"{_unpicklers_reason(error)}. Expected only tensors, numbers, texts, lists, tuples and dicts."
         ) from error
     return buffer.getvalue()
 
 
 def _start_writeback(descriptor: int, start: int, stop: int) -> None:
-    """Lets the disk begin with what has been written, where the system can (Linux): otherwise it would begin at the
-    fsync, when everything else is over (``benchmarks/checkpoint.py``). Promises nothing; fsync does.
+    """Asks Linux to start writing these bytes to the disk now. Otherwise it would start at the fsync, after everything
+    else (``benchmarks/checkpoint.py``). Guarantees nothing; fsync does.
     """
     if _sync_file_range is not None:
         _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WRITE)
@@ -182,7 +181,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 def memory_of(flat: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy; the tensor must outlive them."""
+    """Returns the bytes of a contiguous tensor on the CPU, without a copy. The tensor must outlive them."""
     nbytes = flat.numel() * flat.element_size()
     if nbytes == 0:
         return memoryview(b"")
@@ -190,10 +189,10 @@ def memory_of(flat: Tensor) -> memoryview:
 
 
 def merge(parts: Sequence[Index]) -> Index:
-    """All ranks' parts as one.
+    """Merges the indices of all ranks.
 
     Raises:
-        CheckpointError: they do not make up whole tensors.
+        CheckpointError: items are missing or overlap.
     """
     merged = Index()
     for part in parts:
@@ -202,7 +201,9 @@ def merge(parts: Sequence[Index]) -> Index:
         for key, tensor in part.tensors.items():
             known = merged.tensors.setdefault(key, StoredTensor(tensor.spec, []))
             if known.spec != tensor.spec:
-                raise CheckpointError(f"{key} is {known.spec} on one rank and {tensor.spec} on another.")
+                raise CheckpointError(
+                    f"{key} is {known.spec} on one rank and {tensor.spec} on another, expected the same."
+                )
             known.items += tensor.items
     for key, tensor in merged.tensors.items():
         tensor.items.sort()
@@ -221,17 +222,17 @@ def _check_whole(key: str, tensor: StoredTensor) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces the file by one with this text, or leaves it as it was, whatever happens meanwhile."""
-    aside = path.with_name(f".{path.name}.saving")
-    with aside.open("w") as file:
+    """Replaces the file by one with this text. A crash leaves the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.saving")
+    with temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
-    content = json.loads(json.dumps(content))  # as a reader will find it: no tuples, all keys are texts
+    content = json.loads(json.dumps(content))  # as a reader finds it: no tuples, all keys are texts
     return json.dumps(
         {"format": FORMAT, "version": VERSION, "sha256": _digest(content), "content": content}, separators=(",", ":")
     )
@@ -258,7 +259,7 @@ def index_to_json(index: Index) -> dict[str, Any]:
 
 
 def index_from_json(found: Any) -> Index:
-    """Raises KeyError, TypeError or ValueError where it is not what ``index_to_json`` makes."""
+    """Raises KeyError, TypeError or ValueError if ``found`` is not what ``index_to_json`` returns."""
     files = [(_name(name), _count(nbytes)) for name, nbytes in found["files"]]
     tensors = {}
     for key, entry in found["tensors"].items():
@@ -275,23 +276,23 @@ def index_from_json(found: Any) -> Index:
 def _check_content(content: Mapping[str, Any]) -> None:
     for name, kind in {"step": int, "world_size": int, "aliases": dict, "extras": list}.items():
         if not isinstance(content[name], kind):
-            raise ValueError(f"found {content[name]!r} as {name}")
+            raise ValueError(f"{name}: found {content[name]!r}, expected {kind.__name__}")
     optimizer = content.get("optimizer")
     if optimizer is not None:
         for name, kind in {"groups": list, "skipped_steps": int, "parameters": dict}.items():
             if not isinstance(optimizer[name], kind):
-                raise ValueError(f"found {optimizer[name]!r} as {name}")
+                raise ValueError(f"{name}: found {optimizer[name]!r}, expected {kind.__name__}")
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"found {value!r}, expected a whole number")
+        raise ValueError(f"found {value!r}, expected a whole number of 0 or more")
     return value
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"rank-\d{5,}\.bin", value):
-        raise ValueError(f"found the file name {value!r}")
+        raise ValueError(f"found the file name {value!r}, expected rank-NNNNN.bin")
     return value
 
 
@@ -301,13 +302,13 @@ def _name(value: Any) -> str:
 class Reader:
     """Reads one checkpoint, and verifies what it reads.
 
+    ``content`` is the manifest; ``bytes_read`` counts the bytes of data read so far.
+
     Args:
         path: the directory that holds ``checkpoint.json``.
 
     Raises:
-        CheckpointError: it is no checkpoint, or not a whole one.
-
-    ``content`` is what the manifest says beside the index; ``bytes_read`` counts.
+        CheckpointError: it is no checkpoint, or is incomplete or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -340,7 +341,7 @@ class Reader:
         self.close()
 
     def read_(self, key: str, start: int, target: Tensor) -> None:
-        """Fills ``target`` with the elements from ``start`` on; 1-D, contiguous, on the CPU, of the stored dtype."""
+        """Fills ``target`` (1-D, contiguous, on the CPU, of the stored dtype) with the elements from ``start`` on."""
         tensor = self.index.tensors[key]
         itemsize = tensor.spec.dtype.itemsize
         memory, stop = memory_of(target), start + target.numel()
@@ -366,13 +367,13 @@ class Reader:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"{self.path}: {key} holds something that could only be loaded by running code: "
-                f"{_unpicklers_reason(error)}. It is not loaded; whoever wrote this checkpoint can run code on "
-                "machines that load it otherwise."
+                f"{self.path}: {key} contains something that could only be loaded by running code: "
+                f"{_unpicklers_reason(error)}. It is not loaded. Do not load it by other means unless you trust its "
+                "author."
             ) from error
 
     def verify(self) -> Iterator[tuple[str, int]]:
-        """Reads everything; yields the key and size of each item. Raises at the first damage."""
+        """Reads everything; yields key and bytes of each item. Raises CheckpointError at the first damage."""
         for key, tensor in self.index.tensors.items():
             for item in tensor.items:
                 nbytes = item.numel * tensor.spec.dtype.itemsize
@@ -396,15 +397,15 @@ class Reader:
             while done < len(into):
                 count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
                 if count == 0:
-                    raise CheckpointError(f"{self.path / name} ends within {what}. {self._remedy()}")
+                    raise CheckpointError(f"{self.path / name} is damaged: it ends within {what}. {self._remedy()}")
                 done += count
         except OSError as error:
             raise CheckpointError(f"{self.path / name} cannot be read: {error.strerror}.") from error
         self.bytes_read += len(into)
         if zlib.crc32(into) != crc32:
             raise CheckpointError(
-                f"{self.path / name} is damaged: the {len(into)} bytes at {offset} ({what}) are not what was written. "
-                f"{self._remedy()}"
+                f"{self.path / name} is damaged: the {len(into)} bytes at {offset} ({what}) do not match their "
+                f"checksum. {self._remedy()}"
             )
 
     def _scratch(self, nbytes: int) -> memoryview:
@@ -417,14 +418,14 @@ class Reader:
         try:
             found = json.loads(path.read_bytes())
             if found["format"] != FORMAT or found["sha256"] != _digest(found["content"]):
-                raise ValueError("its checksum is another")
+                raise ValueError("its content does not match its checksum")
             if found["version"] != VERSION:
                 raise CheckpointError(
-                    f"{path} is of version {found['version']}, this shardadam reads {VERSION}. Update shardadam."
+                    f"{path} has format version {found['version']}, expected {VERSION}. Update shardadam."
                 )
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{self.path} is no whole checkpoint: it has no {MANIFEST}. {self._remedy()}"
+                f"{self.path} is not a whole checkpoint: {MANIFEST} is missing. {self._remedy()}"
             ) from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
@@ -437,7 +438,7 @@ class Reader:
 
     def _check_extent(self, key: str, file: int, offset: int, nbytes: int) -> None:
         if file >= len(self.index.files) or offset + nbytes > self.index.files[file][1]:
-            raise ValueError(f"{key} lies outside its file")
+            raise ValueError(f"{key} ends beyond its file")
 
     def _check_files(self) -> None:
         for name, nbytes in self.index.files:
@@ -453,11 +454,11 @@ class Reader:
                 )
 
     def _remedy(self) -> str:
-        return "Copy it anew from where it is whole, or load another checkpoint by its own directory."
+        return "Copy it again from an intact source, or load another checkpoint by its own directory."
 
 
 def _unpicklers_reason(error: BaseException) -> str:
-    """What torch.load's restricted unpickler has against it, without its advice to unpickle without restrictions."""
+    """Returns why torch.load refused it, without its advice to unpickle without restrictions."""
     text = str(error)
     found = re.search(
         r"Unsupported (?:global|class|operand)[^.\n]*\S*|GLOBAL \S+|[A-Z_]+ \S+ was not an allowed[^.\n]*", text

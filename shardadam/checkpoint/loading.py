@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``load``: every rank reads what lies in its own shards, on however many ranks it was saved; parameters are gathered.
+"""``load``: each rank reads the elements of its own shards, saved on any number of ranks; parameters are then gathered.
 
-Everything that can be checked without reading the data is checked before anything is changed.
+Checks everything that can be checked without reading tensors before it changes anything.
 """
 
 from __future__ import annotations
@@ -16,29 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.checkpoint import contents as things
-from shardadam.checkpoint import directory as directories
-from shardadam.checkpoint.contents import Contents, OwnedParameter, contents_of
+from shardadam.checkpoint.background import wait_for_background_save
+from shardadam.checkpoint.contents import (
+    PARAM_GROUPS,
+    SCHEDULER,
+    Contents,
+    OwnedParameter,
+    contents_of,
+    load_objects,
+    set_random_state,
+)
+from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
-from shardadam.checkpoint.saving import ARRIVAL, exchange, store_barrier_for, wait_for_background_save
+from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.engine.storage import ShardedParam, memory_order
-from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
+from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order, in_shape
-from shardadam.state.local import load_group_, local_state, spans_of
+from shardadam.state.local import load_group_
 from shardadam.update import formats, reference
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What ``load`` has loaded, beside model and optimizer.
+    """What ``load`` returns.
 
     Args:
-        path: the directory of this checkpoint.
-        step: how many steps had been taken.
-        world_size: on how many ranks it was saved.
-        extra: what this rank had passed as ``extra``; None on a rank that was not there.
-        extras: what each rank had passed, in rank order.
+        path: the directory of the checkpoint.
+        step: number of steps taken when it was saved.
+        world_size: number of ranks that saved it.
+        extra: the ``extra`` that this rank passed to ``save``; None on ranks beyond ``world_size``.
+        extras: the ``extra`` of all ranks that saved it, in rank order.
     """
 
     path: Path
@@ -59,104 +68,85 @@ def load(
 ) -> Checkpoint:
     """Loads the newest checkpoint in ``directory``, or ``directory`` itself if it is one, in place.
 
-    Collective, on any number of ranks, at any ``bucket_mb``; state that is stored in another ``Precision`` is
-    converted, state in the same one is loaded bit for bit. Never runs code that a checkpoint holds.
-
+    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
+    Number of ranks and ``bucket_mb`` may differ from those of ``save``. State saved in another ``Precision`` is
+    converted; in the same one it is loaded bit for bit. Never runs code that a checkpoint contains.
 
     Args:
-        directory: what was given to ``save``, or one of the checkpoints in it.
+        directory: as given to ``save``, or one checkpoint in it.
         model: as given to ``save``; None: not loaded.
         optimizer: the same.
         scheduler: the same.
-        random_states: restore the random number generators too, on the ranks that there were when it was saved.
-        timeout_s: how long to wait, in seconds, for ranks that give no sign of life.
+        random_states: restore the random number generators too, on ranks below the number of ranks that saved.
+        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
 
     Raises:
-        TimeoutError: names ranks that have not called it.
-        CheckpointError: there is no checkpoint, or it is not whole, or does not fit. Nothing has been changed then,
-            unless the message says so: damage within a file is met only when it is read.
+        TimeoutError: names ranks that did not call ``load``.
+        CheckpointError: there is no checkpoint, it is damaged, or it does not fit. Nothing has changed unless the
+            message says so: damage inside a file is found only when it is read.
     """
     wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
-    what = f"load from {directory}"
-
-    def agree(failure: Exception | None, phase: str, value: Any = None, *, is_last: bool = False) -> list[Any]:
-        return exchange(
-            store_barrier, failure, value, call="load", phase=phase, what=what, timeout_s=timeout_s, is_last=is_last
-        )
-
-    failure: Exception | None = None
-    path = ""
-    try:
-        path = str(directories.newest(directory)) if store_barrier.rank == 0 else ""
-    except Exception as error:
-        failure = error
-    path = agree(failure, ARRIVAL, path)[0]
+    exchange = RankExchange(store_barrier, call="load", what=f"load from {directory}", timeout_s=timeout_s)
+    with exchange.phase(ARRIVAL) as arrival:
+        if store_barrier.rank == 0:
+            arrival.value = str(newest(directory))
+    path = Path(arrival.values[0])
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
 
     with ExitStack() as opened:
-        try:
-            reader = opened.enter_context(Reader(Path(path)))
+        with exchange.phase("checked"):
+            reader = opened.enter_context(Reader(path))
             contents = contents_of(model, optimizer)
             if optimizer is not None:
                 optimizer._checkpoint_seam.bind_moved()
             _check_fit(contents, reader, scheduler)
             objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
-        except Exception as error:
-            failure = error
-        agree(failure, "checked")
         with _halfway(path, optimizer):
-            try:
-                with torch.no_grad(), store_barrier.heartbeat():
-                    _read_tensors(contents, reader)
-            except Exception as error:
-                failure = error
-            agree(failure, "read")
+            with exchange.phase("read"), torch.no_grad(), store_barrier.heartbeat():
+                _read_tensors(contents, reader)
             if optimizer is not None:
                 _set_scalars(contents, reader.content["optimizer"])
                 optimizer._checkpoint_seam.after_load(parameters=model is not None)
-            try:
+            with exchange.phase("done", is_last=True):
                 _set_objects(contents, objects, scheduler)
                 if random_states and f"rng.{store_barrier.rank}" in objects:
-                    things.set_random_state(objects[f"rng.{store_barrier.rank}"])
-            except Exception as error:
-                failure = error
-            agree(failure, "done", is_last=True)
+                    set_random_state(objects[f"rng.{store_barrier.rank}"])
         extras = reader.content["extras"]
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
 
 
 @contextmanager
-def _halfway(path: str, optimizer: ShardedAdam | None) -> Iterator[None]:
-    """Whoever fails inside leaves model and optimizer with a part of the checkpoint."""
+def _halfway(path: Path, optimizer: ShardedAdam | None) -> Iterator[None]:
+    """If the block fails, poisons the optimizer, because it and the model then hold a part of the checkpoint."""
     try:
         yield
     except BaseException as error:
         if optimizer is not None:
-            optimizer._checkpoint_seam.poison(f"loading {path} has failed halfway")
+            optimizer._checkpoint_seam.poison(f"loading {path} failed halfway")
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(
-            f"{error} What it was to be loaded into holds a part of it now: load another one before going on."
+            f"{error} Model and optimizer now hold a part of the checkpoint: load a whole one before training."
         ) from error
 
 
-# What must fit
+# Checks
 
 
 def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
-    """Raises unless everything asked for is there, in the right shapes, and nothing is left over."""
+    """Raises CheckpointError unless names and shapes of everything to be loaded are those of the checkpoint."""
     tensors = reader.index.tensors
     aliases: Mapping[str, str] = reader.content["aliases"]
     if contents.model is not None:
         found = {key for key in tensors if key.startswith("model.")} | aliases.keys()
         objects = {key for key in reader.index.objects if key.startswith("model.")}
         if not found | objects and contents.model_keys:
-            raise CheckpointError(f"{reader.path} holds no model: it was saved without. Leave model out.")
+            raise CheckpointError(f"{reader.path} was saved without a model. Call load without model.")
         _check_names("the model", reader, expected=contents.model_keys, found=found)
         _check_names("the model", reader, expected=contents.objects.keys(), found=objects)
         shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
@@ -165,13 +155,13 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
     if contents.optimizer is not None:
         saved = reader.content.get("optimizer")
         if saved is None:
-            raise CheckpointError(f"{reader.path} holds no optimizer: it was saved without. Leave optimizer out.")
+            raise CheckpointError(f"{reader.path} was saved without an optimizer. Call load without optimizer.")
         _check_groups(contents, reader, saved["groups"])
         frozen = sorted(set(saved["parameters"]) - {parameter.name for parameter in contents.owned})
         if frozen:
             raise CheckpointError(
-                f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad "
-                "before loading; what is frozen afterwards keeps its state."
+                f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad on "
+                "them before loading. You may freeze them again afterwards; their state stays."
             )
         for parameter in contents.owned:
             if parameter.name in saved["parameters"]:
@@ -185,16 +175,16 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
                 }
                 _check_names("the optimizer", reader, expected=shapes.keys(), found=shapes.keys() & tensors.keys())
                 _check_shapes(reader, shapes)
-    if scheduler is not None and things.SCHEDULER not in reader.index.objects:
-        raise CheckpointError(f"{reader.path} holds no scheduler: it was saved without. Leave scheduler out.")
+    if scheduler is not None and SCHEDULER not in reader.index.objects:
+        raise CheckpointError(f"{reader.path} was saved without a scheduler. Call load without scheduler.")
 
 
 def _check_names(whose: str, reader: Reader, *, expected: Collection[str], found: Collection[str]) -> None:
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unexpected:
         raise CheckpointError(
-            f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only there: "
-            f"{_some(unexpected)}. Build the model that was saved."
+            f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only in the "
+            f"checkpoint: {_some(unexpected)}. Build the model that was saved."
         )
 
 
@@ -223,8 +213,8 @@ def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[s
     if [set(group) for group in mine] != [set(group) for group in saved]:
         sizes, saved_sizes = [len(group) for group in mine], [len(group) for group in saved]
         raise CheckpointError(
-            f"{reader.path} does not fit the optimizer: its param groups have {saved_sizes} parameters, expected "
-            f"{sizes} and the same ones in each. Build the optimizer over the same groups."
+            f"{reader.path} does not fit the optimizer: found param groups of {saved_sizes} parameters, expected "
+            f"{sizes}, with the same ones in each. Build the optimizer over the same groups."
         )
 
 
@@ -236,38 +226,29 @@ def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int)
     if contents.model is not None:
         wanted += contents.objects
     if contents.optimizer is not None:
-        wanted.append(things.PARAM_GROUPS)
+        wanted.append(PARAM_GROUPS)
     if scheduler is not None:
-        wanted.append(things.SCHEDULER)
+        wanted.append(SCHEDULER)
     return {key: reader.read_object(key) for key in wanted if key in reader.index.objects}
 
 
 def _read_tensors(contents: Contents, reader: Reader) -> None:
-    """In place: this rank's shards of what is sharded, and all that is not."""
+    """Reads replicated tensors, and this rank's pieces of parameters and their state, in place."""
     aliases: Mapping[str, str] = reader.content["aliases"]
     for key, tensor in contents.replicated.items():
         _read_whole(tensor, reader, aliases.get(key, key))
     saved = reader.content.get("optimizer") or {"parameters": {}}
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
-        for low, high, elements in _stretches(parameter.param):
+        for piece in pieces_of(parameter.param):
             if contents.model is not None and source.dtype("parameter") is not None:
-                _read_parameter(parameter.param, source, low, high)
+                _read_parameter(piece, source)
             if parameter.name in saved["parameters"]:
-                _read_state(parameter.param, source, low, high, elements)
-
-
-def _stretches(param: ShardedParam) -> Iterator[tuple[int, int, slice]]:
-    """This rank's spans, cut so that what is converted stays small; and where they lie in its part of the state."""
-    begin = 0
-    for span in spans_of(param):
-        for low, high in cut(span.start, span.stop, 4 * ITEM_BYTES):
-            yield low, high, slice(begin + low - span.start, begin + high - span.start)
-        begin += span.numel
+                _read_state(piece, source)
 
 
 class _Source:
-    """What a checkpoint holds of one parameter, in the memory order that the parameter has here."""
+    """The stored tensors of one parameter, read in the memory order that the parameter has in this process."""
 
     def __init__(self, reader: Reader, parameter: OwnedParameter, aliases: Mapping[str, str]) -> None:
         self._reader = reader
@@ -284,23 +265,24 @@ class _Source:
             return self._reordered[kind].dtype if kind in self._reordered else None
         return self._spec(kind).dtype if kind in self._keys else None
 
-    def read(self, kind: str, low: int, high: int, into: Tensor | None = None) -> Tensor:
-        """Elements ``low : high`` (blocks of them for scales), into ``into`` where it can be written directly."""
+    def read(self, kind: str, piece: Piece, into: Tensor | None = None) -> Tensor:
+        """Returns the piece of a tensor (of scales: its blocks); reads into ``into`` and returns it where possible."""
+        start, stop = piece.start, piece.stop
         if kind in formats.SCALES:
-            low, high = low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL)
+            start, stop = start // ALIGNMENT_NUMEL, -(-stop // ALIGNMENT_NUMEL)
         if self._reordered:
-            return self._reordered[kind][low:high]
+            return self._reordered[kind][start:stop]
         dtype = self._spec(kind).dtype
         direct = into is not None and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
-        flat = into if direct and into is not None else torch.empty(high - low, dtype=dtype)
-        self._reader.read_(self._keys[kind], low, flat)
+        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype)
+        self._reader.read_(self._keys[kind], start, flat)
         return flat
 
     def _spec(self, kind: str) -> TensorSpec:
         return self._reader.index.tensors[self._keys[kind]].spec
 
     def _reorder(self, param: ShardedParam) -> None:
-        """Positions in memory mean other elements here than there: the whole tensors have to be turned."""
+        """Reads whole tensors and reorders them, because the saved parameter had another memory order."""
         raw = {}
         for kind in self._keys:
             raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype)
@@ -313,40 +295,33 @@ class _Source:
                 self._reordered[kind] = memory_order(in_shape(flat, spec.shape, spec.order), param.parameter)
 
 
-def _read_parameter(param: ShardedParam, source: _Source, low: int, high: int) -> None:
-    parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
-    stored = source.dtype("parameter")
-    if stored == parameter.dtype:
-        _copy_(parameter, source.read("parameter", low, high, parameter))
+def _read_parameter(piece: Piece, source: _Source) -> None:
+    parameter = piece.parameter()
+    if source.dtype("parameter") == parameter.dtype:
+        _copy_(parameter, source.read("parameter", piece, parameter))
     else:
-        exact = source.read("parameter" if source.dtype("master") is None else "master", low, high)
+        exact = source.read("parameter" if source.dtype("master") is None else "master", piece)
         narrow = exact.dtype == torch.float32 and parameter.dtype in (torch.bfloat16, torch.float16)
         parameter.copy_(reference.round_half_away(exact, parameter.dtype) if narrow else exact)
 
 
-def _read_state(param: ShardedParam, source: _Source, low: int, high: int, elements: slice) -> None:
-    blocks = slice(elements.start // ALIGNMENT_NUMEL, -(-elements.stop // ALIGNMENT_NUMEL))
-    state = {
-        kind: tensor[blocks if kind in formats.SCALES else elements]
-        for kind, tensor in local_state(param).items()
-        if kind not in ("step", "bound")
-    }
+def _read_state(piece: Piece, source: _Source) -> None:
+    state = piece.state()
     kinds = (*formats.MOMENTS, *formats.SCALES)
     own = [kind for kind in kinds if kind in state]
     if all(source.dtype(kind) == state[kind].dtype for kind in own):
         for kind in own:
-            _copy_(state[kind], source.read(kind, low, high, state[kind]))
+            _copy_(state[kind], source.read(kind, piece, state[kind]))
     else:
         device = state[formats.MOMENTS[0]].device
-        saved = {kind: source.read(kind, low, high).to(device) for kind in kinds if source.dtype(kind) is not None}
+        saved = {kind: source.read(kind, piece).to(device) for kind in kinds if source.dtype(kind) is not None}
         formats.write_moments_(state, *formats.read_moments(saved))
     if "master" in state or "remainder" in state:
-        parameter = memory_order(param.parameter.detach(), param.parameter)[low:high]
-        master = parameter
+        parameter = master = piece.parameter()
         if source.dtype("master") is not None:
-            master = source.read("master", low, high).to(parameter.device)
+            master = source.read("master", piece).to(parameter.device)
         elif source.dtype("parameter") == torch.float32:
-            master = source.read("parameter", low, high).to(parameter.device)
+            master = source.read("parameter", piece).to(parameter.device)
         formats.write_master_(state, parameter, master)
 
 
@@ -362,16 +337,16 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
     tensor.detach().copy_(in_shape(flat, spec.shape, spec.order))
 
 
-# What is no tensor
+# Objects and scalars
 
 
 def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any) -> None:
     if contents.optimizer is not None:
-        for group, saved in zip(contents.optimizer.param_groups, objects[things.PARAM_GROUPS], strict=True):
+        for group, saved in zip(contents.optimizer.param_groups, objects[PARAM_GROUPS], strict=True):
             load_group_(group, saved)
-    things.load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
+    load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
     if scheduler is not None:
-        scheduler.load_state_dict(objects[things.SCHEDULER])
+        scheduler.load_state_dict(objects[SCHEDULER])
 
 
 @torch.no_grad()
@@ -381,15 +356,14 @@ def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
     groups = contents.optimizer.param_groups
     for parameter in contents.owned:
         param, entry = parameter.param, saved["parameters"].get(parameter.name)
-        counters, state = param.arena.counters, local_state(param)
-        if entry is None:  # it was frozen then, and starts anew
-            for kind in (*formats.MOMENTS, *formats.SCALES):
-                if kind in state:
-                    state[kind].zero_()
-            own = memory_order(param.parameter.detach(), param.parameter)
-            for low, high, elements in _stretches(param):
-                at = {kind: state[kind][elements] for kind in formats.MASTERS if kind in state}
-                formats.write_master_(at, own[low:high], own[low:high])
+        counters = param.arena.counters
+        if entry is None:  # it was frozen when it was saved, so its Adam restarts
+            for piece in pieces_of(param):
+                state = piece.state()
+                for kind in (*formats.MOMENTS, *formats.SCALES):
+                    if kind in state:
+                        state[kind].zero_()
+                formats.write_master_(state, piece.parameter(), piece.parameter())
         steps = 0.0 if entry is None else entry["step"]
         counters.steps[param.arena_index] = steps
         betas = groups[param.arena.group_index]["betas"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's tensors as everybody else knows them, read a stretch at a time: moments are numbers, not codes.
+"""A checkpoint's tensors with moments decoded to floating point, read in chunks. For ``export`` and ``dcp``.
 
-For ``export`` and ``dcp``. Holds one item of one tensor at once, whatever the size of the tensor.
+Keeps one item of a tensor in memory, whatever the size of the tensor.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from shardadam.layout import ALIGNMENT_NUMEL, cut
 from shardadam.update import formats
 
 CHUNK_NUMEL = 2**17
-"""What ``Values.chunks`` yields at once: a multiple of ``ALIGNMENT_NUMEL``."""
+"""Elements in a chunk of ``Values.chunks``: a multiple of ``ALIGNMENT_NUMEL``."""
 
 STATE = (*formats.MOMENTS, "master")
 ReadFn = Callable[[int, int], Tensor]
 
 
 class Values:
-    """What the tensors of a checkpoint mean.
+    """The decoded tensors of a checkpoint.
+
+    ``specs``: all tensors by key, without scales; moments are float32 (float64 if stored so). ``parameters``: names of
+    the parameters that have state.
 
     Args:
-        reader: stays open as long as anything is read.
+        reader: must stay open while anything is read.
 
     Raises:
-        CheckpointError: moments are codes, and there are no scales for them.
-
-    ``specs`` has the keys and specs of all tensors: those of the checkpoint without scales, and moments in float32
-    (float64 where they are). ``parameters`` are the names that have state.
+        CheckpointError: moments are stored in codes without matching scales.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -59,12 +59,12 @@ class Values:
                 self.specs[key] = TensorSpec(torch.promote_types(spec.dtype, torch.float32), spec.shape, spec.order)
 
     def state_of(self, name: str) -> dict[str, str]:
-        """The kinds of state that a parameter has (of ``STATE``), and their keys."""
+        """Returns the keys of a parameter's state, by kind (of ``STATE``)."""
         keys = {kind: f"optimizer.state.{name}.{kind}" for kind in STATE}
         return {kind: key for kind, key in keys.items() if key in self.specs}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Hyperparameters of each group, all that torch.optim.AdamW has; without ``params``."""
+        """Returns each group's hyperparameters, without ``params``; torch.optim.AdamW's defaults for missing ones."""
         if PARAM_GROUPS not in self._reader.index.objects:
             return []
         defaults = inspect.signature(torch.optim.AdamW.__init__).parameters.values()
@@ -72,13 +72,13 @@ class Values:
         return [expected | group for group in self._reader.read_object(PARAM_GROUPS)]
 
     def model_objects(self) -> dict[str, Any]:
-        """What of the model's state is no tensor, by key."""
+        """Returns the entries of the model's state that are stored as objects, by key."""
         keys = [key for key in self._reader.index.objects if key.startswith("model.")]
         return {key: self._reader.read_object(key) for key in keys}
 
     def opened(self, key: str) -> ReadFn:
-        """A function that gives elements ``start : stop`` in memory order: 1-D, on the CPU, verified. Each item is read
-        once if stretches are asked for in ascending order.
+        """Returns a function that reads elements ``start : stop`` in memory order: 1-D, on the CPU, verified. It reads
+        each item once if it is called with ascending ranges.
         """
         stored = _Items(self._reader, key).read
         if key in self._scale_of:
@@ -87,7 +87,7 @@ class Values:
         return lambda start, stop: stored(start, stop).to(dtype)
 
     def chunks(self, key: str) -> Iterator[Tensor]:
-        """The whole tensor, in memory order."""
+        """Yields the whole tensor in memory order, 1-D."""
         read = self.opened(key)
         for start, stop in cut(0, self.specs[key].numel, CHUNK_NUMEL):
             yield read(start, stop)
@@ -98,14 +98,14 @@ class Values:
         if scale is None or scale.shape != (blocks,):
             found = "none" if scale is None else f"shape {scale.shape}"
             raise CheckpointError(
-                f"{self._reader.path}: {key} is stored in codes, and of their scales {found} was found, expected "
-                f"{scale_key} of shape ({blocks},). Load another checkpoint by its own directory."
+                f"{self._reader.path}: {key} is stored in codes; found {found} as {scale_key}, expected scales of "
+                f"shape ({blocks},). Load another checkpoint by its own directory."
             )
         return scale_key
 
 
 class _Items:
-    """Reads a stored tensor, and holds the item it has read last."""
+    """Reads a stored tensor; keeps the item that it read last."""
 
     def __init__(self, reader: Reader, key: str) -> None:
         self._reader = reader
@@ -138,7 +138,9 @@ def _decoding(key: str, numel: int, codes: ReadFn, scales: ReadFn) -> ReadFn:
         high = min(-(-stop // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL, numel)
         zeros = torch.zeros(high - low, dtype=torch.int8)
         own_scales = scales(low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL))
-        state = dict.fromkeys(formats.MOMENTS, zeros) | dict.fromkeys(formats.SCALES, own_scales)  # of the other one, 0
+        state = dict.fromkeys(formats.MOMENTS, zeros) | dict.fromkeys(
+            formats.SCALES, own_scales
+        )  # the other moment is 0
         state |= {kind: codes(low, high), scale: own_scales}
         values = formats.read_moments(state)[formats.MOMENTS.index(kind)]
         return values[start - low : stop - low]

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: without the program's name; None: those of this process.
+        arguments: without the program's name; None: from ``sys.argv``.
 
     Returns:
         The exit code.

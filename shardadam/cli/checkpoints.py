@@ -94,7 +94,7 @@ def _summary(reader: Reader) -> dict[str, Any]:
         "parameters": {"tensors": len(trained), "elements": numel},
         "tensors": [
             {"kind": kind, "dtype": dtype, "tensors": count, "elements": elements, "bytes": nbytes}
-            for (kind, dtype), (count, elements, nbytes) in sorted(kinds.items(), key=lambda entry: _rank(*entry[0]))
+            for (kind, dtype), (count, elements, nbytes) in sorted(kinds.items(), key=_sort_key)
         ],
         "objects": {"number": len(index.objects), "bytes": sum(stored.nbytes for stored in index.objects.values())},
         "bytes": sum(nbytes for _, nbytes in index.files),
@@ -117,7 +117,8 @@ def _kind(key: str) -> str:
     return "scales" if kind in formats.SCALES else kind
 
 
-def _rank(kind: str, dtype: str) -> tuple[int, str, str]:
+def _sort_key(entry: tuple[tuple[str, str], list[int]]) -> tuple[int, str, str]:
+    (kind, dtype), _ = entry
     return KINDS.index(kind) if kind in KINDS else len(KINDS), kind, dtype
 
 

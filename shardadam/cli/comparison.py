@@ -64,7 +64,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What ``compare`` found.
+    """The result of ``compare``.
 
     Args:
         source: the model.
@@ -105,7 +105,7 @@ def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: i
         available: bytes of memory for each rank; None if not known.
 
     Raises:
-        ValueError, TypeError: the optimizer would refuse ``asked``.
+        ValueError, TypeError: ``asked`` is not a valid setting of the optimizer.
     """
     planned = source.planned
     asked = replace(asked, precision=_explicit(asked, planned))
@@ -148,14 +148,14 @@ def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: i
 
 
 def _fitting(planned: Sequence[PlannedParameter], asked: Setting, available: int, layout: Layout) -> Fit:
-    """``planner.fitting``, but at once where nothing can fit: for a large model, all those layouts take seconds."""
+    """Calls ``planner.fitting`` unless nothing can fit: for a large model, its layouts take seconds."""
     if sum(one.nbytes for one in planned) > available:
         return Fit(asked, available, need_of(planned, layout, asked), None, None)
     return fitting(planned, asked, available, most_ranks=MOST_RANKS)
 
 
 def precisions(planned: Sequence[PlannedParameter], asked: Setting) -> list[Precision]:
-    """Every format that these parameters can be trained in, the requested one first."""
+    """Returns every format that these parameters can be trained in, the requested one first."""
     dtypes = {one.dtype for one in planned if one.trainable}
     moments: Iterable[Moments] = ("fp32",) if torch.float64 in dtypes else get_args(Moments)
     masters: Iterable[Any] = ("split", "fp32", "none") if dtypes & {*LOW} else (asked.precision.master,)
@@ -164,7 +164,7 @@ def precisions(planned: Sequence[PlannedParameter], asked: Setting) -> list[Prec
 
 
 def _explicit(asked: Setting, planned: Sequence[PlannedParameter]) -> Precision:
-    """The requested precision, with "auto" replaced by the master it stands for, if that is one for all parameters."""
+    """Returns the requested precision; replaces master "auto" if it selects one master for all parameters."""
     device = torch.device(asked.device)
     low = {one.dtype for one in planned if one.trainable and one.dtype in LOW}
     masters = {asked.precision.format(dtype, device).master for dtype in low}
@@ -193,8 +193,8 @@ def _alternative(name: str, *, is_estimate: bool = False, **kinds: int) -> Usage
 
 
 def adamw(planned: Sequence[PlannedParameter]) -> Usage:
-    """torch.optim.AdamW on every rank, in the parameters' own dtype. Does not count the buckets of DDP, which are extra
-    memory unless gradients are views of them.
+    """Counts torch.optim.AdamW on every rank, in the parameters' own dtype. Does not count DDP's buckets, which take
+    extra memory unless gradients are views of them.
     """
     need = adamw_need(planned)
     steps = 4 * sum(one.trainable for one in planned)
@@ -208,7 +208,7 @@ def adamw(planned: Sequence[PlannedParameter]) -> Usage:
 
 
 def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Usage:
-    """``adamw`` on float32 copies of the bfloat16 and float16 parameters."""
+    """Counts ``adamw`` on float32 copies of the bfloat16 and float16 parameters."""
     need = adamw_need(planned)
     exact = [(one, 4 if one.dtype in LOW else one.dtype.itemsize) for one in planned if one.trainable]
     return _alternative(

@@ -72,8 +72,8 @@ def _text(value: Any) -> str:
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """Facts by section and name: strings, numbers, booleans, lists of strings, or None for what is not installed or
-    not found.
+    """Returns facts by section and name: strings, numbers, booleans, lists of strings, or None if not installed or not
+    found.
     """
     return {
         "versions": _versions(),
@@ -97,7 +97,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """The version of an installed package, read without importing it; None if it is not installed."""
+    """Returns the version of a package without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -179,7 +179,7 @@ def _triton() -> bool | str:
 
 
 def _resolves() -> bool:
-    """Whether the host's name has an address: Gloo listens on it, unless GLOO_SOCKET_IFNAME is set."""
+    """Returns whether the host's name has an address. Gloo listens on it, unless GLOO_SOCKET_IFNAME is set."""
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:

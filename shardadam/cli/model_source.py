@@ -34,9 +34,9 @@ class ModelSource:
     """The parameters of a model, without their values.
 
     Args:
-        what: as the user has typed it.
+        what: as the user typed it.
         source: "number", "hugging_face" or "function".
-        description: for readers, the class of the model for example.
+        description: for readers; the class of the model, for example.
         parameters: by name, in the order of ``model.named_parameters()``; tied ones once.
     """
 
@@ -66,10 +66,9 @@ class ModelSource:
         return dict(counts)
 
     def units(self) -> dict[str, list[PlannedParameter]]:
-        """The parameters of each module that ``fully_shard`` would be called on, guessed from their names.
+        """Returns the parameters of each module that ``fully_shard`` would be called on, guessed from their names.
 
-        These are the numbered modules ("model.layers.3"), of nested ones the outermost; all other parameters belong to
-        the root, "".
+        These are the outermost numbered modules ("model.layers.3"); all other parameters belong to the root, "".
         """
         found: dict[str, list[PlannedParameter]] = {}
         for name, parameter in self.parameters:
@@ -80,12 +79,12 @@ class ModelSource:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The short name: "bf16"; torch's name if it has none."""
+    """Returns the short name, "bf16"; torch's name if there is none."""
     return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def find_model_source(what: str, dtype: torch.dtype | None = None, *, download: bool = False) -> ModelSource:
-    """Finds or builds the model that the user has typed.
+    """Finds or builds the model that the user typed.
 
     Args:
         what: a number of parameters, a path, a name on the Hugging Face Hub, or module:function.
@@ -139,7 +138,7 @@ def parse_count(text: str) -> int | None:
 
 
 def decoder_of(what: str, numel: int) -> ModelSource:
-    """A decoder of exactly ``numel`` parameters with the proportions of Llama 2.
+    """Returns a decoder of exactly ``numel`` parameters with the proportions of Llama 2.
 
     A layer has four square matrices and three of 8/3 the width; there is one layer for each 128 of width. Embedding and
     head have 32,000 tokens (fewer in small models). The remainder goes to the vocabulary, then to the last norm.
@@ -195,7 +194,7 @@ def _of_model(what: str, source: str, model: nn.Module) -> ModelSource:
 
 
 def _of_hugging_face(what: str, *, download: bool) -> ModelSource:
-    """The model of a config. A path that exists is never looked up on the Hub."""
+    """Builds the model of a config. Never looks up an existing path on the Hub."""
     path = Path(what)
     if path.is_dir() and not (path / "config.json").is_file():
         raise CommandError(f"{what}: found a directory without config.json, expected one of a Hugging Face model")
@@ -236,7 +235,7 @@ def _why_no_config(what: str, error: Exception, *, download: bool) -> str:
 
 
 def _of_function(what: str) -> ModelSource:
-    """The model that a function returns. Searches the current directory first, as ``python`` does."""
+    """Builds the model that a function returns. Searches the current directory first, as ``python`` does."""
     module_name, _, function_name = what.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)
@@ -273,7 +272,7 @@ def _call_on_meta(what: str, module_name: str, function_name: str) -> nn.Module:
 
 
 def _text_of(error: Exception) -> str:
-    """On one line: the type, the message, and the file and line that raised it."""
+    """Returns one line: the type, the message, and the file and line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{raised_at}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam plan``: says whether a model's training fits, in which format and on how many ranks.
+"""``shardadam plan``: tells whether training a model fits in memory, in which format and on how many ranks.
 
-Here are the options and the JSON output; ``comparison`` computes, ``plan_text`` and ``plan_plot`` show.
+Defines the options and the JSON output. ``comparison`` computes; ``plan_text`` and ``plan_plot`` show the result.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ _UNITS |= {letter: _UNITS[f"{letter}b"] for letter in "kmgt"} | {"b": 1}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "80GB", "79.6GiB" or "1000"."""
+    """Returns the bytes of a size such as "80GB", "79.6GiB" or "1000"."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?) ?([A-Za-z]*)", text)
     unit = None if match is None else _UNITS.get(match[2].lower())
     if match is None or unit is None or float(match[1]) * unit < 1:
@@ -164,7 +164,7 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """The object that ``--json`` prints; ``_EPILOG`` describes it."""
+    """Returns the object that ``--json`` prints; ``_EPILOG`` describes it."""
     source, asked = found.source, found.asked
     return {
         "version": 1,

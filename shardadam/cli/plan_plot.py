@@ -24,7 +24,7 @@ _PARTS = (
 
 
 def plot(found: Comparison, path: Path) -> None:
-    """Writes the picture to ``path``; its suffix says the file format.
+    """Writes the picture to ``path``; its suffix selects the file format.
 
     Raises:
         CommandError: matplotlib is not installed, or does not know the suffix.
@@ -64,7 +64,7 @@ def plot(found: Comparison, path: Path) -> None:
 
 
 def _shown(found: Comparison) -> list[Usage]:
-    """Other optimizers, and ours in every format with the requested ``gradient_sync``."""
+    """Returns other optimizers, and ours in every format with the requested ``gradient_sync``."""
     others = [usage for usage in found.alternatives if usage.setting is None]
     ours = [usage for usage in found.formats if usage.name == found.asked.gradient_sync]
     return [*others, *ours]

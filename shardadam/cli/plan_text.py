@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam plan`` as text: the requested setting, two tables, notes, and one sentence that says what to choose."""
+"""``shardadam plan`` as text: the requested setting, two tables, notes, and one sentence on what to choose."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _call(setting: Setting, source: ModelSource) -> str:
 
 
 def _kinds(found: Comparison, unit: Unit) -> str:
-    """The table of bytes by kind, in every format with the requested ``gradient_sync``."""
+    """Returns the table of bytes by kind, in every format with the requested ``gradient_sync``."""
     has_masters = _has_masters(found.source)
     columns = {
         "parameters": ("parameters",),

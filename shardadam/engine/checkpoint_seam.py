@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint needs of an optimizer, and all that it may touch of it."""
+"""The only access of ``checkpoint/`` to an optimizer's internals."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class _AfterLoad(Protocol):
 
 
 class CheckpointSeam:
-    """
+    """What ``save`` and ``load`` read and call of an optimizer.
+
     Args:
-        before_load: adds parameters that are not frozen any more. Collective if there are any.
-        after_load: takes notice of loaded state, and with ``parameters=True`` of loaded parameters, which it gathers.
-            Collective then.
+        before_load: adds parameters that were unfrozen. Collective if there are any.
+        after_load: updates what depends on the loaded state; with ``parameters=True``, also gathers the loaded
+            parameters (collective).
     """
 
     def __init__(self, engine: StepEngine, before_load: Callable[[], None], after_load: _AfterLoad) -> None:
@@ -30,12 +31,12 @@ class CheckpointSeam:
 
     @property
     def store_barrier(self) -> StoreBarrier:
-        """Where the ranks of the optimizer's process group exchange texts with a time limit."""
+        """The barrier of the ranks of the optimizer's process group."""
         return self._engine.transport.store_barrier
 
     @property
     def is_writer(self) -> bool:
-        """Of the ranks that hold the same shard (replicas), the first one writes it."""
+        """True on the first of the ranks that hold equal shards (replicas); only that rank writes them."""
         return self._engine.transport.replica == 0
 
     @property
@@ -43,17 +44,17 @@ class CheckpointSeam:
         return self._engine.parameters.params
 
     def description(self) -> dict[str, Any]:
-        """The formats of the state, for people who inspect a checkpoint."""
+        """Returns the formats of the state, for readers of the manifest."""
         return {
             "moments": self._engine.options.precision.moments,
             "masters": sorted({arena.format.master for arena in self._engine.parameters.arenas}),
         }
 
     def before_save(self) -> None:
-        """Waits until parameters and state are what the last step made of them. Collective.
+        """Waits until the last step has updated parameters and state. Collective.
 
         Raises:
-            RuntimeError: a step or a load was broken off and left a part behind; a parameter was replaced.
+            RuntimeError: a step or a load was interrupted halfway, or a parameter was replaced.
             ValueError: ranks disagreed in the last step.
         """
         self._engine.step_sync.read_all()
@@ -62,13 +63,13 @@ class CheckpointSeam:
         rebind_moved(self.params)
 
     def bind_moved(self) -> None:
-        """Takes parameters back whose ``data`` was replaced.
+        """Copies parameters whose ``data`` was replaced back into the flat storage. Local.
 
         Raises:
-            RuntimeError: one was replaced by a tensor of another kind.
+            RuntimeError: device, dtype, shape or strides have changed.
         """
         rebind_moved(self.params)
 
     def poison(self, reason: str) -> None:
-        """Until another checkpoint is loaded, ``step`` and ``save`` raise with this reason."""
+        """Makes ``step`` and ``save`` raise with this reason until a checkpoint is loaded."""
         self._engine.poison.reason = reason

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor of a parameter's shape of which this rank holds some spans: the form that torch.distributed.checkpoint
-(DCP) saves and reshards.
+"""``FlatShard``: a tensor of which this rank holds some spans, for torch.distributed.checkpoint (DCP) to reshard.
 
-Holds no optimizer and moves nothing between ranks. DCP speaks of boxes (offsets and sizes, one number a dimension), the
-optimizer of spans in memory order: ``boxes`` translates.
+Knows no optimizer; moves nothing between ranks. The optimizer cuts tensors into spans in memory order, DCP into boxes
+(offsets and sizes, one number for each dimension); ``boxes`` converts spans.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _row_major_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tu
         return
     row_numel = math.prod(shape[1:])
     first, last = -(-start // row_numel), stop // row_numel  # the whole rows
-    if first > last:  # inside one row
+    if first > last:  # the span lies inside one row
         yield from _boxes_in_row(shape, last, start, stop)
         return
     if start < first * row_numel:
@@ -67,18 +66,18 @@ def _boxes_in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iter
 
 
 def in_shape(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
-    """A view of ``flat``, the elements of a tensor in memory order, in the tensor's ``shape``."""
+    """Returns a view of ``flat``, a tensor's elements in memory order, in the tensor's ``shape``."""
     return flat.view([shape[dim] for dim in order]).permute(_logical(order))
 
 
 def _logical(order: Sequence[int]) -> list[int]:
-    """Where each dimension of the tensor stands in ``order``."""
+    """Returns the position in ``order`` of each dimension of the tensor."""
     return sorted(range(len(order)), key=lambda position: order[position])
 
 
 def dimension_order(tensor: Tensor) -> tuple[int, ...]:
-    """The dimensions of a dense tensor from the outermost to the innermost in memory; equal for equal orders of
-    elements, whatever the strides of dimensions of size 1.
+    """Returns the dimensions of a dense tensor from the outermost to the innermost in memory. Ignores the strides of
+    dimensions of size 1, so that equal orders of elements give equal results.
     """
     strides = tensor.stride()
     long = sorted((dim for dim in range(tensor.ndim) if tensor.shape[dim] != 1), key=lambda dim: -strides[dim])
@@ -90,11 +89,11 @@ def dimension_order(tensor: Tensor) -> tuple[int, ...]:
 class FlatShard(Tensor):
     """A tensor of ``shape`` of which this rank holds ``spans``, one after the other in ``local``.
 
-    It knows shape, dtype and device, and what DCP asks for; it has no arithmetic. ``local`` is 1-D and shares memory
-    with whoever made it, so what DCP loads into a ``FlatShard`` is loaded in place.
+    It has shape, dtype, device and the methods that DCP calls, but no arithmetic. ``local`` is not copied, so DCP loads
+    into it in place.
 
     Args:
-        local: 1-D, as many elements as ``spans`` have.
+        local: 1-D, with as many elements as ``spans``.
         spans: the parts of the whole tensor that ``local`` holds, ascending.
         shape: of the whole tensor.
         order: its dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
@@ -115,7 +114,7 @@ class FlatShard(Tensor):
         return whole
 
     def _parts(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
-        """This rank's boxes, and the view of ``local`` that holds each, in the tensor's own order of dimensions."""
+        """Yields this rank's boxes, each with its view of ``local``, in the tensor's own order of dimensions."""
         begin = 0
         for span in self.spans:
             for start, stop in cut(span.start, span.stop, ITEM_BYTES // self.dtype.itemsize):
@@ -124,7 +123,7 @@ class FlatShard(Tensor):
                     yield box, in_shape(self.local[begin:end], box.sizes, self.order)
                     begin = end
 
-    # torch.distributed._checkpointable
+    # The protocol of torch.distributed._checkpointable
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [box for box, _ in self._parts()]
@@ -144,9 +143,9 @@ class FlatShard(Tensor):
         for box, part in self._parts():
             if box.offsets == index.offset:
                 return part
-        raise ValueError(f"{index} is not on this rank")
+        raise ValueError(f"found {index}, expected a box of this rank")
 
-    # What copies a state dict calls (deepcopy, DCP's stagers), and nothing else
+    # Only what copies of a state dict call (deepcopy, DCP's stagers)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -160,7 +159,7 @@ class FlatShard(Tensor):
         if function is _aten.new_empty.default:
             return first._with(first.local.new_empty(first.local.shape, **kwargs))
         raise NotImplementedError(
-            f"{function}: this is one rank's shard of a tensor, in optimizer.state_dict(), and has no arithmetic. Use "
+            f"{function}: a tensor of optimizer.state_dict() holds one rank's shard and has no arithmetic. Use "
             "optimizer.full_state(p) for whole tensors."
         )
 
@@ -176,7 +175,7 @@ class FlatShard(Tensor):
             "optimizer.state_dict() holds one rank's shards; a pickle of them would look whole and lose the rest. Save "
             "with shardadam.save(directory, model=model, optimizer=optimizer, step=step), or with "
             "torch.distributed.checkpoint.save, or pickle optimizer.full_state_dict() (collective; whole on rank 0). "
-            "transformers.Trainer: use shardadam.integrations.transformers.ShardedTrainer, or give yours "
+            "With transformers.Trainer, use ShardedTrainer from shardadam.integrations.transformers, or pass "
             "callbacks=[ConsolidateCallback()] from there."
         )
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of an optimizer as torch's dict of tensors: this rank's shards of it, and back.
-
-Local: nothing here moves anything between ranks.
-"""
+"""This rank's shards of the optimizer's state as torch's dict of tensors, and loading from such a dict. Local."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ _NAMES = {code: name for name, code in _CODES.items()}
 
 
 def local_state(param: ShardedParam) -> dict[str, Tensor]:
-    """Everything of the parameter in its arena's state, as views: this rank's elements, in memory order, in one
-    dimension, in the format they are stored in.
+    """Returns views of this rank's elements of the parameter's state, in memory order and in the format they are stored
+    in. All are 1-D, except step and bound (0-dim).
     """
     arena = param.arena
     state = {"step": arena.counters.steps[param.arena_index]}
@@ -36,10 +33,10 @@ def local_state(param: ShardedParam) -> dict[str, Tensor]:
 
 
 def saved_name(name: str, param: ShardedParam) -> str:
-    """What a part of the state is called where torch sees it.
+    """Returns the name under which torch sees a tensor of the state.
 
-    Codes have a name of their own: DCP and torch's optimizers convert dtypes, and would take codes for moments. A
-    remainder is saved as the master it makes.
+    Codes have other names than moments, because DCP and torch's optimizers convert dtypes and would read codes as
+    moments. A remainder is saved as the master it encodes.
     """
     if name == "remainder":
         return "master"
@@ -47,17 +44,17 @@ def saved_name(name: str, param: ShardedParam) -> str:
 
 
 def torch_state(param: ShardedParam) -> dict[str, Tensor]:
-    """What torch keeps in ``optimizer.state[p]``: the local state, with the very keys of ``saved_state``, because
-    set_optimizer_state_dict takes of a flattened dict what is named there, and drops the rest. A remainder is there as
-    it is stored.
+    """Returns what torch keeps in ``optimizer.state[p]``: the local state, with a remainder as it is stored.
+
+    The keys are those of ``saved_state``: set_optimizer_state_dict drops other keys of a flattened dict.
     """
     return {saved_name(name, param): tensor for name, tensor in local_state(param).items()}
 
 
 def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
-    """What ``optimizer.state_dict()`` holds of the parameter: tensors of its shape, of which this rank has its spans.
+    """Returns the parameter's entry of ``optimizer.state_dict()``: tensors of its shape, each with this rank's spans.
 
-    They share memory with the optimizer, but for ``master``, which is made anew where a remainder is stored.
+    They share memory with the optimizer, except a ``master`` that is computed from a remainder.
     """
     saved: dict[str, Tensor] = {}
     for name, tensor in local_state(param).items():
@@ -75,7 +72,7 @@ def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
 
 
 def state_spans(name: str, param: ShardedParam) -> list[Span]:
-    """The stretches of the whole that a tensor of ``local_state`` holds; none of what has no shards."""
+    """Returns the spans of the whole tensor that a tensor of ``local_state`` holds; none for step and bound."""
     if name in ("step", "bound"):
         return []
     return block_spans(param) if name in formats.SCALES else spans_of(param)
@@ -84,14 +81,14 @@ def state_spans(name: str, param: ShardedParam) -> list[Span]:
 def _whole_or_shard(
     local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int], world_size: int
 ) -> Tensor:
-    """On one rank, and of an empty parameter, a shard is the whole: an ordinary tensor, as torch has it."""
+    """Returns a ``FlatShard``, or an ordinary tensor where the shard is the whole: on one rank, or if it is empty."""
     if world_size > 1 and torch.Size(shape).numel() > 0:
         return FlatShard(local, spans, shape, order)
     return in_shape(local, shape, order)
 
 
 def spans_of(param: ShardedParam) -> list[Span]:
-    """The stretches of the parameter that lie in this rank's shards, adjacent ones joined."""
+    """Returns the spans of the parameter that lie in this rank's shards, with adjacent ones joined."""
     joined: list[Span] = []
     for segment in param.shard_segments:
         if joined and joined[-1].stop == segment.start:
@@ -102,7 +99,7 @@ def spans_of(param: ShardedParam) -> list[Span]:
 
 
 def block_spans(param: ShardedParam) -> list[Span]:
-    """The same in units of ``ALIGNMENT_NUMEL`` elements; spans start at multiples of it."""
+    """Returns ``spans_of`` in blocks of ``ALIGNMENT_NUMEL`` elements; spans start at multiples of it."""
     return [Span(span.start // ALIGNMENT_NUMEL, -(-span.numel // ALIGNMENT_NUMEL)) for span in spans_of(param)]
 
 
@@ -113,14 +110,18 @@ def block_count(param: ShardedParam) -> int:
 def load_local(
     param_groups: list[dict[str, Any]], params: Sequence[ShardedParam], state_dict: Mapping[str, Any]
 ) -> None:
-    """Copies ``state_dict`` into the params' state and the dicts of ``param_groups``, after checking all of it."""
+    """Copies ``state_dict`` into the params' state and ``param_groups``, after checking all of it.
+
+    Raises:
+        ValueError: it does not fit; nothing has changed.
+    """
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in param_groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if sizes != saved_sizes:
         raise ValueError(
             f"state_dict has param groups of {saved_sizes} parameters, expected {sizes}. Build the optimizer over the "
-            "same model and groups as the one that was saved."
+            "model and groups that were saved."
         )
     indices = [index for group in saved_groups for index in group["params"]]
     parameters = [parameter for group in param_groups for parameter in group["params"]]
@@ -141,7 +142,7 @@ def load_local(
 
 
 def load_group_(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Hyperparameters of a param group; whether it is Adam or AdamW stays as the optimizer was built."""
+    """Copies hyperparameters into a param group, except ``decoupled_weight_decay``: Adam stays Adam."""
     kept = ("params", "param_names", "decoupled_weight_decay")
     for key, value in saved.items():
         if key not in kept:
@@ -151,19 +152,19 @@ def load_group_(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def _own(param: ShardedParam, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """This rank's elements of everything in ``saved``.
+    """Returns this rank's elements of all tensors in ``saved``.
 
     Raises:
-        ValueError: it does not fit the parameter.
+        ValueError: they do not fit the parameter.
     """
     if saved.get("max_exp_avg_sq") is not None:
         raise ValueError(f"Parameter {param.name!r}: state_dict comes from amsgrad=True, which is not supported.")
-    # set_optimizer_state_dict gives an empty dict for what a flattened one does not have
+    # set_optimizer_state_dict passes an empty dict for a key that a flattened dict lacks
     own = {_NAMES.get(name, name): value for name, value in saved.items() if not isinstance(value, Mapping)}
     expected = ["step", *formats.MOMENTS, *(formats.SCALES if saved.keys() & _NAMES.keys() else ())]
     missing = [name for name in expected if saved and name not in own]
     if missing:
-        raise ValueError(f"Parameter {param.name!r}: state_dict has only {sorted(saved)} of it, {missing} are missing.")
+        raise ValueError(f"Parameter {param.name!r}: found only {sorted(saved)} in state_dict, {missing} are missing.")
     for name in (*formats.MOMENTS, "master"):
         if name in own:
             own[name] = _own_part(param, name, own[name], param.shape, spans_of(param))
@@ -182,10 +183,10 @@ def _own_part(param: ShardedParam, name: str, saved: Tensor, shape: Sequence[int
         in_order = name in formats.SCALES or saved.order == dimension_order(param.parameter)
         if saved.spans != tuple(spans) or not in_order:
             raise ValueError(
-                f"Parameter {param.name!r}: state_dict holds the elements {_describe(saved.spans)} of {name}, this "
-                f"rank has {_describe(spans)}. It is another rank's, or was made on another number of ranks, at "
-                "another bucket_mb or in another memory format. To reshard, go through a file: shardadam.save and "
-                "shardadam.load, or torch.distributed.checkpoint."
+                f"Parameter {param.name!r}: state_dict has the elements {_describe(saved.spans)} of {name}, expected "
+                f"this rank's {_describe(spans)}. It comes from another rank, number of ranks, bucket_mb or memory "
+                "format. To reshard, save to a file and load it: with shardadam.save and shardadam.load, or with "
+                "torch.distributed.checkpoint."
             )
         return saved.local
     if name in formats.SCALES:
@@ -198,12 +199,11 @@ def _describe(spans: Sequence[Span]) -> str:
 
 
 def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[float, float]) -> None:
-    """Writes this rank's elements into the state, converted to the format they are in. A parameter that
-    ``saved`` has nothing of starts anew.
+    """Writes this rank's elements into the state, converted to its format. If ``saved`` is empty, Adam restarts.
 
     Args:
         saved: 1-D tensors, in any format; ``step`` and ``bound`` are numbers.
-        betas: what the bound is made of where ``saved`` has none.
+        betas: for the bound, if ``saved`` has none.
     """
     state = local_state(param)
     steps = float(saved.get("step", 0.0))
@@ -225,7 +225,7 @@ def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[f
 
 
 def own_elements(param: ShardedParam, whole: Tensor) -> Tensor:
-    """This rank's elements of a tensor of the parameter's shape."""
+    """Returns this rank's elements of a tensor of the parameter's shape, 1-D."""
     return _take(memory_order(whole, param.parameter), spans_of(param))
 
 

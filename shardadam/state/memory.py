@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that an optimizer holds on a rank, by kind."""
+"""The bytes that an optimizer holds on a rank, by kind."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Memory:
     """Bytes that an optimizer holds on this rank, by kind.
 
     Args:
-        parameters: the flat buffers that trainable parameters are views of; whole on every rank.
+        parameters: the flat buffers that trainable parameters are views of, whole on every rank.
         gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory.
-        gradient_shard: this rank's shard of the reduced gradients. Over shared memory with ``gradient_sync="step"``
-            there is none until the norm, or a full gradient, is wanted.
-        staging: room for buckets of gradients on their way, as it is now; it grows while backward is ahead of the
-            peers.
+        gradient_shard: this rank's shard of the reduced gradients. Over shared memory with ``gradient_sync="step"``, it
+            is allocated when the norm or a full gradient is first needed.
+        staging: the current buffers for buckets of gradients that are being reduced. They grow while backward is ahead
+            of the peers.
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
         master: this rank's shard of the exact values behind low-precision parameters, or of their remainders.
-        scalars: of each parameter, its step counter and the bound on its update.
-        tables: which parameter each 128 elements belong to, and what a kernel must know of each.
+        scalars: each parameter's step counter and bound on its update.
+        tables: which parameter each block of 128 elements belongs to, and each parameter's inputs for the kernel.
     """
 
     parameters: int
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What torch.optim.AdamW would call its state: moments, master and step counters."""
+        """What torch.optim.AdamW keeps as state: moments, master and scalars."""
         return self.moments + self.master + self.scalars
 
     @property
@@ -48,6 +48,7 @@ class Memory:
 
 
 def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
+    """Returns the bytes that these arenas and this reducer hold now."""
     return Memory(
         parameters=sum(arena.parameters.nbytes for arena in arenas),
         gradients=reducer.gradient_bytes(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's state dict of an optimizer, made of this rank's shards, or whole on one rank."""
+"""The optimizer's state dict in torch's form: this rank's shards, or whole on one rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ StateDict = dict[str, Any]
 
 
 def local_state_dict(parameters: ShardedParameters, param_groups: ParamGroups, *, world_size: int) -> StateDict:
-    """This rank's shard of every tensor, in the optimizer's own memory. Local."""
+    """Returns this rank's shard of every tensor, in the optimizer's own memory. Local."""
     params = parameters.by_id()
     entries = {
         position: local.saved_state(params[key], world_size=world_size)
@@ -29,10 +29,10 @@ def local_state_dict(parameters: ShardedParameters, param_groups: ParamGroups, *
 def whole_state_dict(
     parameters: ShardedParameters, param_groups: ParamGroups, transport: Transport, *, to: int
 ) -> StateDict | None:
-    """New, whole tensors on the CPU on rank ``to``; None on the others. Collective.
+    """Returns new, whole tensors on the CPU on rank ``to``; None on the others. Collective.
 
     Raises:
-        ValueError: ``to`` is no rank of the optimizer's process group.
+        ValueError: ``to`` is not a rank of the optimizer's process group.
     """
     barrier = transport.store_barrier
     if not 0 <= to < len(barrier.ranks):
@@ -47,7 +47,7 @@ def whole_state_dict(
 
 
 def shallow_copy(state_dict: StateDict) -> StateDict:
-    """Copies the dicts and lists: callers may rename keys, as get_optimizer_state_dict does."""
+    """Copies dicts and lists, but no tensors: callers may rename keys, as get_optimizer_state_dict does."""
     return {
         "state": {index: {**entry} for index, entry in state_dict["state"].items()},
         "param_groups": [{**group} for group in state_dict["param_groups"]],
@@ -55,13 +55,13 @@ def shallow_copy(state_dict: StateDict) -> StateDict:
 
 
 def _positions(param_groups: ParamGroups) -> dict[int, int]:
-    """The position of every parameter among all of them, by its ``id``."""
+    """Returns the position of every parameter among all of them, by its ``id``."""
     parameters = (parameter for group in param_groups for parameter in group["params"])
     return {id(parameter): position for position, parameter in enumerate(parameters)}
 
 
 def _packed(param_groups: ParamGroups) -> list[dict[str, Any]]:
-    """The param groups, with positions in place of parameters; ``params`` comes last, as in torch."""
+    """Returns the param groups with positions in place of parameters; ``params`` comes last, as in torch."""
     positions = _positions(param_groups)
     return [
         {key: value for key, value in group.items() if key != "params"}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``optimizer.state`` as torch users write it: emptied, replaced, assigned to. Every write reaches the flat storage.
+"""``optimizer.state``, which users may clear, replace and assign to. Every write reaches the flat storage.
 
-Holds views only: the moments live in the arenas. Local: nothing here moves anything between ranks, so all ranks must
-write alike.
+Holds views only; the moments live in the arenas. Local: all ranks must make the same writes.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _MASTER = "master"
 
 
 class ParamState(dict[str, Tensor]):
-    """``optimizer.state[p]``: this rank's part of the parameter's state, 1-D views of the flat storage by name.
+    """``optimizer.state[p]``: this rank's elements of the parameter's state, as 1-D views of the flat storage, by name.
 
-    Assigning to an entry copies into it: a tensor of the entry's shape, or of the parameter's, of which this rank keeps
-    its elements. Emptying it starts the parameter's Adam anew, as in torch; an exact master weight stays. Entries can
-    be neither added nor removed one by one.
+    Assigning to an entry copies a tensor of the entry's shape, or this rank's elements of one of the parameter's shape.
+    Clearing restarts the parameter's Adam, as in torch; an exact master weight stays. Single entries cannot be added
+    or removed.
     """
 
     def __init__(self, param: ShardedParam) -> None:
@@ -39,7 +38,7 @@ class ParamState(dict[str, Tensor]):
         self._write(name, self._checked(name, value))
 
     def replace(self, entries: Mapping[str, Any]) -> None:
-        """Starts anew, then copies ``entries``. Changes nothing if one of them does not fit."""
+        """Clears the state, then copies ``entries``. Changes nothing if one of them does not fit."""
         checked = {name: self._checked(name, value).clone() for name, value in entries.items()}
         for name, tensor in self.items():
             if name != _MASTER:
@@ -79,13 +78,13 @@ class ParamState(dict[str, Tensor]):
 
     def _refuse(self, name: str) -> NoReturn:
         raise ValueError(
-            f"optimizer.state: {name!r} of parameter {self._param.name!r} can be neither added nor removed; there are "
-            f"{', '.join(self)}. Assign to one of these, empty optimizer.state[p] to start its Adam anew, or keep what "
-            "is yours in a dict of your own."
+            f"optimizer.state: {name!r} of parameter {self._param.name!r} can be neither added nor removed, expected "
+            f"one of {', '.join(self)}. Assign to one of these, clear optimizer.state[p] to restart its Adam, or "
+            "keep other values in a dict of your own."
         )
 
     def _checked(self, name: str, value: Any) -> Tensor:
-        """This rank's elements of ``value``."""
+        """Returns this rank's elements of ``value``; raises ValueError if they do not fit."""
         if name not in self:
             self._refuse(name)
         target = self[name]
@@ -115,7 +114,7 @@ class ParamState(dict[str, Tensor]):
 
 
 class OptimizerState(defaultdict[Tensor, Any]):
-    """``optimizer.state``: a ``ParamState`` for every trainable parameter, which stays there whatever is written."""
+    """``optimizer.state``: a ``ParamState`` for each trainable parameter; no write removes or replaces it."""
 
     def __init__(self) -> None:
         super().__init__(dict)
@@ -124,7 +123,7 @@ class OptimizerState(defaultdict[Tensor, Any]):
         super().__setitem__(param.parameter, ParamState(param))
 
     def replace(self, entries: Mapping[Tensor, Any]) -> None:
-        """What ``optimizer.state = entries`` means: parameters that are not in it start anew."""
+        """Implements ``optimizer.state = entries``: parameters that are not in it restart."""
         for parameter in [*self]:
             if parameter not in entries:
                 del self[parameter]
@@ -157,7 +156,7 @@ class OptimizerState(defaultdict[Tensor, Any]):
         return taken
 
     def popitem(self) -> NoReturn:
-        raise ValueError("optimizer.state: popitem() has no end, as trainable parameters stay. Call clear().")
+        raise ValueError("optimizer.state: popitem() cannot remove trainable parameters. Call clear() to restart Adam.")
 
     def update(self, *others: Any, **named: Any) -> None:
         entries: Iterable[tuple[Any, Any]] = dict(*others, **named).items()

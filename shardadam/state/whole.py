@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole tensors of the state, exact whatever they are stored in, out of the shards of all ranks. Collective."""
+"""Gathers whole tensors of the state, in exact values whatever their format. Collective."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from shardadam.update import formats
 
 
 def gather(param: ShardedParam, shard_of: Callable[[FlatBucket], Tensor], transport: Transport) -> Tensor:
-    """Of what ``shard_of`` takes from each of the parameter's buckets: a new tensor of its shape, on its device."""
+    """Gathers what ``shard_of`` returns for the parameter's buckets into a new tensor of its shape, on its device."""
     device = param.parameter.device
     return gather_shards(param.buckets, shard_of, transport, keep={param.index}, device=device)[param.index]
 
 
 def of_one(param: ShardedParam, transport: Transport) -> dict[str, Tensor]:
-    """Its step, moments and, where there is one, master; new tensors on its device."""
+    """Returns step, moments and, if there is one, master of a parameter, as new tensors on its device."""
     whole = {"step": _step(param).clone()}
     for name in _names(param.arena):
         whole[name] = gather(param, methodcaller("exact_state", name), transport)
@@ -31,10 +31,10 @@ def of_one(param: ShardedParam, transport: Transport) -> dict[str, Tensor]:
 def of_all(
     arenas: Sequence[FlatArena], transport: Transport, *, keep: bool
 ) -> list[tuple[ShardedParam, dict[str, Tensor]]]:
-    """The same of every parameter, on the CPU.
+    """Returns the same of every parameter, on the CPU.
 
     Args:
-        keep: whether this rank wants them; without it the dicts hold the step alone.
+        keep: whether this rank needs the tensors; otherwise the dicts contain only the step.
     """
     found: dict[int, tuple[ShardedParam, dict[str, Tensor]]] = {
         param.index: (param, {"step": _step(param).cpu().clone()}) for arena in arenas for param in arena.params
@@ -55,5 +55,5 @@ def _step(param: ShardedParam) -> Tensor:
 
 
 def _names(arena: FlatArena) -> list[str]:
-    """What ``FlatBucket.exact_state`` can give of an arena."""
+    """Returns the names that ``FlatBucket.exact_state`` takes."""
     return [*formats.MOMENTS, *(["master"] if arena.format.master in ("fp32", "split") else [])]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of a parameter that this rank owns, in which ``save`` and ``load`` read and write it. Local."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardadam.engine.storage import ShardedParam, memory_order
+from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
+from shardadam.state.local import local_state, spans_of
+from shardadam.update import formats
+
+PIECE_NUMEL = 4 * ITEM_BYTES
+"""Pieces end at multiples of this. It bounds temporary memory where a format is converted or a GPU's memory copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``start : stop`` of a parameter, in memory order, which lie in this rank's shards.
+
+    ``state_start``: where their state begins in the tensors of ``local_state``.
+    """
+
+    param: ShardedParam
+    start: int
+    stop: int
+    state_start: int
+
+    def parameter(self) -> Tensor:
+        """Returns a view of the elements, 1-D."""
+        return memory_order(self.param.parameter.detach(), self.param.parameter)[self.start : self.stop]
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns views of their state, 1-D: moments, their scales, and master or remainder."""
+        begin, end = self.state_start, self.state_start + self.stop - self.start
+        elements, blocks = slice(begin, end), slice(begin // ALIGNMENT_NUMEL, -(-end // ALIGNMENT_NUMEL))
+        return {
+            kind: tensor[blocks if kind in formats.SCALES else elements]
+            for kind, tensor in local_state(self.param).items()
+            if kind not in ("step", "bound")
+        }
+
+
+def pieces_of(param: ShardedParam) -> Iterator[Piece]:
+    """Yields this rank's pieces in ascending order; each starts at a multiple of ``ALIGNMENT_NUMEL``."""
+    state_start = 0
+    for span in spans_of(param):
+        for start, stop in cut(span.start, span.stop, PIECE_NUMEL):
+            yield Piece(param, start, stop, state_start + start - span.start)
+        state_start += span.numel
