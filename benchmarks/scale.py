@@ -271,9 +271,9 @@ def seconds(work: Callable[[], None], rounds: int) -> list[float]:
 def transfers(transport: Transport, numels: Sequence[int]) -> dict[str, Callable[[], None]]:
     """Transfers of all buckets, one after the other. All use one staging buffer, and lie in one flat buffer."""
     cpu = torch.device("cpu")
-    staging = transport.staging(max(numels), torch.float32, cpu)
+    staging = transport.allocate_staging(max(numels), torch.float32, cpu)
     staging.send.fill_(1.0)
-    flat = transport.parameters(sum(numels), torch.float32, cpu)
+    flat = transport.allocate_parameters(sum(numels), torch.float32, cpu)
     buckets: list[Tensor] = list(flat.split(list(numels)))
     shards = [torch.zeros(numel // transport.world_size) for numel in numels]
 

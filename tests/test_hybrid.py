@@ -247,7 +247,7 @@ def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
     seen: dict[int, list[float]] = {}
     pending = []
     for transfer, (shard, accumulate) in enumerate([(0, False), (1, True), (0, True)]):
-        staging = transport.staging(numel, torch.float32, torch.device("cpu"))
+        staging = transport.allocate_staging(numel, torch.float32, torch.device("cpu"))
         staging.send.fill_(rank + 1)
 
         def on_chunk(part: Tensor, transfer: int = transfer) -> None:
@@ -311,7 +311,7 @@ def look_at_what_is_under_way(late: int, kind: str) -> tuple[list[bool], bool]:
     """Whether a sum says that it is done: before the late rank has come, and in the end."""
     rank, _ = rank_and_size()
     transport = connected((2, 2), kind)
-    staging = transport.staging(8, torch.float32, torch.device("cpu"))
+    staging = transport.allocate_staging(8, torch.float32, torch.device("cpu"))
     staging.send.fill_(1.0)
     shard = torch.empty(4)
     early = []

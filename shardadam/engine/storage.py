@@ -189,7 +189,7 @@ def _allocate_arena(
         format=format,
         params=[],
         buckets=[],
-        parameters=transport.parameters(plan.numel, dtype, device),
+        parameters=transport.allocate_parameters(plan.numel, dtype, device),
         gradient_shard=torch.empty(numel, dtype=format.exact_dtype, device=device),  # written before it is read
         state=formats.allocate(format, numel, device),
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),

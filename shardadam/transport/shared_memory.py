@@ -122,12 +122,12 @@ class SharedMemoryTransport(Transport):
 
     # Buffers
 
-    def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type != "cpu" or numel == 0:
-            return self._inner.parameters(numel, dtype, device)
+            return self._inner.allocate_parameters(numel, dtype, device)
         return self._share(numel * dtype.itemsize).view(dtype)
 
-    def gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def allocate_gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         if device.type != "cpu" or numel == 0:
             return None
         return self._share(numel * dtype.itemsize).view(dtype)
@@ -137,9 +137,9 @@ class SharedMemoryTransport(Transport):
         assert views is not None
         return [own_slice(view, self.rank, self.world_size) for view in views]
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         if device.type != "cpu":
-            return self._inner.staging(numel, dtype, device)
+            return self._inner.allocate_staging(numel, dtype, device)
         memory, descriptor = _allocate(numel * dtype.itemsize)
         number = self._staging_count
         self._staging_count += 1
@@ -148,12 +148,12 @@ class SharedMemoryTransport(Transport):
         os.close(descriptor)
         return Staging(memory.view(dtype), None)
 
-    def discard(self, staging: Staging) -> None:
+    def free_staging(self, staging: Staging) -> None:
         number = self._numbers.pop(staging.send.data_ptr(), None)
         if number is not None:
             self._sockets.send(_Kind.DISCARDED, number)
         else:
-            self._inner.discard(staging)
+            self._inner.free_staging(staging)
 
     def _share(self, nbytes: int) -> Tensor:
         """A buffer of each rank's, of one size. Collective."""

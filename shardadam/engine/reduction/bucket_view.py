@@ -48,7 +48,7 @@ class BucketViews:
             arena = bucket.arena
             if arena not in self._flats and bucket.wire_dtype == arena.parameters.dtype:
                 parameters = arena.parameters
-                flat = self._transport.gradients(parameters.numel(), parameters.dtype, parameters.device)
+                flat = self._transport.allocate_gradients(parameters.numel(), parameters.dtype, parameters.device)
                 if flat is not None:
                     self._flats[arena] = flat
             if arena in self._flats:

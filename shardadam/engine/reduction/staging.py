@@ -60,7 +60,7 @@ class StagingPool:
         if bucket.numel > self._numel.get(key, 0):
             self._numel[key] = bucket.numel
             for free in self._free.get(key, []):
-                self._transport.discard(free.staging)
+                self._transport.free_staging(free.staging)
             self._free[key] = []
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
@@ -88,7 +88,7 @@ class StagingPool:
                 self._reclaim()
             self._may_poll = bool(free)  # if it was in vain, not again until a transfer has completed
         if not free:
-            return self._transport.staging(self._numel[key], *key)
+            return self._transport.allocate_staging(self._numel[key], *key)
         last = free.pop()
         last.pending.wait_on_this_stream()
         return last.staging
@@ -122,7 +122,7 @@ class StagingPool:
         self._reclaim()
         for free in self._free.values():
             for last in free[self.SIZE :]:
-                self._transport.discard(last.staging)
+                self._transport.free_staging(last.staging)
             free[:] = [InFlight(last.staging, Finished()) for last in free[: self.SIZE]]
 
     @property
@@ -161,4 +161,4 @@ class StagingPool:
             if send.numel() == self._numel[send.dtype, send.device]:
                 self._free[send.dtype, send.device].append(last)
             else:  # allocated before `reserve` asked for more
-                self._transport.discard(last.staging)
+                self._transport.free_staging(last.staging)
