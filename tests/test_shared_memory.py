@@ -93,9 +93,7 @@ REASONS = {
 def try_to_build(what: str, transport: str) -> tuple[str, str]:
     rank, _ = rank_and_size()
     with pytest.MonkeyPatch.context() as patch, broken(what) if rank == 1 else nullcontext():
-        patch.setattr(
-            unix_sockets, "_CONNECT_TIMEOUT_S", 0.5
-        )  # the others wait so long for rank 1
+        patch.setattr(unix_sockets, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait so long for rank 1
         try:
             optimizer = build(transport=transport)
             found = (type(optimizer._engine.transport).__name__, "")
