@@ -91,7 +91,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     reducer = optimizer._engine.reducer
     views = storages(list(reducer._bucket_views._flats.values())) if isinstance(reducer, StepReducer) else set()
     grad_stats = [t for stats in reducer._grad_stats.values() for t in (*stats.extremes, *stats.sums_of_squares)]
-    # What memory() does not count: skipped_steps, numbers known of each bucket, and the 64 KiB buffer for small
+    # What memory() does not count: skipped_steps, numbers known of each bucket, and the board of 64 KiB for small
     # all-reduces. What lies in peers is theirs.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
@@ -109,13 +109,13 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
 
 
 def mapped(optimizer: ShardedAdamW) -> list[Tensor]:
-    """Return the peers' memory that this rank maps, and the buffer of small all-reduces."""
+    """Peers' memory that this rank maps, and the board."""
     transport = optimizer._engine.transport
     if not isinstance(transport, SharedMemoryTransport):
         return []
     shared = [t for buffers in transport._shared.values() for rank, t in buffers.items() if rank != transport.rank]
-    small = [] if transport._all_reduce_buffer is None else [transport._all_reduce_buffer]
-    return [*shared, *transport._staging.values(), *small]
+    board = [] if transport._all_reduce_buffer is None else [transport._all_reduce_buffer]
+    return [*shared, *transport._staging.values(), *board]
 
 
 def reported(optimizer: ShardedAdamW) -> dict[str, int]:

@@ -325,7 +325,7 @@ def test_what_was_broken_off_is_neither_stepped_nor_saved_until_it_is_loaded(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     first, second, saving = break_off(error, "auto", str(tmp_path))
-    assert first == "for a test" and "broken off" in second and "Load a whole checkpoint" in second
+    assert first == "for a test" and "did not complete" in second and "Load a whole checkpoint" in second
     assert "cannot be saved" in saving
 
 
