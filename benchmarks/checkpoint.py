@@ -55,7 +55,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds until all ranks have finished."""
+    """Return the seconds until all ranks have finished."""
     dist.barrier()
     start = time.perf_counter()
     work()

@@ -76,8 +76,9 @@ class Entry:
 
 
 def make_model(dtype: torch.dtype, *, width: int = 640, layers: int = 4) -> Decoder:
-    """The decoder, equal on all ranks; by default of 60.6M parameters. Llama 2's vocabulary and an untied head make
-    forward and backward little work for so many parameters.
+    """Return the decoder, equal on all ranks; by default with 60.6M parameters.
+
+    With Llama 2's vocabulary and an untied head, forward and backward are short for so many parameters.
     """
     torch.manual_seed(0)
     model = Decoder(ModelConfig(layers=layers, width=width, heads=width // 64, context=TOKENS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process as rank 0 of N that are not there, over torch's ``fake`` process group, which moves nothing."""
+"""One process as rank 0 of N, without the other ranks, over torch's ``fake`` process group, which moves nothing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from shardadam import transport
 
 @contextmanager
 def rank_0_of(ranks: int, *, as_nccl: bool = False) -> Iterator[None]:
-    """Control messages take the fake way too: Gloo would wait for them. The all-to-alls that gradients travel by are
-    left out: the fake ones want slices of equal size.
+    """Context manager: initialise a fake process group of this rank.
+
+    Control messages use it, too, as Gloo would wait for the other ranks. The all-to-alls of gradients do nothing, as
+    the fake ones require slices of equal size.
 
     Args:
-        as_nccl: take the way of transfers on a device's stream, and the room that NCCL needs, on CUDA.
+        as_nccl: use the NCCL transport on CUDA, and allocate the memory that it needs.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

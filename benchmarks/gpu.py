@@ -82,7 +82,7 @@ def parts(to: Path, rehearse: bool) -> list[Part]:
 
 
 def run(part: Part, to: Path, limit_s: float) -> dict[str, Any]:
-    """Runs a part; returns how it ended, and the JSON that it printed last or wrote to a file."""
+    """Run a part; return how it ended, and the JSON that it printed last or wrote to a file."""
     if part.tool is not None and shutil.which(part.tool) is None:
         return {"end": f"{part.tool} is not installed"}
     if limit_s <= 0:

@@ -53,7 +53,7 @@ class Interval:
 
 
 def record(job: Job, path: Path) -> list[dict[str, Any]]:
-    """The profiler's events of the fourth step."""
+    """Return the profiler's events of the fourth step."""
     model, tokens = job.model(), job.tokens()
     options: dict[str, Any] = {"transport": nccl_of_one()} if job.device.type == "cuda" else {}
     optimizer = ShardedAdamW(
@@ -84,7 +84,7 @@ def record(job: Job, path: Path) -> list[dict[str, Any]]:
 
 
 def of_host(events: list[dict[str, Any]]) -> list[Interval]:
-    """The intervals that the library records itself, by host thread."""
+    """Return the intervals that the library records itself, by host thread."""
     return [
         Interval(event["name"].removeprefix("shardadam."), f"thread {event['tid']}", *ends(event))
         for event in events
@@ -93,7 +93,7 @@ def of_host(events: list[dict[str, Any]]) -> list[Interval]:
 
 
 def of_device(events: list[dict[str, Any]], host: list[Interval]) -> list[Interval]:
-    """What runs on the device; its part is what the host was doing when it launched it."""
+    """Return what runs on the device; its part is what the host was doing when it launched it."""
     launches = {
         event["args"]["correlation"]: event
         for event in events
@@ -125,7 +125,7 @@ def is_in(event: dict[str, Any], start: float, end: float) -> bool:
 
 
 def waits(events: list[dict[str, Any]]) -> list[str]:
-    """Host calls during the step that wait for the device."""
+    """Return the host calls during the step that wait for the device."""
     start, end = ends(next(event for event in events if event["name"] == "part.all"))
     return [event["name"] for event in events if event["name"] in WAITS and is_in(event, start, end)]
 

@@ -143,7 +143,7 @@ def peak(device: torch.device) -> int:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds until `run` returns, and until the device has finished."""
+    """Return the seconds until `run` returns, and until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -160,7 +160,7 @@ def forward_backward(model: Decoder, tokens: Tensor) -> None:
 
 
 def measure_steps(contender: Contender | None, job: Job, rounds: int) -> dict[str, Any]:
-    """Measures training steps; without a contender, forward and backward only."""
+    """Measure training steps; without a contender, forward and backward only."""
     clear(job.device)
     model, tokens = job.model(), job.tokens()
     update = model.zero_grad if contender is None else contender.build(list(model.parameters()))
@@ -210,7 +210,7 @@ def steps(job: Job, rounds: int) -> dict[str, Any]:
 
 
 def peak_with(contender: Contender, job: Job) -> int | None:
-    """Bytes at the peak of two steps; None if they do not fit."""
+    """Return the bytes at the peak of two steps; None if they do not fit."""
     clear(job.device)
     try:
         return _peak_with(contender, job)
@@ -253,7 +253,7 @@ def largest(job: Job, small: tuple[int, int], tries: int) -> dict[str, Any]:
 
 
 def boundary(is_too_large: Callable[[int], bool], fits: int, predicted: int, tries: int) -> tuple[int, int | None]:
-    """The largest number that is not too large, and the next, which is; None for that if ``tries`` did not suffice.
+    """Return the largest number that is not too large, and the next one; None for the latter after too many tries.
 
     Tries numbers one by one, from ``predicted``. ``fits``: a number that is known not to be too large.
     """
@@ -332,7 +332,7 @@ def ranks(job: Job) -> dict[str, Any]:
 
 
 def _as_rank_0(job: Job, form: Form, count: int) -> dict[str, int]:
-    """Bytes that the optimizer holds after two steps, planned and measured, parameters included."""
+    """Return the bytes that the optimizer holds after two steps, planned and measured, parameters included."""
     clear(job.device)
     model, tokens = job.model(), job.tokens()
     outside = allocated(job.device) - sum(p.nbytes for p in model.parameters())

@@ -75,7 +75,7 @@ def weights(optimizer: ShardedAdamW) -> list[torch.Tensor]:
 
 
 def largest_update(optimizer: ShardedAdamW, before: list[torch.Tensor]) -> float:
-    """The largest update in units of lr, without weight decay."""
+    """Return the largest update in units of lr, without weight decay."""
     largest, after = 0.0, iter(weights(optimizer))
     earlier = iter(before)
     for group in optimizer.param_groups:

@@ -137,7 +137,7 @@ MODELS = {
 
 
 def pss_bytes(pids: Sequence[int]) -> tuple[Tensor, float]:
-    """Anonymous memory of each process, and shared memory of all. Leaves out pages of files, such as code."""
+    """Return anonymous bytes of each process, and shared bytes of all. Leaves out pages of files, such as code."""
     own, shared = [], 0
     for pid in pids:
         found = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
@@ -190,7 +190,7 @@ def work(rank: int, world_size: int, store: str, name: str, case: Case, barrier:
 
 
 def measure(name: str, case: Case, world_size: int) -> float:
-    """Bytes per rank at the peak."""
+    """Return the bytes per rank at the peak."""
     spawn = processes.get_context("spawn")
     barrier, trained = spawn.Barrier(world_size + 1), spawn.Event()
     with tempfile.TemporaryDirectory() as directory:
@@ -214,7 +214,7 @@ def measure(name: str, case: Case, world_size: int) -> float:
 
 
 def planned(name: str, case: Case, world_size: int) -> tuple[int, int]:
-    """Number of parameters, and bytes per rank, including the model's buffers, which the planner does not count."""
+    """Return the number of parameters, and bytes per rank with the model's buffers, which the planner omits."""
     with torch.device("meta"):
         model = MODELS[name].build(MODELS[name].layers).to(case.dtype)
     parameters = PlannedParameter.of_model(model).values()

@@ -86,8 +86,8 @@ Curves = dict[str, dict[str, list[float]]]
 
 
 def predict_all(layouts: dict[tuple[str, int], Layout], machine: Machine, args: argparse.Namespace) -> Curves:
-    """Overhead in per cent of compute, by decoder and scheme, for each of ``RANKS``. Hybrid is flat on at
-    most one shard group of ranks.
+    """Return the overhead in per cent of compute, by decoder and scheme, for each of ``RANKS``. With at most one shard
+    group of ranks, hybrid is the same as ring.
     """
     curves: Curves = {}
     for decoder in DECODERS:
@@ -209,7 +209,7 @@ def paper(args: argparse.Namespace) -> None:
 
 
 def check_one(ranks: int, form: Form, kernel: bool, bucket_mb: float) -> Memory:
-    """Compares plan and ``memory()`` in every kind; returns the bytes, with staging as after backward.
+    """Compare plan and ``memory()`` in every kind; return the bytes, with staging as after backward.
 
     Raises:
         RuntimeError: they differ.
@@ -256,7 +256,7 @@ PREDICTED_MB = (0.5, 3, 6, 12, 24)
 
 
 def seconds(work: Callable[[], None], rounds: int) -> list[float]:
-    """Seconds of the slowest rank in each round, sorted, after one round to warm up."""
+    """Return the seconds of the slowest rank in each round, sorted, after one round to warm up."""
     times = []
     for _ in range(rounds + 1):
         dist.barrier()
@@ -269,11 +269,11 @@ def seconds(work: Callable[[], None], rounds: int) -> list[float]:
 
 
 def transfers(transport: Transport, numels: Sequence[int]) -> dict[str, Callable[[], None]]:
-    """Transfers of all buckets, one after the other. All use one staging buffer, and lie in one flat buffer."""
+    """Return functions that transfer all buckets. The buckets share one staging buffer, and are in one flat buffer."""
     cpu = torch.device("cpu")
-    staging = transport.staging(max(numels), torch.float32, cpu)
+    staging = transport.allocate_staging(max(numels), torch.float32, cpu)
     staging.send.fill_(1.0)
-    flat = transport.parameters(sum(numels), torch.float32, cpu)
+    flat = transport.allocate_parameters(sum(numels), torch.float32, cpu)
     buckets: list[Tensor] = list(flat.split(list(numels)))
     shards = [torch.zeros(numel // transport.world_size) for numel in numels]
 
@@ -293,7 +293,7 @@ def transfers(transport: Transport, numels: Sequence[int]) -> dict[str, Callable
 
 
 def fit(nbytes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
-    """Fits times = alpha + beta bytes by least squares of relative errors; neither is below 0."""
+    """Fit times = alpha + beta bytes by least squares of relative errors; neither is below 0."""
     weights = torch.tensor(times, dtype=torch.float64).reciprocal()
     columns = torch.stack([weights, weights * torch.tensor(nbytes, dtype=torch.float64)], dim=1)
     alpha, beta = torch.linalg.lstsq(columns, torch.ones(len(times), 1, dtype=torch.float64)).solution.flatten()

@@ -50,7 +50,7 @@ class Decoder:
     vocabulary: int
 
     def shapes(self) -> Iterator[tuple[int, ...]]:
-        """Shapes in the order of registration: embedding, layers, norm, head (not tied)."""
+        """Return the shapes in the order of registration: embedding, layers, norm, head (not tied)."""
         kv = self.width // self.heads * self.kv_heads
         yield (self.vocabulary, self.width)
         for _ in range(self.layers):
@@ -131,7 +131,7 @@ class Machine:
         return inside, ranks // inside
 
     def ring_s(self, nbytes: float, ranks: int) -> float:
-        """Seconds of a reduce-scatter or an all-gather over ``ranks`` that fill their hosts."""
+        """Return the seconds of a reduce-scatter or an all-gather over ``ranks`` that fill their hosts."""
         if ranks == 1:
             return 0.0
         inside, hosts = self._levels(ranks)
@@ -153,7 +153,7 @@ class Machine:
         return 2 * min(self.ring_s(nbytes, ranks), self.halving_s(nbytes, ranks))
 
     def replica_reduce_s(self, nbytes: float, replicas: int) -> float:
-        """Seconds of an all-reduce over ranks on different hosts."""
+        """Return the seconds of an all-reduce over ranks on different hosts."""
         if replicas == 1:
             return 0.0
         steps = 2 * min(replicas - 1, math.log2(replicas))
@@ -177,7 +177,7 @@ class Overhead:
 
 
 def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: float) -> float:
-    """Seconds that the reduce-scatters, queued during backward, take after its end."""
+    """Return the seconds that the reduce-scatters, queued during backward, take after its end."""
     done, ready, total = 0.0, 0.0, sum(numels)
     for numel, seconds in zip(numels, times, strict=True):
         ready += backward * numel / total
@@ -188,7 +188,7 @@ def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: floa
 def exposed_gather(
     numels: Sequence[int], updates: Sequence[float], times: Sequence[float], forward: float, overlap: bool
 ) -> float:
-    """Seconds that the all-gathers add to the updates and, with ``overlap``, to the next forward."""
+    """Return the seconds that the all-gathers add to the updates and, with ``overlap``, to the next forward."""
     updated, done, total, computed = 0.0, 0.0, sum(numels), sum(updates)
     for numel, update, seconds in zip(numels, updates, times, strict=True):
         updated += update
@@ -198,7 +198,7 @@ def exposed_gather(
 
 
 def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: Machine, overlap: bool) -> Overhead:
-    """Predicts one step of ``decoder`` on ``ranks``.
+    """Predict one step of ``decoder`` on ``ranks``.
 
     Args:
         layout: over all ranks, or over a shard group for hybrid sharding.

@@ -127,7 +127,7 @@ def one_round(name: str, template: torch.nn.Module, settings: Settings, steps: i
 
 
 def stream_rate() -> float:
-    """Bytes per second that a rank reads and writes while all ranks do: the faster of copy and triad. Collective."""
+    """Return the bytes per second that a rank moves while all ranks do: the faster of copy and triad. Collective."""
     a, b, c = (torch.ones(STREAM_NUMEL) for _ in range(3))
     forms: list[tuple[Callable[[], object], int]] = [
         (lambda: b.copy_(a), 2 * a.nbytes),
@@ -148,7 +148,7 @@ def stream_rate() -> float:
 
 
 def least_bytes(numel: int, dtype: str, world_size: int) -> float:
-    """Bytes that a rank must move in a step, by the formula in the module's docstring."""
+    """Return the bytes that a rank must move in a step, by the formula in the module's docstring."""
     e, kept = (4, 8) if dtype == "fp32" else (2, 12)
     own = 2 * (kept + e) - (0 if dtype == "fp32" else e)
     return e * numel + own * numel / world_size + 2 * e * numel * (world_size - 1) / world_size
@@ -165,13 +165,13 @@ def pss_bytes() -> int:
 
 
 def sent_bytes() -> int:
-    """Bytes that this process has written since it started, sockets included."""
+    """Return the bytes that this process has written since it started, sockets included."""
     return int(Path("/proc/self/io").read_text().split("wchar:")[1].split()[0])
 
 
 @contextmanager
 def watching(peak: list[int]) -> Iterator[Callable[[], None]]:
-    """Keeps `peak[0]` at the highest `Pss` so far; yields a function that samples it at once."""
+    """Context manager: keep `peak[0]` at the highest `Pss` so far; yields a function that samples it at once."""
 
     def sample() -> None:
         peak[0] = max(peak[0], pss_bytes())
@@ -192,7 +192,7 @@ def watching(peak: list[int]) -> Iterator[Callable[[], None]]:
 
 
 def measure_memory(name: str, settings: Settings, json_path: str) -> None:
-    """Measures one contender in this process group; rank 0 writes the measurements of all ranks."""
+    """Measure one contender in this process group; rank 0 writes the measurements of all ranks."""
     entry = ENTRIES[name]
     if entry.needs is not None:
         __import__(entry.needs)
@@ -236,7 +236,7 @@ def measure_memory(name: str, settings: Settings, json_path: str) -> None:
 
 
 def run_memory(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs `measure_memory` under a new torchrun. Returns `{"failed": why}` if the contender cannot run."""
+    """Run `measure_memory` under a new torchrun; return `{"failed": why}` if the contender cannot run."""
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -275,7 +275,7 @@ def median_and_range(values: list[float], form: str) -> str:
 
 
 def evaluate(result: dict[str, Any]) -> None:
-    """Adds to the raw times each contender's round times, its ratios, and the error of its losses."""
+    """Add to the raw times each contender's round times, its ratios, and the error of its losses."""
     contenders, dtype = result["contenders"], result["dtype"]
     for one in contenders.values():
         one["round_s"] = [statistics.median(step[0] for step in a_round["steps"]) for a_round in one["rounds"]]
@@ -373,7 +373,7 @@ def hardware() -> str:
 
 
 def chosen(args: argparse.Namespace, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
-    """The names of the contenders to run, references first; and why the others cannot run."""
+    """Return the names of the contenders to run, references first; and why the others cannot run."""
     able: dict[str, Entry] = {name: entry for name, entry in ENTRIES.items() if dtype in entry.dtypes}
     peers = args.peers.split(",") if args.peers else [name for name, entry in able.items() if not entry.is_ours]
     mine = args.ours.split(",") if args.ours else [name for name, entry in able.items() if entry.is_ours]

@@ -113,7 +113,7 @@ def kept_bytes(optimizer: ShardedAdamW) -> int:
 
 
 def bytes_of_an_element(form: Form) -> float:
-    """Bytes of one element of a shard: parameter, float32 gradient and state."""
+    """Return the bytes of one element of a shard: parameter, float32 gradient and state."""
     optimizer = build(form, 2**14, torch.device("cpu"))
     return (optimizer._engine.parameters.arenas[0].parameters.nbytes + kept_bytes(optimizer)) / 2**14 + 4
 
@@ -213,7 +213,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contender in every round but the first."""
+    """Return the seconds of each contender in every round but the first."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         for name, contender in contenders.items():
@@ -234,7 +234,7 @@ def copier(nbytes: int, device: torch.device) -> Callable[[], object]:
 
 
 def extra_bytes(optimizer: ShardedAdamW, device: torch.device) -> int:
-    """The peak of what one step allocates, without the reduction of gradients into the shard."""
+    """Return the peak of what one step allocates, without the reduction of gradients into the shard."""
     parameters = optimizer.param_groups[0]["params"]
     for _ in range(2):  # staging is allocated in the first, and stays
         sum(p.sum() for p in parameters).backward()
@@ -253,7 +253,7 @@ def extra_bytes(optimizer: ShardedAdamW, device: torch.device) -> int:
 
 @contextmanager
 def watching() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the peak of memory allocated on the CPU inside."""
+    """Context manager: yield a function that returns the peak of memory allocated on the CPU inside."""
     result = [0]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         yield lambda: result[0]
@@ -295,7 +295,7 @@ def measure_update(form: Form, numel: int, args: argparse.Namespace) -> dict[str
 
 
 def measure_steps(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Times shardadam's step against each other optimizer, one at a time."""
+    """Time shardadam's step against each other optimizer, one at a time."""
     peers = [peer for peer in PEERS if peer.forms(form)]
     found: dict[str, Any] = {}
     for peer in peers:
@@ -324,7 +324,7 @@ def against(form: Form, numel: int, peer: Peer, args: argparse.Namespace) -> dic
     step = peer.build(theirs)
 
     def ours() -> None:
-        zero(mine)  # the optimizer takes them for new gradients
+        zero(mine)  # the optimizer must see new gradients
         optimizer.step()
 
     def peers() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes over long flat tensors in stretches that stay in the CPU's cache, so that what follows finds them there."""
+"""Passes over long flat tensors in chunks that fit the CPU's cache, where the next operation finds them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-_CPU_NUMEL = 1 << 18  # of each thread: a few float32 stretches of it stay in cache, and torch's calls cost little
-_GPU_NUMEL = 1 << 24  # only bounds the temporaries
+_CPU_NUMEL = 1 << 18  # per thread: a few such float32 chunks fit the cache, and torch's overhead is small
+_GPU_NUMEL = 1 << 24  # bounds the temporaries
 
 
 def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
-    """Cuts ``start : stop``; every cut is a multiple of 128 elements from ``start``."""
+    """Cut ``start : stop`` into chunks that are multiples of 128 elements long, except for the last."""
     numel = _CPU_NUMEL * torch.get_num_threads() if device.type == "cpu" else _GPU_NUMEL
     for low in range(start, stop, numel):
         yield slice(low, min(low + numel, stop))
 
 
 OnChunk = Callable[[Tensor], None]
-"""Called with stretches of a shard one after the other, on the transfer's stream, as soon as they are what they will
-be: on the CPU they are still in the cache then."""
+"""Called with each chunk of a shard, in order and on the transfer's stream, as soon as it has its final value; on the
+CPU, while it is in the cache.
+"""
 
 
 def sum_sources_(
     shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, on_chunk: OnChunk | None = None
 ) -> None:
-    """``scale`` times the sum of ``sources``, in their order and in the dtype of ``shard``, into or onto ``shard``."""
+    """Write ``scale`` times the sum of ``sources`` to ``shard``, summing in their order and in its dtype, by chunks.
+
+    Args:
+        accumulate: add to what ``shard`` holds instead of overwriting it.
+    """
     for chunk in chunks(0, shard.numel(), shard.device):
         part = shard[chunk]
         total = torch.empty_like(part) if accumulate else part
@@ -39,7 +44,7 @@ def sum_sources_(
 
 
 def sum_chunk_(total: Tensor, sources: Sequence[Tensor], *, scale: float) -> None:
-    """``scale`` times the sum of ``sources``, in their order and in the dtype of ``total``, which it goes to."""
+    """Write ``scale`` times the sum of ``sources`` to ``total``, summing in their order and in its dtype."""
     first, *others = sources
     if others and first.dtype == others[0].dtype == total.dtype:
         torch.add(first, others.pop(0), out=total)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters -> buckets -> shards -> segments, in integers alone.
+"""Parameters -> buckets -> shards -> segments, in integers.
 
-A pure function of shapes, groups, world size and bucket size: no tensors, no torch.distributed, nothing of the project.
-Every rank computes the same layout by itself, and whoever plans memory before a run calls the very same function.
+The layout is a pure function of shapes, param groups, world size and bucket size; this module imports neither torch nor
+the project. Every rank computes the same layout, and ``planner.py`` computes it before a run.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from functools import cached_property
 from typing import NamedTuple
 
 ALIGNMENT_NUMEL = 128
-"""Every parameter starts at a multiple of this, and every shard is a multiple of it long: a block of 128 elements never
-straddles two parameters or two ranks, and every slice is 16-byte aligned in every dtype."""
+"""Every parameter starts at a multiple of this, and every shard's length is a multiple of it. So a block of 128
+elements belongs to one parameter and one rank, and every slice is 16-byte aligned in every dtype.
+"""
 
 ITEM_BYTES = 4 * 2**20
-"""Checkpoints cut every tensor at multiples of this: what a rank reads and verifies at once."""
+"""Checkpoints cut every tensor at multiples of this: the unit that a rank reads and verifies."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """What the layout needs to know of one parameter.
+    """What the layout needs to know about one parameter.
 
     Args:
         numel: number of elements, 0 allowed.
@@ -49,8 +50,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The part of one parameter that lies in one bucket or in one shard: ``parameter[start : start + numel]``, counted
-    in memory order, at ``bucket[offset : offset + numel]`` or ``shard[offset : offset + numel]``.
+    """The part of one parameter in one bucket or shard: ``parameter[start : start + numel]``, in memory order, is at
+    ``bucket[offset : offset + numel]`` or ``shard[offset : offset + numel]``.
     """
 
     parameter: int
@@ -62,7 +63,7 @@ class Segment:
 @dataclass(frozen=True)
 class Bucket:
     """The unit of communication and of update: ``numel`` elements at ``offset`` of an arena, in ``world_size`` equal
-    shards. ``segments`` are the parts of parameters in it, by ascending offsets; an empty parameter has an empty one.
+    shards. ``segments`` are the parts of parameters in it, by ascending offset; that of an empty parameter is empty.
     """
 
     arena: int
@@ -76,7 +77,7 @@ class Bucket:
         return self.numel // self.world_size
 
     def shard_segments(self, rank: int) -> Iterator[Segment]:
-        """The parts of parameters in ``rank``'s shard, by ascending offsets; an empty parameter has none."""
+        """Yield the parts of parameters in ``rank``'s shard, by ascending offset; none for empty parameters."""
         low, high = rank * self.shard_numel, (rank + 1) * self.shard_numel
         for segment in self.segments:
             first, last = max(low, segment.offset), min(high, segment.offset + segment.numel)
@@ -98,8 +99,8 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Arena:
-    """Flat storage for all parameters of one (param group, dtype, device); its buckets lie in it one after the other,
-    so a parameter that spans several buckets stays contiguous. ``offsets[i]`` is where ``parameters[i]`` begins.
+    """Flat storage for all parameters of one (param group, dtype, device). Its buckets lie one after the other, so a
+    parameter in several buckets is contiguous. ``offsets[i]`` is the offset of ``parameters[i]``.
     """
 
     key: object
@@ -111,7 +112,7 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``shard[start : stop]``, all of whose parameters have equal labels; ``parameter`` is the first of them."""
+    """``shard[start : stop]``, whose parameters all have the same label; ``parameter`` is the first of them."""
 
     start: int
     stop: int
@@ -126,10 +127,10 @@ class Layout:
 
 
 def equal_runs(bucket: Bucket, rank: int, labels: Sequence[int | None]) -> list[Run]:
-    """Cuts ``rank``'s shard where the labels of its parameters change; parameters labelled None are left out.
+    """Cut ``rank``'s shard where the label of its parameters changes; leave out parameters with the label None.
 
-    A run ends at the padding's end, so that its length is a multiple of ``ALIGNMENT_NUMEL`` and one run covers the
-    whole shard where all labels are equal.
+    A run includes the padding at its end. So its length is a multiple of ``ALIGNMENT_NUMEL``, and if all labels are
+    equal, one run covers the whole shard.
     """
     runs: list[Run] = []
     segments = list(bucket.shard_segments(rank))
@@ -146,11 +147,14 @@ def equal_runs(bucket: Bucket, rank: int, labels: Sequence[int | None]) -> list[
 
 
 def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket_bytes: int) -> Layout:
-    """Lays ``parameters`` out in buckets of about ``bucket_bytes``, each cut into ``world_size`` equal shards.
+    """Assign ``parameters`` to buckets of about ``bucket_bytes``, each cut into ``world_size`` equal shards.
 
-    Buckets take the parameters of an arena in reverse order (backward completes them about so), cut where the next one
-    would not fit; a parameter larger than a bucket is split into segments of a bucket. Each bucket is padded to a
-    multiple of ``world_size * ALIGNMENT_NUMEL``.
+    Buckets take the parameters of an arena in reverse order, which is about the order in which backward completes them.
+    If the next parameter does not fit, a new bucket begins; a parameter larger than a bucket is split. Each bucket is
+    padded to a multiple of ``world_size * ALIGNMENT_NUMEL`` elements.
+
+    Raises:
+        ValueError: ``world_size`` or ``bucket_bytes`` is less than 1.
     """
     if world_size < 1:
         raise ValueError(f"world_size: found {world_size}, expected 1 or more")
@@ -173,7 +177,7 @@ def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket
 
 
 class _ArenaBuilder:
-    """Fills one bucket after the other of one arena."""
+    """Fills the buckets of one arena, one after the other."""
 
     def __init__(self, arena: int, world_size: int, bucket_numel: int) -> None:
         self.arena = arena
@@ -186,12 +190,12 @@ class _ArenaBuilder:
         self.used = 0  # elements taken in the open bucket
 
     def add(self, parameter: int, numel: int) -> int:
-        """Places a parameter and returns its offset in the arena."""
+        """Place a parameter; return its offset in the arena."""
         if self.segments and self.used + numel > self.capacity:
             self.close()
         offset = self.end + self.used
         start = 0
-        while numel - start > self.capacity:  # only ever from the beginning of a bucket
+        while numel - start > self.capacity:  # starts at the beginning of a bucket
             self.segments.append(Segment(parameter, start, self.capacity, 0))
             self.used = self.capacity
             self.close()
@@ -210,7 +214,7 @@ class _ArenaBuilder:
 
 
 def cut(start: int, stop: int, every: int) -> Iterator[tuple[int, int]]:
-    """Cuts ``start : stop`` at the multiples of ``every``."""
+    """Cut ``start : stop`` at the multiples of ``every``."""
     while start < stop:
         end = min(stop, (start // every + 1) * every)
         yield start, end

@@ -35,8 +35,8 @@ class PlannedParameter:
     Args:
         group: index of its param group; groups never share a bucket.
         trainable: a frozen parameter has no state, but counts as memory of the rank.
-        is_tied: whether several modules of the model use it. Autograd keeps the gradient of its first use until that of
-            the last exists; then it holds both and their sum.
+        is_tied: whether several modules of the model use it. Autograd keeps the gradient of its first use until it has
+            that of the last, and then holds both and their sum.
     """
 
     shape: tuple[int, ...]
@@ -47,12 +47,12 @@ class PlannedParameter:
 
     @classmethod
     def of(cls, parameter: Tensor, group: int = 0) -> PlannedParameter:
-        """Describes a tensor, which may be on the meta device."""
+        """Describe a tensor, which may be on the meta device."""
         return cls(tuple(parameter.shape), parameter.dtype, group, parameter.requires_grad)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> dict[str, PlannedParameter]:
-        """All parameters by name, in the order of ``model.named_parameters()``; tied ones once."""
+        """Return all parameters by name, in the order of ``model.named_parameters()``; tied ones once."""
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         return {
             name: replace(cls.of(parameter), is_tied=uses[id(parameter)] > 1)
@@ -107,7 +107,7 @@ class Setting:
 
 
 def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory:
-    """The value of ``optimizer.memory()`` on each rank, right after an optimizer is built over ``parameters``.
+    """Return what ``optimizer.memory()`` returns on each rank when an optimizer is built over ``parameters``.
 
     Args:
         peak: plan for training instead: two staging buffers for each dtype that is reduced (one if it has one bucket),
@@ -121,7 +121,7 @@ def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory
 
 
 def lay_out(parameters: Planned, setting: Setting) -> Layout:
-    """The layout of the trainable parameters, for ``memory_of``. Raises as ``plan`` does."""
+    """Return the layout of the trainable parameters, for ``memory_of``. Raises as ``plan`` does."""
     device = torch.device(setting.device)
     trainable = _trainable(_planned(parameters))
     for index, one in enumerate(trainable):
@@ -131,8 +131,8 @@ def lay_out(parameters: Planned, setting: Setting) -> Layout:
 
 
 def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory:
-    """``plan`` for a layout that exists already. The setting's precision, ``gradient_sync``, transport and ``clips``
-    may differ from those that the layout was made with.
+    """Return ``plan`` for an existing layout. The setting's precision, ``gradient_sync``, transport and ``clips`` may
+    differ from those that the layout was built with.
     """
     total: Counter[str] = Counter(staging=_staging_bytes(layout, setting) if peak else 0)
     for arena in layout.arenas:
@@ -179,19 +179,19 @@ def _kind_of(arena: Arena) -> tuple[torch.dtype, torch.device]:
 
 
 def _is_shared(device: torch.device, setting: Setting) -> bool:
-    """Whether ranks read each other's memory (shared-memory transport)."""
+    """Return whether ranks read each other's memory (shared-memory transport)."""
     return device.type == "cpu" and setting.world_size > 1 and setting.transport != "collective"
 
 
 def _has_bucket_view(dtype: torch.dtype, device: torch.device, setting: Setting) -> bool:
-    """Whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``)."""
+    """Return whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``)."""
     is_wire_dtype = setting.precision.wire_dtype(dtype) == dtype
     is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(device, setting)
     return is_read and is_wire_dtype
 
 
 def _staging_bytes(layout: Layout, setting: Setting) -> int:
-    """Bytes of two staging buffers for each dtype that is reduced, each as large as its largest bucket."""
+    """Return the bytes of two staging buffers for each dtype that is reduced, each as large as its largest bucket."""
     if setting.gradient_sync == "external":
         return 0
     numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -207,7 +207,7 @@ def _staging_bytes(layout: Layout, setting: Setting) -> int:
 
 
 def _received_numel(numel: int, device: torch.device, setting: Setting) -> int:
-    """Elements that peers send and that a staging buffer of ``numel`` elements has extra memory for."""
+    """Return how many extra elements a staging buffer of ``numel`` elements has to receive what peers send."""
     if setting.world_size == 1 or _is_shared(device, setting):
         return 0
     if device.type == "cpu":
@@ -242,13 +242,14 @@ class Need:
 
 
 def adamw_bytes(parameters: Planned) -> int:
-    """Bytes of a torch.optim.AdamW's state: two moments in the parameter's dtype, and a float32 step counter."""
+    """Return the bytes of torch.optim.AdamW's state: two moments in the parameter's dtype, a float32 step counter."""
     return sum(2 * one.nbytes + 4 for one in _trainable(_planned(parameters)))
 
 
 def adamw_need(parameters: Planned) -> Need:
-    """What training with torch.optim.AdamW takes on each rank. DDP's own buckets are not counted: they are extra unless
-    gradients are views of them.
+    """Return what training with torch.optim.AdamW takes on each rank.
+
+    Does not count DDP's own buckets, which take extra memory unless gradients are views of them.
     """
     known = _planned(parameters)
     gradients = sum(one.nbytes for one in _trainable(known)) + _while_summed(_trainable(known))
@@ -256,13 +257,13 @@ def adamw_need(parameters: Planned) -> Need:
 
 
 def need(parameters: Planned, setting: Setting) -> Need:
-    """What training with ``ShardedAdam`` or ``ShardedAdamW`` takes on each rank. Raises as ``plan`` does."""
+    """Return what training with ``ShardedAdam`` or ``ShardedAdamW`` takes on each rank. Raises as ``plan`` does."""
     known = _planned(parameters)
     return need_of(known, lay_out(known, setting), setting)
 
 
 def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
-    """``need`` for a layout of ``parameters`` that exists already; ``setting`` may differ as in ``memory_of``."""
+    """Return ``need`` for an existing layout of ``parameters``; ``setting`` may differ as in ``memory_of``."""
     known = _planned(parameters)
     memory = memory_of(layout, setting, peak=True)
     frozen = sum(one.nbytes for one in known if not one.trainable)
@@ -274,7 +275,7 @@ def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
 
 
 def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> int:
-    """Bytes of the gradients that exist at once outside of the optimizer's buffers."""
+    """Return the most bytes of gradients that exist at once outside the optimizer's buffers."""
     if setting.gradient_sync == "backward":
         buckets = ({segment.parameter for segment in bucket.segments} for bucket in layout.buckets)
         tied = {index for index, one in enumerate(trainable) if one.is_tied}  # may wait for their last use
@@ -292,7 +293,7 @@ def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setti
 
 
 def _while_summed(parameters: Iterable[PlannedParameter], *, of: int = 2) -> int:
-    """Extra bytes while autograd adds up the gradients of a tied parameter: ``of`` times the largest one."""
+    """Return the extra bytes while autograd adds up the gradients of a tied parameter: ``of`` times the largest one."""
     return max((of * one.nbytes for one in parameters if one.is_tied), default=0)
 
 
@@ -327,7 +328,7 @@ class Fit:
 def fitting(
     parameters: Planned, asked: Setting, available: int | Callable[[int], int], *, most_ranks: int = 1024
 ) -> Fit:
-    """Finds the setting nearest to ``asked`` that fits.
+    """Find the setting nearest to ``asked`` that fits.
 
     Nearest is the setting that changes the fewest of moments, ranks, ``gradient_sync`` and master. Among equals, one
     that changes an earlier of these is nearer; then one with fewer steps down the formats, and up the powers of two of
@@ -357,7 +358,7 @@ def fitting(
 def _candidates(
     parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int
 ) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """Yields all settings with their changes, the nearest first.
+    """Yield all settings with their changes, the nearest first.
 
     Includes changes that take more bytes: the nearest that fits never has one.
     """

@@ -25,8 +25,8 @@ class AdversarialTransport(Transport):
         self._late: list[_Late] = []
         self._shards: dict[int, Tensor] = {}  # by address: what a shard holds, or will hold once transfers have run
 
-    def staging(self, *arguments: object) -> Staging:
-        staging = self._inner.staging(*arguments)  # type: ignore[arg-type]
+    def allocate_staging(self, *arguments: object) -> Staging:
+        staging = self._inner.allocate_staging(*arguments)  # type: ignore[arg-type]
         staging.send.fill_(math.nan)
         return staging
 
@@ -70,11 +70,11 @@ class AdversarialTransport(Transport):
     def broadcast(self, tensor: Tensor) -> Pending:
         return self._add(lambda: _waited(self._inner.broadcast(tensor)))
 
-    def discard(self, staging: Staging) -> None:
-        self._inner.discard(staging)
+    def free_staging(self, staging: Staging) -> None:
+        self._inner.free_staging(staging)
 
-    def gradients(self, *arguments: object) -> Tensor | None:
-        return self._inner.gradients(*arguments)  # type: ignore[arg-type]
+    def allocate_gradients(self, *arguments: object) -> Tensor | None:
+        return self._inner.allocate_gradients(*arguments)  # type: ignore[arg-type]
 
     def sources(self, flat: Tensor) -> list[Tensor]:
         return self._inner.sources(flat)

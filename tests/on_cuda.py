@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport import NcclTransport
-from shardadam.transport.groups import CommGroups, GroupPool
+from shardadam.transport.groups import CommGroups, GroupCache
 
 
 def nccl_of_one() -> NcclTransport:
@@ -32,9 +32,9 @@ def nccl_of_one() -> NcclTransport:
             device_id=torch.device("cuda", 0),
         )
         atexit.register(dist.destroy_process_group)
-    pool = GroupPool(dist.new_group(backend="gloo"), StoreBarrier(None, 0, [0]))
-    pool.training.append(dist.new_group(backend="nccl"))
-    return NcclTransport(CommGroups(pool.control, pool.training[0], pool, 0))
+    cache = GroupCache(dist.new_group(backend="gloo"), StoreBarrier(None, 0, [0]))
+    cache.training.append(dist.new_group(backend="nccl"))
+    return NcclTransport(CommGroups(cache.control, cache.training[0], cache, 0))
 
 
 def warm_up(step: Callable[[], object]) -> None:

@@ -273,7 +273,7 @@ def test_gathers_under_way_together_do_not_mix(world_size: int) -> None:
 
 def staging_of_a_bucket() -> tuple[int, int]:
     transport = connect(None, kind="collective")
-    staging = transport.staging(1200, torch.float32, torch.device("cpu"))
+    staging = transport.allocate_staging(1200, torch.float32, torch.device("cpu"))
     assert staging.receive is not None
     transport.close(clean=True)
     return staging.send.nbytes, staging.receive.nbytes

@@ -61,7 +61,7 @@ def test_only_variables_that_matter_are_told(
 
 
 def test_shared_memory_is_tried_in_earnest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys)["works here"]["shared memory between ranks"] is (unix_sockets.why_not_here() is None)
+    assert told(capsys)["works here"]["shared memory between ranks"] is (unix_sockets.why_unsupported() is None)
 
     def refuse(*_: Any) -> int:
         raise PermissionError("seccomp says no")
@@ -73,7 +73,7 @@ def test_shared_memory_is_tried_in_earnest(monkeypatch: pytest.MonkeyPatch, caps
 def test_trying_leaves_nothing_behind() -> None:
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        assert unix_sockets.why_not_here() is None
+        assert unix_sockets.why_unsupported() is None
     assert set(os.listdir("/proc/self/fd")) == before
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hybrid sharding: any split of the ranks into replicas and shards trains the same model; replicas stay equal bit for
-bit, whatever each rank is doing meanwhile.
+"""Hybrid sharding trains the same model however ranks are split into replicas and shards, and replicas stay equal bit
+for bit, even if ranks are at different points.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def connected(shape: Shape, kind: str) -> Transport:
     return transport
 
 
-# It is the same optimizer
+# It trains like torch's AdamW
 
 
 def train(case: Case, shape: Shape, kind: str) -> dict[str, Any]:
     rank, _ = rank_and_size()
     parameters = test_parity.build_parameters(case)
-    if rank > 0:  # rank 0's values must win
+    if rank > 0:  # to be replaced by rank 0's values
         for parameter in parameters:
             parameter.data += rank
     transport = connected(shape, kind)
@@ -115,7 +115,7 @@ CASES = [
     Case(bucket_mb=32, channels_last=True),
     Case(unused="everywhere", two_groups=True),
 ]
-# In the sixth step of the one left out, rank 5 has no gradient at all and runs no backward.
+# In the sixth step of the case that is left out, rank 5 has no gradient, and runs no backward.
 CASES_OF_EQUAL_ROUNDS = [case for case in CASES if case.accumulate == 1 or case.unused != "changing"]
 
 
@@ -151,7 +151,7 @@ def assert_replicas_are_equal(results: list[dict[str, Any]], shape: Shape) -> No
 
 @pytest.mark.long
 def test_the_norm_is_that_of_the_averages_over_all_ranks() -> None:
-    """Adam hardly cares for the scale of gradients: parameters would not show a wrong norm."""
+    """Compare norms, as Adam hardly depends on the scale of gradients, and parameters would not show a wrong norm."""
     case = Case(clip=0.5, accumulate=2)
     hybrid, replicated, sharded = (on_ranks(4, train, case, shape, "collective") for shape in SHAPES)
     for result in (*hybrid, *replicated):
@@ -179,8 +179,8 @@ def gradients_and_norm(shape: Shape, gradient_sync: str, dtype: torch.dtype, tra
 def test_gradients_are_averages_over_all_ranks(
     shape: Shape, gradient_sync: str, dtype: torch.dtype, transport: str
 ) -> None:
-    """Exactly: 2.5 is the mean of 1, 2, 3 and 4, and every sum on the way can be held. Adam would not show a wrong
-    divisor.
+    """2.5 is the mean of 1, 2, 3 and 4, and every partial sum is exact. Parameters would not show a wrong divisor, as
+    Adam hardly depends on the scale of gradients.
     """
     mean = 2.5 * (1 + 2)
     for norm, first, second in on_ranks(4, gradients_and_norm, shape, gradient_sync, dtype, transport):
@@ -189,7 +189,7 @@ def test_gradients_are_averages_over_all_ranks(
 
 
 def train_bf16(shape: Shape, gradient_sync: str) -> list[Tensor]:
-    """The exact weights after ten steps, and what replicas must have in common."""
+    """Return the master weights after ten steps."""
     rank, _ = rank_and_size()
     parameters = [nn.Parameter(parameter.detach().bfloat16()) for parameter in build_parameters()]
     optimizer = ShardedAdamW(
@@ -235,11 +235,11 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(poisoned_ra
         assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(parameters, results[0][2], strict=True))
 
 
-# What the transport promises
+# What the transport guarantees
 
 
-def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
-    """Rank r sends r + 1 everywhere, twice into one shard and once into another."""
+def reduce_and_record_chunks(shape: Shape, kind: str) -> dict[str, list[Any]]:
+    """Rank r contributes r + 1 to three reduce-scatters: two into one shard, and one into another."""
     rank, _ = rank_and_size()
     transport = connected(shape, kind)
     numel = 8
@@ -247,7 +247,7 @@ def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
     seen: dict[int, list[float]] = {}
     pending = []
     for transfer, (shard, accumulate) in enumerate([(0, False), (1, True), (0, True)]):
-        staging = transport.staging(numel, torch.float32, torch.device("cpu"))
+        staging = transport.allocate_staging(numel, torch.float32, torch.device("cpu"))
         staging.send.fill_(rank + 1)
 
         def on_chunk(part: Tensor, transfer: int = transfer) -> None:
@@ -261,26 +261,26 @@ def reduce_with_visits(shape: Shape, kind: str) -> dict[str, list[Any]]:
     assert all(each.is_released() for each in pending)
     block = torch.tensor([1.0, rank], dtype=torch.float64)
     transport.all_reduce(block).wait()
-    told = torch.tensor([rank, 7])
-    transport.broadcast(told).wait()
+    sent = torch.tensor([rank, 7])
+    transport.broadcast(sent).wait()
     transport.close(clean=True)
     return {"shards": [shard.unique().tolist() for shard in shards], "seen": [sorted(set(seen[i])) for i in range(3)],
-            "block": block.tolist(), "told": told.tolist()}  # fmt: skip
+            "block": block.tolist(), "sent": sent.tolist()}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("shape", "kind"), [*product(SHAPES[:1], KINDS), ((4, 1), "collective"), ((1, 4), "collective")]
 )
-def test_visits_see_final_sums_and_blocks_reach_everybody(shape: Shape, kind: str) -> None:
-    for result in on_ranks(4, reduce_with_visits, shape, kind):
+def test_on_chunk_sees_final_sums_and_small_transfers_reach_all_ranks(shape: Shape, kind: str) -> None:
+    for result in on_ranks(4, reduce_and_record_chunks, shape, kind):
         assert result["shards"] == [[10.0], [105.0]]
         assert result["seen"] == [[5.0], [105.0], [10.0]]
         assert result["block"] == [4.0, 6.0]
-        assert result["told"] == [0, 7]
+        assert result["sent"] == [0, 7]
 
 
 def train_with_a_late_rank(late: int, transport: str) -> list[Tensor]:
-    """The late one begins its backward when all others have ended theirs; hooks that waited for it would hang."""
+    """Start the late rank's backward when all others have completed theirs; a hook that waited for it would hang."""
     rank, _ = rank_and_size()
     parameters = [nn.Parameter(torch.ones(256)) for _ in range(12)]
     optimizer = ShardedAdamW(
@@ -307,11 +307,11 @@ def test_backward_waits_for_no_peer(late: int, transport: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, expected[0], strict=True))
 
 
-def look_at_what_is_under_way(late: int, kind: str) -> tuple[list[bool], bool]:
-    """Whether a sum says that it is done: before the late rank has come, and in the end."""
+def poll_a_reduce_scatter(late: int, kind: str) -> tuple[list[bool], bool]:
+    """Return whether it is done: several times before the late rank starts it, and in the end."""
     rank, _ = rank_and_size()
     transport = connected((2, 2), kind)
-    staging = transport.staging(8, torch.float32, torch.device("cpu"))
+    staging = transport.allocate_staging(8, torch.float32, torch.device("cpu"))
     staging.send.fill_(1.0)
     shard = torch.empty(4)
     early = []
@@ -335,14 +335,14 @@ def look_at_what_is_under_way(late: int, kind: str) -> tuple[list[bool], bool]:
 
 @pytest.mark.parametrize("late", [0, 3])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_sum_is_not_done_before_all_have_come_and_is_so_without_being_waited_for(late: int, transport: str) -> None:
-    for rank, (early, done) in enumerate(on_ranks(4, look_at_what_is_under_way, late, transport)):
-        assert not any(early) or rank in (1 - late, 5 - late), "the replica group of the late rank waits for it"
+def test_a_reduce_scatter_is_done_when_all_ranks_have_started_it_without_wait(late: int, transport: str) -> None:
+    for rank, (early, done) in enumerate(on_ranks(4, poll_a_reduce_scatter, late, transport)):
+        assert not any(early) or rank in (1 - late, 5 - late), "done before the late rank has started it"
         assert done
 
 
-def broadcast_under_way(transport: str) -> list[list[Tensor]]:
-    """A broadcast between backward and step, while ranks are at different points of their sums over replicas."""
+def broadcast_between_sums(transport: str) -> list[list[Tensor]]:
+    """Broadcast between backward and step, when ranks have started different numbers of all-reduces over replicas."""
     rank, _ = rank_and_size()
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)), nn.BatchNorm1d(16))
     trained = list(model[:8].parameters())
@@ -355,7 +355,7 @@ def broadcast_under_way(transport: str) -> list[list[Tensor]]:
         generator = torch.Generator().manual_seed(4 * step + rank)
         model(torch.randn(4, 16, generator=generator)).square().sum().backward()
         time.sleep(0.01 * ((rank + step) % 3))
-        optimizer._engine.reducer._pool._in_flight[0].pending.done()  # starts what can be, here more and there less
+        optimizer._engine.reducer._pool._in_flight[0].pending.done()  # starts the ready ones
         optimizer.sync_module(model)
         synced.append(model[8].weight.detach().clone())
         optimizer.step()
@@ -364,8 +364,8 @@ def broadcast_under_way(transport: str) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_broadcast_meets_no_sum_that_is_under_way(transport: str) -> None:
-    results = on_ranks(4, broadcast_under_way, transport)
+def test_a_broadcast_does_not_mix_with_sums_over_replicas(transport: str) -> None:
+    results = on_ranks(4, broadcast_between_sums, transport)
     for synced, trained in results:
         assert [float(weight.unique()) for weight in synced] == [10.0 * step for step in range(6)]
         assert all(torch.equal(a, b) for a, b in zip(trained, results[0][1], strict=True))
@@ -396,7 +396,7 @@ def kinds_of_transport() -> list[str]:
     names, groups = [], dist.distributed_c10d._world.pg_map
     for shape in ((1, 4), (4, 1)):
         mesh = mesh_of(shape)
-        connect(mesh.get_group(0 if shape[0] > 1 else 1), kind="collective").close(clean=True)  # has groups now
+        connect(mesh.get_group(0 if shape[0] > 1 else 1), kind="collective").close(clean=True)  # caches groups
         before = len(groups)
         transport = connect(mesh, kind="collective")
         names.append(type(transport).__name__)
@@ -407,7 +407,7 @@ def kinds_of_transport() -> list[str]:
     return names
 
 
-def test_a_dimension_of_one_costs_nothing() -> None:
+def test_a_mesh_dimension_of_one_needs_no_new_groups() -> None:
     single, collective = SingleProcessTransport.__name__, GlooTransport.__name__
     expected = [collective, HybridTransport.__name__, single, collective]
     assert on_ranks(4, kinds_of_transport) == [expected] * 4
@@ -423,13 +423,13 @@ def groups_after_optimizers() -> list[int]:
     return counts
 
 
-def test_groups_are_leased_again() -> None:
+def test_groups_of_deleted_optimizers_are_used_again() -> None:
     for counts in on_ranks(4, groups_after_optimizers):
         assert len(set(counts)) == 1
 
 
 def train_on_a_part_of_the_world() -> list[Tensor] | None:
-    """Ranks 1, 2, 4 and 5 of six, with the disagreement of one of them in between."""
+    """Train on ranks 1, 2, 4 and 5 of six, after a constructor that raised as one of them passed another lr."""
     rank, _ = rank_and_size()
     mesh = mesh_of((2, 2), (1, 2, 4, 5))
     if rank in (0, 3):
@@ -516,7 +516,7 @@ def use_state_dicts(directory: str, shape: Shape) -> dict[str, Any]:
     run.optimizer.consolidate_state_dict(to=3)
     consolidated = run.optimizer.state_dict()
     is_whole = all(type(value) is Tensor for entry in consolidated["state"].values() for value in entry.values())
-    own = ("model.norm.running_mean", "model.norm.running_var")  # of each rank; DCP saves one of them
+    own = ("model.norm.running_mean", "model.norm.running_var")  # differ by rank; DCP saves those of one rank
     differ = [name for name in differences(expected, other.everything()) if name not in own]
     return {"differences": differ, "has all": bool(whole), "consolidated": is_whole}
 
@@ -543,28 +543,26 @@ def time_limits() -> list[float]:
 
 
 def test_groups_of_a_mesh_have_the_time_limit_of_the_default_group() -> None:
-    """init_device_mesh builds its groups with torch's own limit of 30 minutes: a rank that stopped hung all others."""
+    """init_device_mesh builds groups with torch's default timeout: a stopped rank hung the others for 30 minutes."""
     assert on_ranks(4, time_limits) == [[DEADLINE_S] * 2] * 4
 
 
-class Listening(SingleProcessTransport):
-    """Remembers for how long it was asked to look out for its peers."""
-
-    def __init__(self, has_a_way: bool) -> None:
-        self.has_a_way = has_a_way
-        self.asked: list[float] = []
+class RecordPolls(SingleProcessTransport):
+    def __init__(self, can_poll: bool) -> None:
+        self.can_poll = can_poll
+        self.polled_s: list[float] = []
 
     def poll(self, seconds: float) -> bool:
-        self.asked.append(seconds)
-        return self.has_a_way
+        self.polled_s.append(seconds)
+        return self.can_poll
 
 
-@pytest.mark.parametrize("has_a_way", [True, False])
-def test_listening_to_the_shard_group_does_not_make_deaf_for_replicas(has_a_way: bool) -> None:
-    """It listened for as long as the pool has patience, while a sum over replicas was what it waited for: every other
-    bucket took 0.25 s over shared memory.
+@pytest.mark.parametrize("can_poll", [True, False])
+def test_polling_the_shard_group_does_not_delay_the_replica_group(can_poll: bool) -> None:
+    """``poll`` polled the shard group for all of the pool's patience, while it was waiting for the replica group: every
+    other bucket took 0.25 s over shared memory.
     """
-    shard, replica = Listening(has_a_way), Listening(True)
+    shard, replica = RecordPolls(can_poll), RecordPolls(True)
     hybrid = HybridTransport(shard, replica, control=None, store_barrier=shard.store_barrier)
     assert hybrid.poll(10.0)
-    assert shard.asked[0] < 0.01 and replica.asked == ([] if has_a_way else [10.0])
+    assert shard.polled_s[0] < 0.01 and replica.polled_s == ([] if can_poll else [10.0])

@@ -114,7 +114,7 @@ def mapped(optimizer: ShardedAdamW) -> list[Tensor]:
     if not isinstance(transport, SharedMemoryTransport):
         return []
     shared = [t for buffers in transport._shared.values() for rank, t in buffers.items() if rank != transport.rank]
-    board = [] if transport._board is None else [transport._board]
+    board = [] if transport._all_reduce_buffer is None else [transport._all_reduce_buffer]
     return [*shared, *transport._staging.values(), *board]
 
 

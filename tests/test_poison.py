@@ -325,7 +325,7 @@ def test_what_was_broken_off_is_neither_stepped_nor_saved_until_it_is_loaded(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     first, second, saving = break_off(error, "auto", str(tmp_path))
-    assert first == "for a test" and "broken off" in second and "Load a whole checkpoint" in second
+    assert first == "for a test" and "did not complete" in second and "Load a whole checkpoint" in second
     assert "cannot be saved" in saving
 
 
@@ -333,5 +333,5 @@ def test_others_do_not_go_on_with_a_rank_that_broke_off(tmp_path: Path) -> None:
     restart(2)  # these ranks cannot continue together
     first, other = on_ranks(2, break_off, KeyboardInterrupt, "shared_memory", str(tmp_path))
     restart(2)
-    assert first[0] == "for a test" and "parted before" in first[1] and "cannot be saved" in first[2]
-    assert "rank 0" in other[0] and "parted before" in other[1] and "cannot be saved" in other[2], other
+    assert first[0] == "for a test" and "cannot continue together" in first[1] and "cannot be saved" in first[2]
+    assert "rank 0" in other[0] and "cannot continue together" in other[1] and "cannot be saved" in other[2], other

@@ -365,7 +365,7 @@ def grow_and_shrink() -> tuple[int, int, int]:
     if rank == 0:
         time.sleep(0.5)
     loss.backward()
-    one = optimizer._engine.reducer._pool._transport.staging(
+    one = optimizer._engine.reducer._pool._transport.allocate_staging(
         optimizer._engine.parameters.buckets[0].numel, torch.float32, torch.device("cpu")
     )
     during = optimizer.memory().staging

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared memory changes how gradients and parameters travel, and nothing else: the same bits, and everybody's own
-parameters.
-"""
+"""Training over shared memory equals training over Gloo bit for bit, and each rank's parameters stay its own."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ def transport_of(optimizer: ShardedAdamW) -> SharedMemoryTransport:
 
 @contextmanager
 def broken(what: str) -> Iterator[None]:
-    """This rank cannot do something that shared memory needs."""
+    """Context manager: make something fail on this rank that shared memory needs."""
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise OSError("broken on purpose")
@@ -78,7 +76,7 @@ def broken(what: str) -> Iterator[None]:
         elif what == "memfd":
             patch.delattr(os, "memfd_create")
         elif what == "user":
-            patch.setattr(unix_sockets, "_credentials", lambda link: (os.getpid(), os.geteuid() + 1, 0))
+            patch.setattr(unix_sockets, "_credentials", lambda connection: (os.getpid(), os.geteuid() + 1, 0))
         yield
 
 
@@ -95,7 +93,7 @@ REASONS = {
 def try_to_build(what: str, transport: str) -> tuple[str, str]:
     rank, _ = rank_and_size()
     with pytest.MonkeyPatch.context() as patch, broken(what) if rank == 1 else nullcontext():
-        patch.setattr(unix_sockets, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait for the one that cannot connect
+        patch.setattr(unix_sockets, "_CONNECT_TIMEOUT_S", 0.5)  # the others wait so long for rank 1
         try:
             optimizer = build(transport=transport)
             found = (type(optimizer._engine.transport).__name__, "")
@@ -108,7 +106,7 @@ def try_to_build(what: str, transport: str) -> tuple[str, str]:
 def build_where_it_is_impossible(what: str) -> tuple[str, tuple[str, str], str]:
     found = try_to_build(what, "auto")[0], try_to_build(what, "shared_memory")
     optimizer = build()
-    train(optimizer, range(2))  # nothing is left that could be in the way
+    train(optimizer, range(2))  # the failed attempts have left nothing behind
     return (*found, type(optimizer._engine.transport).__name__)
 
 
@@ -123,7 +121,7 @@ def test_all_ranks_fall_back_or_raise_one_reason_if_one_cannot_share(what: str) 
 
 def build_collective() -> str:
     def refuse(*arguments: Any) -> Any:
-        raise AssertionError("attached")
+        raise AssertionError("connected")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transports, "connect_sockets", refuse)
@@ -132,7 +130,7 @@ def build_collective() -> str:
         return type(optimizer._engine.transport).__name__
 
 
-def test_collective_never_attaches() -> None:
+def test_collective_never_connects_sockets() -> None:
     assert on_ranks(2, build_collective) == ["GlooTransport"] * 2
 
 
@@ -147,7 +145,7 @@ def build_unlike(kinds: Sequence[str]) -> str:
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kinds", list(combinations(("auto", "collective", "shared_memory"), 2)), ids="-".join)
 @pytest.mark.parametrize("swapped", [False, True])
-def test_ranks_that_want_different_transports_are_told(kinds: tuple[str, ...], swapped: bool) -> None:
+def test_ranks_with_different_transports_raise(kinds: tuple[str, ...], swapped: bool) -> None:
     one, other = reversed(kinds) if swapped else kinds
     results = on_ranks(3, build_unlike, (one, other, one), deadline_s=DEADLINE_S)
     expected = f"Ranks disagree on the optimizer: transport {one!r} on ranks 0, 2, {other!r} on rank 1."
@@ -169,7 +167,7 @@ class Case:
     unused: str = "none"
     set_to_none: bool = True
     edit: str = "none"  # of p.grad: "none" | "scale" | "replace" | "drop"
-    edit_late: bool = False  # after clipping, which makes it be reduced again
+    edit_late: bool = False  # edit after clipping, so that gradients are reduced again
     nan: bool = False
     scaler: bool = False
     full_grad: bool = False
@@ -202,7 +200,7 @@ def random_case(generator: random.Random) -> Case:
         nan=choose((False, True)),
         scaler=choose((False, True)),
         full_grad=choose((False, True)),
-        # Halves are divided before they travel, but after their sum where peers read them: by 3 they round unlike.
+        # float16 is divided before it is sent, but after the sum in bucket views: by 3 the results round differently.
         world_size=choose((2, 2, 4) if gradient_sync == "step" and dtype == "float16" else (2, 2, 3, 4)),
     )
 
@@ -273,7 +271,7 @@ def run_case(case: Case, transport: str) -> dict[str, Any]:
 
 
 def compare_transports(case: Case) -> list[str]:
-    """What is not equal bit for bit."""
+    """Return the names of the results that are not equal bit for bit."""
     ours, reference = (run_case(case, transport) for transport in ("shared_memory", "collective"))
     assert (ours.pop("kind"), reference.pop("kind")) == ("SharedMemoryTransport", "GlooTransport")
     assert ours.keys() == reference.keys()
@@ -289,7 +287,7 @@ def is_same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A NaN's sign depends on the order of a sum."""
+    """Return the bytes of ``tensor``, with NaNs replaced, as a NaN's sign depends on the order of a sum."""
     return tensor.detach().nan_to_num(0.0).contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -329,17 +327,17 @@ def test_hybrid_equals_collective_bit_for_bit(case: test_parity.Case) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one["shard"][1], other["shard"][1], strict=True))
 
 
-# Everybody's own
+# Each rank's memory is its own
 
 
 def swap_between_steps(gradient_sync: str, swaps: bool) -> list[Tensor]:
-    """Rank 0 evaluates with averaged parameters after every step; the others read slowly."""
+    """Train; rank 0 evaluates with averaged parameters after every step, and the other ranks read slowly."""
     rank, _ = rank_and_size()
     generator = random.Random(rank)
     parameters = build_parameters()
     optimizer = build(parameters, gradient_sync=gradient_sync)
     averages = clones(parameters)
-    wait = shared_memory._Read.wait
+    wait = shared_memory._PeerRead.wait
 
     def wait_slowly(transfer: Any) -> None:
         if rank > 0 and generator.random() < 0.3:
@@ -348,7 +346,7 @@ def swap_between_steps(gradient_sync: str, swaps: bool) -> list[Tensor]:
 
     seen = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(shared_memory._Read, "wait", wait_slowly)
+        patch.setattr(shared_memory._PeerRead, "wait", wait_slowly)
         for step in range(20):
             with torch.enable_grad():
                 quadratic(parameters, rank, step).backward()
@@ -379,7 +377,7 @@ def test_what_one_rank_writes_between_steps_stays_its_own(gradient_sync: str, wo
 
 
 def try_to_write() -> list[str]:
-    """Ways to write a peer's memory, or to take it away, that have worked."""
+    """Try to write a peer's memory, and to resize it; return the ways that have worked."""
     received: list[tuple[int, int]] = []
     map_memory = shared_memory._map
 
@@ -407,7 +405,7 @@ def try_to_write() -> list[str]:
 
     for descriptor, nbytes in received:
         assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-        reopened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # what is sealed stays so
+        reopened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # the seals still hold
         for fd in (descriptor, reopened):
             attempt("map", lambda fd=fd, nbytes=nbytes: map_writable(fd, nbytes))
             attempt("shrink", lambda fd=fd: os.ftruncate(fd, 0))
@@ -426,11 +424,11 @@ def try_to_write() -> list[str]:
     return succeeded
 
 
-def test_neighbours_memory_cannot_be_written_nor_resized() -> None:
+def test_peers_memory_cannot_be_written_nor_resized() -> None:
     assert on_ranks(2, try_to_write) == [[], []]
 
 
-# Life beside the other ranks and after them
+# Tensors that outlive the optimizer, and forked children
 
 
 def outlive(directory: str) -> bool:
@@ -462,15 +460,15 @@ def use_in_a_child(gradient_sync: str, forks: bool) -> tuple[str, list[Tensor]]:
     parameters = build_parameters()
     optimizer = build(parameters, gradient_sync=gradient_sync)
     train(optimizer, range(2))
-    said = ""
-    board = transport_of(optimizer)._board
-    assert board is not None
-    before = board.clone()
+    message = ""
+    buffer = transport_of(optimizer)._all_reduce_buffer
+    assert buffer is not None
+    before = buffer.clone()
     if forks:
         read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:
-            message = "nothing"
+            message = "no error"
             try:
                 optimizer.step()
             except BaseException as error:
@@ -478,20 +476,20 @@ def use_in_a_child(gradient_sync: str, forks: bool) -> tuple[str, list[Tensor]]:
             os.write(write_end, message.encode())
             os._exit(0)
         os.close(write_end)
-        said = os.read(read_end, 4096).decode()
+        message = os.read(read_end, 4096).decode()
         os.close(read_end)
         os.waitpid(child, 0)
-        assert torch.equal(board, before)  # which the child shares
-    return said, train(optimizer, range(2, 5))
+        assert torch.equal(buffer, before)  # the child shares its memory
+    return message, train(optimizer, range(2, 5))
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
-def test_a_forked_child_is_refused_and_its_parent_trains_on(gradient_sync: str) -> None:
+def test_step_raises_in_a_forked_child_and_its_parent_trains_on(gradient_sync: str) -> None:
     expected = on_ranks(2, use_in_a_child, gradient_sync, False)
-    for (said, trained), (_, reference) in zip(
+    for (message, trained), (_, reference) in zip(
         on_ranks(2, use_in_a_child, gradient_sync, True, deadline_s=DEADLINE_S), expected, strict=True
     ):
-        assert said.startswith("RuntimeError") and "not in its forked children" in said
+        assert message.startswith("RuntimeError") and "not in a forked child" in message
         assert all(torch.equal(a, b) for a, b in zip(trained, reference, strict=True))
 
 
@@ -537,74 +535,74 @@ def run_late(late: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_staging_grows_while_a_peer_is_late_and_shrinks_everywhere(late: int) -> None:
-    before = on_ranks(2, mappings_of_the_past)
+    before = on_ranks(2, mappings_after_collection)
     results = on_ranks(2, run_late, late, deadline_s=DEADLINE_S)
     early = results[1 - late]
-    assert early["grown"] > 6 and early["seconds"] < LATE_S - 0.1, results  # it has lost its patience once
-    for result, past in zip(results, before, strict=True):
+    assert early["grown"] > 6 and early["seconds"] < LATE_S - 0.1, results  # it has waited for the pool's patience once
+    for result, mappings_before in zip(results, before, strict=True):
         assert result["staging 1"] == 2 and result["staging 2"] == 2
         assert result["peers"] == 2
-        assert result["mappings"] - past == 4  # two of this rank's own, two of the peer's
+        assert result["mappings"] - mappings_before == 4  # two of this rank's own, two of the peer's
 
 
-def mappings_of_the_past() -> int:
+def mappings_after_collection() -> int:
     gc.collect()
     return mappings()
 
 
-# Who may attach
+# Who may connect
 
 
-def attach_among_strangers() -> tuple[str, list[str]]:
-    meet = unix_sockets._meet
+def connect_among_strangers() -> tuple[str, list[str]]:
+    connect_peers = unix_sockets._connect_peers
     strangers: list[socket.socket] = []
 
-    def meet_after_strangers(own: int, listener: socket.socket, everybody: Any, *rest: Any) -> Any:
-        name, secret = everybody[own][1], everybody[own][2]
+    def connect_after_strangers(own: int, listener: socket.socket, endpoints: Any, *rest: Any) -> Any:
+        secret = endpoints[own].secret
         hellos = [None, b"", b"x", struct.pack("=I", 2) + b"0" * 16, struct.pack("=I", 99) + secret]
         for hello in [*hellos, struct.pack("=I", own) + secret] if own < 2 else []:
             stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            stranger.connect(name)
+            stranger.connect(endpoints[own].address)
             if hello:
                 stranger.send(hello)
             elif hello is None:
                 stranger.close()
                 continue
             strangers.append(stranger)
-        time.sleep(0.2 * own)  # they are the first to come
-        return meet(own, listener, everybody, *rest)
+        time.sleep(0.2 * own)  # the strangers are first
+        return connect_peers(own, listener, endpoints, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unix_sockets, "_meet", meet_after_strangers)
-        patch.setattr(unix_sockets, "_HELLO_TIMEOUT_S", 0.1)  # one of them says nothing
+        patch.setattr(unix_sockets, "_connect_peers", connect_after_strangers)
+        patch.setattr(unix_sockets, "_HELLO_TIMEOUT_S", 0.1)  # one of them sends nothing
         optimizer = build()
     train(optimizer, range(2))
-    heard = []
+    received = []
     for stranger in strangers:
         stranger.settimeout(1.0)
         try:
-            heard.append("" if stranger.recv(4096) == b"" else "records")
+            received.append("" if stranger.recv(4096) == b"" else "records")
         except ConnectionResetError:
-            heard.append("")
+            received.append("")
         except OSError as error:
-            heard.append(str(error))
+            received.append(str(error))
         stranger.close()
-    return type(optimizer._engine.transport).__name__, heard
+    return type(optimizer._engine.transport).__name__, received
 
 
-def test_strangers_are_dropped_and_ranks_attach_all_the_same() -> None:
-    for rank, (kind, heard) in enumerate(on_ranks(3, attach_among_strangers, deadline_s=DEADLINE_S)):
+def test_connections_of_strangers_are_closed_and_ranks_connect() -> None:
+    for rank, (kind, received) in enumerate(on_ranks(3, connect_among_strangers, deadline_s=DEADLINE_S)):
         assert kind == "SharedMemoryTransport"
-        assert heard == ([""] * 5 if rank < 2 else [])
+        assert received == ([""] * 5 if rank < 2 else [])
 
 
 @pytest.mark.parametrize("uid", [os.geteuid(), os.geteuid() + 1])
-def test_the_secret_is_of_no_use_to_another_user(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_secret_does_not_let_another_user_connect(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(struct.pack("=I", 3) + b"s" * 16)
-    monkeypatch.setattr(unix_sockets, "_credentials", lambda link: (os.getpid(), uid, 0))
+    monkeypatch.setattr(unix_sockets, "_credentials", lambda connection: (os.getpid(), uid, 0))
     with ours, theirs:
-        assert unix_sockets._who(ours, b"s" * 16) == (3 if uid == os.geteuid() else None)
+        assert unix_sockets._receive_hello(ours, b"s" * 16) == (3 if uid == os.geteuid() else None)
 
 
 def names_in_use() -> dict[str, Any]:
@@ -631,37 +629,40 @@ def test_nothing_has_a_name_in_the_file_system() -> None:
 # Different transfers
 
 
-def begin_differently(mine: str, theirs: str) -> str:
+def start_different_transfers(first: str, second: str) -> str:
     optimizer = build([nn.Parameter(torch.ones(512))])
     transport = transport_of(optimizer)
-    transport.all_reduce(torch.ones(1)).wait()  # the board is there then
+    transport.all_reduce(torch.ones(1)).wait()  # allocates the buffer of all-reduces
     block = torch.full((3,), 7.0)
-    begin: dict[str, Callable[[], Any]] = {
+    starts: dict[str, Callable[[], Any]] = {
         "fence": transport.fence,
         "all-reduce": lambda: transport.all_reduce(block).wait(),
         "larger all-reduce": lambda: transport.all_reduce(torch.ones(5)).wait(),
         "all-gather": lambda: transport.all_gather(optimizer._engine.parameters.buckets[0].parameters).wait(),
     }
     try:
-        begin[mine if rank_and_size()[0] == 0 else theirs]()
-        return "nothing"
+        starts[first if rank_and_size()[0] == 0 else second]()
+        return "no error"
     except RuntimeError as error:
         assert block.tolist() == [7.0] * 3  # nothing has been read
         return str(error).partition(":")[0]
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "said"),
+    ("first", "second", "descriptions"),
     [
         ("all-reduce", "fence", ("an all-reduce of 12 bytes", "a fence")),
         ("all-gather", "all-reduce", ("an all-gather of 1,024 bytes", "an all-reduce of 12 bytes")),
         ("larger all-reduce", "all-reduce", ("an all-reduce of 20 bytes", "an all-reduce of 12 bytes")),
     ],
 )
-def test_ranks_that_begin_different_transfers_read_nothing(mine: str, theirs: str, said: tuple[str, str]) -> None:
-    first, second = on_ranks(2, begin_differently, mine, theirs)
-    assert first == f"Rank 1 has begun {said[1]} where rank 0 has begun {said[0]}"
-    assert second in (
-        f"Rank 0 has begun {said[0]} where rank 1 has begun {said[1]}",
-        "In " + said[1].partition(" of")[0],
+def test_ranks_that_start_different_transfers_read_nothing(
+    first: str, second: str, descriptions: tuple[str, str]
+) -> None:
+    zero, one = descriptions
+    messages = on_ranks(2, start_different_transfers, first, second)
+    assert messages[0] == f"Rank 1 has started {one}, but rank 0 has started {zero}"
+    assert messages[1] in (
+        f"Rank 0 has started {zero}, but rank 1 has started {one}",
+        "In " + one.partition(" of")[0],  # rank 0 has closed its sockets first
     )

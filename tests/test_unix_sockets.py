@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that share memory notice at once who has ended, and in time who keeps them waiting; nothing of them is left."""
+"""Ranks that share memory notice at once that a peer has ended, and within the timeout that it hangs. They leave no
+process, memory, socket or file descriptor behind.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def advance(optimizer: ShardedAdamW, steps: Sequence[int]) -> None:
         optimizer.zero_grad()
 
 
-def links_of(optimizer: ShardedAdamW) -> PeerSockets:
+def sockets_of(optimizer: ShardedAdamW) -> PeerSockets:
     assert isinstance(optimizer._engine.transport, SharedMemoryTransport)
     return optimizer._engine.transport._sockets
 
@@ -55,7 +57,7 @@ VICTIM = 1
 
 
 def lose_a_rank(how: str, during: str, rank: int, pipe: Connection) -> None:
-    """Rank 1 does not come to the third step; the others tell what they are told, and when."""
+    """Lose rank 1 before the third step; the others send the error that they get, and when."""
     optimizer: ShardedAdamW | None = build(gradient_sync="backward" if during == "backward" else "step")
     assert optimizer is not None
     advance(optimizer, range(2))
@@ -69,9 +71,9 @@ def lose_a_rank(how: str, during: str, rank: int, pipe: Connection) -> None:
         pipe.send(child)
         assert pipe.recv() == "go on"
         if how == "stops":
-            with pytest.raises(RuntimeError, match=r"rank \d .* has given up"):
+            with pytest.raises(RuntimeError, match=r"rank \d .* has raised an error"):
                 advance(optimizer, [2])
-            pipe.send("parted")
+            pipe.send("raised")
         del optimizer
         gc.collect()
         pipe.send(time.monotonic())
@@ -83,14 +85,14 @@ def lose_a_rank(how: str, during: str, rank: int, pipe: Connection) -> None:
     except Exception as error:
         pipe.send((type(error).__name__, str(error), time.monotonic()))
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"have parted before.*rank 1"):
+            with pytest.raises(RuntimeError, match=r"cannot continue together.*rank 1"):
                 optimizer.step()
-        pipe.send("told again")
+        pipe.send("raised again")
     time.sleep(DEADLINE_S)
 
 
 class Losing:
-    """``lose_a_rank`` with its first arguments, for another process."""
+    """``lose_a_rank`` with its first two arguments bound; can be pickled."""
 
     def __init__(self, how: str, during: str = "step") -> None:
         self.how, self.during = how, during
@@ -100,7 +102,7 @@ class Losing:
 
 
 def lose(tmp_path: Path, how: str, during: str, world_size: int) -> list[tuple[str, str, float]]:
-    """What the others raise, and seconds since rank 1 was lost."""
+    """Return what each other rank raises: type, message, and seconds since rank 1 was lost."""
     with ranks_of(world_size, tmp_path / "store", Losing(how, during)) as ranks:
         victim = ranks.processes[VICTIM]
         child = ranks.hear(VICTIM)
@@ -114,18 +116,18 @@ def lose(tmp_path: Path, how: str, during: str, world_size: int) -> list[tuple[s
             else:
                 since = time.monotonic()
                 os.kill(victim.pid, signal.SIGSTOP if how == "stops" else signal.SIGKILL)
-            told = [ranks.hear(rank) for rank in others]
-            assert [ranks.hear(rank) for rank in others] == ["told again"] * len(others)
-            if how == "stops":  # it finds out, instead of taking what comes next for what it waits for
+            raised = [ranks.hear(rank) for rank in others]
+            assert [ranks.hear(rank) for rank in others] == ["raised again"] * len(others)
+            if how == "stops":  # once it runs again, it raises too
                 os.kill(victim.pid, signal.SIGCONT)
                 ranks.pipes[VICTIM].send("go on")
-                assert ranks.hear(VICTIM) == "parted"
+                assert ranks.hear(VICTIM) == "raised"
         finally:
             if child:
                 os.kill(child, signal.SIGKILL)
             if how == "stops":
                 os.kill(victim.pid, signal.SIGCONT)
-        return [(kind, message, when - since) for kind, message, when in told]
+        return [(kind, message, when - since) for kind, message, when in raised]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_a_rank_that_ends_is_named_at_once(tmp_path: Path, how: str, during: str
         assert seconds < 1.5
 
 
-def test_a_rank_that_stops_is_named_in_time(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_within_the_timeout(tmp_path: Path) -> None:
     for kind, message, seconds in lose(tmp_path, "stops", "step", 3):
         assert kind == "TimeoutError" and "no answer from rank 1 (process" in message and "within 3 s" in message
         assert "rank 1: does not answer" in message
@@ -155,43 +157,43 @@ def test_a_rank_that_stops_is_named_in_time(tmp_path: Path) -> None:
 
 def end_at_once(rank: int, pipe: Connection) -> None:
     optimizer = build()
-    slowly(optimizer, rank)
+    slow_down(optimizer, rank)
     advance(optimizer, range(3))
     if rank == 0:
         pipe.send("done")
-        os.kill(os.getpid(), signal.SIGKILL)  # harder than any end of a script
+        os.kill(os.getpid(), signal.SIGKILL)
     pipe.send("done")
     time.sleep(DEADLINE_S)
 
 
-def slowly(optimizer: ShardedAdamW, rank: int, room: int = 1) -> None:
-    """Others than rank 0 read late, and what it sends hardly finds room."""
+def slow_down(optimizer: ShardedAdamW, rank: int, send_buffer_bytes: int = 1) -> None:
+    """Give rank 0 small send buffers, and make the other ranks read late."""
     if rank == 0:
-        for peer in links_of(optimizer)._peers:
-            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
+        for peer in sockets_of(optimizer)._peers:
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     else:
-        wait_for = shared_memory._Read.wait
+        wait = shared_memory._PeerRead.wait
 
         def wait_late(transfer: Any) -> None:
             time.sleep(0.002)
-            wait_for(transfer)
+            wait(transfer)
 
-        shared_memory._Read.wait = wait_late  # type: ignore[method-assign]
+        shared_memory._PeerRead.wait = wait_late  # type: ignore[method-assign]
 
 
-def test_a_rank_that_has_taken_its_last_step_may_end(tmp_path: Path) -> None:
+def test_a_rank_may_end_after_its_last_step(tmp_path: Path) -> None:
     with ranks_of(3, tmp_path / "store", end_at_once) as ranks:
         assert [ranks.hear(rank) for rank in range(3)] == ["done"] * 3
 
 
-def turn_to_something_else(room: int) -> list[torch.Tensor]:
-    """Rank 0 waits in a collective of the user's after every call of ours, and looks at no socket meanwhile."""
+def use_barriers_between_calls(send_buffer_bytes: int) -> list[torch.Tensor]:
+    """Train with a collective of the user's after every call of the optimizer; it does not read the sockets."""
     rank, _ = rank_and_size()
-    wait_for = shared_memory._Read.wait
+    wait = shared_memory._PeerRead.wait
     try:
         parameters = [torch.nn.Parameter(torch.ones(128)) for _ in range(40)]
         optimizer = ShardedAdamW(parameters, lr=0.1, bucket_mb=512 / 2**20)
-        slowly(optimizer, rank, room)
+        slow_down(optimizer, rank, send_buffer_bytes)
         for step in range(3):
             quadratic(parameters, rank, step).backward()
             optimizer.clip_grad_norm_(1.0)
@@ -201,12 +203,12 @@ def turn_to_something_else(room: int) -> list[torch.Tensor]:
             optimizer.zero_grad()
         return clones(parameters)
     finally:
-        shared_memory._Read.wait = wait_for  # type: ignore[method-assign]
+        shared_memory._PeerRead.wait = wait  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("room", [1, 9000])
-def test_a_rank_that_turns_to_something_else_has_told_everybody_all(room: int) -> None:
-    one, other = on_ranks(2, turn_to_something_else, room, deadline_s=DEADLINE_S)
+@pytest.mark.parametrize("send_buffer_bytes", [1, 9000])
+def test_every_call_sends_all_its_records_before_it_returns(send_buffer_bytes: int) -> None:
+    one, other = on_ranks(2, use_barriers_between_calls, send_buffer_bytes, deadline_s=DEADLINE_S)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -214,7 +216,7 @@ def test_a_rank_that_turns_to_something_else_has_told_everybody_all(room: int) -
 
 
 def memory_and_sockets() -> tuple[list[str], list[str]]:
-    """Inodes of this process's shared memory, and names of its sockets."""
+    """Return inodes of this process's shared memory, and names of its sockets."""
     with open("/proc/self/maps") as file:
         inodes = [line.split()[4] for line in file if "memfd:shardadam" in line]
     names = []
@@ -251,7 +253,7 @@ class Working:
 
 
 def holders(inodes: Sequence[str]) -> list[str]:
-    """Processes that still map the shared memory of these inodes, or hold it open."""
+    """Return the ids of processes that still map shared memory with these inodes."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -309,17 +311,17 @@ def build_and_drop(times: int) -> list[tuple[int, int]]:
     return counts
 
 
-def test_optimizers_that_are_dropped_leave_no_descriptor_and_no_mapping() -> None:
-    restart(2)  # what an earlier test has kept is none of this one's
+def test_deleted_optimizers_leave_no_descriptor_and_no_mapping() -> None:
+    restart(2)  # new processes, without what earlier tests have cached
     for early, late in on_ranks(2, build_and_drop, 24, deadline_s=60.0):
         assert early == late and early[1] == 0
 
 
-# PeerSockets by themselves
+# PeerSockets alone
 
 
 def pair(timeout_s: float = 1.0) -> tuple[PeerSockets, PeerSockets]:
-    """Two ends in one process."""
+    """Return two connected ranks in one process, with the smallest send buffers."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ends = []
     for rank, end in enumerate((one, other)):
@@ -331,14 +333,14 @@ def pair(timeout_s: float = 1.0) -> tuple[PeerSockets, PeerSockets]:
 
 def test_records_and_descriptors_arrive_in_order_through_a_full_socket() -> None:
     one, other = pair()
-    heard: list[tuple[int, str | None]] = []
+    received: list[tuple[int, str | None]] = []
 
     def on_record(rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
         content = None
         if descriptor is not None:
             content = os.pread(descriptor, 100, 0).decode()
             os.close(descriptor)
-        heard.append((number, content))
+        received.append((number, content))
 
     other.on_record = on_record
     gc.collect()
@@ -355,23 +357,23 @@ def test_records_and_descriptors_arrive_in_order_through_a_full_socket() -> None
             os.close(descriptor)
             expected.append((number, str(number)))
     assert one._peers[0].outbox
-    while len(heard) < len(expected):
+    while len(received) < len(expected):
         other.poll()
         one.poll()
-    assert heard == expected
+    assert received == expected
     assert not one._peers[0].outbox
     assert len(os.listdir("/proc/self/fd")) == open_before
     one.close()
     other.close()
 
 
-def test_a_wait_ends_when_all_that_was_told_is_sent() -> None:
-    """Records that had found a full socket waited for the next call of ours. A rank that turned to a collective of the
-    user's, or ended, left the others waiting for them.
+def test_wait_for_returns_after_all_records_are_sent() -> None:
+    """Records that did not fit into a full socket were only sent by the next call of the optimizer. If the rank first
+    called a collective of the user's, or ended, the other ranks waited for them in vain.
     """
     one, other = pair(timeout_s=DEADLINE_S)
-    heard: list[int] = []
-    other.on_record = lambda rank, kind, number, value, descriptor: heard.append(number)
+    received: list[int] = []
+    other.on_record = lambda rank, kind, number, value, descriptor: received.append(number)
     for number in range(100):
         one.send(0, number)
     one.wait_for(lambda rank: True, "Waiting", until_sent=False)
@@ -383,12 +385,12 @@ def test_a_wait_ends_when_all_that_was_told_is_sent() -> None:
     later.join()
     one.close()
     other.poll()
-    assert heard == list(range(100))
+    assert received == list(range(100))
     other.close()
 
 
 @pytest.mark.parametrize("end", ["close", "peer"])
-def test_what_could_not_be_sent_is_forgotten_when_either_end_is_gone(end: str) -> None:
+def test_unsent_descriptors_are_closed_when_either_end_closes(end: str) -> None:
     gc.collect()
     open_before = len(os.listdir("/proc/self/fd"))
     one, other = pair()
@@ -408,30 +410,32 @@ def test_what_could_not_be_sent_is_forgotten_when_either_end_is_gone(end: str) -
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_closed_links_say_so() -> None:
+def test_closed_sockets_raise() -> None:
     one, other = pair()
     one.close()
     one.poll()
     for use in (lambda: one.send(0, 1), lambda: one.wait_for(lambda rank: False, "Waiting")):
-        with pytest.raises(RuntimeError, match="closed here"):
+        with pytest.raises(RuntimeError, match="closed in this process"):
             use()
     other.close()
 
 
-def test_a_timeout_of_years_is_one() -> None:
+def test_a_timeout_may_be_a_year() -> None:
     one, other = pair(timeout_s=timedelta(days=365).total_seconds())
-    came = []
-    one.on_record = lambda *record: came.append(record)
-    later = threading.Timer(0.05, other.send, (0, 1))  # once the wait has begun
+    received = []
+    one.on_record = lambda *record: received.append(record)
+    later = threading.Timer(0.05, other.send, (0, 1))  # while wait_for waits
     later.start()
-    one.wait_for(lambda rank: bool(came), "Waiting")
+    one.wait_for(lambda rank: bool(received), "Waiting")
     later.join()
     one.close()
     other.close()
 
 
-def test_what_is_said_to_a_dead_rank_is_forgotten_though_its_socket_stays_open() -> None:
-    """A child of its own may hold that: it filled, and then poll was asked to watch what it had given up."""
+def test_records_to_an_ended_rank_are_dropped_though_its_socket_stays_open() -> None:
+    """A child of the ended rank may keep the socket open. Records filled it, and then ``poll.modify`` raised for a
+    descriptor that was no longer registered.
+    """
     one, other = pair()
     gc.collect()
     open_before = len(os.listdir("/proc/self/fd"))
@@ -439,7 +443,7 @@ def test_what_is_said_to_a_dead_rank_is_forgotten_though_its_socket_stays_open()
     one._peers[0].pidfd = pidfd
     one._by_fd[pidfd] = one._peers[0]
     one._poll.register(pidfd)
-    os.close(child_exits)  # what a pidfd is ready for when its process has ended
+    os.close(child_exits)  # poll reports the other end, as it reports a pidfd whose process has ended
     one.poll()
     for number in range(100):
         one.send(0, number)

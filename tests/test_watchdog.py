@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers on a device's stream that do not come to an end are told of before the backend's timeout, once each time.
+"""A hang of transfers on a CUDA stream is logged once, before the backend's timeout.
 
-On the CPU a "stream" here is a count that comes late, or not at all.
+On the CPU, a count that comes late or never stands for the stream.
 """
 
 from __future__ import annotations
@@ -22,66 +22,63 @@ LIMIT_S = 0.5
 
 @pytest.fixture
 def watchdog() -> Iterator[Watchdog]:
-    watching = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "rank 1: has ended")
-    yield watching
-    watching.close()
+    watchdog = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "rank 1: has ended")
+    yield watchdog
+    watchdog.close()
 
 
-def start_without_an_end(watchdog: Any) -> None:
-    """What the host does for a step whose transfers hang: the count on the device stays behind."""
-    watchdog._started += 1
+def hang(watchdog: Any) -> None:
+    """Do what the host does for a step whose transfers hang: the device's count stays behind."""
+    watchdog._expected += 1
 
 
-def told(caplog: pytest.LogCaptureFixture) -> int:
-    return sum("have not come to an end" in record.message for record in caplog.records)
+def count_logged(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("are not complete after" in record.message for record in caplog.records)
 
 
-def test_what_does_not_end_is_told_once_and_before_the_timeout(
-    watchdog: Watchdog, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_hang_is_logged_once_and_before_the_timeout(watchdog: Watchdog, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "shardadam"):
-        watchdog.started()
-        start_without_an_end(watchdog)
+        watchdog.expect_progress()
+        hang(watchdog)
         start = time.monotonic()
-        while not told(caplog):
+        while not count_logged(caplog):
             assert time.monotonic() - start < 10
             time.sleep(0.01)
         assert time.monotonic() - start > 0.7 * LIMIT_S
         time.sleep(2 * LIMIT_S)
-    assert told(caplog) == 1
-    assert "gives up after 0 s" in caplog.records[0].message and "rank 1: has ended" in caplog.records[0].message
+    assert count_logged(caplog) == 1
+    message = caplog.records[0].message
+    assert "ends this process after 0 s" in message and "rank 1: has ended" in message
 
 
-def test_what_ends_is_not_told_nor_is_a_pause_between_steps(
+def test_neither_complete_transfers_nor_pauses_between_steps_are_logged(
     watchdog: Watchdog, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR, "shardadam"):
         for pause in (0.1, 0.1, 2 * LIMIT_S, 0.1):
-            watchdog.started()
+            watchdog.expect_progress()
             time.sleep(pause)
-    assert told(caplog) == 0
+    assert count_logged(caplog) == 0
 
 
-def test_replays_that_only_the_device_counts_hide_nothing_that_comes_after(
-    watchdog: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    watchdog.started()
+def test_a_hang_after_replays_of_a_cuda_graph_is_logged(watchdog: Any, caplog: pytest.LogCaptureFixture) -> None:
+    watchdog.expect_progress()
     watchdog._on_device.add_(5)
     watchdog._on_host.copy_(watchdog._on_device)
     with caplog.at_level(logging.ERROR, "shardadam"):
         time.sleep(2 * LIMIT_S)
-        assert told(caplog) == 0
-        watchdog.started()
-        start_without_an_end(watchdog)
+        assert count_logged(caplog) == 0
+        watchdog.expect_progress()
+        hang(watchdog)
         time.sleep(3 * LIMIT_S)
-    assert told(caplog) == 1
+    assert count_logged(caplog) == 1
 
 
-def test_its_thread_ends_with_it() -> None:
+def test_close_ends_the_thread() -> None:
     before = set(threading.enumerate())
-    watching = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "")
+    watchdog = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "")
     (thread,) = set(threading.enumerate()) - before
     assert thread.is_alive()
-    watching.close()
+    watchdog.close()
     thread.join(10)
     assert not thread.is_alive()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shardadam.cli.text import binary_size, table
-from shardadam.transport.unix_sockets import why_not_here
+from shardadam.transport.unix_sockets import why_unsupported
 from shardadam.version import __version__
 
 PACKAGES = ("numpy", "safetensors", "accelerate", "transformers", "lightning", "peft", "deepspeed")
@@ -149,12 +149,12 @@ def _gpus() -> dict[str, Any]:
 
 
 def _works() -> dict[str, Any]:
-    why_not = why_not_here()
+    unsupported = why_unsupported()
     return {
         "torch.distributed": dist.is_available(),
         "Gloo": dist.is_gloo_available(),
         "NCCL": dist.is_nccl_available(),
-        "shared memory between ranks": why_not is None or f"no: {why_not}",
+        "shared memory between ranks": unsupported is None or f"no: {unsupported}",
         "pidfd (deaths are noticed at once)": _has_pidfd(),
         "triton kernels": _triton(),
         "host name resolves": _resolves(),

@@ -23,7 +23,7 @@ _R = TypeVar("_R")
 
 
 def collective(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
-    """Names the method in desync reports while it runs, and defers signals until it is over.
+    """Make desync reports name the method while it runs, and defer signals until it is complete.
 
     If a second signal interrupts the call, the optimizer refuses to step until a checkpoint is loaded.
     """
@@ -37,7 +37,7 @@ def collective(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenat
                 raise
             except BaseException as error:
                 if self._is_built:
-                    self._engine.poison.reason = f"{method.__name__}() was broken off ({type(error).__name__})"
+                    self._engine.poison.reason = f"{method.__name__}() did not complete ({type(error).__name__})"
                     self._engine.transport.abort()
                 raise
 

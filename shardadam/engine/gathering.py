@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updated shards -> parameters: all-gathers, in place in the buckets' flat parameter buffers.
 
-Must not decide who waits when: ``step`` and ``OverlappedForward`` do.
+Must not decide when to wait for them: ``step`` and ``OverlappedForward`` do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from shardadam.transport.base import own_slice
 
 
 class ParameterGatherer:
-    """The all-gathers of one optimizer. A bucket's is dispatched as soon as its shard is updated, and runs during the
-    update of the next.
+    """The all-gathers of one optimizer. Each is started as soon as its bucket's shard is updated, and runs during the
+    update of the next bucket.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -29,7 +29,7 @@ class ParameterGatherer:
         self._unreleased: list[Pending] = []  # waited for, but peers may still be reading this rank's shards
 
     def dispatch(self, bucket: FlatBucket) -> None:
-        """Starts the all-gather of the bucket's parameters. Collective: in the same order on all ranks."""
+        """Start the all-gather of the bucket's parameters. Collective: all ranks must use the same order of buckets."""
         with record("all_gather"):
             self._pending[bucket.index] = self._transport.all_gather(bucket.parameters)
 
@@ -39,11 +39,11 @@ class ParameterGatherer:
         return bool(self._pending)
 
     def is_any_pending(self, indices: Iterable[int]) -> bool:
-        """Whether the all-gather of any of these buckets has not been waited for."""
+        """Return whether the all-gather of any of these buckets has not been waited for."""
         return any(index in self._pending for index in indices)
 
     def wait_for(self, indices: Iterable[int]) -> None:
-        """Waits for the all-gathers of these buckets: their parameters may be read afterwards."""
+        """Wait for the all-gathers of these buckets. Their parameters may be read afterwards."""
         for index in indices:
             pending = self._pending.get(index)
             if pending is not None:
@@ -52,12 +52,12 @@ class ParameterGatherer:
                     self._unreleased.append(self._pending.pop(index))
 
     def wait_all(self) -> None:
-        """Waits for all all-gathers: all parameters may be read afterwards."""
+        """Wait for all all-gathers. All parameters may be read afterwards."""
         self.wait_for(list(self._pending))
 
     def synchronize(self) -> None:
-        """Waits for all all-gathers on all ranks: parameters may be written afterwards, too, as no peer reads them any
-        more. Collective: all ranks must call it.
+        """Wait until all ranks have completed their all-gathers. Parameters may be written afterwards, as no peer reads
+        them. Collective: all ranks must call it.
         """
         self.wait_all()
         for pending in self._unreleased:
@@ -74,18 +74,18 @@ def gather_shards(
     keep: Set[int],
     device: torch.device | str,
 ) -> dict[int, Tensor]:
-    """Gathers whole tensors (moments, masters, gradients) of parameters from the shards of all ranks.
+    """Gather whole tensors (moments, masters, gradients) of parameters from the shards of all ranks.
 
     Collective: all ranks must call it with the same buckets.
 
     Args:
-        buckets: all buckets that the wanted parameters lie in.
+        buckets: all buckets that hold a part of the wanted parameters.
         shard_of: this rank's shard of a bucket, 1-D, as long as ``bucket.shard.parameter``.
         keep: indices of the params wanted on this rank.
         device: where the results are wanted.
 
     Returns:
-        By param index, new tensors of the parameters' shapes and strides, in the dtype of the shards.
+        New tensors by param index, with the shapes and strides of the parameters and the dtype of the shards.
     """
     flat: dict[int, Tensor] = {}
     params = {param.index: param for bucket in buckets for param, _ in bucket.segments if param.index in keep}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step must know of gradients before it uses them, measured where they pass: are they finite, and how large.
+"""Statistics of gradients that a step needs before it uses them: whether they are finite, and their norm.
 
-Works on whatever device the gradients are on, and of one rank alone. Nothing waits for the device but ``is_within``.
+Works on any device, on the gradients of one rank. Only ``is_within`` waits for the device.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class GradStats:
-    """Stats of a flat gradient shard, or of any parts of one, each measured while it is in the cache.
+    """Statistics of a flat gradient shard, from its parts, each measured while it is in the cache.
 
     Args:
-        with_squares: measure the sum of squares, too.
+        with_squares: also compute the sum of squares.
 
     Attributes:
-        extremes: the smallest and the largest element of every part, 0-dim, in its dtype and on its device.
-        sums_of_squares: of every part, 0-dim float64 on its device; empty unless ``with_squares``.
+        extremes: smallest and largest element of each part, 0-dim tensors in its dtype and on its device.
+        sums_of_squares: one for each part, 0-dim float64 on its device; empty unless ``with_squares``.
     """
 
     def __init__(self, *, with_squares: bool) -> None:
@@ -33,7 +33,7 @@ class GradStats:
         self.sums_of_squares: list[Tensor] = []
 
     def update(self, gradient: Tensor) -> None:
-        """Adds a part. ``gradient``: 1-D, float32 or float64, a multiple of ``ALIGNMENT_NUMEL`` long."""
+        """Add a part: 1-D, float32 or float64, a multiple of ``ALIGNMENT_NUMEL`` long."""
         self.extremes += torch.aminmax(gradient)  # both are NaN if any element is
         if self.with_squares:
             # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
@@ -41,12 +41,12 @@ class GradStats:
             self.sums_of_squares.append(norms.double().square().sum())
 
     def mark_nonfinite(self) -> None:
-        """Makes the stats those of a gradient that is not finite, without one to measure."""
+        """Make ``are_finite`` return False for these statistics."""
         self.extremes.append(torch.tensor(torch.inf))
 
 
 def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
-    """Whether everything that was measured is finite; 0-dim bool on ``device``. True if nothing was measured."""
+    """Return whether all measured elements are finite, 0-dim bool on ``device``; True if none were measured."""
     extremes = [extreme.to(device) for stats in grad_stats for extreme in stats.extremes]
     if not extremes:
         return torch.ones((), dtype=torch.bool, device=device)
@@ -54,12 +54,12 @@ def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
 
 
 def sum_of_squares(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
-    """The sum of squares of everything that was measured, which is not nothing; 0-dim float64 on ``device``."""
+    """Return the sum of squares of all measured elements, at least one; 0-dim float64 on ``device``."""
     return torch.stack([square.to(device) for stats in grad_stats for square in stats.sums_of_squares]).sum()
 
 
 def is_within(gradient: Tensor, limit: float) -> bool:
-    """Whether every element is a number from ``-limit`` to ``limit``; False if any is NaN. Waits for the device.
+    """Return whether every element is a number from ``-limit`` to ``limit``; False if any is NaN. Waits for the device.
 
     Args:
         gradient: of any shape and floating dtype, not empty.
@@ -69,5 +69,5 @@ def is_within(gradient: Tensor, limit: float) -> bool:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    """What torch.nn.utils.clip_grad_norm_ would multiply gradients by, 0-dim."""
+    """Return the factor by which torch.nn.utils.clip_grad_norm_ would multiply gradients, 0-dim."""
     return (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)

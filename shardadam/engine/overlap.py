@@ -2,10 +2,10 @@
 """Runs all-gathers during the next forward: a hook on each module waits for the buckets of its own parameters.
 
 Note: parameters used without calling their module
-    A module may use the parameters of another without calling it (``nn.MultiheadAttention`` and its ``out_proj``; a
-    tied matrix). The first forward therefore waits for everything before it begins, and records which modules are
-    called. Every later forward begins by waiting for the parameters of the modules that were not. What is missed all
-    the same raises in backward, when a gradient comes for a parameter whose all-gather nobody has waited for.
+    A module may use the parameters of another module without calling it (``nn.MultiheadAttention`` and its
+    ``out_proj``; a tied matrix). So the first forward waits for all all-gathers, and records which modules are called.
+    Every later forward first waits for the parameters of the modules that were not called. If a parameter is still
+    used too early, backward raises when it computes the gradient of that parameter.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ class OverlappedForward:
     """The hooks on one model. They do not keep the gatherer alive: the model may outlive its optimizer. Local.
 
     Args:
-        model: each module's forward waits for its own parameters, ``state_dict`` and ``load_state_dict`` for all.
+        model: the forward of each module waits for its own parameters; ``state_dict`` and ``load_state_dict`` wait for
+            all parameters.
         params: all params of the optimizer, by ``id(param.parameter)``.
-        gatherer: waits for the buckets.
+        gatherer: has the all-gathers to wait for.
 
     Raises:
         RuntimeError: ``model`` has been compiled, and would not call the hooks.
-        ValueError: it has none of the optimizer's parameters.
+        ValueError: ``model`` has none of the optimizer's parameters.
     """
 
     def __init__(self, model: nn.Module, params: dict[int, ShardedParam], gatherer: ParameterGatherer) -> None:
         _check_not_compiled(model)
-        self._gatherer = weakref.ref(gatherer)  # the model may outlive the optimizer
-        self._is_recording = True  # until the first forward has ended
+        self._gatherer = weakref.ref(gatherer)
+        self._is_recording = True  # until the first forward is complete
         self._called: set[nn.Module] = set()
         self._wait_first: list[int] = []  # indices of the buckets that every forward waits for before it begins
         self._indices: dict[nn.Module, list[int]] = {}  # of the buckets of each module's own parameters
@@ -51,8 +52,8 @@ class OverlappedForward:
                 "overlap_gather: the model has none of the optimizer's parameters. Pass the model whose parameters the "
                 "optimizer was given."
             )
-        # Compiled code has a graph break at each hook, and waits there. Not as decorators: importing torch's compiler
-        # takes seconds.
+        # Compiled code breaks its graph at each hook, and waits there. torch.compiler.disable is not used as a
+        # decorator, as that would import torch's compiler with this module, which takes seconds.
         before_root, before, after_root = map(
             torch.compiler.disable, (self._before_root, self._before, self._after_root)
         )
@@ -69,7 +70,7 @@ class OverlappedForward:
                 param.parameter.register_post_accumulate_grad_hook(check)  # type: ignore[no-untyped-call]
 
     def covers(self, bucket: FlatBucket) -> bool:
-        """Whether forwards of the model wait for the whole bucket: it holds no parameter of another model."""
+        """Return whether forwards of the model wait for the bucket: all of its parameters are in the model."""
         return all(param.index in self._covered for param, _ in bucket.segments)
 
     def _before_root(self, module: nn.Module, *_: Any) -> None:
@@ -107,7 +108,7 @@ def _check_not_compiled(model: nn.Module) -> None:
     if compiled:
         raise RuntimeError(
             "overlap_gather: the model has been compiled, and compiled code does not call hooks that are registered "
-            "later. Call overlap_gather first and torch.compile then."
+            "later. Call overlap_gather before torch.compile."
         )
 
 
@@ -148,5 +149,5 @@ def _nothing(*_: Any) -> None:
 
 
 def uncovered(buckets: Iterable[FlatBucket], overlaps: Sequence[OverlappedForward]) -> list[int]:
-    """Indices of the buckets that no forward waits for, and ``step`` must."""
+    """Return the indices of the buckets that no forward waits for, so that ``step`` must."""
     return [bucket.index for bucket in buckets if not any(overlap.covers(bucket) for overlap in overlaps)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes parameters in: names them, checks that all ranks give the same ones, binds trainable ones to flat storage and
+"""Adds parameters: names them, checks that they are the same on all ranks, binds trainable ones to flat storage and
 broadcasts rank 0's values.
 
-Knows nothing of gradients: ``engine/step.py`` tells the reduction room about what was added.
+Knows nothing about gradients: ``engine/step.py`` passes new parameters to the reducer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from shardadam.transport import Transport
 
 
 def named_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int = 0) -> list[NamedParameter]:
-    """The parameters of ``param_groups[first_group:]``, with the names the user gave, else their positions."""
+    """Return the parameters of ``param_groups[first_group:]``, named as by the user, or else by position."""
     named: list[NamedParameter] = []
     param_id = sum(len(group["params"]) for group in param_groups[:first_group])
     for index, group in enumerate(param_groups[first_group:], first_group):
@@ -46,9 +46,12 @@ def named_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
 
 @contextmanager
 def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim]]:
-    """Raises on all ranks if the block raises on any of them, or if ranks append different claims to the list.
+    """Context manager: raise on all ranks if the block raises on any rank, or if ranks append different claims.
 
-    Collective: all ranks of ``control`` must enter it. None: one rank, which agrees with itself.
+    Collective: all ranks of ``control`` must enter it.
+
+    Args:
+        control: None for one rank.
     """
     claims: list[Claim] = []
     try:
@@ -62,8 +65,10 @@ def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim]]:
 class ShardedParameters:
     """All parameters of one optimizer.
 
-    ``params``: the trainable ones, by ``ShardedParam.index``; ``arenas`` and ``buckets``: the flat storage they lie in;
-    ``frozen``: those with ``requires_grad=False``, which cost nothing but the broadcast.
+    Attributes:
+        params: the trainable ones, by ``ShardedParam.index``.
+        arenas, buckets: their flat storage.
+        frozen: the parameters with ``requires_grad=False``, which are only broadcast.
     """
 
     def __init__(self, transport: Transport, options: Options) -> None:
@@ -75,12 +80,12 @@ class ShardedParameters:
         self._options = options
 
     def add(self, named: Sequence[NamedParameter]) -> tuple[list[ShardedParam], list[FlatBucket]]:
-        """Binds the trainable parameters to new flat storage and gives all of them rank 0's values.
+        """Bind the trainable parameters to new flat storage, and broadcast rank 0's values of all parameters.
 
-        Collective: all ranks must add the same, which they have agreed on.
+        Collective: all ranks must add the same parameters; see ``agreed``.
 
         Returns:
-            What is new of ``params`` and of ``buckets``.
+            The new ``params`` and the new ``buckets``.
         """
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
@@ -104,7 +109,7 @@ class ShardedParameters:
         return params, buckets
 
     def take_unfrozen(self) -> list[NamedParameter]:
-        """Removes from ``frozen`` what has ``requires_grad=True`` by now, for ``add``; checks it on all ranks.
+        """Remove and return the ``frozen`` parameters that now have ``requires_grad=True``, checked on all ranks.
 
         Collective if there are any.
         """
@@ -120,7 +125,8 @@ class ShardedParameters:
         return [param.parameter for param in self.params]
 
     def find(self, parameter: Tensor) -> ShardedParam:
-        """
+        """Return the ``ShardedParam`` of ``parameter``.
+
         Raises:
             ValueError: it is not a trainable parameter of this optimizer.
         """
@@ -132,12 +138,12 @@ class ShardedParameters:
         )
 
     def by_id(self) -> dict[int, ShardedParam]:
-        """By the ``id`` of the parameter."""
+        """Return all params by the ``id`` of their parameter."""
         return {id(param.parameter): param for param in self.params}
 
     def release(self) -> None:
-        """Lets go of all storage at once: without this it would live until the cyclic garbage collector runs, as
-        parameters, arenas and buckets refer to each other.
+        """Free all storage now. Parameters, arenas and buckets refer to each other, and would otherwise live until the
+        cyclic garbage collector runs.
         """
         for param in self.params:
             param.buckets.clear()
@@ -147,7 +153,7 @@ class ShardedParameters:
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Gives ``tensors``, of any dtype and strides, rank 0's values. Collective."""
+        """Broadcast rank 0's values of ``tensors``, of any dtype and strides. Collective."""
         transfers = []
         for tensor in tensors:
             if tensor.numel() == 0:

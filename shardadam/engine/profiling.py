@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the phases of a step in torch's profiler. Costs next to nothing where nobody profiles."""
+"""Names for the phases of a step in torch's profiler, at almost no cost while it does not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def record(name: str) -> AbstractContextManager[Any]:
-    """The profiler shows what runs inside as ``shardadam.<name>``."""
+    """Return a context manager that torch's profiler shows as ``shardadam.<name>``."""
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.profiler.record_function(f"shardadam.{name}")
     return _NOTHING

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step, in order: reduction, statistics, the sync of all ranks, update, gathering.
 
-``StepEngine`` holds the rooms of one optimizer and passes gradients from one to the next. It knows torch's param groups
-as arguments only, and has no surface of torch's.
+``StepEngine`` has one object for each of these, and passes gradients from one to the next. It gets torch's param groups
+as arguments, and knows nothing else about torch.optim.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ ParamGroups = Sequence[Mapping[str, Any]]
 
 
 class StepEngine:
-    """The rooms of one optimizer.
+    """Everything that one optimizer needs for a step.
 
-    ``grad_norm`` and ``skipped_steps`` are the optimizer's; ``poison`` says why it must not go on.
+    Attributes:
+        grad_norm, skipped_steps: of the optimizer, where they are documented.
+        poison: why the optimizer must not step, if it must not.
 
     Args:
-        device: where ``skipped_steps`` is counted.
+        device: of ``skipped_steps``.
     """
 
     def __init__(self, transport: Transport, options: Options, device: torch.device) -> None:
@@ -61,17 +63,17 @@ class StepEngine:
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._overlaps: list[OverlappedForward] = []
-        # What gradients are multiplied by: the clip coefficient and 1 / the loss scale together, and the latter alone.
+        # The update multiplies gradients by the first: clip coefficient / loss scale. The second is 1 / loss scale.
         self._coefficient: Tensor | None = None
         self._inverse_scale: Tensor | None = None
-        # The first zero_grad after a step finds all ranks at the same round, because it follows the step or precedes
-        # the next backward. At a second one, a rank whose forward or backward raised may lack rounds of its peers.
+        # At the first zero_grad after a step, all ranks have run equally many rounds. Before a second one, forward or
+        # backward may have raised on a rank, which has run fewer rounds than its peers.
         self._peers_may_be_ahead = options.gradient_sync == "backward"
 
     # Parameters
 
     def add_params(self, named: Sequence[NamedParameter]) -> list[ShardedParam]:
-        """Adds parameters that all ranks have agreed on; returns those that are trainable. Collective."""
+        """Add parameters that all ranks have agreed on; return those that are trainable. Collective."""
         self.reducer.close_open_round()
         self.reducer.wait_all()
         self.gatherer.synchronize()
@@ -81,14 +83,14 @@ class StepEngine:
         return params
 
     def add_unfrozen_params(self) -> list[ShardedParam]:
-        """Adds those that were frozen when they were given and are trainable now. Collective if there are any."""
+        """Add parameters that were frozen before and are trainable now. Collective if there are any."""
         unfrozen = self.parameters.take_unfrozen()
         return self.add_params(unfrozen) if unfrozen else []
 
     # The step
 
     def step(self, param_groups: ParamGroups) -> None:
-        """Reduces what is left, syncs, updates this rank's shards and gathers parameters. Collective."""
+        """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
         self.gatherer.synchronize()
         rebind_moved(self.parameters.params)
@@ -101,29 +103,29 @@ class StepEngine:
             self._update(stats, param_groups)
             self.forget_gradients()
         except Exception as error:
-            self.poison.reason = f"step() was broken off while it wrote ({type(error).__name__})"
+            self.poison.reason = f"step() did not complete ({type(error).__name__})"
             raise
         self._peers_may_be_ahead = False
 
     def sync_before(self, call: str, param_groups: ParamGroups, *, with_norm: bool) -> GlobalGradStats:
-        """Completes the reduction, and all-reduces what ranks must know before any of them writes. Collective.
+        """Complete the reduction, and check with one all-reduce that all ranks may write. Collective.
 
         Args:
-            call: the method that is being called; it must be the same on all ranks.
+            call: the method that is being called; must be the same on all ranks.
 
         Raises:
             ValueError: on every rank, if ranks are in different calls, have taken different numbers of steps, or have
-                different hyperparameters. Nothing has been written. On a GPU the next call raises it, and the device
-                has skipped the step.
+                different hyperparameters. Nothing has been written. On a GPU the device skips the step, and the next
+                call raises.
         """
         self.reducer.close()
         if self.reducer.rounds != self.step_sync.rounds and self.options.gradient_sync != "backward":
-            self._coefficient = self._inverse_scale  # other gradients than those that were clipped
+            self._coefficient = self._inverse_scale  # the gradients have changed since they were clipped
         device = self.parameters.buckets[0].parameters.device
         return self.step_sync.sync(partial(self._claims, call, param_groups), with_norm=with_norm, device=device)
 
     def _claims(self, call: str, param_groups: ParamGroups) -> list[Claim]:
-        """What must be the same on all ranks in the middle of training."""
+        """Return what must be the same on all ranks at each sync."""
         return [
             Claim("which call they are in:", "", call),
             Claim("how many steps they have taken:", "", str(self.step_sync.steps)),
@@ -135,12 +137,12 @@ class StepEngine:
         if self.reducer.is_superseded:
             raise RuntimeError(
                 "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
-                "Use that one, and drop this one."
+                "Use that one, and delete this one."
             )
         self.poison.check("step")
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
-        """Updates bucket by bucket, in the order in which the next forward needs them; gathers each at once."""
+        """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
         used = self._begin_update(stats, param_groups)
         parameters = self.parameters
         for index in reversed(self.reducer.order):
@@ -153,8 +155,8 @@ class StepEngine:
             self.reducer.await_readers()
         else:
             self.gatherer.synchronize()
-        # Flat buffers were written, not the parameters: tell autograd, or a graph built before the step would be
-        # differentiated with the new values.
+        # The update has written to flat buffers. Tell autograd that parameters have changed: backward through a graph
+        # from before the step must raise instead of using the new values.
         torch.autograd.graph.increment_version(
             [param.parameter for param in parameters.params if used is None or used[param.index]]
         )
@@ -165,14 +167,14 @@ class StepEngine:
             self.grad_norm = stats.norm * self._inverse_scale
 
     def _begin_update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> list[bool] | None:
-        """Gives every arena the inputs of this step.
+        """Pass the inputs of this step to the update of every arena.
 
         Returns:
-            Which parameters take part, as far as the host knows: None for all.
+            Which parameters take part, by param index, if the host knows; None for all, or if only the device knows.
         """
         self.skipped_steps += stats.found_inf.to(self.skipped_steps)
         arenas = self.parameters.arenas
-        # A rank that had all gradients knows that all parameters take part; another must read the device.
+        # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
         must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
         used = stats.used.tolist() if must_read else None
         for arena in arenas:
@@ -191,7 +193,7 @@ class StepEngine:
     # Before the step
 
     def clip_grad_norm_(self, max_norm: float | Tensor, param_groups: ParamGroups) -> Tensor:
-        """Makes the next step clip; returns the norm before. Collective."""
+        """Make the next step clip; return the norm before clipping. Collective."""
         return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
 
     def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
@@ -202,12 +204,11 @@ class StepEngine:
         return norm
 
     def unscale(self, inverse_scale: Tensor, param_groups: ParamGroups, *, in_place: bool) -> Tensor:
-        """Takes a loss scale out of the gradients that are there; clipping, ``full_grad`` and ``step`` see them without
-        it. Collective.
+        """Make clipping, ``full_grad`` and ``step`` use the gradients divided by the loss scale. Collective.
 
         Args:
-            inverse_scale: 1 / the loss scale, a tensor of one element.
-            in_place: unscale what stays in ``p.grad`` there.
+            inverse_scale: 1 / loss scale, a tensor of one element.
+            in_place: divide gradients in ``p.grad`` in place, unless backward has freed them.
 
         Returns:
             1 if a gradient is infinite or NaN on any rank, else 0; 0-dim float32.
@@ -232,7 +233,7 @@ class StepEngine:
                 gradient.mul_(inverse_scale.to(gradient.device))
 
     def full_grad(self, parameter: Tensor, param_groups: ParamGroups) -> Tensor | None:
-        """The averaged gradient as ``step`` would use it; None if no rank has one. Collective."""
+        """Return the averaged gradient as ``step`` would use it; None if no rank has one. Collective."""
         param = self.parameters.find(parameter)
         with_norm = self.options.max_grad_norm is not None
         stats = self.sync_before("full_grad", param_groups, with_norm=with_norm)
@@ -245,7 +246,7 @@ class StepEngine:
     # After the step
 
     def zero_grad(self) -> None:
-        """Discards what has been reduced. Collective with ``gradient_sync="backward"``."""
+        """Discard the reduced gradients. Collective with ``gradient_sync="backward"``."""
         if self._peers_may_be_ahead:
             most = agreement.largest(self.reducer.rounds_since_reset, self.transport.control)
             self.reducer.catch_up(most)
@@ -258,13 +259,14 @@ class StepEngine:
         self._coefficient = self._inverse_scale = None
 
     def overlap_gather(self, model: nn.Module) -> None:
-        """From now on ``step`` leaves all-gathers under way, and the forward of ``model`` waits for them. Local."""
+        """Make the forward of ``model`` wait for all-gathers, and ``step`` return without waiting for them. Local."""
         self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer))
 
     def state_was_loaded(self, *, parameters: bool = False) -> None:
-        """The state, and with ``parameters`` this rank's shards of the parameters, have been written from outside.
+        """Use the state that a load has written, and drop what was known about the state before.
 
-        Collective with ``parameters``: they are gathered.
+        Args:
+            parameters: the load has also written this rank's shards of the parameters; gathers them. Collective then.
         """
         self.poison.reason = None
         self.step_sync.state_was_loaded()
@@ -277,7 +279,7 @@ class StepEngine:
             torch.autograd.graph.increment_version(self.parameters.taken())
 
     def release(self) -> None:
-        """Gives back hooks, memory and what the transport holds, when the optimizer is gone. Local."""
+        """Remove hooks, and free memory and the transport, once the optimizer is gone. Local."""
         self.reducer.remove_hooks()
         self.transport.close(clean=self.reducer.is_idle)
         self.parameters.release()

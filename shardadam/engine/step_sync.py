@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one small all-reduce before a step: what all ranks must know before any of them writes.
+"""One small all-reduce before each step checks that all ranks are about to do the same thing.
 
-One block of float64 carries the squared norm, a non-finite flag, a fingerprint of what each rank is about to do, and a
-bit per parameter that says whether it had a gradient. It is computed, reduced and used on the device.
+It sums a float64 block: the squared norm, a non-finite flag, a fingerprint of what the rank is about to do, and for
+each parameter whether it had a gradient. The block is computed, reduced and used on the device.
 
 Note: equal fingerprints
-    The block adds up f and f^2 over N ranks. They are integers below 2^17 and 2^34, exact in float64. N sum(f^2) equals
-    sum(f)^2 exactly if and only if all f are equal (Cauchy-Schwarz); both fit into 63 bits for 2^14 ranks.
+    The block holds the sums of f and of f^2 over N ranks. f and f^2 are integers below 2^17 and 2^34, and exact in
+    float64. N sum(f^2) equals sum(f)^2 if and only if all f are equal (Cauchy-Schwarz); both fit into 63 bits for up to
+    2^14 ranks.
 
 Note: hosts that run ahead
-    On the CPU the block is read at once, and a disagreement raises before anything is written. The host of a GPU must
-    not wait for the device. There the device itself skips a step on which ranks disagree, as it skips one with an
-    infinite gradient, and the host reads the block in a later step, at the same point on all ranks. By then the device
-    has passed it, or the host is a whole step ahead and may wait.
+    On the CPU the host reads the block at once, and a disagreement raises before anything is written. The host of a GPU
+    must not wait for the device. There the device skips a step on which ranks disagree, as it skips one with an
+    infinite gradient. The host reads the block in a later step, at the same point on all ranks: by then the device has
+    usually passed it; if not, the host is a whole step ahead and may wait.
 """
 
 from __future__ import annotations
@@ -34,22 +35,19 @@ from shardadam.ranks.agreement import Claim
 from shardadam.transport import Transport
 
 _FINGERPRINT_BITS = 17
-_HEADER = 4  # norm^2, non-finite, sum of f, sum of f^2; a bit per parameter follows
+_HEADER = 4  # norm^2, non-finite, sum of f, sum of f^2; one element per parameter follows
 _MOST_UNREAD = 16
 ALIKE = "Call the same methods in the same order on every rank, and change param groups (schedulers) alike."
 
 
 @dataclass(slots=True)
 class Poison:
-    """Why an optimizer must not go on until a whole checkpoint is loaded: ``reason``, or None if it may."""
+    """Why an optimizer must not step until a whole checkpoint is loaded: ``reason``; None if it may step."""
 
     reason: str | None = None
 
     def check(self, call: str) -> None:
-        """
-        Raises:
-            RuntimeError: there is a reason; ``call`` is what cannot be done.
-        """
+        """Raise RuntimeError if there is a reason. ``call``: a verb that says what the user wanted, for the message."""
         if self.reason is not None:
             raise RuntimeError(
                 f"The optimizer cannot {call}: {self.reason}. Load a whole checkpoint into it, on all ranks."
@@ -57,17 +55,18 @@ class Poison:
 
 
 class GlobalGradStats:
-    """What holds for the gradients of all ranks together.
+    """Statistics of the gradients of all ranks.
 
-    ``norm``: 2-norm of all averaged gradients, 0-dim float32; None if it was not asked for. ``found_inf``: 1 if any of
-    them is infinite or NaN, or if ranks gave different fingerprints, else 0; 0-dim float32. ``used``: which parameters
-    had a gradient on any rank; bool, by ``ShardedParam.index``. ``all_used``: the host knows that all of them had,
-    without reading the device.
+    Attributes:
+        norm: 2-norm of all averaged gradients, 0-dim float32; None if it was not requested.
+        found_inf: 1 if a gradient is infinite or NaN, or if fingerprints differ, else 0; 0-dim float32.
+        used: which parameters had a gradient on any rank; bool, by ``ShardedParam.index``.
+        all_used: the host knows, without reading the device, that all parameters had a gradient.
 
     Args:
         block: summed over all ranks.
-        ranks: how many they are.
-        compares: the block holds fingerprints.
+        ranks: number of ranks.
+        compares: whether the block holds fingerprints.
     """
 
     def __init__(self, block: Tensor, ranks: int, *, with_norm: bool, compares: bool, all_used: bool) -> None:
@@ -87,7 +86,7 @@ class GlobalGradStats:
 
 
 class HostCopy:
-    """The block, copied to the host without waiting; reading a property waits for the copy."""
+    """A copy of the block on the host. The copy is asynchronous; reading a property waits for it."""
 
     def __init__(self, block: Tensor, ranks: int) -> None:
         self._ranks = ranks
@@ -106,7 +105,7 @@ class HostCopy:
 
     @property
     def agrees(self) -> bool:
-        """All ranks gave the same fingerprint."""
+        """Whether all ranks had the same fingerprint."""
         total, squares = map(int, self._await()[2:_HEADER].tolist())
         return self._ranks * squares == total**2
 
@@ -130,14 +129,14 @@ def all_reduce_stats(
     skips: bool = False,
     fingerprint: int | None = None,
 ) -> GlobalGradStats:
-    """Adds up the stats and used-bits of all ranks. Collective: all ranks must call it.
+    """Sum the statistics of all ranks. Collective: all ranks must call it.
 
     Args:
         stats: of this rank's gradient shards.
         used: which parameters had a gradient on this rank.
-        skips: no rank is to use these gradients, as if one of them were infinite.
-        fingerprint: of what this rank is about to do, from 0 to 2^32, of which 17 bits count; None on all ranks: not
-            compared.
+        skips: make all ranks skip the step, as if a gradient were infinite.
+        fingerprint: of what this rank is about to do, from 0 to 2^32; its low 17 bits are compared. None, on all ranks,
+            if nothing is compared.
     """
     block = torch.empty(len(used) + _HEADER, dtype=torch.float64, device=device)
     if with_norm:
@@ -145,7 +144,7 @@ def all_reduce_stats(
     else:
         block[0] = 0.0
     block[1] = 1.0 if skips else are_finite(stats, device).logical_not()
-    # Fills: a copy from the host would wait for the device.
+    # Assigning Python numbers fills; copying a tensor from the host would wait for the device.
     mine = 0 if fingerprint is None else fingerprint % (1 << _FINGERPRINT_BITS)
     block[2], block[3] = mine, mine**2
     all_used = all(used)
@@ -162,9 +161,9 @@ class _Unread(NamedTuple):
     """A sync whose block the host has not read.
 
     Args:
-        step: ``StepSync.steps`` when it was made.
-        claims: what this rank was about to do; None: not compared.
-        local_error: the reducer's.
+        step: ``StepSync.steps`` at the sync.
+        claims: what this rank was about to do; None if not compared.
+        local_error: of the reducer at the sync.
     """
 
     step: int
@@ -174,10 +173,11 @@ class _Unread(NamedTuple):
 
 
 class StepSync:
-    """Runs the all-reduce, and reads its block on the host when that may wait.
+    """Runs the all-reduce, and reads its block on the host as soon as the host may wait for it.
 
-    ``steps``: how many have been taken since the optimizer was built. ``rounds``: the reducer's ``rounds`` at the last
-    sync.
+    Attributes:
+        steps: number of steps since the optimizer was built.
+        rounds: the reducer's ``rounds`` at the last sync.
     """
 
     def __init__(self, transport: Transport, reducer: Reducer, warnings: MisuseWarnings, poison: Poison) -> None:
@@ -193,14 +193,16 @@ class StepSync:
         self._used_here: list[bool] | None = None  # in the step that followed it
 
     def sync(self, claims: Callable[[], list[Claim]], *, with_norm: bool, device: torch.device) -> GlobalGradStats:
-        """The stats of the closed rounds; all-reduced anew only if there were rounds since, or no norm. Collective.
+        """Return the statistics of the closed rounds of all ranks. Collective.
+
+        Skips the all-reduce if there was no round since the last one, and its result has the norm if it is needed.
 
         Args:
-            claims: what all ranks must claim alike.
+            claims: returns what must be equal on all ranks.
 
         Raises:
             ValueError: on every rank, if ranks disagree now, or disagreed before the last step.
-            RuntimeError: the reducers of all ranks found an error, now or before the last step.
+            RuntimeError: on every rank, if all reducers have the same local error, now or before the last step.
         """
         rounds = self._reducer.rounds
         if self._last is not None and rounds == self.rounds and (self._last.norm is not None or not with_norm):
@@ -232,18 +234,18 @@ class StepSync:
         return stats
 
     def step_begins(self) -> None:
-        """Counts a step, which uses the last sync."""
+        """Count a step, which uses the result of the last sync."""
         self.steps += 1
         self._used_here = list(self._reducer.used)
         if not self._unread:
             self._warn()
 
     def forget(self) -> None:
-        """The gradients have been used or discarded: the next ``sync`` all-reduces anew."""
+        """Make the next ``sync`` all-reduce: the gradients have been used or discarded."""
         self._last = None
 
     def read_all(self) -> None:
-        """Reads every block that the host has not read. Collective.
+        """Read every block that the host has not read. Collective.
 
         Raises:
             ValueError, RuntimeError: as ``sync``.
@@ -251,19 +253,19 @@ class StepSync:
         self._read(self.steps + 1)
 
     def state_was_loaded(self) -> None:
-        """Drops what was not read: the loaded state replaces whatever went wrong."""
+        """Drop all unread blocks: the loaded state replaces the results of their steps."""
         self._unread.clear()
         self._host_copy = self._used_here = None
 
     def _read(self, step: int) -> None:
-        """Reads the blocks of syncs made before that step."""
+        """Read the blocks of the syncs before ``step``."""
         while self._unread and self._unread[0].step < step:
             one = self._unread.pop(0)
             try:
                 self._compare(one.host_copy, one.claims, "No rank has taken that step.")
             except BaseException:
                 # In different calls, one parameter's gradients may have been summed with another's.
-                self._poison.reason = "ranks have disagreed, and what they have sent each other since is not known"
+                self._poison.reason = "ranks have disagreed, and later transfers may have mixed different tensors"
                 raise
             if one.local_error is not None:
                 raise RuntimeError(one.local_error)
@@ -281,5 +283,5 @@ class StepSync:
 
 
 def host_runs_ahead(device: torch.device) -> bool:
-    """The host must not wait for what it has enqueued."""
+    """Return whether the host must not wait for work that it has enqueued on ``device``."""
     return device.type != "cpu"

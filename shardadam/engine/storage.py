@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flat storage: arenas that parameters are views of, and this rank's shards of gradients, moments and masters.
 
-Holds tensors where ``layout.py`` says. Moves nothing between ranks, and knows no arithmetic of Adam.
+Allocates tensors as ``layout.py`` plans them. Moves nothing between ranks, and does no arithmetic.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from shardadam.update import Counters, Shard, Update, formats
 
 @dataclass(eq=False, slots=True)
 class ShardedParam:
-    """One trainable parameter of the optimizer, and where it lies.
+    """One trainable parameter of the optimizer, and its position in the flat storage.
 
     Args:
         parameter: a view of ``arena.parameters`` at ``offset``, in elements.
         index: position among all ``ShardedParam`` of the optimizer, arena by arena.
         arena_index: position in its arena.
-        param_id: position among all parameters in the optimizer's ``param_groups``, frozen ones included.
+        param_id: position in the optimizer's ``param_groups``, counted over all groups, frozen parameters included.
         shape, stride: of the parameter when it was added.
-        address: of the view's memory; another one means that ``p.data`` was replaced.
+        address: of the view's memory; differs from that of ``parameter`` if ``p.data`` was replaced.
         buckets: those that hold a part of it.
-        segments: the parts of it in this rank's shards, in memory order. Their state lies in ``state_slice`` of the
-            arena's state, one after the other.
-        state_start: where that begins.
+        shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
+            state, in ``state_slice``.
+        state_start: start of ``state_slice``.
     """
 
     parameter: Tensor
@@ -60,7 +60,7 @@ class ShardedParam:
 
     @property
     def block_slice(self) -> slice:
-        """Where the scales of its blocks of ``ALIGNMENT_NUMEL`` elements lie."""
+        """The slice of the arena's scales, which have one element for each block of ``ALIGNMENT_NUMEL`` elements."""
         state = self.state_slice
         return slice(state.start // ALIGNMENT_NUMEL, -(-state.stop // ALIGNMENT_NUMEL))
 
@@ -69,8 +69,10 @@ class ShardedParam:
 class FlatArena:
     """The flat storage of one (param group, dtype, device).
 
-    ``parameters`` is whole; everything else is this rank's shards: ``gradient_shard``, ``state`` (named in
-    ``update/formats.py``), ``blocks`` (``update.Shard`` describes it).
+    Args:
+        parameters: whole. All other tensors are this rank's shards.
+        state: by the names in ``update/formats.py``.
+        blocks: as in ``update.Shard``.
     """
 
     group_index: int
@@ -91,9 +93,14 @@ class FlatArena:
 
 @dataclass(eq=False, slots=True)
 class FlatBucket:
-    """One bucket's slices of its arena: all of ``parameters``, and this rank's ``shard``.
+    """One bucket's slices of its arena.
 
-    ``index``: position among all buckets of the optimizer.
+    Args:
+        segments, shard_segments: the parts of parameters in the bucket, and in this rank's shard.
+        parameters: whole.
+        shard: of this rank.
+        wire_dtype: in which gradients are sent.
+        index: position among all buckets of the optimizer.
     """
 
     plan: layout.Bucket
@@ -110,7 +117,7 @@ class FlatBucket:
         return self.plan.numel
 
     def exact_state(self, name: str) -> Tensor:
-        """The shard's exp_avg, exp_avg_sq or master, decoded to float32 (float64 for float64 parameters)."""
+        """Return the shard's exp_avg, exp_avg_sq or master, in float32, or in float64 for float64 parameters."""
         stored = {key: getattr(self.shard, key) for key in self.arena.state}
         if name != "master":
             return formats.read_moments(stored)[formats.MOMENTS.index(name)]
@@ -120,7 +127,7 @@ class FlatBucket:
 
 @dataclass(frozen=True, slots=True)
 class NamedParameter:
-    """A parameter to be added, its param group, and its position among all parameters (``param_id``)."""
+    """A parameter to be added, the index of its param group, and its ``param_id`` (see ``ShardedParam``)."""
 
     parameter: Tensor
     name: str
@@ -136,10 +143,10 @@ def allocate(
     bucket_bytes: int,
     first_index: int,
 ) -> list[FlatArena]:
-    """Builds flat storage for ``parameters`` and makes them views of it; their values do not change.
+    """Build flat storage for ``parameters`` and make them views of it; their values do not change. Collective.
 
     Args:
-        first_index: how many ``ShardedParam`` the optimizer has already.
+        first_index: the number of ``ShardedParam`` that the optimizer has already.
     """
     specs = [
         layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device))
@@ -165,7 +172,7 @@ def allocate(
 
 
 def _return_freed_memory() -> None:
-    """Returns the parameters' old memory to the system: glibc keeps freed blocks of up to 32 MiB."""
+    """Return the parameters' old memory to the system, as glibc keeps freed blocks of up to 32 MiB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -189,7 +196,7 @@ def _allocate_arena(
         format=format,
         params=[],
         buckets=[],
-        parameters=transport.parameters(plan.numel, dtype, device),
+        parameters=transport.allocate_parameters(plan.numel, dtype, device),
         gradient_shard=torch.empty(numel, dtype=format.exact_dtype, device=device),  # written before it is read
         state=formats.allocate(format, numel, device),
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
@@ -206,7 +213,7 @@ def _allocate_arena(
 
 
 def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: torch.device) -> Counters:
-    """Counters at zero for parameters that begin at ``offsets`` of their arena, in elements."""
+    """Return counters at zero for parameters at ``offsets`` in their arena, in elements."""
     return Counters(
         steps=torch.zeros(len(param_ids), dtype=torch.float32, device=device),
         bounds=torch.zeros(len(param_ids), dtype=torch.float64, device=device),
@@ -216,7 +223,7 @@ def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: 
 
 
 def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
-    """Length and dtype of ``Shard.blocks`` for a rank's ``numel`` elements; length 0 if the update needs none."""
+    """Return length and dtype of ``Shard.blocks`` for ``numel`` elements of a rank; length 0 if it is not needed."""
     is_needed = format.is_random or update.has_kernel(format.dtype, device)
     return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
 
@@ -264,7 +271,7 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
 
 
 def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
-    """Writes which parameter each block belongs to; padding belongs to the parameter before it."""
+    """Write which parameter each block belongs to; padding belongs to the parameter before it."""
     if segments:
         firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
         lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
@@ -273,7 +280,7 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
 
 
 def bind(param: ShardedParam) -> None:
-    """Copies the parameter into its arena and makes it a view; shape, strides and identity stay."""
+    """Copy the parameter into its arena and makes it a view; shape, strides and identity stay."""
     parameter = param.parameter
     if parameter.numel() > 0:
         view = view_of(param.arena.parameters, param)
@@ -283,10 +290,10 @@ def bind(param: ShardedParam) -> None:
 
 
 def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
-    """The parameter's view of a flat buffer as long as its arena.
+    """Return the parameter's view of ``flat``, which is as long as its arena.
 
-    The view has a storage of its own that aliases the buffer's memory. torch.save, safetensors and deepcopy then see an
-    ordinary tensor, not a slice of a large one, and a write to one view does not bump the versions of all.
+    The view has a storage of its own over the same memory. So torch.save, safetensors and deepcopy see an ordinary
+    tensor, not a slice of a large one, and a write to one view does not change the versions of all.
     """
     parameter = param.parameter
     begin = param.offset * flat.element_size()
@@ -296,11 +303,11 @@ def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
 
 
 def rebind_moved(params: Sequence[ShardedParam]) -> None:
-    """Binds parameters again whose data was replaced by a tensor of the same kind (``p.data = ...``, ``model.to``).
+    """Bind parameters again if their data was replaced by a tensor of the same kind (``p.data = ...``, ``model.to``).
 
     Raises:
-        RuntimeError: a parameter has another device, dtype, shape or memory format than when it was added. None of
-            them has been changed.
+        RuntimeError: a parameter has another device, dtype, shape or memory format than when it was added. Nothing has
+            been changed.
     """
     moved = [param for param in params if param.parameter.data_ptr() != param.address]
     for param in moved:
@@ -322,7 +329,7 @@ def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> st
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """True if the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
+    """Return True if the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -332,7 +339,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def unrepeated(tensor: Tensor) -> Tensor:
-    """Drops the repetitions that ``expand`` makes of the same memory, which cannot be written to."""
+    """Return ``tensor`` without dimensions that repeat the same memory (``expand``), which torch does not write to."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
@@ -340,7 +347,7 @@ def unrepeated(tensor: Tensor) -> Tensor:
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` in one dimension, in the memory order of ``like``; a view where its strides allow one."""
+    """Return ``tensor`` in one dimension, in the memory order of ``like``; a view if its strides allow one."""
     if not same_order(tensor.stride(), like.stride(), like.shape):
         ordered = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)
@@ -348,5 +355,5 @@ def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def same_order(one: tuple[int, ...], other: tuple[int, ...], shape: torch.Size) -> bool:
-    """True if strides are equal, leaving out dimensions of size 1, whose stride means nothing."""
+    """Return True if strides are equal, except in dimensions of size 1, where they mean nothing."""
     return one == other or all(a == b for a, b, size in zip(one, other, shape, strict=True) if size != 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that all ranks hold the same, and raises the same error on every rank where they do not.
+"""Checks that all ranks have equal values, and raises the same error on every rank if they do not.
 
 Exchanges small Python objects over a control group. Must not move tensors of the model.
 """
@@ -38,7 +38,7 @@ _BUILD_ALIKE = "Build the same model and the same optimizer on every rank."
 
 
 def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy: str = _BUILD_ALIKE) -> None:
-    """Checks that all ranks make the same claims in the same order. Collective: all ranks must call it.
+    """Check that all ranks make the same claims in the same order. Collective: all ranks must call it.
 
     Args:
         group: None for one rank.
@@ -60,18 +60,18 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy:
 
 
 def largest(value: int, group: dist.ProcessGroup | None) -> int:
-    """Returns the largest ``value`` of all ranks. Collective: all ranks must call it."""
+    """Return the largest ``value`` of all ranks. Collective: all ranks must call it."""
     return value if group is None else max(exchange(value, group))
 
 
 def announce_failure(error: Exception, group: dist.ProcessGroup | None) -> None:
-    """Makes the other ranks raise from the ``require`` they are in. Call it in place of ``require``. Collective."""
+    """Make ``require`` raise ``error`` on the other ranks. Call it in place of ``require``. Collective."""
     if group is not None:
         exchange(_Failure(f"{type(error).__name__}: {error}"), group)
 
 
 def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Returns the objects of all ranks, in rank order. Collective: all ranks must call it.
+    """Return the objects of all ranks, in rank order. Collective: all ranks must call it.
 
     Like torch's all_gather_object, which needs NumPy.
     """
@@ -100,7 +100,11 @@ def _raise_failure_of_another(answers: Sequence[Any], group: dist.ProcessGroup) 
 
 
 def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> str:
-    """``row`` holds each rank's claim at one position; None where a rank has no more claims."""
+    """Return a sentence that names the difference.
+
+    Args:
+        row: each rank's claim at one position; None if a rank has no more claims.
+    """
     first = next(claim for claim in row if claim is not None)
     if all(claim is not None and (claim.subject, claim.field) == (first.subject, first.field) for claim in row):
         what = f" on {first.subject}: {first.field}" if first.field else f" on {first.subject}"
@@ -116,7 +120,7 @@ def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> s
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """``rank 3``, or ``ranks 0-2, 5``."""
+    """Return a text such as ``rank 3`` or ``ranks 0-2, 5``."""
     intervals: list[list[int]] = []  # [first, last], or [only]
     for rank in ranks:
         if intervals and intervals[-1][-1] == rank - 1:

@@ -65,7 +65,7 @@ class ProcessInfo:
         return ProcessInfo(socket.gethostname(), os.getpid(), _pid_namespace())
 
     def has_ended(self) -> bool:
-        """Whether the process is known to have ended. False where this process cannot see it."""
+        """Return whether the process is known to have ended; False if it is not visible to this process."""
         if not self.pid_namespace or self.pid_namespace != _pid_namespace():
             return False
         try:
@@ -108,7 +108,7 @@ class DesyncReporter:
         _answer_in_background(store, rank, _PERIOD_S * max(1.0, world_size / 1000))
 
     def report(self, ranks: Sequence[int]) -> str:
-        """The status of ``ranks``, one line each, silent ranks first. Takes up to 2 s where a rank does not answer."""
+        """Return the status of ``ranks``, one line each, silent ranks first. Takes up to 2 s if one does not answer."""
         store = self._store
         if store is None:
             return self._unknown(ranks, "the store of the process group cannot be cloned")
@@ -142,7 +142,7 @@ class DesyncReporter:
         return f"rank {rank}{host}{' (this one)' if rank == self._rank else ''}"
 
     def _status_of(self, ranks: Sequence[int], store: StoreClient) -> dict[int, str]:
-        """By rank; ranks that have not answered in time are missing."""
+        """Return the status by rank, without ranks that have not answered in time."""
         status = {self._rank: _calls.describe()}
         request = store.add("requests", 1)
         store.set(f"request/{request}", "?")
@@ -175,7 +175,7 @@ _reporters: weakref.WeakKeyDictionary[dist.ProcessGroup, DesyncReporter] = weakr
 
 
 def register(processes: Mapping[int, ProcessInfo]) -> None:
-    """Makes this rank answer status requests from now on. Local; torch.distributed must be initialised.
+    """Make this rank answer status requests from now on. Local; torch.distributed must be initialised.
 
     Args:
         processes: of some ranks, by rank.
@@ -188,7 +188,7 @@ def register(processes: Mapping[int, ProcessInfo]) -> None:
 
 
 def desync_error(what: str, error: RuntimeError, group: dist.ProcessGroup) -> RankDesyncError:
-    """Returns the error to raise after a failed transfer, with the status of the ranks of ``group``. Local.
+    """Return the error to raise after a failed transfer, with the status of the ranks of ``group``. Local.
 
     Args:
         what: what failed; begins the message.
@@ -200,7 +200,7 @@ def desync_error(what: str, error: RuntimeError, group: dist.ProcessGroup) -> Ra
 
 
 def report(ranks: Sequence[int]) -> str:
-    """The status of ``ranks``, one line each. Takes up to 2 s where a rank does not answer. Local."""
+    """Return the status of ``ranks``, one line each. Takes up to 2 s if a rank does not answer. Local."""
     world = dist.group.WORLD if dist.is_initialized() else None
     if world is None or world not in _reporters:
         return "Status of the ranks unknown: torch.distributed is no longer initialised."
@@ -242,12 +242,12 @@ _calls = _CallLog()
 
 
 def in_call(call: str) -> AbstractContextManager[None]:
-    """Marks the block as a call that all ranks must make; status reports name it."""
+    """Return a context manager that marks its block as a call that all ranks must make; status reports name it."""
     return _calls.in_call(call)
 
 
 def _line_in_users_code() -> str | None:
-    """``train.py:57 in main``: the innermost frame of the main thread that is not a library's."""
+    """Return the innermost frame of the main thread that is not in a library, such as ``train.py:57 in main``."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -284,7 +284,7 @@ def _answer_in_background(store: StoreClient, rank: int, period_s: float) -> Non
 
 @atexit.register
 def _stop_threads() -> None:
-    """Waits for requests that are being made: Python aborts if it exits in the middle of one."""
+    """Wait for the threads, as Python aborts if it exits during a request to the store."""
     for _, done in _threads:
         done.set()
     for thread, _ in _threads:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one client of the store that the ranks joined through, torch's default store.
+"""A client of torch's default store, through which the ranks have joined. Only this module uses the store directly.
 
-Keys live under a prefix. Requests use a connection of the client's own and have a time limit. Nothing else in the
-package talks to the store or asks torch for it.
+All keys have a prefix. Requests use the client's own connection, and have a time limit.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _R = TypeVar("_R")
 
 
 def default_store(prefix: str) -> dist.distributed_c10d.Store:
-    """Torch's default store, with keys under ``shardadam/<prefix>``. Needs an initialised torch.distributed."""
+    """Return torch's default store, with keys under ``shardadam/<prefix>``. torch.distributed must be initialised."""
     # torch has no public way to get it.
     store = dist.distributed_c10d._get_default_store()
     return dist.distributed_c10d.PrefixStore(f"shardadam/{prefix}", store)
@@ -29,19 +28,19 @@ def default_store(prefix: str) -> dist.distributed_c10d.Store:
 class StoreClient:
     """Reads and writes short texts in a store. Threads may share a client.
 
-    Every request connects first where there is no connection yet, and raises ``dist.DistError`` where the store is
-    gone. A request alone may block for ever: make it in a daemon thread, or inside ``run_with_limit``.
+    A request connects first if there is no connection, and raises ``dist.DistError`` if the store has ended. A request
+    may block for ever: make it in a daemon thread, or in ``run_with_limit``.
 
     Note: a store that does not answer
         If the host of the store is cut off, a request never returns and its connection stays locked. So requests run in
-        a thread that can be given up, on a connection of their own that nothing else waits for. The next request opens
-        a new connection.
+        a thread that can be abandoned, on a connection that nothing else waits for. The next request opens a new
+        connection.
 
     Args:
-        store: not used itself where it can be cloned.
+        store: is cloned if possible, and then not used itself.
         answer_s: how long ``run_with_limit`` waits for the answer to one request, in seconds.
-        may_share_connection: use ``store`` itself where it cannot be cloned (torch's FakeStore, stores written in
-            Python); otherwise requests raise ``dist.DistStoreError`` there.
+        may_share_connection: use ``store`` itself if it cannot be cloned (torch's FakeStore, stores written in Python);
+            otherwise requests raise ``dist.DistStoreError`` then.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class StoreClient:
         self._asked_at: dict[int, float] = {}  # by thread, while its request is not answered
 
     def run_with_limit(self, work: Callable[[], _R]) -> _R:
-        """Runs ``work`` in a thread; returns what it returns, raises what it raises.
+        """Run ``work`` in a thread; return what it returns, or raise what it raises.
 
         Raises:
-            dist.DistStoreError: one of its requests was not answered within ``answer_s``. The thread is left behind.
+            dist.DistStoreError: one of its requests was not answered within ``answer_s``. The thread is abandoned.
         """
         results: list[_R] = []
         errors: list[BaseException] = []
@@ -81,7 +80,7 @@ class StoreClient:
         return results[0]
 
     def connect(self) -> None:
-        """Connects now instead of with the first request.
+        """Connect now instead of at the first request.
 
         Raises:
             dist.DistStoreError: the store cannot be cloned, and its connection must not be shared.
@@ -89,14 +88,14 @@ class StoreClient:
         self._connected()
 
     def check(self, keys: Sequence[str]) -> bool:
-        """Whether all keys exist."""
+        """Return whether all keys exist."""
         return bool(self._request("check", list(keys)))
 
     def get(self, key: str) -> str:
         return bytes(self._request("get", key)).decode()
 
     def get_all(self, keys: Sequence[str]) -> list[str]:
-        """The values of keys that exist; one request where the store can."""
+        """Return the values of ``keys``, which must exist; with one request if the store supports it."""
         if not self._request("has_extended_api"):
             return [self.get(key) for key in keys]
         return [bytes(value).decode() for value in self._request("multi_get", list(keys))]
@@ -105,11 +104,11 @@ class StoreClient:
         self._request("set", key, value)
 
     def add(self, key: str, amount: int) -> int:
-        """Adds to a counter, which starts at 0; returns its new value."""
+        """Add to a counter, which starts at 0; return its new value."""
         return int(self._request("add", key, amount))
 
     def set_if_missing(self, key: str, value: str) -> str:
-        """Sets a key that does not exist; returns its value, which is another rank's if that was first."""
+        """Set a key that does not exist; return its value, which is another rank's if that rank was first."""
         return bytes(self._request("compare_set", key, "", value)).decode()
 
     def delete(self, key: str) -> None:

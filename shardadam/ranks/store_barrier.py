@@ -20,7 +20,7 @@ _HEARTBEAT_S = 0.5
 class StoreBarrier:
     """Exchanges short texts among ranks through the store; names the ranks that do not arrive in time, on all others.
 
-    Nothing of a call that failed is left to be mixed up with a later one. May be used in a thread beside training.
+    A call that failed cannot be confused with a later one. May be used in a thread beside training.
 
     Note: rounds of the barrier
         In each round, every rank writes a text; the round is complete when all texts are there. If a rank waits past
@@ -41,13 +41,13 @@ class StoreBarrier:
         self._round = 0
 
     def exchange(self, text: str, *, what: str, timeout_s: float, linger: bool = False) -> list[str]:
-        """Returns the texts of all ranks, in rank order. All ranks must call it.
+        """Return the texts of all ranks, in rank order. All ranks must call it.
 
         Args:
             what: what the ranks are doing; begins every message.
             timeout_s: how long to wait for a rank that shows no heartbeat, in seconds.
             linger: rank 0, whose process may host the store, returns only after the others have read the texts, or
-                after 5 s. Pass it where the process may end after this call.
+                after 5 s. Pass True if the process may end after this call.
 
         Raises:
             TimeoutError: names the ranks that did not arrive.
@@ -78,7 +78,7 @@ class StoreBarrier:
 
     @contextmanager
     def heartbeat(self) -> Iterator[None]:
-        """Keeps the other ranks waiting for this one, past their time limits, while the block runs."""
+        """Context manager: make the other ranks wait for this one, past their time limits, while the block runs."""
         store, done = self._store, threading.Event()
         if store is None:
             yield
@@ -123,7 +123,7 @@ class StoreBarrier:
         return [text[1:] for text in texts]
 
     def _wait_for_verdict(self, store: StoreClient, keys: Sequence[str], timeout_s: float) -> str:
-        """Returns ``complete``, or the positions of the missing ranks."""
+        """Return ``complete``, or the positions of the missing ranks."""
         verdict_key = self._key("verdict")
         beats: list[int] = []
         alive_at = checked_at = time.monotonic()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What moves bytes between ranks, and therefore allocates the buffers it moves.
+"""Transports: they move bytes between ranks, and allocate the buffers for that.
 
-Nothing outside this package calls a collective of torch.distributed (but ``agreement.py``, which compares what ranks
-hold before any training does). All methods are collective, called in the same order on all ranks, and stream-ordered.
+Only this package and ``ranks/agreement.py`` call collectives of torch.distributed. All ranks must call a transport's
+collective methods in the same order.
 """
 
 from __future__ import annotations
@@ -44,18 +44,20 @@ __all__ = [
 def connect(
     process_group: dist.ProcessGroup | DeviceMesh | None, *, kind: str = "auto", exact_sums: bool = False
 ) -> Transport:
-    """The transport for the ranks of ``process_group``; collective.
+    """Return a transport between the ranks of ``process_group``. Collective: all of them must call it.
 
     Args:
-        process_group: a ProcessGroup or a 1-D DeviceMesh, to shard over; a 2-D DeviceMesh, whose rows (along its last
-            dimension) are shard groups and whose columns are replica groups, whatever its dimensions are called; None
-            for the default group, or for this process alone where none is initialised.
-        kind: "auto": shared memory where all ranks of a shard group are on one host and can reach each other there (for
-            what is on the CPU), else torch.distributed; "collective": torch.distributed; "shared_memory".
-        exact_sums: sum in rank order in the shard's dtype also where the backend could sum in the dtype that travels.
+        process_group: a ProcessGroup or a 1-D DeviceMesh to shard over; or a 2-D DeviceMesh (replicas, shards), whose
+            rows are shard groups and whose columns are replica groups; None for the default group, or for this process
+            only if torch.distributed is not initialised.
+        kind: "collective": torch.distributed. "shared_memory": shared memory for CPU tensors, torch.distributed for
+            others. "auto": "shared_memory" if all ranks of the shard group run on one host that supports it, else
+            "collective".
+        exact_sums: sum gradients in rank order and in the shard's dtype, even if the backend would sum in the dtype
+            that is sent.
 
     Raises:
-        RuntimeError: shared memory was asked for and is not possible, on every rank.
+        RuntimeError: on every rank, if ``kind`` is "shared_memory" and it is not possible.
         ValueError: this rank is not in ``process_group``, or it is a mesh of other dimensions.
         TypeError: ``process_group`` is something else.
     """
@@ -72,7 +74,7 @@ def connect(
 
 
 def _connect_collective(groups: CommGroups, *, exact_sums: bool = False) -> Transport:
-    """The transport over torch.distributed for the backends of ``groups.training``."""
+    """Return the transport over torch.distributed for the backends of ``groups.training``."""
     backends = backend_of_device(groups.training)
     if backends.get("cuda") not in STREAM_BACKENDS:
         return GlooTransport(groups)
@@ -81,23 +83,23 @@ def _connect_collective(groups: CommGroups, *, exact_sums: bool = False) -> Tran
 
 
 def _connect_group(groups: CommGroups | None, *, kind: str, exact_sums: bool) -> Transport:
-    """The transport for a shard group; None: of this rank alone."""
+    """Return the transport of a shard group; ``groups`` is None for one rank."""
     if groups is None:
         return SingleProcessTransport()
     collective = _connect_collective(groups, exact_sums=exact_sums)
-    # Ranks that want different things are told so later, when all that they must agree on is compared.
+    # If kinds differ, the agreement check of all arguments raises later.
     if set(exchange(kind, groups.control)) != {kind} or kind == "collective":
         return collective
     sockets: PeerSockets | str = "the process group has no backend for the CPU"
     if "cpu" in backend_of_device(groups.training):
         ranks = dist.get_process_group_ranks(groups.training)
-        exchange_here = partial(exchange, group=groups.control)
-        sockets = connect_sockets(collective.rank, ranks, exchange_here, timeout_s(groups.training))
+        exchange_objects = partial(exchange, group=groups.control)
+        sockets = connect_sockets(collective.rank, ranks, exchange_objects, timeout_s(groups.training))
     if isinstance(sockets, PeerSockets):
         return SharedMemoryTransport(collective, sockets)
     if kind == "shared_memory":
         collective.close(clean=True)
         raise RuntimeError(
-            f'transport: "shared_memory" is not possible here: {sockets}. Use "auto", which then takes "collective".'
+            f'transport: "shared_memory" is not possible here: {sockets}. Use "auto", which falls back to "collective".'
         )
     return collective

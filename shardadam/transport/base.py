@@ -16,40 +16,40 @@ from shardadam.ranks.store_barrier import StoreBarrier
 
 
 class Pending(ABC):
-    """A transfer under way. Its buffers belong to the transport until ``wait`` has returned.
+    """A transfer in flight. Its buffers must not be used until ``wait`` has returned.
 
-    ``wait`` is called once. Where transfers run on a device's stream it makes the current stream wait and returns at
-    once; where the host takes part in them (Gloo, shared memory) it blocks until the peers have come.
+    Call ``wait`` once. If the transfer runs on a CUDA stream, ``wait`` makes the current stream wait and returns at
+    once. If the host takes part (Gloo, shared memory), ``wait`` blocks until all ranks have started the transfer.
 
-    Args:
-        on_host: whether ``wait`` is work of the host, which may as well be done as soon as it is ``done``.
+    Attributes:
+        on_host: whether ``wait`` is work of the host. If so, it is worth calling as soon as ``done`` returns True.
     """
 
     on_host = True
 
     @abstractmethod
     def done(self) -> bool:
-        """True if ``wait`` would return without waiting on the host for a peer."""
+        """Return True if ``wait`` would not make the host wait for a peer."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Completes the transfer; its results are valid on the current stream afterwards."""
+        """Complete the transfer. The current stream may use its results afterwards."""
 
     def wait_on_this_stream(self) -> None:
-        """After ``wait``: the same for the current stream, where that is another one by now."""
+        """Make another stream, the current one, wait as well. Call it after ``wait``."""
         return None
 
     def is_released(self) -> bool:
-        """After ``wait``: whether what this rank has sent may be written again; peers may be reading it still."""
+        """Return True if no peer still reads what this rank sent, so that it may be written. Call it after ``wait``."""
         return True
 
     def await_release(self) -> None:
-        """Waits for that."""
+        """Wait until ``is_released`` returns True. Call it after ``wait``."""
         return None
 
 
 class Finished(Pending):
-    """A transfer that was complete when it was asked for."""
+    """A transfer that was complete when it was requested."""
 
     def done(self) -> bool:
         return True
@@ -60,9 +60,7 @@ class Finished(Pending):
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Room for one bucket of gradients on its way: ``send`` is filled by the caller; ``receive`` is the transport's
-    own.
-    """
+    """The buffers of one reduce-scatter. The caller fills ``send``; the transport alone uses ``receive``."""
 
     send: Tensor
     receive: Tensor | None
@@ -77,13 +75,13 @@ class ReduceScatter:
     """Sum ``staging.send[:numel]`` over ranks and write ``scale`` times this rank's slice of the sum to ``shard``.
 
     Args:
-        staging: its ``send`` holds the bucket's gradients. The transport may write all of it until it is released.
+        staging: its ``send`` holds the bucket's gradients. The transport may overwrite them.
         numel: elements to sum, from the start of ``send``: a multiple of the world size.
-        shard: ``numel / world_size`` elements, float32 or float64 whatever the dtype of ``send``. Not valid before
-            ``Pending.wait`` has returned.
+        shard: ``numel / world_size`` elements, float32 or float64, whatever the dtype of ``send``. Valid after
+            ``Pending.wait``.
         scale: multiplies the sum.
         accumulate: add to what ``shard`` holds instead of overwriting it.
-        on_chunk: called with each stretch of ``shard`` once it has its final value.
+        on_chunk: called with each chunk of ``shard`` once it has its final value.
     """
 
     staging: Staging
@@ -95,96 +93,107 @@ class ReduceScatter:
 
     @property
     def send(self) -> Tensor:
-        """The bucket: ``numel`` elements."""
+        """The bucket's gradients: ``numel`` elements."""
         return self.staging.send[: self.numel]
 
     def sum_(self, sources: Sequence[Tensor]) -> None:
-        """Writes the scaled sum of ``sources``, every rank's slice for this rank, to ``shard``."""
+        """Write the scaled sum of ``sources`` to ``shard``: one tensor from each rank, as long as ``shard``."""
         sum_sources_(self.shard, sources, scale=self.scale, accumulate=self.accumulate, on_chunk=self.on_chunk)
 
 
 class Transport(ABC):
-    """Moves flat buffers among the ranks of one process group, for one optimizer.
+    """Moves flat buffers between the ranks of one optimizer.
 
-    ``rank`` and ``world_size`` are those of the shard group; ``replicas`` of them hold the same, and this rank is in
-    the ``replica``-th; ``control`` and ``store_barrier`` are of all.
+    Attributes:
+        rank, world_size: in the shard group.
+        replica, replicas: index of this shard group, and the number of shard groups; they hold equal state.
+        control: group over all ranks for small Python objects; None for one rank.
+        store_barrier: over all ranks.
     """
 
     rank: int
     world_size: int
     replica: int = 0
     replicas: int = 1
-    control: dist.ProcessGroup | None = None  # for what ranks must agree on; None for one rank
+    control: dist.ProcessGroup | None = None
     store_barrier: StoreBarrier = StoreBarrier(None, 0, [0])
 
-    def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocates a zeroed flat buffer that parameters will be views of."""
+    def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate a zeroed flat buffer for parameters. Collective: all ranks must call it with the same arguments."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
-        """Allocates room for a bucket of up to ``numel`` elements. Local."""
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+        """Allocate staging for a bucket of up to ``numel`` elements. Local."""
         return Staging(torch.empty(numel, dtype=dtype, device=device), None)
 
-    def discard(self, staging: Staging) -> None:
-        """Gives a staging buffer back, whose transfers are over and released. Local."""
+    def free_staging(self, staging: Staging) -> None:
+        """Free a staging buffer. Its transfers must be complete and released. Local."""
         return None
 
-    def gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Allocates a zeroed flat buffer of gradients that peers read where they lie; None where there is no such
-        thing.
+    def allocate_gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Allocate a zeroed flat buffer for gradients that peers can read; None where that is unsupported.
+
+        Collective: all ranks must call it with the same arguments.
         """
         return None
 
     def sources(self, flat: Tensor) -> list[Tensor]:
-        """Of a slice of such a buffer: this rank's slices of it on all ranks, in rank order, where they lie. Local.
+        """Return this rank's slice of ``flat`` as a view of every rank's memory, in rank order. Local.
 
-        What peers have written before a ``fence``, or before an ``all_reduce``, is there after it.
+        After a ``fence`` or an ``all_reduce``, the views show what all ranks wrote before it.
+
+        Args:
+            flat: a slice of a buffer from ``allocate_gradients``, at the same offset on all ranks.
         """
         raise NotImplementedError
 
     @abstractmethod
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
-        """Starts a reduce-scatter. All ranks must pass the same ``numel``, and a ``send`` of the same dtype."""
+        """Start a reduce-scatter. Collective: all ranks must pass the same ``numel``, and a ``send`` of one dtype."""
 
     @abstractmethod
     def all_gather(self, flat: Tensor) -> Pending:
-        """In place: every rank's slice of ``flat`` becomes what that rank holds there."""
+        """Start an all-gather, in place: each of the equal slices of ``flat`` comes from its rank. Collective."""
 
     @abstractmethod
     def all_reduce(self, block: Tensor) -> Pending:
-        """In place: the sum of a small ``block`` over ranks."""
+        """Start an all-reduce of a small ``block``, in place: its sum over ranks. Collective."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> Pending:
-        """In place: what rank 0 of the group holds. ``tensor`` must be dense in memory; its memory is what travels."""
+        """Start a broadcast from rank 0 of the group, in place. Collective.
+
+        Args:
+            tensor: dense in memory, with the same strides on all ranks, as its bytes are sent in memory order.
+        """
 
     def fence(self) -> None:
-        """Returns when all ranks have come here."""
+        """Wait until all ranks of the shard group have called it. Collective."""
         self.all_reduce(torch.zeros(1)).wait()
 
     def poll(self, seconds: float) -> bool:
-        """Waits a moment for news of the peers; False, at once, where there is no way to. Local."""
+        """Poll peers for up to ``seconds``; return False immediately where that is unsupported. Local."""
         return False
 
     def abort(self) -> None:
-        """Tells the others, where there is a way to, that this rank does not go on with them. Local."""
+        """Tell the other ranks, where that is supported, that this rank has left the current call. Local."""
         return None
 
     def close(self, *, clean: bool) -> None:
-        """Gives back what the transport holds outside its buffers, when its optimizer is gone. Not collective.
+        """Release everything but the buffers, once the optimizer is gone. Local.
 
         Args:
-            clean: every transfer that has been started has been waited for.
+            clean: every started transfer has been waited for.
         """
         return None
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """The bytes of a dense ``tensor`` as they lie in memory: backends treat dtypes and strides differently."""
+    """Return the bytes of a dense ``tensor`` in memory order, as backends treat dtypes and strides differently."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:
-    """``rank``'s of ``world_size`` equal slices of a flat buffer."""
+    """Return ``rank``'s slice of ``flat``, which is cut into ``world_size`` equal slices."""
     shard_numel = flat.numel() // world_size
     return flat[rank * shard_numel : (rank + 1) * shard_numel]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A group with NCCL for CUDA and another backend for the CPU: each tensor goes to the transport of its device."""
+"""A process group with NCCL for CUDA and another backend for the CPU: picks the transport by a tensor's device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ByDeviceTransport(Transport):
     """
     Args:
         host: for tensors on the CPU.
-        stream: for tensors on CUDA devices; over the same ranks and process groups.
+        stream: for tensors on CUDA devices; has the same process groups as ``host``.
     """
 
     def __init__(self, host: Transport, stream: Transport) -> None:
@@ -24,23 +24,23 @@ class ByDeviceTransport(Transport):
         self._host = host
         self._stream = stream
 
-    def _of(self, device: torch.device) -> Transport:
+    def _for(self, device: torch.device) -> Transport:
         return self._stream if device.type == "cuda" else self._host
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
-        return self._of(device).staging(numel, dtype, device)
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+        return self._for(device).allocate_staging(numel, dtype, device)
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
-        return self._of(request.shard.device).reduce_scatter(request)
+        return self._for(request.shard.device).reduce_scatter(request)
 
     def all_gather(self, flat: Tensor) -> Pending:
-        return self._of(flat.device).all_gather(flat)
+        return self._for(flat.device).all_gather(flat)
 
     def all_reduce(self, block: Tensor) -> Pending:
-        return self._of(block.device).all_reduce(block)
+        return self._for(block.device).all_reduce(block)
 
     def broadcast(self, tensor: Tensor) -> Pending:
-        return self._of(tensor.device).broadcast(tensor)
+        return self._for(tensor.device).broadcast(tensor)
 
     def poll(self, seconds: float) -> bool:
         return self._host.poll(seconds)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gloo, and any other backend whose collectives the host completes: exchanges between ranks and a sum of our own.
+"""Gloo, and every other backend whose collectives the host completes.
 
-Note: reduce-scatter without a reduction
-    Gloo builds reduce-scatter from an all-reduce of a copy: twice the traffic, a temporary of the bucket's size, and a
-    Work that never reports completion. An all-to-all moves only what a reduce-scatter needs, can be polled, and leaves
-    the sum to us: in rank order and in the shard's float32 whatever dtype is sent, so the same bits every time. On the
-    CPU there are two of them, one with the ranks before this one and one with the ranks after it. They leave out this
-    rank's own slice, which lies between and needs no copy and no room. The all-gather uses point-to-point exchange,
-    whose Works cannot be polled; nothing polls a gather (``benchmarks/collectives.py`` compares all of them).
+Note: reduce-scatter by all-to-all
+    Gloo's reduce-scatter is an all-reduce of a copy: it sends twice the bytes, needs a temporary of the bucket's size,
+    and its Work never reports completion. An all-to-all sends only what is needed and can be polled. The sum is then
+    computed here, in rank order and in the shard's dtype whatever dtype is sent, so that it is reproducible bit for
+    bit. On the CPU two all-to-alls, with the ranks before this one and with those after it, leave out this rank's own
+    slice, which needs no copy. The all-gather uses point-to-point transfers; their Works cannot be polled, but nothing
+    polls an all-gather. ``benchmarks/collectives.py`` compares all these forms.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from shardadam.ranks import desync
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
 from shardadam.transport.groups import CommGroups
 
-_TAGS = 1 << 15  # as many as every backend has
+_TAGS = 1 << 15  # every backend supports at least this many
 _POLL_S = 0.0002
-# torch 2.13 renamed it and warns about the old name, the only one that torch 2.11 has.
+# torch 2.13 renamed it, and warns about the old name; torch 2.11 has only the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class GlooTransport(Transport):
-    """Tensors on the CPU, or on CUDA where the backend takes them, over a group of our own."""
+    """Moves tensors on the CPU, and on CUDA devices if the backend supports them."""
 
     def __init__(self, groups: CommGroups) -> None:
         self.control = groups.control
-        self.store_barrier = groups.pool.store_barrier
+        self.store_barrier = groups.cache.store_barrier
         self.rank = dist.get_rank(groups.training)
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups
         self._group = groups.training
         self._exchanges = 0  # all-gathers started; equal on all ranks
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         send = torch.empty(numel, dtype=dtype, device=device)
         own_numel = numel // self.world_size if device.type == "cpu" else 0
         return Staging(send, send.new_empty(numel - own_numel))
@@ -55,19 +55,17 @@ class GlooTransport(Transport):
         what = "A reduce-scatter"
         if send.device.type != "cpu":
             receive = receive[: send.numel()]
-            with self._naming_ranks(what):
+            with self._explain_errors(what):
                 work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
             return self._on_host(what, [work], partial(request.sum_, list(receive.chunk(self.world_size))))
         own = own_slice(send, self.rank, self.world_size)
-        with self._naming_ranks(what):
+        with self._explain_errors(what):
             works, received = self._exchange(send, receive[: send.numel() - own.numel()])
         sources = [*received[: self.rank], own, *received[self.rank :]]
         return self._on_host(what, works, partial(request.sum_, sources))
 
     def _exchange(self, send: Tensor, receive: Tensor) -> tuple[list[Any], list[Tensor]]:
-        """Sends every peer its slice of ``send``; returns the Works, and this rank's slices of the peers' buckets in
-        rank order.
-        """
+        """Send peers their slices of ``send``; return the Works, and the peers' parts of ``receive`` in rank order."""
         shard_numel = send.numel() // self.world_size
         before = [shard_numel if peer < self.rank else 0 for peer in range(self.world_size)]
         after = [shard_numel if peer > self.rank else 0 for peer in range(self.world_size)]
@@ -83,10 +81,10 @@ class GlooTransport(Transport):
         if flat.device.type != "cpu":
             return self._start("An all-gather", _all_gather, flat, own)
         self._exchanges += 1
-        options: dict[str, Any] = dict(group=self._group, tag=self._exchanges % _TAGS)  # several run at once
+        options: dict[str, Any] = dict(group=self._group, tag=self._exchanges % _TAGS)  # several may run at once
         peers = [peer for peer in range(self.world_size) if peer != self.rank]
         slices = flat.chunk(self.world_size)
-        with self._naming_ranks("An all-gather"):
+        with self._explain_errors("An all-gather"):
             receives = [dist.irecv(slices[peer], group_src=peer, **options) for peer in peers]
             sends = [dist.isend(own, group_dst=peer, **options) for peer in peers]
         return self._on_host("An all-gather", [*receives, *sends])
@@ -98,23 +96,23 @@ class GlooTransport(Transport):
         return self._start("A broadcast", dist.broadcast, in_memory_order(tensor), group_src=0)
 
     def poll(self, seconds: float) -> bool:
-        time.sleep(min(seconds, _POLL_S))  # the backend's own threads go on meanwhile
+        time.sleep(min(seconds, _POLL_S))  # the backend's own threads move the data
         return True
 
     def close(self, *, clean: bool) -> None:
         self._comm_groups.release(clean=clean)
 
     def _start(self, what: str, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Pending:
-        with self._naming_ranks(what):
+        with self._explain_errors(what):
             work = collective(*arguments, group=self._group, async_op=True, **options)
         return self._on_host(what, [work])
 
     def _on_host(self, what: str, works: list[Any], finish: Callable[[], None] | None = None) -> Pending:
-        return _OnHost(works, finish, partial(self._naming_ranks, what))
+        return _OnHost(works, finish, partial(self._explain_errors, what))
 
     @contextmanager
-    def _naming_ranks(self, what: str) -> Iterator[None]:
-        """Turns the backend's errors into ones that name the ranks that caused them."""
+    def _explain_errors(self, what: str) -> Iterator[None]:
+        """Context manager: raise RankDesyncError, with the status of all ranks, for errors of the backend."""
         try:
             yield
         except RuntimeError as error:
@@ -122,27 +120,27 @@ class GlooTransport(Transport):
 
 
 class _OnHost(Pending):
-    """Works that the host completes, then ``finish``. Gloo's Works must be waited for once only, and dropped.
+    """Works that the host completes, then ``finish``. Waits for each Work once, and drops it, as Gloo requires.
 
     Args:
-        naming_ranks: the context to wait in, which explains the backend's errors.
+        explain_errors: returns the context manager to wait in.
     """
 
     def __init__(
         self,
         works: list[Any],
         finish: Callable[[], None] | None,
-        naming_ranks: Callable[[], AbstractContextManager[None]],
+        explain_errors: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._works = works
         self._finish = finish
-        self._naming_ranks = naming_ranks
+        self._explain_errors = explain_errors
 
     def done(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
-        with self._naming_ranks():
+        with self._explain_errors():
             while self._works:
                 self._works.pop(0).wait()
         if self._finish is not None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hybrid sharding: state is split inside a shard group, and each shard has replicas in the other shard groups.
+"""Hybrid sharding: a shard group splits one copy of the state, and a replica group holds equal shards.
 
-A bucket is reduce-scattered inside the shard group, then the shards are summed over their replicas, in the shard's
-float32 whatever travels before. The last sum of anything is one over replicas, which gives all of them the same bits.
+Reduces gradients in two stages: a reduce-scatter in the shard group, then an all-reduce of the shard, in its float32 or
+float64, in the replica group. Every sum ends with an all-reduce over replicas, so that replicas are equal bit for bit.
 
-Note: the order of sums over replicas
-    A sum over replicas can start when the reduce-scatter before it is over, and ranks see that at different times. All
-    of them start these sums in the order of the reduce-scatters, and before anything else that travels among replicas;
-    so they meet in one order everywhere. Whoever looks (``done``) starts what can be started without waiting.
+Note: one order of all-reduces
+    All ranks of a replica group must start their all-reduces in the same order, but they complete the reduce-scatters
+    before them at different times. So each rank starts the all-reduces of shards in the order of the reduce-scatters,
+    and all pending ones before any other transfer in the replica group. ``done`` starts those that need no waiting.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.streams import CommunicationStreams, OnStream
 
-_GLANCE_S = 0.0005
+_SHARD_POLL_S = 0.0005
 
 
 class HybridTransport(Transport):
     """
     Args:
-        shard: over the ranks that split one copy of the state; it allocates.
-        replica: over the ranks that hold the same shard, one in each shard group.
-        control, store_barrier: over all of them.
+        shard: of the shard group; allocates all buffers.
+        replica: of the replica group, which has one rank of each shard group.
+        control, store_barrier: over the ranks of all shard groups.
     """
 
     def __init__(
@@ -48,39 +48,39 @@ class HybridTransport(Transport):
         self.store_barrier = store_barrier
         self._shard = shard
         self._replica = replica
-        self._scattering: deque[_ShardSum] = deque()  # whose sums over replicas have not been started
+        self._unsummed: deque[_TwoStageSum] = deque()  # in order; their all-reduces have not been started
         self._streams = CommunicationStreams()
 
-    # Buffers: the shard group's
+    # Buffers, all of the shard group
 
-    def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._shard.parameters(numel, dtype, device)
+    def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._shard.allocate_parameters(numel, dtype, device)
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
-        return self._shard.staging(numel, dtype, device)
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+        return self._shard.allocate_staging(numel, dtype, device)
 
-    def discard(self, staging: Staging) -> None:
-        self._shard.discard(staging)
+    def free_staging(self, staging: Staging) -> None:
+        self._shard.free_staging(staging)
 
-    def gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """None: what can be read inside the shard group is not the whole sum."""
+    def allocate_gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return None: a sum over the shard group's gradients would miss those of the other shard groups."""
         return None
 
     # Transfers
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
         total = torch.empty_like(request.shard) if request.accumulate else request.shard
-        scattering = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, on_chunk=None))
+        reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, on_chunk=None))
         finish = partial(_finish, request, total)
-        if not scattering.on_host:
+        if not reduce_scatter.on_host:
             with self._streams.on(total.device) as stream:
-                scattering.wait()
+                reduce_scatter.wait()
                 self._replica.all_reduce(total).wait()
                 finish()
             return OnStream(stream, kept=total)
-        transfer = _ShardSum(self, scattering, partial(self._replica.all_reduce, total), finish)
-        self._scattering.append(transfer)
-        self.start_what_can_be()
+        transfer = _TwoStageSum(self, reduce_scatter, partial(self._replica.all_reduce, total), finish)
+        self._unsummed.append(transfer)
+        self.start_ready()
         return transfer
 
     def all_gather(self, flat: Tensor) -> Pending:
@@ -100,8 +100,8 @@ class HybridTransport(Transport):
         self._shard.fence()
 
     def poll(self, seconds: float) -> bool:
-        # By turns, and who asks starts what can be in between: the news may be that of the other group.
-        return self._shard.poll(min(seconds, _GLANCE_S)) or self._replica.poll(seconds)
+        # The shard group only briefly: this rank may be waiting for the replica group.
+        return self._shard.poll(min(seconds, _SHARD_POLL_S)) or self._replica.poll(seconds)
 
     def abort(self) -> None:
         self._shard.abort()
@@ -111,77 +111,79 @@ class HybridTransport(Transport):
         self._shard.close(clean=clean)
         self._replica.close(clean=clean)
 
-    # Sums over replicas, in order
+    # All-reduces of shards, in one order
 
-    def start_what_can_be(self) -> None:
-        """Starts those that wait for nobody."""
-        while self._scattering and self._scattering[0].is_scattered():
-            self._scattering.popleft().start()
+    def start_ready(self) -> None:
+        """Start the all-reduces whose reduce-scatters, and those before them, are complete. Does not wait."""
+        while self._unsummed and self._unsummed[0].can_start():
+            self._unsummed.popleft().start()
 
-    def start_until(self, last: _ShardSum) -> None:
-        """Starts all up to ``last``, waiting for what is before them, and then what can be."""
+    def start_through(self, last: _TwoStageSum) -> None:
+        """Start the all-reduces up to that of ``last``, waiting for their reduce-scatters, and then the ready ones."""
         while not last.is_started:
-            self._scattering.popleft().start()
-        self.start_what_can_be()
+            self._unsummed.popleft().start()
+        self.start_ready()
 
     def _start_all(self) -> None:
-        if self._scattering:
-            self.start_until(self._scattering[-1])
+        if self._unsummed:
+            self.start_through(self._unsummed[-1])
 
 
-class _ShardSum(Pending):
-    """A reduce-scatter inside the shard group, then a sum over replicas, both with the host's help.
+class _TwoStageSum(Pending):
+    """A reduce-scatter in the shard group, then an all-reduce in the replica group; the host takes part in both.
 
     Args:
-        start_sum: starts the latter.
-        finish: what is left to do with it.
+        reduce_scatter: has been started.
+        start_all_reduce: called when ``reduce_scatter`` is complete.
+        finish: called when the all-reduce is complete.
     """
 
     def __init__(
         self,
         transport: HybridTransport,
-        scattering: Pending,
-        start_sum: Callable[[], Pending],
+        reduce_scatter: Pending,
+        start_all_reduce: Callable[[], Pending],
         finish: Callable[[], None],
     ) -> None:
         self._transport = transport
-        self._scattering = scattering
-        self._start_sum = start_sum
+        self._reduce_scatter = reduce_scatter
+        self._start_all_reduce = start_all_reduce
         self._finish = finish
-        self._summing: Pending | None = None
+        self._all_reduce: Pending | None = None
 
     @property
     def is_started(self) -> bool:
-        """Whether the sum over replicas is."""
-        return self._summing is not None
+        """Whether the all-reduce has been started."""
+        return self._all_reduce is not None
 
-    def is_scattered(self) -> bool:
-        return self._scattering.done()
+    def can_start(self) -> bool:
+        """Return True if ``start`` would not wait for a peer."""
+        return self._reduce_scatter.done()
 
     def start(self) -> None:
-        """Waits for the reduce-scatter, and starts the sum."""
-        self._scattering.wait()
-        self._summing = self._start_sum()
+        """Wait for the reduce-scatter, and start the all-reduce."""
+        self._reduce_scatter.wait()
+        self._all_reduce = self._start_all_reduce()
 
     def done(self) -> bool:
-        self._transport.start_what_can_be()
-        return self._summing is not None and self._summing.done()
+        self._transport.start_ready()
+        return self._all_reduce is not None and self._all_reduce.done()
 
     def wait(self) -> None:
-        self._transport.start_until(self)
-        assert self._summing is not None
-        self._summing.wait()
+        self._transport.start_through(self)
+        assert self._all_reduce is not None
+        self._all_reduce.wait()
         self._finish()
 
     def is_released(self) -> bool:
-        return self._scattering.is_released()
+        return self._reduce_scatter.is_released()
 
     def await_release(self) -> None:
-        self._scattering.await_release()
+        self._reduce_scatter.await_release()
 
 
 def _finish(request: ReduceScatter, total: Tensor) -> None:
-    """Adds ``total``, the scaled sum over all ranks, to ``shard``, unless it is ``shard``; then calls ``on_chunk``."""
+    """Add ``total``, the scaled sum over all ranks, to ``request.shard`` if asked to accumulate; call ``on_chunk``."""
     if not request.accumulate and request.on_chunk is None:
         return
     for chunk in chunks(0, total.numel(), total.device):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NCCL: native collectives, enqueued on a stream of our own. The host never waits for a peer.
+"""NCCL: collectives on a communication stream. The host never waits for a peer.
 
 Note: streams
-    Collectives are called synchronously, which on NCCL returns at once and keeps no references. ``wait`` makes the
-    caller's stream wait for one event recorded after each. Buffers are never passed to ``record_stream``: they live as
-    long as the optimizer.
+    Collectives are called with ``async_op=False``: on NCCL this only enqueues them, and keeps no references to tensors.
+    An event is recorded after each, and ``wait`` makes the caller's stream wait for it. Buffers need no
+    ``record_stream``, as they live as long as the optimizer.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ STREAM_BACKENDS = ("nccl",)
 """Backends that run their collectives on CUDA streams."""
 
 _POLL_S = 0.0002
-# torch 2.13 renamed two collectives and warns about the old names, the only ones that torch 2.11 has.
+# torch 2.13 renamed these two, and warns about the old names; torch 2.11 has only the old names.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class NcclTransport(Transport):
-    """CUDA tensors over a group of our own. It must not be given tensors on the CPU.
+    """Moves CUDA tensors only.
 
     Args:
         exact_sums: exchange gradients by all-to-all and sum them here, in rank order and in the shard's dtype. NCCL
-            itself sums in the dtype that it sends.
+            itself sums in the dtype that is sent.
     """
 
     def __init__(self, groups: CommGroups, *, exact_sums: bool = False) -> None:
         self.control = groups.control
-        self.store_barrier = groups.pool.store_barrier
+        self.store_barrier = groups.cache.store_barrier
         self.rank = dist.get_rank(groups.training)
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups
@@ -51,7 +51,7 @@ class NcclTransport(Transport):
         self._streams = CommunicationStreams()
         self._watchdog: Watchdog | None = None
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         send = torch.empty(numel, dtype=dtype, device=device)
         return Staging(send, torch.empty_like(send) if self._exact_sums else None)
 
@@ -77,7 +77,7 @@ class NcclTransport(Transport):
         with self._streams.on(block.device) as stream:
             dist.all_reduce(block, group=self._group)
         pending = OnStream(stream)
-        self._watch_stream(block.device)
+        self._expect_progress(block.device)
         return pending
 
     def broadcast(self, tensor: Tensor) -> Pending:
@@ -86,7 +86,7 @@ class NcclTransport(Transport):
         return OnStream(stream)
 
     def poll(self, seconds: float) -> bool:
-        time.sleep(min(seconds, _POLL_S))  # the backend's own threads go on meanwhile
+        time.sleep(min(seconds, _POLL_S))  # NCCL and the device make progress meanwhile
         return True
 
     def close(self, *, clean: bool) -> None:
@@ -94,10 +94,10 @@ class NcclTransport(Transport):
             self._watchdog.close()
         self._comm_groups.release(clean=clean)
 
-    def _watch_stream(self, device: torch.device) -> None:
-        """From one all-reduce to the next, which is once a step."""
+    def _expect_progress(self, device: torch.device) -> None:
+        """Let the watchdog check that the communication stream gets past this point. Called once a step."""
         if self._watchdog is None:
             ranks = dist.get_process_group_ranks(self._group)
             self._watchdog = Watchdog(device, timeout_s(self._group), partial(desync.report, ranks))
         with torch.cuda.stream(self._streams.of(device)):
-            self._watchdog.started()
+            self._watchdog.expect_progress()

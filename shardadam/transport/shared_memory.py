@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of one host, on the CPU: they read each other's memory. No bytes go through sockets but fences.
+"""CPU tensors between the ranks of one host: each rank reads its peers' memory. Sockets carry small records only.
 
-Every rank's buffers are its own: nobody else may write them. Peers map them read-only and take what they need
-straight out of them, in one pass: a reduce-scatter sums this rank's slice of everybody's staging, in rank order; an
-all-gather copies everybody's slice out of their parameters. What is not in shared memory (tensors on other devices,
-or that others have allocated) goes the way of the transport within.
+Each rank allocates its own buffers, and peers map them read-only. A reduce-scatter sums this rank's slice of all ranks'
+staging buffers, in rank order; an all-gather copies the peers' slices out of their parameter buffers. Tensors that are
+not in shared memory (on other devices, or allocated elsewhere) use the inner transport.
 
-Note: three things that a transfer waits for
-    Transfers are numbered, alike on all ranks. A rank says READY when its part of one may be read; whoever has read
-    everybody's says READ; a buffer may be written again when all others have said so (``is_released``). Records follow
-    each other in a socket, so one that is READY for a transfer is so for all before it. It also says what the transfer
-    is: where ranks have come to different ones nothing is read.
+Note: the protocol of a transfer
+    Transfers have numbers, which are the same on all ranks. A rank sends STARTED when its data for a transfer may be
+    read, and READ when it has read the data of all peers. It may overwrite its data when all peers have sent READ
+    (``is_released``). Sockets keep the order of records, so STARTED for one transfer implies it for all before. STARTED
+    also describes the transfer. If descriptions differ, all ranks raise before they read anything.
 
-Note: memory without names
-    Buffers are anonymous memfds, whose descriptors go to the peers over the sockets. They are sealed: nobody can
-    resize them, and nobody who is sent one can map it for writing. The kernel frees them with the last process that
-    maps them, however it ends; parameters in them live as long as their tensors do. A forked child shares them with
-    its parent instead of copying them.
+Note: anonymous shared memory
+    Buffers are memfds, which have no name in the file system; their descriptors are sent over the sockets. Seals keep
+    them from being resized, and keep peers from mapping them for writing. The kernel frees a buffer when no process
+    maps it, however those processes end; tensors keep theirs mapped. A forked child shares the buffers of its parent,
+    without a copy.
 """
 
 from __future__ import annotations
@@ -40,20 +39,22 @@ from shardadam.transport.base import Finished, Pending, ReduceScatter, Staging, 
 from shardadam.transport.unix_sockets import PeerSockets
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1
-_BOARD_BYTES = 1 << 16
-_LIES_IN_BITS = 24
+_ALL_REDUCE_BYTES = 1 << 16
+_STAGING_BITS = 24
 _NBYTES_BITS = 36
 
 
-class _Kind(IntEnum):
-    READY = 0  # number: the transfer; value: the staging buffer that it lies in, and what it is
-    READ = 1  # number: the transfer
-    SHARED = 2  # a descriptor; number: the how-manieth of those that all ranks allocate together; value: bytes
-    STAGING = 3  # a descriptor; number: its own; value: bytes
-    DISCARDED = 4  # number: of a staging buffer
+class _Record(IntEnum):
+    """Kinds of records, and what their number and value mean."""
+
+    STARTED = 0  # number of the transfer; value: ``_Transfer.pack``
+    READ = 1  # number of the transfer
+    SHARED_BUFFER = 2  # with a descriptor; index of a buffer that all ranks allocate; value: bytes
+    STAGING_BUFFER = 3  # with a descriptor; index of a staging buffer of the sender; value: bytes
+    STAGING_FREED = 4  # index of a staging buffer of the sender
 
 
-class _What(IntEnum):
+class _Operation(IntEnum):
     REDUCE_SCATTER = 0
     ALL_GATHER = 1
     BROADCAST = 2
@@ -61,39 +62,46 @@ class _What(IntEnum):
     FENCE = 4
 
     @property
-    def words(self) -> str:
-        """As in a sentence: ``an all-reduce``."""
+    def with_article(self) -> str:
+        """The name in a sentence: ``an all-reduce``."""
         return f"{'an' if self.name[0] == 'A' else 'a'} {self.name.lower().replace('_', '-')}"
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """What a rank says of a transfer that it has begun. ``lies_in``: the staging buffer, if it is a reduce-scatter."""
+class _Transfer:
+    """A transfer as one rank describes it to the others.
 
-    what: _What
+    Args:
+        nbytes: of its data; only the lowest 36 bits are sent.
+        staging: for a reduce-scatter, the index of the staging buffer that holds the data.
+    """
+
+    operation: _Operation
     nbytes: int
-    lies_in: int = 0
+    staging: int = 0
 
-    def packed(self) -> int:
-        return (self.what << _NBYTES_BITS | self.nbytes % (1 << _NBYTES_BITS)) << _LIES_IN_BITS | self.lies_in
+    def pack(self) -> int:
+        signature = self.operation << _NBYTES_BITS | self.nbytes % (1 << _NBYTES_BITS)
+        return signature << _STAGING_BITS | self.staging
 
     @classmethod
-    def unpacked(cls, value: int) -> _Begun:
-        signature = value >> _LIES_IN_BITS
-        return cls(_What(signature >> _NBYTES_BITS), signature % (1 << _NBYTES_BITS), value % (1 << _LIES_IN_BITS))
+    def unpack(cls, value: int) -> _Transfer:
+        signature, staging = value >> _STAGING_BITS, value % (1 << _STAGING_BITS)
+        return cls(_Operation(signature >> _NBYTES_BITS), signature % (1 << _NBYTES_BITS), staging)
 
-    def meets(self, other: _Begun) -> bool:
-        return self.what == other.what and (self.nbytes - other.nbytes) % (1 << _NBYTES_BITS) == 0
+    def matches(self, other: _Transfer) -> bool:
+        return self.operation == other.operation and (self.nbytes - other.nbytes) % (1 << _NBYTES_BITS) == 0
 
     def __str__(self) -> str:
-        return self.what.words if self.what is _What.FENCE else f"{self.what.words} of {self.nbytes:,} bytes"
+        size = "" if self.operation is _Operation.FENCE else f" of {self.nbytes:,} bytes"
+        return self.operation.with_article + size
 
 
 class SharedMemoryTransport(Transport):
     """
     Args:
-        inner: over the same ranks, for what is not in shared memory.
-        sockets: to the same ranks.
+        inner: between the same ranks, for tensors that are not in shared memory.
+        sockets: between the same ranks.
     """
 
     def __init__(self, inner: Transport, sockets: PeerSockets) -> None:
@@ -105,70 +113,72 @@ class SharedMemoryTransport(Transport):
         self._sockets = sockets
         sockets.on_record = self._on_record
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
-        self._last = 0  # the number of the last transfer
-        self._ready = [0] * self.world_size  # of each rank: the last transfer it is READY for
-        self._unread: list[set[int]] = [set() for _ in range(self.world_size)]  # transfers that a rank has not READ yet
-        self._shared: dict[int, dict[int, Tensor]] = {}  # all ranks' buffers, as bytes
+        # Transfers
+        self._last_number = 0
+        self._last_started = [0] * self.world_size  # by rank: the number of its last transfer
+        self._started: dict[tuple[int, int], _Transfer] = {}  # by rank and number, until this rank waits for it
+        self._unread: list[set[int]] = [set() for _ in range(self.world_size)]  # by rank: numbers without READ from it
+        self._all_reduce_buffer: Tensor | None = None
+        self._all_reduce_count = 0
+        # Buffers, as bytes
+        self._shared: dict[int, dict[int, Tensor]] = {}  # by index, then by rank
         self._shared_count = 0
-        self._staging: dict[tuple[int, int], Tensor] = {}  # by rank and number, as bytes
-        self._numbers: dict[int, int] = {}  # by address: of this rank's own staging
+        self._staging: dict[tuple[int, int], Tensor] = {}  # by rank and index
+        self._staging_index: dict[int, int] = {}  # by address: of this rank's own staging buffers
         self._staging_count = 0
-        self._begun: dict[tuple[int, int], _Begun] = {}  # by rank and transfer
-        self._board: Tensor | None = None
-        self._blocks = 0  # how many have been all-reduced
-        # By address and size.
+        # Caches, by address and size
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._slices: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     # Buffers
 
-    def parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type != "cpu" or numel == 0:
-            return self._inner.parameters(numel, dtype, device)
-        return self._share(numel * dtype.itemsize).view(dtype)
+            return self._inner.allocate_parameters(numel, dtype, device)
+        return self._allocate_shared(numel * dtype.itemsize).view(dtype)
 
-    def gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def allocate_gradients(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         if device.type != "cpu" or numel == 0:
             return None
-        return self._share(numel * dtype.itemsize).view(dtype)
+        return self._allocate_shared(numel * dtype.itemsize).view(dtype)
 
     def sources(self, flat: Tensor) -> list[Tensor]:
         views = self._views_of(flat)
         assert views is not None
         return [own_slice(view, self.rank, self.world_size) for view in views]
 
-    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
+    def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         if device.type != "cpu":
-            return self._inner.staging(numel, dtype, device)
+            return self._inner.allocate_staging(numel, dtype, device)
         memory, descriptor = _allocate(numel * dtype.itemsize)
-        number = self._staging_count
+        index = self._staging_count
         self._staging_count += 1
-        self._numbers[memory.data_ptr()] = number
-        self._sockets.send(_Kind.STAGING, number, memory.nbytes, descriptor)
+        self._staging_index[memory.data_ptr()] = index
+        self._sockets.send(_Record.STAGING_BUFFER, index, memory.nbytes, descriptor)
         os.close(descriptor)
         return Staging(memory.view(dtype), None)
 
-    def discard(self, staging: Staging) -> None:
-        number = self._numbers.pop(staging.send.data_ptr(), None)
-        if number is not None:
-            self._sockets.send(_Kind.DISCARDED, number)
+    def free_staging(self, staging: Staging) -> None:
+        index = self._staging_index.pop(staging.send.data_ptr(), None)
+        if index is not None:
+            self._sockets.send(_Record.STAGING_FREED, index)
         else:
-            self._inner.discard(staging)
+            self._inner.free_staging(staging)
 
-    def _share(self, nbytes: int) -> Tensor:
-        """A buffer of each rank's, of one size. Collective."""
+    def _allocate_shared(self, nbytes: int) -> Tensor:
+        """Allocate a buffer of one size on each rank, map those of the peers, and return this rank's. Collective."""
         index = self._shared_count
         self._shared_count += 1
         memory, descriptor = _allocate(nbytes)
         buffers = self._shared.setdefault(index, {})
         buffers[self.rank] = memory
-        self._sockets.send(_Kind.SHARED, index, nbytes, descriptor)
+        self._sockets.send(_Record.SHARED_BUFFER, index, nbytes, descriptor)
         os.close(descriptor)
         self._sockets.wait_for(buffers.__contains__, "Allocating shared memory")
         return memory
 
     def _views_of(self, flat: Tensor) -> list[Tensor] | None:
-        """The same place in the memory of all ranks, in rank order; None if ``flat`` is not in a shared buffer."""
+        """Return ``flat`` in the memory of each rank, in rank order; None if ``flat`` is not in a shared buffer."""
         key = (flat.data_ptr(), flat.nbytes)
         if key not in self._views:
             for buffers in list(self._shared.values()):
@@ -184,7 +194,7 @@ class SharedMemoryTransport(Transport):
         return self._views[key]
 
     def _slices_of(self, flat: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Every peer's slice of ``flat``: here, and in its own memory."""
+        """Return for each peer its slice of ``flat``, in this rank's memory and in its own; None as ``_views_of``."""
         key = (flat.data_ptr(), flat.nbytes)
         if key not in self._slices:
             views = self._views_of(flat)
@@ -200,132 +210,142 @@ class SharedMemoryTransport(Transport):
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
         send = request.send
-        lies_in = self._numbers.get(send.data_ptr())
-        if lies_in is None:
+        index = self._staging_index.get(send.data_ptr())
+        if index is None:
             return self._inner.reduce_scatter(request)
-        number = self._announce(_Begun(_What.REDUCE_SCATTER, send.nbytes, lies_in))
 
-        def read(begun: dict[int, _Begun]) -> None:
+        def read(transfers: dict[int, _Transfer]) -> None:
             sources = []
             for rank in range(self.world_size):
                 if rank == self.rank:
                     whole = send
                 else:
-                    whole = self._staging[rank, begun[rank].lies_in].view(send.dtype)[: request.numel]
+                    whole = self._staging[rank, transfers[rank].staging].view(send.dtype)[: request.numel]
                 sources.append(own_slice(whole, self.rank, self.world_size))
             request.sum_(sources)
 
-        return _Read(self, number, read)
+        return _PeerRead(self, self._start(_Transfer(_Operation.REDUCE_SCATTER, send.nbytes, index)), read)
 
     def all_gather(self, flat: Tensor) -> Pending:
         slices = self._slices_of(flat)
         if slices is None:
             return self._inner.all_gather(flat)
 
-        def read(_: dict[int, _Begun]) -> None:
+        def read(_: dict[int, _Transfer]) -> None:
             for target, source in slices:
                 target.copy_(source)
 
-        return _Read(self, self._announce(_Begun(_What.ALL_GATHER, flat.nbytes)), read)
+        return _PeerRead(self, self._start(_Transfer(_Operation.ALL_GATHER, flat.nbytes)), read)
 
     def broadcast(self, tensor: Tensor) -> Pending:
         views = self._views_of(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
         if views is None:
             return self._inner.broadcast(tensor)
 
-        def read(_: dict[int, _Begun]) -> None:
+        def read(_: dict[int, _Transfer]) -> None:
             if self.rank != 0:
                 tensor.copy_(views[0])
 
-        return _Read(self, self._announce(_Begun(_What.BROADCAST, tensor.nbytes)), read)
+        return _PeerRead(self, self._start(_Transfer(_Operation.BROADCAST, tensor.nbytes)), read)
 
     def all_reduce(self, block: Tensor) -> Pending:
         if block.device.type != "cpu" or not block.is_contiguous():
             return self._inner.all_reduce(block)
-        if self._board is None or self._board.nbytes < 2 * block.nbytes:
-            self._board = self._share(max(_BOARD_BYTES, 4 * block.nbytes))
-        self._sockets.check_open("An all-reduce")  # a forked child would write its parent's board
-        # Two halves in turn: whoever writes one again has seen all others begin with the other, and so end with this.
-        start = self._blocks % 2 * (self._board.nbytes // 2)
-        self._blocks += 1
-        views = self._views_of(self._board[start : start + block.nbytes])
+        if self._all_reduce_buffer is None or self._all_reduce_buffer.nbytes < 2 * block.nbytes:
+            self._all_reduce_buffer = self._allocate_shared(max(_ALL_REDUCE_BYTES, 4 * block.nbytes))
+        self._sockets.check_open("An all-reduce")  # a forked child would write its parent's buffer
+        # All-reduces use the halves in turn. A half is not written again before all peers have started the all-reduce
+        # in the other half, and so have read this one.
+        start = self._all_reduce_count % 2 * (self._all_reduce_buffer.nbytes // 2)
+        self._all_reduce_count += 1
+        views = self._views_of(self._all_reduce_buffer[start : start + block.nbytes])
         assert views is not None
         blocks = [view.view(block.dtype).view(block.shape) for view in views]
         blocks[self.rank].copy_(block)
-        self.await_ready(self._announce(_Begun(_What.ALL_REDUCE, block.nbytes), is_read=False))
+        self.await_started(self._start(_Transfer(_Operation.ALL_REDUCE, block.nbytes), is_read=False))
         block.copy_(blocks[0])
         for other in blocks[1:]:
             block += other
         return Finished()
 
     def fence(self) -> None:
-        self.await_ready(self._announce(_Begun(_What.FENCE, 0), is_read=False))
+        self.await_started(self._start(_Transfer(_Operation.FENCE, 0), is_read=False))
 
     def poll(self, seconds: float) -> bool:
         self._sockets.poll(seconds)
         return True
 
     def abort(self) -> None:
-        self._sockets.abort("this rank has been interrupted in the middle of a transfer.")
+        self._sockets.abort("this rank was interrupted during a call.")
 
     def close(self, *, clean: bool) -> None:
         self._sockets.close()
         self._inner.close(clean=clean)
 
-    # What transfers need
+    # The protocol
 
-    def _announce(self, begun: _Begun, *, is_read: bool = True) -> int:
-        """Tells all that this rank is READY for its next transfer; ``is_read``: and that it waits for them to READ."""
-        self._last += 1
+    def _start(self, transfer: _Transfer, *, is_read: bool = True) -> int:
+        """Send STARTED to all peers; return the number of the transfer.
+
+        Args:
+            is_read: peers will send READ for it.
+        """
+        self._last_number += 1
         if is_read:
             for rank in self._peers:
-                self._unread[rank].add(self._last)
-        self._begun[self.rank, self._last] = begun
-        self._sockets.send(_Kind.READY, self._last, begun.packed())
-        return self._last
+                self._unread[rank].add(self._last_number)
+        self._started[self.rank, self._last_number] = transfer
+        self._sockets.send(_Record.STARTED, self._last_number, transfer.pack())
+        return self._last_number
 
-    def await_ready(self, number: int, *, until_sent: bool = True) -> dict[int, _Begun]:
-        """What the others have begun, by rank.
+    def await_started(self, number: int, *, until_sent: bool = True) -> dict[int, _Transfer]:
+        """Wait until all peers have started the transfer; return their descriptions of it, by rank.
 
         Raises:
-            RankDesyncError: another transfer than this rank.
+            RankDesyncError: a peer has started a different transfer.
+            RankDesyncError, TimeoutError: as in ``PeerSockets.wait_for``, which has ``until_sent``, too.
         """
-        own = self._begun[self.rank, number]
-        self._sockets.wait_for(lambda rank: self._ready[rank] >= number, f"In {own.what.words}", until_sent=until_sent)
-        del self._begun[self.rank, number]
-        begun = {rank: self._begun.pop((rank, number)) for rank in self._peers}
-        names = self._sockets.names
-        for rank, theirs in begun.items():
-            if not theirs.meets(own):
+        own = self._started[self.rank, number]
+        self._sockets.wait_for(
+            lambda rank: self._last_started[rank] >= number, f"In {own.operation.with_article}", until_sent=until_sent
+        )
+        del self._started[self.rank, number]
+        transfers = {rank: self._started.pop((rank, number)) for rank in self._peers}
+        global_ranks = self._sockets.global_ranks
+        for rank, transfer in transfers.items():
+            if not transfer.matches(own):
                 raise self._sockets.abort_with(
                     desync.RankDesyncError(
-                        f"Rank {names[rank]} has begun {theirs} where rank {names[self.rank]} has begun {own}: they "
-                        "have made different calls, or other numbers of backward passes."
+                        f"Rank {global_ranks[rank]} has started {transfer}, but rank {global_ranks[self.rank]} has "
+                        f"started {own}: they have made different calls, or different numbers of backward passes."
                     )
                 )
-        return begun
+        return transfers
 
-    def is_ready(self, number: int) -> bool:
+    def has_started(self, number: int) -> bool:
+        """Return True if all peers have started the transfer. Does not wait."""
         self._sockets.poll()
-        return all(self._ready[rank] >= number for rank in self._peers)
+        return all(self._last_started[rank] >= number for rank in self._peers)
 
-    def has_read(self, number: int) -> None:
-        self._sockets.send(_Kind.READ, number)
+    def send_read(self, number: int) -> None:
+        """Tell all peers that this rank has read their data of the transfer."""
+        self._sockets.send(_Record.READ, number)
 
     def is_released(self, number: int) -> bool:
+        """Return True if all peers have read this rank's data of the transfer. Does not wait."""
         self._sockets.poll()
         return not any(number in self._unread[rank] for rank in self._peers)
 
     def await_release(self, number: int) -> None:
-        self._sockets.wait_for(lambda rank: number not in self._unread[rank], "Waiting for the others to read")
+        self._sockets.wait_for(lambda rank: number not in self._unread[rank], "Waiting for the other ranks to read")
 
     def _on_record(self, rank: int, kind: int, number: int, value: int, descriptor: int | None) -> None:
-        if kind == _Kind.READY:
-            self._ready[rank] = number
-            self._begun[rank, number] = _Begun.unpacked(value)
-        elif kind == _Kind.READ:
+        if kind == _Record.STARTED:
+            self._last_started[rank] = number
+            self._started[rank, number] = _Transfer.unpack(value)
+        elif kind == _Record.READ:
             self._unread[rank].discard(number)
-        elif kind == _Kind.DISCARDED:
+        elif kind == _Record.STAGING_FREED:
             del self._staging[rank, number]
         else:
             assert descriptor is not None
@@ -333,29 +353,33 @@ class SharedMemoryTransport(Transport):
                 memory = _map(descriptor, value, writable=False)
             finally:
                 os.close(descriptor)
-            if kind == _Kind.SHARED:
+            if kind == _Record.SHARED_BUFFER:
                 self._shared.setdefault(number, {})[rank] = memory
             else:
                 self._staging[rank, number] = memory
 
 
-class _Read(Pending):
-    """Reads from the peers when all of them are READY."""
+class _PeerRead(Pending):
+    """A transfer that reads the peers' memory once all of them have started it.
+
+    Args:
+        read: called with the peers' descriptions of the transfer, by rank.
+    """
 
     def __init__(
-        self, transport: SharedMemoryTransport, number: int, read: Callable[[dict[int, _Begun]], None]
+        self, transport: SharedMemoryTransport, number: int, read: Callable[[dict[int, _Transfer]], None]
     ) -> None:
         self._transport = transport
         self._number = number
         self._read = read
 
     def done(self) -> bool:
-        return self._transport.is_ready(self._number)
+        return self._transport.has_started(self._number)
 
     def wait(self) -> None:
-        # A peer that has all it needs for this one may not look at its socket before the next fence.
-        self._read(self._transport.await_ready(self._number, until_sent=False))
-        self._transport.has_read(self._number)
+        # until_sent could deadlock: a peer that needs nothing more for this transfer may not handle records for long.
+        self._read(self._transport.await_started(self._number, until_sent=False))
+        self._transport.send_read(self._number)
 
     def is_released(self) -> bool:
         return self._transport.is_released(self._number)
@@ -365,13 +389,13 @@ class _Read(Pending):
 
 
 def _allocate(nbytes: int) -> tuple[Tensor, int]:
-    """Zeroed memory, as bytes, and a descriptor by which others can read it."""
+    """Return zeroed memory, as bytes, and a read-only descriptor of it for the peers."""
     descriptor = os.memfd_create("shardadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, nbytes)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         memory = _map(descriptor, nbytes, writable=True)
-        with suppress(OSError):  # the kernel may be too old for it; the descriptor is opened for reading all the same
+        with suppress(OSError):  # before Linux 5.1; peers still get a read-only descriptor
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
         return memory, os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
@@ -381,11 +405,11 @@ def _allocate(nbytes: int) -> tuple[Tensor, int]:
 
 def _map(descriptor: int, nbytes: int, *, writable: bool) -> Tensor:
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    # A mapping needs no descriptor; Python keeps one all the same where it is not told otherwise.
+    # A mapping needs no descriptor, but Python keeps one open unless trackfd is False.
     options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
     memory = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED, prot=access, **options)
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a read-only tensor had better not be written
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of read-only memory
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank: nothing travels."""
+"""The transport of one rank, which sends nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers on CUDA streams of our own: one communication stream per device, and one event per transfer."""
+"""Transfers on CUDA streams: one communication stream per device, and one event per transfer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from shardadam.transport.base import Pending
 
 
 class CommunicationStreams:
-    """One high-priority stream per device, made when it is first used."""
+    """One high-priority stream per device, created at first use."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def of(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream of ``device``."""
+        """Return the stream of ``device``."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return self._streams[device]
 
     def on(self, device: torch.device) -> CommunicationStream:
-        """A context that enqueues its work on the stream of ``device``."""
+        """Return a context manager that enqueues the work inside on the stream of ``device``."""
         return CommunicationStream(self.of(device))
 
 
 class CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
-    """Enqueues what is inside on ``stream``, after everything that the current stream holds."""
+    """Context manager: enqueues the work inside on ``stream``, after all work that the current stream holds."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -46,10 +46,10 @@ class CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
 
 
 class OnStream(Pending):
-    """Everything that ``stream`` holds now. ``wait`` enqueues a wait on the current stream and returns at once.
+    """All work that ``stream`` holds now. ``wait`` makes the current stream wait for it, and returns at once.
 
     Args:
-        kept: a temporary that the stream uses. It must live until the current stream has waited.
+        kept: a temporary that ``stream`` uses; keeps its memory from being reused before ``wait``.
     """
 
     on_host = False

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unix-domain sockets between the ranks of one host: short records, and descriptors of memory, to and from every one.
+"""Unix-domain sockets between all ranks of one host, for short records and file descriptors of shared memory.
 
-A record that has been received orders memory: what its sender wrote before is there (the system calls see to it, on
-every architecture). Nothing has a name in the file system, nothing spins, and a rank that ends is noticed at once.
+A received record is a memory barrier on every architecture: the receiver sees what the sender wrote to shared memory
+before. Nothing has a name in the file system, waiting uses no CPU time, and the end of a rank is noticed at once.
 
 Note: who may connect
-    Names in the abstract namespace are open to every local user, and listed in /proc/net/unix. Both ends therefore look
-    at the user id that the kernel vouches for (SO_PEERCRED), and the connecting end shows a secret that only the ranks
-    know. It travelled over their process group.
+    Any local user can connect to an abstract socket; all are listed in /proc/net/unix. So both ends check the other's
+    user id as the kernel reports it (SO_PEERCRED), and the connecting end sends a secret that the ranks have exchanged
+    over their process group.
 
-Note: an end-of-file is not enough
-    Processes forked by a rank (DataLoader workers) hold its sockets open after it has died. They are closed there by
-    ``os.register_at_fork``, and ranks also poll a pidfd of each peer, for processes that Python has not forked.
+Note: end-of-file does not show every death
+    A child process that a rank has forked (a DataLoader worker) inherits its sockets, and keeps them open after the
+    rank has died. ``os.register_at_fork`` closes them in children that Python forks. For other children, each rank also
+    polls a pidfd of every peer.
 """
 
 from __future__ import annotations
@@ -33,20 +34,23 @@ from typing import Any
 from shardadam.ranks import desync
 
 RECORD = struct.Struct("=BxxxIQ")
-"""Kind, number and value; what they mean is the transport's business."""
+"""Kind, number and value; the transport defines what they mean."""
 
 _PACKET_BYTES = 2048
 _MSG_CMSG_CLOEXEC = 0x40000000
 _CONNECT_TIMEOUT_S = 30.0
 _HELLO_TIMEOUT_S = 2.0
-_LONGEST_POLL_S = 3600.0  # poll takes no more than 2^31 ms, and users ask for timeouts of months
+_LONGEST_POLL_S = 3600.0  # poll takes at most 2^31 ms, but users may set timeouts of months
 
 OnRecord = Callable[[int, int, int, int, "int | None"], None]
-"""Called with (rank, kind, number, value, descriptor); the descriptor is the callee's to close."""
+"""Called with (rank, kind, number, value, descriptor); must close the descriptor."""
 
 
 def host_identity() -> str:
-    """Equal for two processes exactly if they can reach each other's abstract sockets: kernel and network namespace."""
+    """Return an id that is equal for two processes if and only if they can reach each other's abstract sockets.
+
+    That requires the same kernel and the same network namespace.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.stat('/proc/self/ns/net').st_ino}"
@@ -56,6 +60,8 @@ def host_identity() -> str:
 
 @dataclass(eq=False, slots=True)
 class Peer:
+    """The connection to another rank. ``outbox``: records and descriptors that the socket had no room for yet."""
+
     rank: int
     socket: socket.socket
     pid: int
@@ -63,7 +69,7 @@ class Peer:
     outbox: deque[tuple[bytes, int | None]] = field(default_factory=deque)
     has_ended: bool = False
 
-    def forget_outbox(self) -> None:
+    def clear_outbox(self) -> None:
         while self.outbox:
             _, descriptor = self.outbox.popleft()
             if descriptor is not None:
@@ -71,18 +77,19 @@ class Peer:
 
 
 class PeerSockets:
-    """This rank's ends of the sockets to all others. ``connect`` builds it.
+    """This rank's sockets to all other ranks. Built by ``connect``; set ``on_record`` before any use.
 
     Args:
-        name_of: what a rank is called in messages.
-        timeout_s: how long a rank that lives may keep this one waiting.
+        rank: this rank's position in ``global_ranks``.
+        global_ranks: of all ranks, for messages.
+        timeout_s: how long to wait for a rank whose process is running.
     """
 
-    def __init__(self, rank: int, peers: Sequence[Peer], names: Sequence[int], timeout_s: float) -> None:
+    def __init__(self, rank: int, peers: Sequence[Peer], global_ranks: Sequence[int], timeout_s: float) -> None:
         self.rank = rank
-        self.on_record: OnRecord = _refuse
+        self.on_record: OnRecord = _no_handler
         self._peers = list(peers)
-        self.names = names
+        self.global_ranks = global_ranks
         self._timeout_s = timeout_s
         self._poll = select.poll()
         self._by_fd: dict[int, Peer] = {}
@@ -92,12 +99,12 @@ class PeerSockets:
                     self._by_fd[fd] = peer
                     self._poll.register(fd, select.POLLIN)
         self._is_open = True
-        self._failure: str | None = None  # why this rank has given up
-        _live.add(self)
+        self._failure: str | None = None  # why this rank has aborted
+        _instances.add(self)
 
     def send(self, kind: int, number: int, value: int = 0, descriptor: int | None = None) -> None:
-        """Sends a record to every peer, without waiting for any."""
-        self.check_open("Telling the other ranks")
+        """Send a record to every peer, without waiting."""
+        self.check_open("Sending to the other ranks")
         record = RECORD.pack(kind, number, value)
         for peer in self._peers:
             if descriptor is not None:
@@ -109,39 +116,44 @@ class PeerSockets:
             self._flush(peer)
 
     def poll(self, seconds: float = 0.0) -> None:
-        """Takes what has come, or waits so long for something to come."""
+        """Handle the records that have arrived; if there are none, wait for one for up to ``seconds``."""
         if self._is_open:
             self._handle(self._poll.poll(seconds * 1000))
 
     def check_open(self, what: str) -> None:
-        """Raises RuntimeError where the sockets are closed."""
+        """Raise RankDesyncError if an earlier call has failed, RuntimeError if the sockets are closed.
+
+        Args:
+            what: what this rank is doing; begins the message.
+        """
         if self._failure is not None:
             raise desync.RankDesyncError(
-                f"{what}: the ranks have parted before, and cannot go on together: {self._failure} Start again, from "
-                "the last checkpoint."
+                f"{what}: the ranks cannot continue together, as an earlier call failed: {self._failure} Restart all "
+                "ranks from the last checkpoint."
             )
         if not self._is_open:
             raise RuntimeError(
-                f"{what}: the sockets to the other ranks are closed here. An optimizer works in the process that "
-                "built it, not in its forked children."
+                f"{what}: the sockets to the other ranks are closed in this process. Use the optimizer in the process "
+                "that built it, not in a forked child."
             )
 
-    def wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool = True) -> None:
-        """Waits until ``has_come(rank)`` for all peers.
+    def wait_for(self, has_arrived: Callable[[int], bool], what: str, *, until_sent: bool = True) -> None:
+        """Wait until ``has_arrived(rank)`` is True for all peers.
+
+        Any error closes the sockets. So the peers notice it, and later records cannot be mistaken for those that this
+        rank was waiting for.
 
         Args:
-            until_sent: also until all that this rank has told has left it. It may turn to something else then, or
-                end, while peers still wait for what it told. Only where all of them take in what has come so far.
+            what: what this rank is doing; begins the message.
+            until_sent: also wait until all records of this rank are sent. Then it may do something else for long, or
+                end, without leaving peers waiting. Requires that all peers handle records now.
 
         Raises:
-            RuntimeError: a rank that it waits for has ended.
-            TimeoutError: a rank has kept it waiting for longer than the process group's timeout.
-
-        Whatever it raises, the sockets are closed: the others are told, and nobody takes what comes next for what this
-        rank has not waited for.
+            RankDesyncError: a peer has ended, has raised an error, or has deleted its optimizer.
+            TimeoutError: a peer did not answer within the timeout of the process group.
         """
         try:
-            self._wait_for(has_come, what, until_sent=until_sent)
+            self._wait_for(has_arrived, what, until_sent=until_sent)
         except (desync.RankDesyncError, TimeoutError) as error:
             raise self.abort_with(error) from None
         except BaseException as error:
@@ -149,63 +161,62 @@ class PeerSockets:
             raise
 
     def abort_with(self, error: Exception) -> Exception:
-        """Gives up; returns ``error`` with where all ranks stand."""
+        """Close the sockets; return ``error`` with the status of all ranks added to its message."""
         if not self._is_open:
             return error
         self.abort(str(error))
-        return type(error)(f"{error}\n{desync.report(self.names)}")
+        return type(error)(f"{error}\n{desync.report(self.global_ranks)}")
 
     def abort(self, reason: str) -> None:
-        """Closes the sockets, so that nobody waits for this rank."""
+        """Close the sockets, so that no peer waits for this rank. Later calls raise ``reason``."""
         if self._is_open:
             self._failure = reason
             self.close()
 
-    def _wait_for(self, has_come: Callable[[int], bool], what: str, *, until_sent: bool) -> None:
+    def _wait_for(self, has_arrived: Callable[[int], bool], what: str, *, until_sent: bool) -> None:
         def is_late(peer: Peer) -> bool:
-            return not has_come(peer.rank) or (until_sent and bool(peer.outbox))
+            return not has_arrived(peer.rank) or (until_sent and bool(peer.outbox))
 
-        late = [n for n in self._peers if is_late(n)]
+        late = [peer for peer in self._peers if is_late(peer)]
         if not late:
             return
         self.check_open(what)
         self._handle(self._poll.poll(0))
         deadline = time.monotonic() + self._timeout_s
-        while late := [n for n in late if is_late(n)]:
+        while late := [peer for peer in late if is_late(peer)]:
             for peer in late:
                 if peer.has_ended:
                     raise desync.RankDesyncError(
-                        f"{what}: rank {self.names[peer.rank]} (process {peer.pid}) has ended, has given up "
-                        "waiting, or has dropped its optimizer, while this rank was waiting for it. See its own "
-                        "output."
+                        f"{what}: rank {self.global_ranks[peer.rank]} (process {peer.pid}) has ended, has raised an "
+                        "error, or has deleted its optimizer, while this rank was waiting for it. Check its log."
                     )
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                ranks = ", ".join(f"{self.names[n.rank]} (process {n.pid})" for n in late)
+                ranks = ", ".join(f"{self.global_ranks[peer.rank]} (process {peer.pid})" for peer in late)
                 raise TimeoutError(
-                    f"{what}: no answer from rank {ranks} within {self._timeout_s:g} s, though it lives. See what "
-                    "keeps it; the limit is the timeout of init_process_group."
+                    f"{what}: no answer from rank {ranks} within {self._timeout_s:g} s, although it is running. Find "
+                    "out what delays it, or raise the timeout of init_process_group."
                 )
             self._handle(self._poll.poll(min(remaining, _LONGEST_POLL_S) * 1000))
 
     def close(self) -> None:
-        """Local. Peers that wait for this rank see that it is gone."""
+        """Close the sockets. Peers that wait for this rank raise. Local."""
         if not self._is_open:
             return
         self._is_open = False
-        self.on_record = _refuse  # it refers to the transport, which refers to this
+        self.on_record = _no_handler  # breaks the reference cycle with the transport
         for peer in self._peers:
             peer.socket.close()
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
-            peer.forget_outbox()
+            peer.clear_outbox()
 
     def _handle(self, events: Sequence[tuple[int, int]]) -> None:
         for fd, event in events:
             peer = self._by_fd[fd]
             if fd == peer.pidfd:
                 self._poll.unregister(fd)
-                self._receive(peer)  # what it said last
+                self._receive(peer)  # the records it sent before it ended
                 self._end(peer)
                 continue
             if event & select.POLLOUT:
@@ -229,8 +240,8 @@ class PeerSockets:
                 self.on_record(peer.rank, kind, number, value, descriptor)
 
     def _flush(self, peer: Peer) -> None:
-        if peer.has_ended:  # a child that it forked may hold its socket open, and nobody reads from it
-            peer.forget_outbox()
+        if peer.has_ended:  # a child that it forked may keep its socket open, but nobody reads from it
+            peer.clear_outbox()
         outbox = peer.outbox
         while outbox:
             record, descriptor = outbox[0]
@@ -242,7 +253,7 @@ class PeerSockets:
             except BlockingIOError:
                 self._poll.modify(peer.socket.fileno(), select.POLLIN | select.POLLOUT)
                 return
-            except OSError:  # it is gone; whoever waits for it will be told
+            except OSError:  # the peer has ended; wait_for raises
                 pass
             if descriptor is not None:
                 os.close(descriptor)
@@ -253,85 +264,110 @@ class PeerSockets:
     def _end(self, peer: Peer) -> None:
         if not peer.has_ended:
             peer.has_ended = True
-            peer.forget_outbox()
+            peer.clear_outbox()
             with suppress(KeyError):
                 self._poll.unregister(peer.socket.fileno())
 
 
-def _refuse(*record: Any) -> None:
-    raise AssertionError("nobody listens yet")
+def _no_handler(*record: Any) -> None:
+    raise AssertionError("on_record is not set")
 
 
 # Connecting
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What a rank tells the others about itself before they connect.
+
+    Args:
+        host: its ``host_identity``.
+        address: of its listening socket, in the abstract namespace.
+        secret: to be sent by the ranks that connect to it.
+        problem: why it cannot share memory; None if it can.
+    """
+
+    host: str
+    address: bytes
+    secret: bytes
+    pid: int
+    problem: str | None
+
+
 def connect(
     rank: int,
-    names: Sequence[int],
+    global_ranks: Sequence[int],
     exchange: Callable[[Any], list[Any]],
     timeout_s: float,
 ) -> PeerSockets | str:
-    """PeerSockets to all other ranks, or why there are none: the same answer's kind on every rank. Collective.
+    """Connect all ranks with each other. Collective: all ranks must call it.
 
     Args:
-        rank: this rank's position among ``names``, which is what ranks are called in messages.
-        exchange: collective: everybody's values, in rank order.
+        rank: this rank's position in ``global_ranks``, which are used in messages.
+        exchange: returns the values that all ranks have passed to it, in rank order; collective.
+        timeout_s: of the ``PeerSockets``.
+
+    Returns:
+        ``PeerSockets`` on all ranks; or, on all ranks, the reason why they cannot share memory.
     """
     peers: list[Peer] = []
-    problem, waited_in_vain = None, False
-    with _listening() as (listener, name, listening_problem):
-        secret = secrets.token_bytes(16)
-        everybody = exchange((host_identity(), name, secret, os.getpid(), listening_problem))
-        hosts = [host for host, *_ in everybody]
-        if len(set(hosts)) > 1:
+    problem, has_timed_out = None, False
+    with _listening_socket() as (listener, address, listener_problem):
+        own = Endpoint(host_identity(), address, secrets.token_bytes(16), os.getpid(), listener_problem)
+        endpoints: list[Endpoint] = exchange(own)
+        unable = [f"rank {r}: {one.problem}" for r, one in zip(global_ranks, endpoints, strict=True) if one.problem]
+        if len({endpoint.host for endpoint in endpoints}) > 1:
             problem = "the ranks are not on one host (or not in one network namespace)"
-        elif any(entry[-1] is not None for entry in everybody):
-            problem = next(f"rank {r}: {entry[-1]}" for r, entry in zip(names, everybody, strict=True) if entry[-1])
+        elif unable:
+            problem = unable[0]
         else:
             assert listener is not None
             try:
-                peers += _meet(rank, listener, everybody, min(_CONNECT_TIMEOUT_S, timeout_s / 2))
+                peers += _connect_peers(rank, listener, endpoints, min(_CONNECT_TIMEOUT_S, timeout_s / 2))
             except OSError as error:
-                problem = f"rank {names[rank]} cannot connect: {error}"
-                waited_in_vain = isinstance(error, TimeoutError)
-    problems = [found for found in exchange((waited_in_vain, problem)) if found[1] is not None]
+                problem = f"rank {global_ranks[rank]} cannot connect: {error}"
+                has_timed_out = isinstance(error, TimeoutError)
+    problems = [found for found in exchange((has_timed_out, problem)) if found[1] is not None]
     if problems:
         for peer in peers:
             peer.socket.close()
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
-        return str(min(problems)[1])  # rather what is wrong than who waited for it
-    return PeerSockets(rank, peers, names, timeout_s)
+        return str(min(problems)[1])  # a timeout is only a consequence of another rank's problem
+    return PeerSockets(rank, peers, global_ranks, timeout_s)
 
 
-class _listening:
-    """A listening socket with a random name, for as long as the ranks connect."""
+class _listening_socket:
+    """Context manager: a listening socket with a random address; yields (socket, address, None), or why there is none.
+
+    Checks also that memory can be shared.
+    """
 
     def __enter__(self) -> tuple[socket.socket | None, bytes, str | None]:
         self._socket = None
-        name = b"\0shardadam-" + secrets.token_hex(16).encode()
+        address = b"\0shardadam-" + secrets.token_hex(16).encode()
         try:
-            _try_memory()
+            _check_memory()
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._socket.bind(name)
+            self._socket.bind(address)
             self._socket.listen(socket.SOMAXCONN)
         except OSError as error:
-            return None, name, str(error)
-        return self._socket, name, None
+            return None, address, str(error)
+        return self._socket, address, None
 
     def __exit__(self, *exception: Any) -> None:
         if self._socket is not None:
             self._socket.close()
 
 
-def why_not_here() -> str | None:
-    """Why ranks of this host could not share memory, as far as one process can tell; None: it all works. Local."""
-    with _listening() as (_, _, problem):
+def why_unsupported() -> str | None:
+    """Return why ranks on this host cannot share memory, as far as one process can tell; None if they can. Local."""
+    with _listening_socket() as (_, _, problem):
         return problem
 
 
-def _try_memory() -> None:
-    """Raises OSError where memory cannot be shared by its descriptor."""
+def _check_memory() -> None:
+    """Raise OSError if memory cannot be shared by a file descriptor."""
     if not hasattr(os, "memfd_create"):
         raise OSError("this system has no memfd_create")
     descriptor = os.memfd_create("shardadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -346,44 +382,48 @@ def _try_memory() -> None:
         os.close(descriptor)
 
 
-def _meet(rank: int, listener: socket.socket, everybody: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Peer]:
-    """Connects to the ranks before this one, and is connected to by those after it."""
-    found: dict[int, socket.socket] = {}
+def _connect_peers(rank: int, listener: socket.socket, endpoints: Sequence[Endpoint], timeout_s: float) -> list[Peer]:
+    """Connect to the ranks before this one, and accept connections from those after it.
+
+    Raises:
+        OSError: a rank cannot be reached, belongs to another user, or did not connect within ``timeout_s``.
+    """
+    connections: dict[int, socket.socket] = {}
     try:
         for other in range(rank):
-            link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            found[other] = link
-            link.settimeout(timeout_s)
-            link.connect(everybody[other][1])
-            _check_user(link)
-            link.send(struct.pack("=I", rank) + everybody[other][2])
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            connections[other] = connection
+            connection.settimeout(timeout_s)
+            connection.connect(endpoints[other].address)
+            _check_user(connection)
+            connection.send(struct.pack("=I", rank) + endpoints[other].secret)
         deadline = time.monotonic() + timeout_s
-        while len(found) < len(everybody) - 1:
+        while len(connections) < len(endpoints) - 1:
             listener.settimeout(max(0.001, deadline - time.monotonic()))
-            link, _ = listener.accept()
-            link.settimeout(min(_HELLO_TIMEOUT_S, timeout_s / 2))  # one of ours speaks at once
-            who = _who(link, everybody[rank][2])
-            if who is None or not rank < who < len(everybody) or who in found:
-                link.close()  # somebody else's
+            connection, _ = listener.accept()
+            connection.settimeout(min(_HELLO_TIMEOUT_S, timeout_s / 2))  # a rank sends its hello at once
+            sender = _receive_hello(connection, endpoints[rank].secret)
+            if sender is None or not rank < sender < len(endpoints) or sender in connections:
+                connection.close()  # not a rank of this group
             else:
-                found[who] = link
+                connections[sender] = connection
     except OSError:
-        for link in found.values():
-            link.close()
+        for connection in connections.values():
+            connection.close()
         raise
-    for link in found.values():
-        link.setblocking(False)
+    for connection in connections.values():
+        connection.setblocking(False)
     return [
-        Peer(other, link, everybody[other][3], _pidfd(link, everybody[other][3]))
-        for other, link in sorted(found.items())
+        Peer(other, connection, endpoints[other].pid, _pidfd(connection))
+        for other, connection in sorted(connections.items())
     ]
 
 
-def _who(link: socket.socket, secret: bytes) -> int | None:
-    """The rank at the other end; None if it is none of ours."""
+def _receive_hello(connection: socket.socket, secret: bytes) -> int | None:
+    """Return the rank at the other end; None if it is another user's or does not know ``secret``."""
     try:
-        _check_user(link)
-        hello = link.recv(64)
+        _check_user(connection)
+        hello = connection.recv(64)
     except OSError:
         return None
     if len(hello) != 4 + len(secret) or not secrets.compare_digest(hello[4:], secret):
@@ -391,32 +431,35 @@ def _who(link: socket.socket, secret: bytes) -> int | None:
     return int(struct.unpack("=I", hello[:4])[0])
 
 
-def _check_user(link: socket.socket) -> None:
-    uid = _credentials(link)[1]
+def _check_user(connection: socket.socket) -> None:
+    uid = _credentials(connection)[1]
     if uid != os.geteuid():
         raise PermissionError(f"the other end belongs to user {uid}, expected {os.geteuid()}")
 
 
-def _credentials(link: socket.socket) -> tuple[int, int, int]:
-    """Process, user and group at the other end, as the kernel saw them when it connected."""
-    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+def _credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """Return the process, user and group ids of the other end, as the kernel recorded them when it connected."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, gid = struct.unpack("3i", credentials)
     return pid, uid, gid
 
 
-def _pidfd(link: socket.socket, pid: int) -> int | None:
-    """None where the kernel has none, or the process is in a namespace of its own: an end-of-file must do then."""
+def _pidfd(connection: socket.socket) -> int | None:
+    """Return a pidfd of the other end; None if the kernel lacks them, or its process id is not visible here.
+
+    Without a pidfd, only end-of-file shows that the process has ended.
+    """
     try:
-        return os.pidfd_open(_credentials(link)[0])
+        return os.pidfd_open(_credentials(connection)[0])
     except (AttributeError, OSError):
         return None
 
 
-_live: weakref.WeakSet[PeerSockets] = weakref.WeakSet()
+_instances: weakref.WeakSet[PeerSockets] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    for sockets in list(_live):
+    for sockets in list(_instances):
         sockets.close()
 
 

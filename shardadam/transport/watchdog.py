@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs on a device's stream blocks no host that could raise an error when a rank does not come; the backend ends
-the process when its timeout is over. A while before that, a thread says where the ranks stand.
+"""Logs the status of all ranks when transfers on a CUDA stream hang.
+
+The host does not wait for these transfers, so it cannot raise an error when a rank is missing. NCCL ends the process
+after its timeout; the log message comes before that.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SHARE = 0.8  # of the backend's timeout: the report must be there before that is over
+_SHARE = 0.8  # of the backend's timeout: log before the backend ends the process
 _log = logging.getLogger("shardadam")
 
 
 class Watchdog:
-    """
-    Note: who counts
-        The thread must not ask the device: a capture that the user runs meanwhile would be broken off. So the stream
-        itself counts, and copies its count to where the host can read it.
+    """A thread that checks that the device catches up with the host.
+
+    Note: the device counts
+        The thread must not call CUDA: that would invalidate a CUDA graph capture of the user's. So the stream itself
+        counts, and copies its count to pinned host memory.
 
     Args:
         limit_s: the backend's timeout, in seconds.
-        report: tells where the ranks stand.
+        report: returns the status of all ranks, for the log message.
     """
 
     def __init__(self, device: torch.device, limit_s: float, report: Callable[[], str]) -> None:
@@ -33,16 +36,15 @@ class Watchdog:
         self._report = report
         self._on_device = torch.zeros((), dtype=torch.int64, device=device)
         self._on_host: Tensor = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._started = 0  # how far the count on the device will come
+        self._expected = 0  # the count once the device has done all work that was enqueued
         self._done = threading.Event()
         threading.Thread(target=self._watch, name="shardadam.watchdog", daemon=True).start()
 
-    def started(self) -> None:
-        """What the current stream holds now is to come to an end. A replay of a CUDA graph counts on the device alone,
-        which is no reason for an alarm.
-        """
+    def expect_progress(self) -> None:
+        """Expect the current stream to complete all work that it holds now, within the limit."""
+        # A replayed CUDA graph counts on the device only, so its count may be ahead of the host's.
         if not (self._on_device.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._started = max(self._started, int(self._on_host)) + 1
+            self._expected = max(self._expected, int(self._on_host)) + 1
         self._on_device.add_(1)
         self._on_host.copy_(self._on_device, non_blocking=True)
 
@@ -50,18 +52,18 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        ended, since = 0, time.monotonic()
-        has_told = False
+        last_count, progress_at = 0, time.monotonic()
+        has_logged = False
         while not self._done.wait(min(1.0, self._limit_s / 20)):
             now, count = time.monotonic(), int(self._on_host)
-            if count != ended or count >= self._started:
-                ended, since, has_told = count, now, False
-            elif now - since > _SHARE * self._limit_s and not has_told:
-                has_told = True
+            if count != last_count or count >= self._expected:
+                last_count, progress_at, has_logged = count, now, False
+            elif now - progress_at > _SHARE * self._limit_s and not has_logged:
+                has_logged = True
                 _log.error(
-                    "The transfers of a step have not come to an end for %.0f s; the backend gives up after %.0f s "
+                    "The transfers of a step are not complete after %.0f s; the backend ends this process after %.0f s "
                     "(the timeout of init_process_group).\n%s",
-                    now - since,
+                    now - progress_at,
                     self._limit_s,
                     self._report(),
                 )

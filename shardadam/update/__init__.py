@@ -31,10 +31,10 @@ class Update(Protocol):
     needs_host_used: bool
 
     def begin(self, inputs: StepInputs) -> None:
-        """Counts one step of all parameters of the arena; call it before the ``step_`` of each bucket."""
+        """Start a step: advance the counters of the parameters that take part. Call it before any ``step_``."""
 
     def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
-        """Updates one bucket's shard in place.
+        """Update one bucket's shard in place.
 
         Args:
             shard: its gradient may be overwritten.
@@ -43,7 +43,7 @@ class Update(Protocol):
         """
 
     def reload(self) -> None:
-        """Takes over counters that were written from outside, by a load for example."""
+        """Use counters that were written from outside, such as by a load."""
 
     @property
     def nbytes(self) -> int:
@@ -51,12 +51,12 @@ class Update(Protocol):
 
 
 def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether parameters of ``dtype`` on ``device`` are updated by the Triton kernel."""
+    """Return whether the Triton kernel updates parameters of ``dtype`` on ``device``."""
     return dtype != torch.float64 and device.type in KERNEL_DEVICES and find_spec("triton") is not None
 
 
 def choose(counters: Counters, dtype: torch.dtype, *, seed: int, rank: int) -> Update:
-    """The update of an arena of ``dtype`` on the counters' device: the Triton kernel where there is one, else torch's.
+    """Return the update for an arena of ``dtype`` on the counters' device: by Triton if supported, else by torch.
 
     Args:
         seed: of stochastic rounding.

@@ -23,7 +23,7 @@ _NEAREST = 0x80008000  # with these random bits, stochastic rounding rounds to t
 
 
 def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Length and dtype of each tensor in the state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``."""
+    """Return length and dtype of each tensor in the state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``."""
     exact = format.exact_dtype
     moments = {
         "fp32": (exact, exact),
@@ -41,7 +41,7 @@ def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
 
 
 def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tensor]:
-    """A state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``, all zero: zero bits mean 0 in every format."""
+    """Return a zero state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``. Zero bits are 0 in every format."""
     return {
         name: torch.zeros(length, dtype=dtype, device=device)
         for name, (length, dtype) in tensors(format, numel).items()
@@ -49,7 +49,7 @@ def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tens
 
 
 def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """exp_avg and exp_avg_sq in float32, or in float64 if they are stored so. May return the stored tensors."""
+    """Return exp_avg and exp_avg_sq in float32, or in float64 if they are stored so. May return the stored tensors."""
     m, v = (state[name] for name in MOMENTS)
     if SCALES[0] in state:
         numel = m.numel()
@@ -61,7 +61,7 @@ def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def write_moments_(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Stores ``exp_avg`` and ``exp_avg_sq``, each value rounded to the nearest that the format can hold."""
+    """Store ``exp_avg`` and ``exp_avg_sq``, each value rounded to the nearest that the format can hold."""
     random = torch.full((), _NEAREST, dtype=torch.int64, device=exp_avg.device)
     if SCALES[0] in state:
         m, v = _pad(exp_avg.float()), _pad(exp_avg_sq.float())
@@ -78,14 +78,14 @@ def write_moments_(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Ten
 
 
 def read_master(state: Mapping[str, Tensor], parameter: Tensor) -> Tensor | None:
-    """The exact values behind ``parameter``; None if the state has neither master nor remainder."""
+    """Return the exact values behind ``parameter``; None if the state has neither master nor remainder."""
     if "remainder" in state:
         return reference.join(parameter, state["remainder"])
     return state.get("master")
 
 
 def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor) -> None:
-    """Stores ``master`` as the exact values behind ``parameter``.
+    """Store ``master`` as the exact values behind ``parameter``.
 
     Where ``master`` does not round to ``parameter``, the parameter is the exact value.
     """
@@ -97,6 +97,6 @@ def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor
 
 
 def _pad(flat: Tensor) -> Tensor:
-    """``flat``, filled up with zeros to whole blocks."""
+    """Return ``flat``, padded with zeros to whole blocks."""
     missing = -flat.numel() % ALIGNMENT_NUMEL
     return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat

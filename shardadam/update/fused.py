@@ -30,9 +30,7 @@ class Scratch:
         self._flats: dict[str, Tensor] = {}
 
     def take(self, flat: Tensor, chunk: slice, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The buffer ``name``, uninitialised: as long as ``chunk``, on the device and (by default) in the dtype of
-        ``flat``.
-        """
+        """Return the buffer ``name``, uninitialised, as long as ``chunk``; device and default dtype are ``flat``'s."""
         numel = chunk.stop - chunk.start
         buffer = self._flats.get(name)
         if buffer is None or buffer.numel() < numel:
@@ -138,13 +136,13 @@ class FusedUpdate:
         )
 
     def _step_plain_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """Updates a chunk that is stored in the dtype of the arithmetic."""
+        """Update a chunk that is stored in the dtype of the arithmetic."""
         flats = (shard.parameter, shard.exp_avg, shard.exp_avg_sq)
         weight, m, v = (flat[chunk] for flat in flats)
         self._adam_([weight], [gradient], [m], [v], runs=[run])
 
     def _step_bfloat16_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """``_step_encoded_`` for the formats of ``_is_common``: in fewer passes, and without temporaries."""
+        """Do ``_step_encoded_`` for the formats of ``_is_common`` in fewer passes, and without temporaries."""
         parameter = shard.parameter[chunk]
         bits = scratch.take(parameter, chunk, "bits", torch.int32)
         if shard.master is not None:
@@ -171,7 +169,7 @@ class FusedUpdate:
             remainder.copy_(weight.view(torch.int32))  # the copy keeps the low 16 bits
 
     def _step_encoded_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """Decodes a chunk, updates it and encodes it again."""
+        """Decode a chunk, update it and encode it again."""
         shard = shard.narrow(chunk, gradient)
         random = self._random_words(shard) if shard.is_random else None
         weight = _read_weight(shard)
@@ -189,7 +187,7 @@ class FusedUpdate:
         self._write_moments(shard, m, v, random)
 
     def _random_words(self, shard: Shard) -> Tensor:
-        """32 random bits for each element, int32: those of ``reference.random_bits``."""
+        """Return 32 random bits for each element, int32: those of ``reference.random_bits``."""
         counters = self._counters
         if self._keys is None:
             key = reference.mix((self._seed + reference.GOLDEN_WORD) & 0xFFFFFFFF)
@@ -243,7 +241,7 @@ class FusedUpdate:
 
 
 def _bounds_after(bounds: Tensor, betas: tuple[float, float]) -> Tensor:
-    """``reference.bound_squared_after`` for all parameters at once."""
+    """Return ``reference.bound_squared_after`` of all parameters."""
     beta1, beta2 = betas
     if beta1 == 0:
         kept = torch.zeros_like(bounds)
@@ -254,18 +252,18 @@ def _bounds_after(bounds: Tensor, betas: tuple[float, float]) -> Tensor:
     return kept + (1 - beta1) ** 2 / (1 - beta2)
 
 
-# Fast forms of what ``reference`` has under the same name. A helper that asks for a value of a tensor does so on CPUs
-# only, as anywhere else the host would wait for the device.
+# Fast forms of the functions of ``reference`` with the same names. They read values of tensors on CPUs only: on other
+# devices the host would have to wait.
 
 
 def _is_common(shard: Shard) -> bool:
-    """Whether the parameter is bfloat16 with an exact master (float32 or split) and float32 moments."""
+    """Return whether the parameter is bfloat16 with an exact master (float32 or split) and float32 moments."""
     has_master = shard.master is not None or shard.remainder is not None
     return shard.parameter.dtype == torch.bfloat16 and has_master and shard.exp_avg.dtype == torch.float32
 
 
 def _read_weight(shard: Shard) -> Tensor:
-    """The exact weight: the stored master or float32 parameter itself, else a new tensor."""
+    """Return the exact weight: the stored master or float32 parameter itself, else a new tensor."""
     parameter = shard.parameter
     if shard.master is not None:
         adopt_written_(shard.master, parameter)
@@ -280,7 +278,7 @@ def _read_weight(shard: Shard) -> Tensor:
 
 
 def adopt_written_(master: Tensor, parameter: Tensor) -> None:
-    """Replaces ``master`` by ``parameter`` where it does not round to it: the user has written the parameter there."""
+    """Replace ``master`` by ``parameter`` where it does not round to it: the user has written the parameter there."""
     rounded = round_half_away(master, parameter.dtype)
     torch.where(rounded != parameter, parameter.to(master.dtype), master, out=master)
 
@@ -293,7 +291,7 @@ def round_half_away(master: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ties_away(master: Tensor, out: Tensor | None = None) -> Tensor:
-    """Moves finite ``master`` off the exact ties of bfloat16, so that torch's cast rounds them away from zero.
+    """Move finite ``master`` off the exact ties of bfloat16, so that torch's cast rounds them away from zero.
 
     Args:
         out: int32; receives the result's bits.
@@ -302,14 +300,15 @@ def _ties_away(master: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two CPU tensors are equal bit for bit. Compares 8-byte words: torch.equal takes 1.2 ns for each bfloat16
-    element, but 0.7 ns for each int64, which holds four.
+    """Return whether two CPU tensors are equal bit for bit.
+
+    Compares 8-byte words: torch.equal takes 1.2 ns for each bfloat16, but 0.7 ns for each int64, which holds four.
     """
     return torch.equal(one.view(torch.int64), other.view(torch.int64))
 
 
 def _mix_(words: Tensor) -> Tensor:
-    """``reference.mix`` in int32, in place. Products wrap as in uint32; sign bits that a shift copies are masked."""
+    """Do ``reference.mix`` in int32, in place. Products wrap as in uint32; sign bits that a shift copies are masked."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
         words ^= (words >> shift).bitwise_and_((1 << 32 - shift) - 1)
         if factor != 1:
@@ -352,14 +351,14 @@ def _decode_moments(shard: Shard, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether all of ``value`` is finite. Always False off the CPU, where the host must not read it."""
+    """Return whether all of ``value`` is finite. Always False off the CPU, where the host must not read it."""
     if value.device.type != "cpu":
         return False
     return math.isfinite(float(value.sum())) or _is_within(value, math.inf)
 
 
 def _is_within(value: Tensor, limit: float) -> bool:
-    """Whether all of ``value`` lies strictly between ``-limit`` and ``limit``, no NaN. Always False off the CPU."""
+    """Return whether all of ``value`` is strictly between ``-limit`` and ``limit``. Always False off the CPU."""
     if value.device.type != "cpu":
         return False
     low, high = torch.aminmax(value)

@@ -34,7 +34,7 @@ def step_(
     random: Tensor | None = None,
     **hyperparameters: Any,
 ) -> None:
-    """Takes one step on a flat tensor in any format, in place.
+    """Take one step on a flat tensor in any format, in place.
 
     Args:
         parameter: 1-D, any floating dtype. Below float32 it has a ``master`` or a ``remainder``, or is rounded
@@ -107,7 +107,7 @@ def adam_(
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
 ) -> None:
-    """Takes one step in place: Adam (Kingma & Ba 2015, algorithm 1), or AdamW (Loshchilov & Hutter 2019, algorithm 2)
+    """Take one step in place: Adam (Kingma & Ba 2015, algorithm 1), or AdamW (Loshchilov & Hutter 2019, algorithm 2)
     with ``decoupled_weight_decay``.
 
     Args:
@@ -128,7 +128,7 @@ def adam_(
 
 
 def square_root(value: Tensor) -> Tensor:
-    """The correctly rounded square root; torch.sqrt of float32 on the CPU is not correctly rounded."""
+    """Return the correctly rounded square root; torch.sqrt of float32 on the CPU is not correctly rounded."""
     return value.double().sqrt().to(value.dtype)
 
 
@@ -136,7 +136,7 @@ def square_root(value: Tensor) -> Tensor:
 
 
 def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds float32 ``value`` to bfloat16 or float16, exact ties away from zero.
+    """Round float32 ``value`` to bfloat16 or float16, exact ties away from zero.
 
     torch's cast rounds exact ties to even and is the same otherwise.
     """
@@ -150,7 +150,7 @@ def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Splits float32 ``master`` into a parameter of ``dtype``, rounded half away from zero, and an int16 remainder.
+    """Split float32 ``master`` into a parameter of ``dtype``, rounded half away from zero, and an int16 remainder.
 
     bfloat16: the remainder is the low 16 bits of the master. ``join`` restores every master bit for bit, except a NaN
     whose high bits alone would be an infinity (a signalling one, which no arithmetic makes): it becomes a quiet NaN.
@@ -170,7 +170,7 @@ def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join(parameter: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master of a parameter and its remainder; the inverse of ``split``.
+    """Return the float32 master of a parameter and its remainder; the inverse of ``split``.
 
     The remainder is used only where the result splits into this parameter again. Elsewhere the user has written the
     parameter since (zeros, say), and the parameter is the master.
@@ -188,7 +188,7 @@ def join(parameter: Tensor, remainder: Tensor) -> Tensor:
 
 
 def float16_ulp(value: Tensor) -> Tensor:
-    """The unit in the last place of float16 at float32 ``value``, as float32; right for subnormal float16, too."""
+    """Return the unit in the last place of float16 at float32 ``value``, as float32; also for subnormal float16."""
     exponent = (value.view(torch.int32) >> 23 & 0xFF).clamp(min=127 - 14)
     return (exponent - 10 << 23).view(torch.float32)
 
@@ -197,7 +197,7 @@ def float16_ulp(value: Tensor) -> Tensor:
 
 
 def mix(word: Tensor | int) -> Tensor | int:
-    """A bijection of 32-bit words whose output shows no pattern of its input: the hash "lowbias32" of C. Wellons."""
+    """Hash a 32-bit word with "lowbias32" by C. Wellons, a bijection whose output shows no pattern of its input."""
     word = word ^ (word >> 16)
     word = word * 0x7FEB352D & 0xFFFFFFFF
     word = word ^ (word >> 15)
@@ -206,7 +206,7 @@ def mix(word: Tensor | int) -> Tensor | int:
 
 
 def random_bits(positions: Tensor, *, seed: int, step: int, param_id: int) -> Tensor:
-    """32 random bits, int64, for each of ``positions`` (int64): the offsets of elements in their parameter.
+    """Return 32 random bits, int64, for each of ``positions`` (int64): the offsets of elements in their parameter.
 
     Args:
         seed: any int; of ``Precision``.
@@ -220,12 +220,12 @@ def random_bits(positions: Tensor, *, seed: int, step: int, param_id: int) -> Te
 
 
 def second_word(random: Tensor) -> Tensor:
-    """32 more random bits for each element, from the first ones."""
+    """Return 32 more random bits for each element, from the first ones."""
     return mix(random + GOLDEN_WORD & 0xFFFFFFFF)  # type: ignore[return-value]
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """Rounds float32 ``value`` down or up to bfloat16 or float16, so that the mean over all 16-bit ``random`` is
+    """Round float32 ``value`` down or up to bfloat16 or float16, so that the mean over all 16-bit ``random`` is
     ``value``.
 
     Finite values past the largest bfloat16 become the largest; infinities and NaNs stay as they are.
@@ -250,7 +250,7 @@ LARGEST_ROOT = 2.0**63
 
 
 def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encodes float32 moments as int8 and uint8 codes and a float32 scale of each block, for m and for v.
+    """Encode float32 moments as int8 and uint8 codes and a float32 scale of each block, for m and for v.
 
     The code of m is its signed square root, the code of v its fourth root, in units of the scale. A v of zero has the
     code 0, any other v at least 1.
@@ -265,7 +265,7 @@ def encode_moments(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor) -> tuple
 
 
 def encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Encodes ``value >= 0``, whose rows share a scale each, as codes c (whole numbers in float32) with ``value`` about
+    """Encode ``value >= 0``, whose rows share a scale each, as codes c (whole numbers in float32) with ``value`` about
     ``c^2 scale``: the mean of ``c^2 scale`` over all 16-bit ``random`` is ``value``.
     """
     scale = value.amax(dim=1) * (1 / largest**2)
@@ -280,20 +280,18 @@ def encode_root(value: Tensor, largest: int, random: Tensor) -> tuple[Tensor, Te
 def decode_moments(
     m_codes: Tensor, v_codes: Tensor, m_scale: Tensor, v_scale: Tensor, bound_squared: float
 ) -> tuple[Tensor, Tensor]:
-    """Decodes m and v to float32, and clamps m to ``abs(m) <= C sqrt(v)``, which holds for exact moments."""
+    """Decode m and v to float32, and clamp m to ``abs(m) <= C sqrt(v)``, which holds for exact moments."""
     m, c = m_codes.float().view(-1, BLOCK_NUMEL), v_codes.float().view(-1, BLOCK_NUMEL)
     m = m * m.abs() * m_scale[:, None]
     root = c * c * v_scale[:, None]
-    if (
-        math.sqrt(bound_squared) <= torch.finfo(torch.float32).max
-    ):  # past float32 there is no bound: 0 times infinity is NaN
+    if math.sqrt(bound_squared) <= torch.finfo(torch.float32).max:  # an infinite bound times 0 would be NaN
         limit = math.sqrt(bound_squared) * root
         m = m.clamp(-limit, limit)
     return m.flatten(), (root * root).flatten()
 
 
 def bound_squared_after(bound_squared: float, betas: tuple[float, float]) -> float:
-    """C_t^2 from C_{t-1}^2, such that ``abs(m_t) <= C_t sqrt(v_t)`` for all gradients; C_0 = 0.
+    """Return C_t^2 from C_{t-1}^2, such that ``abs(m_t) <= C_t sqrt(v_t)`` for all gradients; C_0 = 0.
 
     By Cauchy-Schwarz: ``b1 |m| + (1 - b1) |g| <= (b1 C / sqrt(b2)) sqrt(b2 v) + ((1 - b1) / sqrt(1 - b2)) sqrt(1 - b2)
     |g|``, and the two second factors are the sides of a right triangle with hypotenuse ``sqrt(v_t)``. Holds for any
@@ -308,7 +306,7 @@ def bound_squared_after(bound_squared: float, betas: tuple[float, float]) -> flo
 
 
 def bound_squared_at(step: float, betas: tuple[float, float]) -> float:
-    """C^2 after ``step`` steps with the same betas in all of them: the sum of a geometric series."""
+    """Return C^2 after ``step`` steps with the same betas in all of them: the sum of a geometric series."""
     beta1, beta2 = betas
     if step == 0:
         return 0.0

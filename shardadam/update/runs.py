@@ -26,15 +26,15 @@ class RunTable:
         self._cached: dict[int, list[Run]] = {}  # by bucket offset: its runs when all of its parameters take part
 
     def load(self, counts: Iterable[Hashable]) -> None:
-        """Replaces the step counts of all parameters."""
+        """Replace the step counts of all parameters."""
         self._relabel(list(counts))
 
     def advance(self, used: Sequence[bool]) -> None:
-        """Counts a step in which only the ``used`` parameters take part."""
+        """Count a step in which only the ``used`` parameters take part."""
         self._relabel(list(zip(self._labels, used, strict=True)))
 
     def runs(self, bucket: Bucket, used: Sequence[bool] | None) -> list[Run]:
-        """The runs of one bucket's shard. ``used`` None: all parameters take part."""
+        """Return the runs of one bucket's shard. ``used`` None: all parameters take part."""
         if used is not None:
             labels = [label if takes_part else None for label, takes_part in zip(self._labels, used, strict=True)]
             return equal_runs(bucket, self._rank, labels)

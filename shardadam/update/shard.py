@@ -60,7 +60,7 @@ class Shard:
         return self.exp_avg.dtype != exact or not has_weight
 
     def narrow(self, elements: slice, gradient: Tensor | None = None) -> Shard:
-        """The shard's ``elements``, as views.
+        """Return the shard's ``elements``, as views.
 
         Args:
             elements: start and stop are multiples of ``ALIGNMENT_NUMEL``.

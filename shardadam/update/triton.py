@@ -30,7 +30,7 @@ EXACT = True
 ROWS, WARPS = 8, 4
 """Blocks of elements that one program of the update works on, and its warps."""
 INTERPRETED_ROWS = 1024
-"""The same in Triton's interpreter, which takes its time for each program, not for each block."""
+"""The same in Triton's interpreter, whose time depends on the number of programs, not of blocks."""
 PROLOGUE_LANES = 128
 """Parameters that one program of the prologue works on."""
 
@@ -136,7 +136,7 @@ class TritonUpdate:
 
 
 def variant(shard: Shard) -> dict[str, str]:
-    """The formats of a shard, as the compile-time arguments MOMENTS and MASTER of ``update``."""
+    """Return the formats of a shard, as the compile-time arguments MOMENTS and MASTER of ``update``."""
     if shard.parameter.dtype == torch.float32:
         master = "own"
     elif shard.master is not None:
@@ -148,7 +148,7 @@ def variant(shard: Shard) -> dict[str, str]:
 
 
 def arguments(shard: Shard) -> tuple[Any, ...]:
-    """A shard as the first nine arguments of ``update``; bfloat16 as int16, its bits."""
+    """Return a shard as the first nine arguments of ``update``; bfloat16 as int16, its bits."""
     flats = (
         shard.parameter,
         shard.gradient,
@@ -164,7 +164,7 @@ def arguments(shard: Shard) -> tuple[Any, ...]:
 
 
 def _bits(value: float) -> int:
-    """The bits of a float64, as an int64: Triton would pass a float argument as float32."""
+    """Return the bits of a float64, as an int64: Triton would pass a float argument as float32."""
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
@@ -197,7 +197,7 @@ def prologue(
     MAXIMIZE: tl.constexpr,  # bool: negate gradients
     LANES: tl.constexpr,  # parameters of one program
 ):
-    """Advances the counters of the parameters that take this step, and writes its table. Computes in float64.
+    """Advance the counters of the parameters that take this step, and write its table. Computes in float64.
 
     Every program writes row 0, all of them the same values.
     """
@@ -242,13 +242,13 @@ def prologue(
 
 @triton.jit
 def as_float64(bits):
-    """The inverse of ``_bits``."""
+    """Return the inverse of ``_bits``."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def power(base, exponent):
-    """float64 ``base`` to the power of int32 ``exponent``, 0 to 2^24: a float32 step counter cannot pass that."""
+    """Return float64 ``base`` to the power of int32 ``exponent``, 0 to 2^24: a float32 step counter stops there."""
     result = tl.full(exponent.shape, 1.0, tl.float64)
     for bit in range(25):
         result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
@@ -280,7 +280,7 @@ def update(
     ROWS: tl.constexpr,  # blocks of one program
     EXACT: tl.constexpr,  # bool: correctly rounded roots and quotients
 ):
-    """``reference.step_`` on a tile of ROWS blocks: one row for each block, BLOCK columns."""
+    """Do ``reference.step_`` on a tile of ROWS blocks: one row for each block, BLOCK columns."""
     start_row = tl.program_id(0).to(tl.int64) * ROWS
     start = start_row * BLOCK
     row = tl.arange(0, ROWS)[:, None]
@@ -344,7 +344,7 @@ def update(
 
 @triton.jit
 def adam(weight, gradient, m, v, step_size, correction, table, EXACT: tl.constexpr):
-    """Returns the new weight, m, v and the square root of v; ``reference.adam_``."""
+    """Return the new weight, m, v and the square root of v; ``reference.adam_``."""
     g = gradient * tl.load(table + COEFFICIENT)
     l2 = tl.load(table + L2)
     if l2 != 0.0:
@@ -372,7 +372,7 @@ def quotient(a, b, EXACT: tl.constexpr):
 
 @triton.jit
 def decode_weight(stored, kept_at, taken, MASTER: tl.constexpr):
-    """The float32 master behind a parameter."""
+    """Return the float32 master behind a parameter."""
     value = to_float32(stored)
     if MASTER == "fp32":
         master = tl.load(kept_at, mask=taken, other=0.0)
@@ -438,7 +438,7 @@ def join(parameter, remainder):
 
 @triton.jit
 def float16_exponent(value):
-    """The biased float32 exponent of the unit in ``value``'s last place in float16."""
+    """Return the biased float32 exponent of the unit in ``value``'s last place in float16."""
     exponent = (value.to(tl.int32, bitcast=True) >> 23) & 0xFF
     return tl.maximum(exponent, FLOAT16_LOWEST_EXPONENT) - FLOAT16_FRACTION_BITS
 
@@ -450,7 +450,7 @@ def float16_ulp(value):
 
 @triton.jit
 def float16_units(value, BITS: tl.constexpr):
-    """2^BITS / ``float16_ulp(value)``: multiplying by it is exact, as dividing by the power of two would be."""
+    """Return 2^BITS / ``float16_ulp(value)``. Multiplying by it is exact, as dividing by the power of two would be."""
     return (254 + BITS - float16_exponent(value) << 23).to(tl.float32, bitcast=True)
 
 
@@ -459,7 +459,7 @@ def float16_units(value, BITS: tl.constexpr):
 
 @triton.jit
 def mixed(word):
-    """``reference.mix`` of uint32, whose products wrap."""
+    """Return ``reference.mix`` of uint32, whose products wrap."""
     word = (word ^ (word >> 16)) * 0x7FEB352D
     word = (word ^ (word >> 15)) * 0x846CA68B
     return word ^ (word >> 16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``p.grad`` -> gradient shards. One reducer for each ``gradient_sync``: ``BackwardReducer`` ("backward"),
+"""``p.grad`` -> gradient shards, by one reducer for each ``gradient_sync``: ``BackwardReducer`` ("backward"),
 ``StepReducer`` ("step") and ``ExternalReducer`` ("external").
 """
 

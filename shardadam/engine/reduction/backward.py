@@ -2,18 +2,17 @@
 """``gradient_sync="backward"``: buckets are reduced while backward runs, and gradients freed once they are in staging.
 
 Note: rounds
-    A round reduces every bucket once, in one order that is the same on all ranks, so that ranks never reduce different
-    buckets with each other. It opens at the first gradient. A hook launches the bucket that its gradient completes,
-    and those after it in the order that are complete, provided that all before them have been launched. Where
-    gradients are absent (unused parameters) the rest waits until the round closes, and is launched then, in order,
-    with zeros for what is absent. A round closes at the end of the outermost backward, or when a parameter gets a
-    second gradient, or when anything else needs it closed. When it closes never depends on timing, only on this rank's
-    graph; ranks must run equal numbers of backwards.
+    A round reduces every bucket once, in an order that is the same on all ranks, so that no two ranks reduce different
+    buckets with each other. It opens at the first gradient. When a gradient completes a bucket, its hook launches the
+    complete buckets in that order, up to the first incomplete one. If gradients are absent (unused parameters), the
+    remaining buckets are launched when the round closes, with zeros for absent gradients. A round closes at the end of
+    the outermost backward, when a parameter gets a second gradient, or when a call needs it closed. This depends only
+    on this rank's graph, never on timing. All ranks must run equal numbers of backward passes.
 
 Note: hooks do not wait
-    During backward a peer may be anywhere: its own backward may have raised, and it may wait for this rank in a
-    collective of the user's. Hooks and the callback at the end of backward therefore never wait until a peer acts; at
-    most they poll peers for a moment (``StagingPool``).
+    During backward, a peer may be in any call: its backward may have raised, or it may wait for this rank in a
+    collective of the user's. So the hooks and the callback at the end of backward never wait for a peer. At most they
+    poll peers for a short time (``StagingPool``).
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from shardadam.transport import Transport
 
 @dataclass(slots=True)
 class Round:
-    """An open round: how far it has come.
+    """The progress of an open round.
 
     Args:
-        order: the indices of the buckets to launch, in this order.
-        ready: by param index: whether its gradient has come in this round.
-        missing: by bucket index: how many gradients it still waits for.
-        next: how many buckets of ``order`` have been launched.
-        partly_launched: by param index: the gradient of a parameter that lies in several buckets, from the launch of
-            the first until that of the last; what comes into ``p.grad`` meanwhile is left for the next round.
+        order: indices of the buckets to launch, in this order.
+        ready: by param index: whether it has had its gradient in this round.
+        missing: by bucket index: the number of gradients that it still needs.
+        next: the number of buckets in ``order`` that have been launched.
+        partly_launched: by param index, for parameters in several buckets: the gradient, from the launch of the first
+            bucket to that of the last. Gradients that arrive in ``p.grad`` meanwhile belong to the next round.
         streams: by bucket index: the CUDA streams that have computed its gradients.
     """
 
@@ -66,7 +65,7 @@ class Round:
 
     @property
     def can_launch(self) -> bool:
-        """Whether the next bucket is there and complete."""
+        """Whether there is a next bucket, and it is complete."""
         return self.next < len(self.order) and self.missing[self.order[self.next]] <= 0
 
 
@@ -75,7 +74,7 @@ class BackwardReducer(Reducer):
 
     Args:
         transport: of the optimizer.
-        with_squares: whether the norm will be wanted: the squares are measured while the sums are in the cache then.
+        with_squares: sum up the squares for the norm during the reduction, while gradients are in the cache.
     """
 
     def __init__(self, transport: Transport, *, with_squares: bool) -> None:
@@ -87,13 +86,13 @@ class BackwardReducer(Reducer):
         self._lock = threading.RLock()  # hooks of parameters on two devices run in two threads
         self._round: Round | None = None
         self._graph_task: int | None = None  # the backward whose end closes a round
-        self._is_synchronizing = True  # False inside no_sync
-        # Until the order is learned.
+        self._is_synchronizing = True  # False in no_sync
+        # Used until the order is learned
         self._order_is_learned = False
-        self._completed: list[int] = []  # the buckets that the last round completed, in the order in which it did
-        # Since reset.
+        self._completed: list[int] = []  # indices of the buckets that the last round completed, in order
+        # Since reset
         self._launches: list[int] = []  # by bucket index
-        self._has_local = False  # no_sync has left gradients in p.grad that no round has taken
+        self._has_local = False  # p.grad has gradients from no_sync that no round has reduced
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
@@ -136,7 +135,7 @@ class BackwardReducer(Reducer):
                 self._launch_next(current, may_wait=False)
 
     def _close_after_backward(self) -> None:
-        """Makes the backward that runs now close the round when it ends, if it is the outermost."""
+        """Close the round at the end of the backward that is running, if it is the outermost."""
         task = torch._C._current_graph_task_id()
         if task in (-1, self._graph_task):
             return
@@ -165,7 +164,7 @@ class BackwardReducer(Reducer):
         return Round(order, [False] * len(self._params), missing)
 
     def _close_round(self, *, may_wait: bool = False) -> None:
-        """Launches what is left of an open round. Does nothing between rounds."""
+        """Launch the remaining buckets of an open round, if there is one."""
         if self._round is None:
             return
         while not self._round.is_launched:
@@ -215,7 +214,7 @@ class BackwardReducer(Reducer):
                 self._close_round(may_wait=True)
 
     def _find_foreign_gradient(self) -> str | None:
-        """Describes a gradient that was put into ``p.grad`` after the reduced one was freed: it would be left out."""
+        """Return an error if ``p.grad`` was written after its gradient was reduced and freed: it would be ignored."""
         for param in self._params:
             if param.parameter.grad is not None and all(self._launches[bucket.index] for bucket in param.buckets):
                 return (
@@ -246,7 +245,7 @@ class BackwardReducer(Reducer):
     def rounds_since_reset(self) -> int:
         if not self.order:
             return 0
-        # Every round launches the last bucket once; an open one may still have to.
+        # Every round launches the last bucket once; an open round may not have done so yet.
         return self._launches[self.order[-1]] + int(self._round is not None and not self._round.is_launched)
 
     def catch_up(self, count: int) -> None:
@@ -264,7 +263,7 @@ class BackwardReducer(Reducer):
         self._pool.wait_all()
 
     def learn_order(self) -> None:
-        # Buckets that did not complete (unused parameters) go last. Until rank 0 has had a gradient, the order stays.
+        # Incomplete buckets (unused parameters) go last. If rank 0 had no gradient, the next step tries again.
         if self._order_is_learned:
             return
         completed = set(self._completed)
@@ -287,10 +286,9 @@ class BackwardReducer(Reducer):
 
 
 def _is_nested_backward() -> bool:
-    """Whether the backward that ends now was started inside another: reentrant activation checkpointing.
+    """Return whether the backward that has just ended runs inside another one (reentrant activation checkpointing).
 
-    Its end-of-backward callback then finds the backward of an autograd Function written in Python on this thread's
-    stack.
+    If so, the backward of an autograd Function written in Python is on this thread's stack.
     """
     frame = sys._getframe()
     while frame is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of a reducer, which reducer a parameter belongs to, and what every reducer checks of a gradient.
+"""The interface of a reducer, the registry of reducers by parameter, and checks of gradients that all reducers share.
 
 A reducer writes gradient shards. It must not clip, update or gather.
 """
@@ -19,13 +19,13 @@ from shardadam.engine.storage import FlatBucket, ShardedParam
 from shardadam.update import Sources
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By parameter: a weak reference to the newest reducer that was given it. An older one may live on in a scheduler or a
-traceback, and must not take its gradients.
+"""By parameter: a weak reference to the newest reducer that has it. Older reducers may be alive, in a scheduler or a
+traceback, but must not take its gradients.
 """
 
 
 def reducer_of(parameter: Tensor) -> Reducer | None:
-    """The reducer that takes the parameter's gradients; None if there is none, or it is gone."""
+    """Return the reducer that takes the parameter's gradients; None if there is none, or it was deleted."""
     newest = _reducers.get(parameter)  # type: ignore[no-untyped-call]
     return None if newest is None else newest()
 
@@ -39,15 +39,15 @@ def _supersede_older(params: list[ShardedParam], reducer: Reducer) -> None:
 
 
 class Reducer(ABC):
-    """Brings the gradients in ``p.grad`` into the gradient shards of all buckets, as means over all ranks.
+    """Reduces the gradients in ``p.grad`` to the gradient shards of all buckets, as means over all ranks.
 
-    The gradients that are reduced belong together until ``reset`` forgets them.
+    All gradients that are reduced between two calls of ``reset`` belong to one step.
 
     Attributes:
-        used: by param index: whether this rank has had a gradient for it since ``reset``.
-        order: the indices of all buckets in the order of their launch, the same on all ranks.
-        rounds: counts reductions, for ever; equal numbers mean that the shards hold the same gradients.
-        local_error: what is wrong with this rank's gradients, found by the last ``close``; to be raised on all ranks.
+        used: by param index: whether this rank has had a gradient since ``reset``.
+        order: the indices of all buckets in the order in which they are reduced, the same on all ranks.
+        rounds: number of rounds since the reducer was built. If it has not changed, neither have the gradient shards.
+        local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
 
@@ -62,7 +62,7 @@ class Reducer(ABC):
         self._grad_stats: dict[int, GradStats] = {}  # by bucket index: of what its shard holds since reset
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
-        """Adds parameters and the buckets they lie in, and numbers the buckets. Not while a round is open.
+        """Add parameters and their buckets, and set the buckets' indices. No round may be open.
 
         Collective: all ranks must call it.
         """
@@ -75,35 +75,35 @@ class Reducer(ABC):
         self.used += [False] * len(params)
 
     def remove_hooks(self) -> None:
-        """Removes the hooks that ``add`` has registered, if any."""
+        """Remove the hooks that ``add`` has registered, if any."""
         return None
 
     def why_not_to_clip(self, parameter: Tensor) -> str | None:
-        """Why clipping ``p.grad`` by its own norm would be wrong; None where it is right."""
+        """Return why clipping ``p.grad`` by its own norm would be wrong; None if it would be right."""
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Starts the reduction of all gradients that are not reduced yet; absent ones count as zeros.
+        """Start the reduction of all gradients that are not reduced yet; absent ones count as zeros.
 
-        Collective: all ranks must call it, those without any gradient, too.
+        Collective: all ranks must call it, including those without any gradient.
         """
 
     def close_open_round(self) -> None:
-        """Launches the rest of an open round. Only a reducer that works during backward ever has one."""
+        """Launch the rest of an open round. Only a reducer that works during backward has open rounds."""
         return None
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside, gradients accumulate in ``p.grad`` and are not reduced. Without effect where they do so anyway."""
+        """Return a context manager in which gradients accumulate in ``p.grad``. By default they always do."""
         return nullcontext()
 
     @property
     def rounds_since_reset(self) -> int:
-        """How many rounds this rank has run or opened since ``reset``; 0 where no rank can run ahead of another."""
+        """Number of rounds that this rank has opened since ``reset``; 0 if no rank can run ahead of another."""
         return 0
 
     def catch_up(self, count: int) -> None:
-        """Runs rounds of zeros until ``rounds_since_reset`` is ``count``, the most of any rank."""
+        """Run rounds of zeros until ``rounds_since_reset`` is ``count``, the largest of any rank."""
         return None
 
     @property
@@ -112,26 +112,26 @@ class Reducer(ABC):
         return True
 
     def wait_all(self) -> None:
-        """Waits for all transfers that were started."""
+        """Wait for all transfers that were started."""
         return None
 
     def sum_up(self) -> None:
-        """Completes the means in the gradient shards. Collective: all ranks must call it."""
+        """Write the means to all gradient shards, if that is not done yet. Collective: all ranks must call it."""
         self.wait_all()
 
     def sources(self, bucket: FlatBucket) -> Sources | None:
-        """The tensors whose sum is the bucket's gradient shard, where ``sum_up`` has not computed it; else None."""
+        """Return the tensors that the update must sum up; None if the bucket's gradient shard holds the mean."""
         return None
 
     def await_readers(self) -> None:
-        """Waits until no peer reads this rank's gradients any more. Collective: all ranks must call it."""
+        """Wait until no peer reads this rank's gradients any more. Collective: all ranks must call it."""
         return None
 
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
-        """Stats of this rank's gradient shards, after ``close``. Collective: all ranks must call it.
+        """Return the statistics of this rank's gradient shards, after ``close``. Collective: all ranks must call it.
 
         Args:
-            with_squares: whether the sums of squares are wanted, too.
+            with_squares: whether the sums of squares are needed.
         """
         self.sum_up()
         for bucket in self._buckets:
@@ -142,22 +142,23 @@ class Reducer(ABC):
         return list(self._grad_stats.values())
 
     def learn_order(self) -> None:
-        """Adopts, on all ranks, the order in which rank 0's last backward completed the buckets; nothing to learn where
-        no bucket is launched during backward. Collective: all ranks must call it.
+        """Set ``order`` to that in which rank 0's last backward completed the buckets, if reduction runs in backward.
+
+        Collective: all ranks must call it.
         """
         return None
 
     def reset(self) -> None:
-        """Forgets the reduced gradients. Completes what was started, and leaves ``p.grad`` alone."""
+        """Discard the reduced gradients, after completing all transfers. Does not change ``p.grad``."""
         self.used = [False] * len(self._params)
         self._grad_stats.clear()
 
     def gradient_bytes(self) -> int:
-        """Bytes of the flat buffers that ``p.grad`` are views of."""
+        """Return the bytes of the flat buffers that ``p.grad`` are views of."""
         return 0
 
     def staging_bytes(self) -> int:
-        """Bytes of the staging buffers."""
+        """Return the bytes of the staging buffers."""
         return 0
 
 
@@ -166,12 +167,12 @@ Snapshot = tuple[Tensor | None, int]
 
 
 def snapshot(params: list[ShardedParam]) -> list[Snapshot]:
-    """The gradients in ``p.grad`` now, for ``is_current``."""
+    """Return the gradients that are in ``p.grad`` now, for ``is_current``."""
     return [(g, -1 if g is None else g._version) for g in (param.parameter.grad for param in params)]
 
 
 def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
-    """Whether ``p.grad`` holds the same tensors as in the snapshot, and nothing has written to them since."""
+    """Return whether ``p.grad`` holds the same tensors as in the snapshot, and nothing has written to them since."""
     if len(taken) != len(params):
         return False
     now = snapshot(params)
@@ -182,7 +183,7 @@ def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
 
 
 def check_gradient(param: ShardedParam) -> None:
-    """Raises RuntimeError if ``p.grad`` is sparse or of another shape than the parameter had; it may be None."""
+    """Raise RuntimeError if ``p.grad`` is sparse or its shape differs from the parameter's when it was added."""
     gradient = param.parameter.grad
     if gradient is None:
         return

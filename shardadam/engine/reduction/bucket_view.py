@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that stay in ``p.grad`` where peers can read them: as views of a flat buffer that the transport allocates.
+"""Bucket views: ``p.grad`` are views of a flat buffer that the transport allocates and that peers can read.
 
-As in DDP with ``gradient_as_bucket_view``: the hook of a new gradient copies it into its view and makes the view
-``p.grad``; autograd adds further gradients to the view. Only for devices where reading a value does not wait: the CPU.
+As in DDP with ``gradient_as_bucket_view``: a hook copies a new gradient into its view and sets ``p.grad`` to the view;
+autograd adds later gradients to the view. Only for CPUs, as the host reads values.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from shardadam.update import Sources
 
 
 class BucketViews:
-    """The bucket views of one optimizer's gradients, and which of them are finite.
+    """The bucket views of one optimizer's gradients.
 
-    A gradient is checked while it is in the cache: that all of it is finite, and so small that no sum over ranks
-    overflows.
+    Each gradient is checked while it is in the cache: it must be finite, and so small that no sum over ranks overflows.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._ranks = transport.world_size * transport.replicas
         self._flats: dict[FlatArena, Tensor] = {}
-        self._params: list[ShardedParam] = []  # those that have a view
+        self._params: list[ShardedParam] = []  # those with a view
         self._sources: dict[int, Sources] = {}  # by bucket index
         # By param index.
         self._views: dict[int, Tensor] = {}
         self._checked_version: dict[int, int] = {}  # the version of the view when it was checked
         self._not_finite: set[int] = set()
-        self._zeroed: set[int] = set()  # the view is known to be zero
-        self._index_of_view: dict[int, int] = {}  # the other way round, by id() of the view
+        self._zeroed: set[int] = set()  # the view holds zeros
+        self._index_of_view: dict[int, int] = {}  # by id() of the view
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> list[ShardedParam]:
-        """Makes bucket views for the gradients of ``params``, as far as the transport has memory that peers can read.
+        """Create bucket views for the gradients of ``params``, if the transport has memory that peers can read.
+
         Collective: all ranks must call it.
 
         Returns:
@@ -48,7 +48,7 @@ class BucketViews:
             arena = bucket.arena
             if arena not in self._flats and bucket.wire_dtype == arena.parameters.dtype:
                 parameters = arena.parameters
-                flat = self._transport.gradients(parameters.numel(), parameters.dtype, parameters.device)
+                flat = self._transport.allocate_gradients(parameters.numel(), parameters.dtype, parameters.device)
                 if flat is not None:
                     self._flats[arena] = flat
             if arena in self._flats:
@@ -63,16 +63,16 @@ class BucketViews:
         return viewed
 
     def holds(self, bucket: FlatBucket) -> bool:
-        """Whether the bucket's gradients have views."""
+        """Return whether the bucket's gradients have views."""
         return bucket.index in self._sources
 
     def sources(self, bucket: FlatBucket) -> Sources:
-        """Where the gradients of all ranks for this rank's shard lie."""
+        """Return the gradients of all ranks for this rank's shard."""
         return self._sources[bucket.index]
 
     @torch.no_grad()
     def take(self, param: ShardedParam) -> None:
-        """Moves the gradient that autograd has just written into its view, unless it lies there already."""
+        """Copy the gradient that autograd has just written into its view, unless it is there already; check it."""
         parameter, view = param.parameter, self._views[param.index]
         if parameter.grad is not None and parameter.grad is not view:
             check_gradient(param)
@@ -81,7 +81,7 @@ class BucketViews:
         self._check(param.index, view)
 
     def write(self, used: list[bool]) -> None:
-        """Makes every view hold what its ``p.grad`` holds now; zeros where that is None. ``p.grad`` stays.
+        """Make every view equal to its ``p.grad``, or zero if that is None. Does not change ``p.grad``.
 
         Args:
             used: by param index; set to whether there is a gradient.
@@ -94,7 +94,7 @@ class BucketViews:
             if gradient is view:
                 if self._checked_version.get(index) != view._version:
                     self._check(index, view)
-            elif gradient is not None:  # not written by autograd
+            elif gradient is not None:  # the user has replaced it
                 check_gradient(param)
                 view.copy_(gradient)
                 self._check(index, view)
@@ -107,11 +107,11 @@ class BucketViews:
     def _gradient_of(self, param: ShardedParam) -> Tensor | None:
         gradient = param.parameter.grad
         if gradient is not None and self._index_of_view.get(id(gradient), param.index) != param.index:
-            return gradient.clone()  # another parameter's view, which may be written before it is read
+            return gradient.clone()  # another parameter's view, which may be written first
         return gradient
 
     def are_finite(self) -> bool:
-        """Whether no gradient of this rank can make a sum over ranks infinite or NaN."""
+        """Return whether no gradient of this rank can make a sum over ranks infinite or NaN."""
         return not self._not_finite
 
     def nbytes(self) -> int:

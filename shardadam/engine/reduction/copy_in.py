@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies a bucket's gradients into staging, in whatever dtype the staging has."""
+"""Copies a bucket's gradients into staging, converting them to its dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING: dict[int, Tensor | None] = {}
 def copy_in(
     bucket: FlatBucket, send: Tensor, used: list[bool], instead: Mapping[int, Tensor | None] = _NOTHING
 ) -> None:
-    """Fills ``send`` with the bucket's gradients, and with zeros for absent ones and for padding.
+    """Write the bucket's gradients to ``send``, and zeros for absent gradients and padding.
 
     Args:
         send: 1-D, at least ``bucket.numel`` long.
@@ -51,10 +51,10 @@ def copy_in(
 
 @contextmanager
 def joined_streams(streams: set[torch.cuda.Stream] | None, device: torch.device) -> Iterator[None]:
-    """Orders what runs inside, on the current stream of ``device``, after ``streams``, and them after it.
+    """Context manager: make the current stream of ``device`` wait for ``streams``, and at the end, them for it.
 
-    Gradients may have been computed on several streams. The copy waits for all of them, and they wait for the copy:
-    memory that is freed after it goes back to the streams that it was allocated on, which may reuse it at once.
+    Gradients may have been computed on several streams, and the copy must wait for all of them. They must wait for the
+    copy: memory that is freed after it belongs again to the stream that allocated it, which may reuse it at once.
     """
     if streams is None:
         yield

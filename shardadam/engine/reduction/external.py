@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gradient_sync="external"``: somebody else (DDP, Trainer) has averaged ``p.grad``, and each rank copies its own
-segments out of it. Nothing is sent, and nothing runs during backward.
+"""``gradient_sync="external"``: DDP or a trainer averages ``p.grad``, and each rank copies the segments of its shards.
+
+Sends nothing, and does nothing during backward.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from shardadam.engine.storage import memory_order
 
 
 class ExternalReducer(Reducer):
-    """Copies once for each state of ``p.grad``: again only after a gradient was written or replaced."""
+    """Copies gradients in ``close``, unless no gradient was written or replaced since the last copy."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._taken: list[Snapshot] = []  # the gradients that the shards hold
+        self._taken: list[Snapshot] = []  # the gradients in the shards
 
     @torch.no_grad()
     def close(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autograd hooks that call a reducer as soon as a parameter's gradient is in ``p.grad``.
+"""The autograd hooks that call a reducer when a parameter's gradient is in ``p.grad``.
 
-They run once for each gradient of each backward, maybe in several threads (one for each device), and must stay cheap.
+They run once for each gradient of each backward, in one thread for each device, and must be cheap.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class HookedReducer(Protocol):
 
 
 class GradientHooks:
-    """The hooks of one reducer. They do not keep it alive, and do nothing once it is gone or superseded."""
+    """The hooks of one reducer. They do not keep it alive, and do nothing once it is deleted or superseded."""
 
     def __init__(self, reducer: HookedReducer) -> None:
         self._reducer = weakref.ref(reducer)

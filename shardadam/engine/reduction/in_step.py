@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gradient_sync="step"``: gradients accumulate and stay in ``p.grad``, and are reduced inside ``step``.
 
-Where the transport has memory that peers can read, ``p.grad`` lies in it (``BucketViews``), nothing is sent, and the
-update sums the gradients of all ranks as it goes. Everything else goes through staging.
+If the transport has memory that peers can read, ``p.grad`` are views of it (``BucketViews``): nothing is sent, and the
+update sums the gradients of all ranks itself. All other gradients are copied into staging and reduce-scattered.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from shardadam.update import Sources
 
 
 class StepReducer(Reducer):
-    """Reduces once for each state of ``p.grad``: again only after a gradient was written or replaced.
+    """Reduces gradients in ``close``, unless no gradient was written or replaced since the last reduction.
 
     Args:
         transport: of the optimizer.
-        with_squares: whether the norm will be wanted: the squares are measured while the sums are in the cache then.
+        with_squares: sum up the squares for the norm during the reduction, while gradients are in the cache.
     """
 
     def __init__(self, transport: Transport, *, with_squares: bool) -> None:
@@ -54,7 +54,7 @@ class StepReducer(Reducer):
         self._hooks.remove()
 
     def on_gradient(self, index: int) -> None:
-        """Moves a gradient into its bucket view."""
+        """Move a gradient into its bucket view."""
         self._bucket_views.take(self._params[index])
 
     def why_not_to_clip(self, parameter: Tensor) -> str | None:
@@ -113,8 +113,9 @@ class StepReducer(Reducer):
             self._transport.fence()
 
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
-        """As ``Reducer.grad_stats``. Without squares, nothing is summed up for it: gradients in bucket views are judged
-        as each rank has written them.
+        """Return statistics as ``Reducer.grad_stats``; without squares, do not sum up gradients in bucket views.
+
+        Those are checked as each rank has written them.
         """
         if with_squares:
             return super().grad_stats(with_squares=True)
@@ -139,12 +140,12 @@ class StepReducer(Reducer):
 
 
 def _free(flat: Tensor) -> None:
-    """Frees the memory of ``flat`` and of all tensors that share it; the tensors stay."""
+    """Free the memory of ``flat`` and of all tensors that share it, but keep the tensors."""
     flat.untyped_storage().resize_(0)
 
 
 def _restore(flat: Tensor) -> None:
-    """Allocates the memory that ``_free`` has freed, if it has; uninitialised."""
+    """Allocate memory again, uninitialised, if ``_free`` has freed it."""
     storage = flat.untyped_storage()
     if storage.nbytes() == 0:
         storage.resize_(flat.nbytes)

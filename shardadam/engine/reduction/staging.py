@@ -28,19 +28,19 @@ class InFlight:
 class StagingPool:
     """Staging buffers, each as large as the largest bucket of its dtype and device, used in turn.
 
-    ``acquire`` a buffer, fill it, and ``reduce_scatter`` it. Local: nothing here needs all ranks to act at once.
+    ``acquire`` a buffer, fill it, and ``reduce_scatter`` it. Only ``reduce_scatter`` is collective.
 
     Note: grow instead of waiting
-        Where a peer is slow, all buffers may be in flight when the next bucket is complete. A backward hook that waited
-        for the peer could deadlock: the peer may wait for this rank in a collective of the user's. So the pool grows,
-        and the gradient lies in a new buffer instead of in ``p.grad``; ``trim`` gives the new buffers back. Before it
-        grows, it polls the peers for up to ``PATIENCE_S``, which cannot deadlock: mostly they are just behind.
+        If a peer is slow, all buffers may be in flight when the next bucket is complete. A backward hook must not wait
+        for the peer: the peer may be waiting for this rank in a collective of the user's. So the pool grows; the
+        gradients are then in a new buffer instead of in ``p.grad``. ``trim`` frees the new buffers. Before the pool
+        grows, it polls the peers for up to ``PATIENCE_S``, as most are only slightly behind; this cannot deadlock.
 
     Note: a buffer on another stream
-        Hooks run on the streams of their gradients. The stream that fills a buffer may not be the one that has waited
-        for the buffer's last transfer, so ``acquire`` makes it wait, too. After ``trim`` it need not: all streams of a
-        later backward come after the step. And it must not: a CUDA graph's capture cannot wait for an event from
-        before it.
+        Hooks run on the streams of their gradients. The stream that fills a buffer may not be the one that waited for
+        the buffer's last transfer, so ``acquire`` makes it wait as well. After ``trim`` that is not needed, as all
+        streams of a later backward run after the step; and not allowed, as a CUDA graph capture cannot wait for an
+        event from before it.
     """
 
     SIZE = 2
@@ -55,16 +55,16 @@ class StagingPool:
         self._may_poll = True
 
     def reserve(self, bucket: FlatBucket) -> None:
-        """Makes every buffer allocated from now on large enough for ``bucket``."""
+        """Allocate all buffers from now on large enough for ``bucket``."""
         key = (bucket.wire_dtype, bucket.parameters.device)
         if bucket.numel > self._numel.get(key, 0):
             self._numel[key] = bucket.numel
             for free in self._free.get(key, []):
-                self._transport.discard(free.staging)
+                self._transport.free_staging(free.staging)
             self._free[key] = []
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
-        """A buffer for ``bucket``, in its wire dtype, that the current stream may write.
+        """Return a buffer for ``bucket``, in its wire dtype, that the current stream may write.
 
         Args:
             may_wait: once there are ``SIZE`` buffers, wait for the oldest transfer instead of allocating another.
@@ -86,20 +86,20 @@ class StagingPool:
             while not free and (left := end - time.monotonic()) > 0 and self._transport.poll(left):
                 self._complete_on_host()
                 self._reclaim()
-            self._may_poll = bool(free)  # if it was in vain, not again until a transfer has completed
+            self._may_poll = bool(free)  # after a poll without result, not again until a transfer is complete
         if not free:
-            return self._transport.staging(self._numel[key], *key)
+            return self._transport.allocate_staging(self._numel[key], *key)
         last = free.pop()
         last.pending.wait_on_this_stream()
         return last.staging
 
     def reduce_scatter(self, bucket: FlatBucket, staging: Staging, *, accumulate: bool, on_chunk: OnChunk) -> None:
-        """Starts the transfer that brings the mean over ranks of ``staging`` into the bucket's gradient shard.
+        """Start a reduce-scatter of the mean over ranks of ``staging`` to the bucket's gradient shard. Collective.
 
         Args:
-            staging: from ``acquire``, filled; not to be written any more.
+            staging: from ``acquire``, filled; must not be written afterwards.
             accumulate: add the mean to what the shard holds.
-            on_chunk: called with stretches of the shard as soon as they are complete, at the latest in ``wait_all``.
+            on_chunk: called with each chunk of the shard when it is complete, at the latest in ``wait_all``.
         """
         scale = 1 / (self._transport.world_size * self._transport.replicas)
         if staging.send.dtype == torch.float16:  # a sum in float16 would overflow long before the mean does
@@ -113,16 +113,16 @@ class StagingPool:
         self._in_flight.append(InFlight(staging, pending))
 
     def wait_all(self) -> None:
-        """Waits for all transfers: the shards are complete afterwards."""
+        """Wait for all transfers. The gradient shards are complete afterwards."""
         while self._in_flight:
             self._wait_oldest()
 
     def trim(self) -> None:
-        """Gives back all but ``SIZE`` free buffers of each kind. Does not wait: buffers that peers read stay."""
+        """Free all but ``SIZE`` unused buffers of each dtype and device. Does not wait for peers that read others."""
         self._reclaim()
         for free in self._free.values():
             for last in free[self.SIZE :]:
-                self._transport.discard(last.staging)
+                self._transport.free_staging(last.staging)
             free[:] = [InFlight(last.staging, Finished()) for last in free[: self.SIZE]]
 
     @property
@@ -131,7 +131,7 @@ class StagingPool:
         return not self._in_flight
 
     def buffers(self) -> Iterator[Staging]:
-        """All buffers, free or not."""
+        """Yield all buffers, in use or not."""
         for some in (*self._free.values(), self._in_flight, self._unreleased):
             yield from (in_flight.staging for in_flight in some)
 
@@ -142,23 +142,23 @@ class StagingPool:
         return len(self._in_flight) + len(self._unreleased) >= self.SIZE
 
     def _complete_on_host(self) -> None:
-        """Completes the oldest transfers, as far as only this host's work is left to do; never waits for a peer."""
+        """Complete the oldest transfers that only need work of this host. Does not wait for peers."""
         while self._in_flight and self._in_flight[0].pending.on_host and self._in_flight[0].pending.done():
             self._wait_oldest()
 
     def _wait_oldest(self) -> None:
-        # In order: two rounds add their means to one shard, and must do so in the same order every time.
+        # In order, for reproducible sums: several rounds may add their means to one shard.
         with record("reduce_scatter"):
             self._in_flight[0].pending.wait()
         self._may_poll = True
         self._unreleased.append(self._in_flight.popleft())
 
     def _reclaim(self) -> None:
-        """Makes buffers that no peer reads any more free again, oldest first."""
+        """Make buffers available that no peer reads any more, oldest first."""
         while self._unreleased and self._unreleased[0].pending.is_released():
             last = self._unreleased.popleft()
             send = last.staging.send
             if send.numel() == self._numel[send.dtype, send.device]:
                 self._free[send.dtype, send.device].append(last)
-            else:  # allocated before `reserve` asked for more
-                self._transport.discard(last.staging)
+            else:  # too small since the last `reserve`
+                self._transport.free_staging(last.staging)
