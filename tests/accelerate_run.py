@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training script for the tests of the accelerate integration, as a user has it; run under torchrun.
+"""One training script for the tests of the accelerate integration, as a user would write it; run under torchrun.
 
     torchrun accelerate_run.py OUT FLAVOUR [option=value ...]
 
 FLAVOUR is "stock" (accelerate.Accelerator, DistributedDataParallel, torch.optim.AdamW) or "sharded". Every rank writes
-what it has seen to OUT/FLAVOUR-RANK.pt.
+its results to OUT/FLAVOUR-RANK.pt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shardadam.integrations.accelerate import ShardedAccelerator
 
 @contextmanager
 def as_launched() -> Iterator[None]:
-    """In a worker of tests/ranks.py: what torchrun would have set, and accelerate's process-wide state new after it."""
+    """In a worker of tests/ranks.py, set torchrun's variables; at the end, reset accelerate's process-wide state."""
     known = torch.distributed.is_initialized()
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if known else (0, 1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -47,7 +47,7 @@ EXAMPLES, GLOBAL_BATCH, WIDTH = 96, 8, 33
 
 
 class Net(nn.Module):
-    """With a buffer, a frozen weight and dropout."""
+    """A model with a buffer, a frozen weight and dropout."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ def train(
 ) -> dict[str, Any]:
     """
     Args:
-        save: the epoch after which everything is saved; 0: never.
-        resume: the epoch after which it was saved; training goes on there. 0: from the beginning.
+        save: the epoch after which to save; 0: never.
+        resume: the epoch after which the loaded state was saved; 0: start from the beginning.
         naming: accelerate chooses the checkpoints' directories.
     """
     sharded = flavour == "sharded"
@@ -98,7 +98,7 @@ def train(
         gradient_accumulation_plugin=GradientAccumulationPlugin(accumulate, sync_each_batch=sync_each_batch),
         project_config=project,
     )
-    torch.manual_seed(accelerator.process_index)  # different weights on every rank, and rank 0's must win
+    torch.manual_seed(accelerator.process_index)  # ranks start with different weights; all must get rank 0's
     model = Net(dropout)
     if sharded:
         precision = Precision(moments=moments)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transport that makes missing waits and early reuses visible, on the CPU and every time.
+"""A transport on the CPU that turns a missing wait or an early reuse of a buffer into NaN, every time.
 
-A transfer runs only when it is waited for. What must not be read before that (the shard of a reduce-scatter, the slices
-of others in an all-gather) is NaN until then, and so is a staging buffer once its transfer is over.
+A transfer runs only when it is waited for. Until then its results (the shard of a reduce-scatter, the other ranks'
+slices in an all-gather) are NaN. A staging buffer becomes NaN when its transfer is over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class AdversarialTransport(Transport):
         self.control = inner.control
         self.store_barrier = inner.store_barrier
         self._late: list[_Late] = []
-        self._shards: dict[int, Tensor] = {}  # by address: what a shard holds, or will hold once transfers have run
+        self._shards: dict[int, Tensor] = {}  # by address: a shard's contents after the transfers that have run
 
     def allocate_staging(self, *arguments: object) -> Staging:
         staging = self._inner.allocate_staging(*arguments)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ class AdversarialTransport(Transport):
         return late
 
     def run_until(self, last: _Late) -> None:
-        """All ranks must run transfers in one order, whatever order they wait in."""
+        """Run transfers in the order of their start, which is the same on all ranks, up to ``last``."""
         while not last.is_run:
             late = self._late.pop(0)
             late.inner = late.run()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--long`` runs the full counts of every sweep; an ordinary run takes a seeded sample of each."""
+"""Options of the test suite: ``--long`` runs every case of each sweep, an ordinary run a seeded sample."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 
 Environment variables:
 
-FAULTS   faults separated by ``;``, such as ``rank=1 step=7 moment=backward attempt=0``: kills (``raise``: raises in)
-         that rank at that moment, where ``attempt`` counts restarts of torchrun. Omitted conditions match anything.
-LOSSES   a file, to which rank 0 appends a line of JSON for every step, and every rank at its start and its fault.
-DROPOUT  the share of logits to drop, so that training draws random numbers.
+FAULTS   faults separated by ``;``, such as ``rank=1 step=7 moment=backward attempt=0``: kills that rank at that moment,
+         or raises in it (``raise``). ``attempt`` counts restarts of torchrun. Omitted conditions match anything.
+LOSSES   a file: rank 0 appends a line of JSON after every step, and every rank at its start and at its fault.
+DROPOUT  the share of logits to drop, so that training uses random numbers.
 PAUSE    seconds to sleep in every step.
 """
 
@@ -37,7 +37,7 @@ FAULTS = [dict(word.split("=") for word in fault.split()) for fault in os.enviro
 now_step = 0
 
 
-def strike(moment: str) -> None:
+def inject(moment: str) -> None:
     here = {"rank": str(RANK), "step": str(now_step), "moment": moment, "attempt": str(ATTEMPT)}
     for fault in FAULTS:
         if fault.items() <= here.items():
@@ -60,20 +60,20 @@ def wrap(owner: Any, name: str, *, before: str | None = None, after: str | None 
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
         if before:
-            strike(before)
+            inject(before)
         result = original(*arguments, **options)
         if after:
-            strike(after)
+            inject(after)
         return result
 
     setattr(owner, name, wrapped)
 
 
-wrap(ParameterGatherer, "dispatch", before="step")  # a bucket is updated, but not gathered yet
-wrap(saving, "_write_part", after="save")  # this rank's file is written; those of others may not be
-wrap(saving, "_write_manifest", after="save-manifest")  # all files are written, none is published
-wrap(saving, "publish", after="save-published")  # published, but the other ranks do not know
-wrap(loading, "_read_tensors", after="load")  # this rank's shards are read, random states are not
+wrap(ParameterGatherer, "dispatch", before="step")  # a bucket is updated but not gathered
+wrap(saving, "_write_part", after="save")  # this rank's file is written; other ranks' may not be
+wrap(saving, "_write_manifest", after="save-manifest")  # all files are written but not published
+wrap(saving, "publish", after="save-published")  # published, but the other ranks do not know yet
+wrap(loading, "_read_tensors", after="load")  # this rank's shards are read, its random state is not
 
 training_starts, forward, metrics = data.training_starts, model.Decoder.forward, report.Report.metrics
 
@@ -82,21 +82,21 @@ def counted_training_starts(*arguments: Any, step: int, **options: Any) -> Any:
     global now_step
     now_step = step
     time.sleep(float(os.environ.get("PAUSE", 0)))
-    strike("raise")
+    inject("raise")
     return training_starts(*arguments, step=step, **options)
 
 
 def faulty_forward(self: model.Decoder, tokens: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return forward(self, tokens)
-    strike("forward")
+    inject("forward")
     return torch.nn.functional.dropout(forward(self, tokens), float(os.environ.get("DROPOUT", 0)))
 
 
 def faulty_block(self: model.Block, *arguments: Any) -> torch.Tensor:
     output = block(self, *arguments)
     if output.requires_grad:
-        output.register_hook(lambda gradient: strike("backward"))  # the head's gradient is reduced, the block's not
+        output.register_hook(lambda gradient: inject("backward"))  # the head's gradient is reduced, the block's is not
     return output
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts on one machine: network namespaces with host names of their own, joined by a cable that can be cut."""
+"""Two hosts on one machine: network namespaces with their own host names, joined by a virtual cable that can be cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Host:
-    """A host: the namespaces of the process ``pid``, in which commands run."""
+    """A host: commands run in the namespaces of the process ``pid``."""
 
     name: str
     address: str
@@ -40,8 +40,9 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Creates ``host-a`` and ``host-b``, at 10.77.0.1 and .2, which resolve each other's names. The namespaces end
-    with the processes that hold them.
+    """Create ``host-a`` at 10.77.0.1 and ``host-b`` at 10.77.0.2, which resolve each other's names.
+
+    The namespaces end with the processes that hold them.
 
     Raises:
         OSError, subprocess.SubprocessError: this machine cannot create them.
@@ -90,9 +91,9 @@ def _namespaces(names: str) -> Iterator[tuple[Host, Host]]:
 
 
 def why_no_hosts() -> str | None:
-    """Why this machine cannot create them; None if it can."""
+    """Return why this machine cannot create hosts, or None if it can."""
     try:
         with two_hosts():
             return None
     except (OSError, subprocess.SubprocessError) as error:
-        return f"network namespaces cannot be made here: {error}"
+        return f"network namespaces cannot be created here: {error}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small model on the hosts of test_launchers.py; each rank writes its state to a file after every step.
+"""Train a small model on the hosts of test_launchers.py; each rank writes its state to a file after every step.
 
 ... tests/hosts_run.py --steps 8 --out DIRECTORY [--hybrid] [--pace SECONDS] [--timeout SECONDS] [--save]
 
@@ -51,15 +51,15 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         time.sleep(args.pace)
-        told = {
+        report = {
             "step": step,
             "transport": type(optimizer._engine.transport).__name__,
             "within": type(getattr(optimizer._engine.transport, "_shard", optimizer._engine.transport)).__name__,
             "parameters": [p.flatten().tolist() for p in model.parameters()],
         }
-        aside = args.out / f"{rank}.new"
-        aside.write_text(json.dumps(told))
-        aside.replace(args.out / f"{rank}.json")
+        unpublished = args.out / f"{rank}.new"
+        unpublished.write_text(json.dumps(report))
+        unpublished.replace(args.out / f"{rank}.json")
         if args.save and step == SAVED_STEP:
             while not (args.out / "save").exists():
                 time.sleep(0.1)

@@ -3,7 +3,7 @@
 
     torchrun lightning_run.py OUT
 
-Writes what rank 0 has seen to OUT/results-WORLD_SIZE.pt; on one rank it only resumes from what two have saved.
+Rank 0 writes its results to OUT/results-WORLD_SIZE.pt. On one rank it only resumes from a checkpoint of two ranks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A one-rank NCCL transport and CUDA graph capture, for tests and benchmarks on a GPU.
 
-The library itself never uses NCCL with one rank. Here its transfers run on their own stream, so that code that does not
-wait for them fails.
+The library never uses NCCL with one rank. Here its transfers run on their own stream, so code that does not wait for
+them fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardadam.transport.groups import CommGroups, GroupCache
 
 
 def nccl_of_one() -> NcclTransport:
-    """A transport over a new group of this process alone, on the first CUDA device."""
+    """Return a transport over a new group of one rank, on the first CUDA device."""
     if not dist.is_initialized():
         directory = tempfile.mkdtemp(prefix="shardadam-test-")
         dist.init_process_group(
@@ -38,7 +38,7 @@ def nccl_of_one() -> NcclTransport:
 
 
 def warm_up(step: Callable[[], object]) -> None:
-    """Runs ``step`` three times on a side stream, as a capture requires."""
+    """Run ``step`` three times on a side stream, which a capture requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -48,7 +48,7 @@ def warm_up(step: Callable[[], object]) -> None:
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """Captures a warm ``step`` as one CUDA graph; call the result to replay it."""
+    """Capture a warmed-up ``step`` as one CUDA graph and return its replay function."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One scenario under two optimizers: the sharded one on every rank, and torch's on averaged gradients in one process.
+"""Compare the sharded AdamW on every rank with torch's AdamW on averaged gradients in one process.
 
-A scenario is a module-level function of a ``Twin`` that trains something and returns tensors. ``assert_twins_agree``
-runs it on ``world_size`` ranks with the sharded optimizer, and here with torch's, and compares what they return.
+A scenario is a module-level function that takes an ``Implementation``, trains something and returns tensors.
+``assert_equals_torch`` runs it on ``world_size`` ranks with the sharded optimizer and in this process with torch's,
+and compares the returned tensors.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ Scenario = Callable[..., list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Twin:
-    """Which optimizer a scenario gets, and whose gradients it computes.
+class Implementation:
+    """An implementation of AdamW, and the ranks whose gradients it needs in this process.
 
     Args:
-        sharded: the sharded AdamW on this rank, or torch's for all ranks at once.
-        ranks: the ranks whose losses are differentiated here.
-        divisor: what each loss is divided by.
+        sharded: True for the sharded AdamW on this rank, False for torch's in one process.
+        ranks: the ranks whose losses this process differentiates: its own, or for torch's AdamW all.
+        divisor: the divisor of each loss: 1, or for torch's AdamW the number of ranks.
     """
 
     sharded: bool
@@ -39,20 +40,20 @@ class Twin:
     divisor: int
 
     def adamw(self, parameters: Any, *, sharded_options: dict[str, Any] | None = None, **options: Any) -> Any:
-        """An AdamW over ``parameters``; ``sharded_options`` are those that torch's does not have."""
+        """Return an AdamW over ``parameters``. torch's AdamW does not get ``sharded_options``."""
         options = {"lr": LR, **options}
         if not self.sharded:
             return torch.optim.AdamW(parameters, **options)
         return ShardedAdamW(parameters, **options, **{"bucket_mb": BUCKET_MB, **(sharded_options or {})})
 
     def backward(self, loss_of: Callable[[int], Tensor]) -> None:
-        """Adds the gradients of ``loss_of(rank)``, of this side's ranks."""
+        """Add the gradients of ``loss_of(rank)`` for each of ``ranks``."""
         for rank in self.ranks:
             (loss_of(rank) / self.divisor).backward()
 
 
 def build_parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) -> list[nn.Parameter]:
-    """Values of magnitude 1 to 2: far from zero, where the rounding of where an element has been would dwarf it."""
+    """Return parameters of magnitude 1 to 2: near zero, rounding errors would exceed the relative tolerance."""
     generator = torch.Generator().manual_seed(seed)
     return [
         nn.Parameter(torch.randn(s, generator=generator).sign() * (1 + torch.rand(s, generator=generator)))
@@ -61,7 +62,7 @@ def build_parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) 
 
 
 def quadratic(parameters: Sequence[Tensor], rank: int, step: int) -> Tensor:
-    """A loss whose gradients are different for each rank, step and parameter."""
+    """Return a loss whose gradients differ for each rank, step and parameter."""
     total = torch.zeros(())
     for index, parameter in enumerate(parameters):
         generator = torch.Generator().manual_seed(10_000 * step + 100 * rank + index)
@@ -76,21 +77,24 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def run_sharded(scenario: Scenario, *arguments: Any) -> list[Tensor]:
     rank, _ = rank_and_size()
-    return scenario(Twin(True, (rank,), 1), *arguments)
+    return scenario(Implementation(True, (rank,), 1), *arguments)
 
 
 def run_torch(scenario: Scenario, world_size: int, *arguments: Any) -> list[Tensor]:
-    return scenario(Twin(False, tuple(range(world_size)), world_size), *arguments)
+    return scenario(Implementation(False, tuple(range(world_size)), world_size), *arguments)
 
 
-def assert_twins_agree(scenario: Scenario, world_size: int, *arguments: Any) -> None:
+def assert_equals_torch(scenario: Scenario, world_size: int, *arguments: Any) -> None:
+    """Check that ``scenario`` returns the same with the sharded AdamW on ``world_size`` ranks and with torch's."""
     results = on_ranks(world_size, run_sharded, scenario, *arguments)
     assert_close(results, run_torch(scenario, world_size, *arguments))
 
 
 def assert_close(results: Sequence[Sequence[Tensor]], expected: Sequence[Tensor], lr: float = LR) -> None:
-    """Each rank's tensors equal the expected ones to 1e-6 (1e-5 on 3 ranks) of their value or of ``lr``, and each
-    other exactly."""
+    """Check that all ranks have the same bits, equal to ``expected`` within 1e-6 (3 ranks: 1e-5).
+
+    The tolerance is relative to the value, or to ``lr`` where the value is smaller.
+    """
     tolerance = 1e-5 if len(results) == 3 else 1e-6
     for rank, result in enumerate(results):
         for index, (a, b) in enumerate(zip(result, expected, strict=True)):

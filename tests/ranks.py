@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warm worker processes that run a function on every rank, with a deadline.
+"""Worker processes that run a function on every rank, with a deadline.
 
 ``on_ranks(4, function, *arguments)`` calls ``function(*arguments)`` on 4 ranks joined by Gloo and returns the four
-results in rank order. Workers are started once for each world size and reused. A rank that raises, or does not answer
-in time, fails the test with every rank's traceback; its workers are then replaced, so that nothing unfinished meets
-the next test. With one rank the function runs right here, without a process group.
+results in rank order. Workers are started once for each world size and reused. If a rank raises or does not answer in
+time, the test fails with every rank's traceback, and new workers replace these, so that no unfinished collective
+reaches the next test. With one rank the function runs in this process, without a process group.
+
+Workers use the test's warning filters, and their warnings are issued again in this process: ``pytest.warns`` and the
+filters in pyproject.toml hold on every rank.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +52,7 @@ def on_ranks(
 
 
 def restart(world_size: int) -> None:
-    """The next ``on_ranks`` starts new processes (with one rank, it runs here as ever)."""
+    """Stop the workers: the next ``on_ranks`` starts new ones."""
     if world_size in _pools:
         _pools.pop(world_size).stop()
 
@@ -73,8 +77,8 @@ class Workers:
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], deadline_s: float) -> list[Any]:
         for pipe in self._pipes:
-            pipe.send((function, arguments))
-        answers: dict[int, tuple[bool, Any]] = {}
+            pipe.send((function, arguments, warnings.filters))
+        answers: dict[int, tuple[bool, Any, list[Any]]] = {}
         end = time.monotonic() + deadline_s
         while len(answers) < len(self._pipes):
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
@@ -83,16 +87,19 @@ class Workers:
                 try:
                     answers[waiting[pipe]] = pipe.recv()  # type: ignore[index, union-attr]
                 except EOFError:
-                    answers[waiting[pipe]] = (False, "the process has died")  # type: ignore[index]
-            if any(not succeeded for succeeded, _ in answers.values()):
-                end = min(end, time.monotonic() + 5.0)  # the others may be waiting for the one that failed
+                    answers[waiting[pipe]] = (False, "the process has died", [])  # type: ignore[index]
+            if any(not succeeded for succeeded, *_ in answers.values()):
+                end = min(end, time.monotonic() + 5.0)  # the others may wait for the rank that failed
             if not ready:
                 break
-        failures = [f"rank {rank}: {answer}" for rank, (succeeded, answer) in sorted(answers.items()) if not succeeded]
+        failures = [f"rank {rank}: {answers[rank][1]}" for rank in sorted(answers) if not answers[rank][0]]
         missing = [rank for rank in range(len(self._pipes)) if rank not in answers]
         if failures or missing:
             late = [f"no answer in time from ranks {missing}"] if missing else []
             raise AssertionError("\n".join([*failures, *late]))
+        for *_, warned in answers.values():
+            for warning in warned:
+                warnings.warn_explicit(*warning)
         return [answers[rank][1] for rank in range(len(self._pipes))]
 
     def stop(self) -> None:
@@ -113,27 +120,29 @@ def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     )
     while True:
         try:
-            function, arguments = pipe.recv()
+            function, arguments, filters = pipe.recv()
         except EOFError:
             break
-        try:
-            answer = (True, function(*arguments))
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.filters[:] = filters
+            try:
+                answer = (True, function(*arguments))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+        pipe.send((*answer, [(w.message, w.category, w.filename, w.lineno) for w in warned]))
         del answer, function, arguments
-        gc.collect()  # optimizers of the last test give their process groups back
+        gc.collect()  # optimizers of the last test release their process groups
     dist.destroy_process_group()
 
 
-# Processes of a test's own
+# New processes for one test
 
 ANSWER_S = 20.0
 
 
 @dataclass
 class Ranks:
-    """The processes of ``ranks_of``, and pipes to them."""
+    """The processes of ``ranks_of`` and pipes to them."""
 
     processes: list[Any]
     pipes: list[Connection]
@@ -148,16 +157,16 @@ Scenario = Callable[[int, Connection], None]
 
 @contextmanager
 def ranks_of(world_size: int, store: Path, scenario: Scenario, *, timeout_s: float = 3.0) -> Iterator[Ranks]:
-    """New processes joined by Gloo that run ``scenario(rank, pipe)`` each; they are killed at the end.
+    """Start processes joined by Gloo that each run ``scenario(rank, pipe)``; kill them at the end.
 
     Args:
-        timeout_s: of their process group.
+        timeout_s: the timeout of their process group.
     """
     ranks = Ranks([], [])
     try:
         for rank in range(world_size):
             mine, theirs = processes.Pipe()
-            arguments = (rank, world_size, str(store), timeout_s, scenario, theirs)
+            arguments = (rank, world_size, str(store), timeout_s, scenario, theirs, warnings.filters)
             ranks.processes.append(processes.Process(target=_be_a_rank, args=arguments, daemon=True))
             ranks.processes[-1].start()
             theirs.close()
@@ -171,7 +180,10 @@ def ranks_of(world_size: int, store: Path, scenario: Scenario, *, timeout_s: flo
             pipe.close()
 
 
-def _be_a_rank(rank: int, world_size: int, store: str, timeout_s: float, scenario: Scenario, pipe: Connection) -> None:
+def _be_a_rank(
+    rank: int, world_size: int, store: str, timeout_s: float, scenario: Scenario, pipe: Connection, filters: list[Any]
+) -> None:
+    warnings.filters[:] = filters
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small training run for the tests of checkpoints: everything in it that has state, and all of that as tensors."""
+"""A small training run for the tests of checkpoints, whose whole state can be read as tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMATS: list[tuple[torch.dtype, str, str]] = [
 
 
 class Net(nn.Module):
-    """Awkward shapes: channels_last, a scalar, an empty and a tied parameter, buffers, dropout, a frozen weight."""
+    """Awkward parameters: channels_last, scalar, empty, tied and frozen; and buffers and dropout."""
 
     def __init__(self, width: int = 257) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Run:
             self.scheduler.step()
 
     def everything(self) -> dict[str, Tensor]:
-        """All that must come back, whole on every rank. Collective."""
+        """Return all state that a checkpoint must restore, whole on every rank. Collective."""
         found = {f"model.{name}": value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -94,7 +94,7 @@ def build(
     rank, _ = rank_and_size()
     torch.manual_seed(seed)
     model = Net(width).to(device, dtype)
-    torch.manual_seed(100 * seed + rank)  # dropout is another on each rank
+    torch.manual_seed(100 * seed + rank)  # dropout differs between ranks
     named = [(name, p) for name, p in model.named_parameters()]
     groups = [
         {"params": [entry for entry in named if entry[1].ndim > 1]},
@@ -106,7 +106,7 @@ def build(
 
 
 def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """The names of what is not equal bit for bit."""
+    """Return the names of the entries that are not equal bit for bit."""
     assert one.keys() == other.keys()
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
 

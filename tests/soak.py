@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains for minutes while faults are injected every few seconds, then proves that nothing was lost.
+"""Train for minutes with a fault every few seconds, then prove that nothing was lost.
 
     python tests/soak.py --minutes 30 --seed 0 [--json log.json]
 
 Each episode resumes from the newest checkpoint, on 1 to 4 ranks, with random formats, gradient modes and transports,
 and runs to its last step or to a fault. Exits with 1 and a message unless all of this holds:
 
-- no hang: every rank that lives finishes or raises within the process group's timeout and a margin;
-- no poison: at the end of an episode, parameters are finite, and equal on all ranks that live;
+- no hang: every live rank finishes or raises within the process group's timeout and a margin;
+- no poison: at the end of an episode, parameters are finite, and equal on all live ranks;
 - no leak: no process, file descriptor, shared memory or temporary directory of a checkpoint is left, and the memory of
   this process does not grow;
-- no loss but the steps since the last checkpoint: a run without faults, which replays the same worlds and steps, gives
-  the same bits; and the loss has fallen.
+- only steps since the last checkpoint are lost: a replay of the same worlds and steps without faults gives the same
+  bits, and the loss has fallen.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from shardadam import CheckpointError, Precision, ShardedAdamW
 from tests.ranks import ranks_of
 
 TIMEOUT_S = 3.0
-MARGIN_S = 12.0  # two desync reports, a save's own time limit, and a busy machine
+MARGIN_S = 12.0  # for two desync reports, the time limit of a save, and a busy machine
 START_S = 60.0
-BATCH = 12  # divided by 1 to 4
+BATCH = 12  # a multiple of 1 to 4
 SAVE_EVERY = 4
 GROWTH_BYTES = 64 << 20
 
@@ -90,7 +90,7 @@ class World:
 
 @dataclass(frozen=True)
 class Fault:
-    """What one rank does after ``after`` steps of the episode."""
+    """A fault of one rank after ``after`` steps of the episode."""
 
     kind: str
     rank: int
@@ -104,7 +104,7 @@ class Fault:
 
 
 def soon(delay_s: float, number: int) -> None:
-    """Sends a signal at a random moment of the next step."""
+    """Send a signal to this process after ``delay_s``, within the next step."""
     pid = os.getpid()
     threading.Timer(delay_s, lambda: os.kill(pid, number)).start()
 
@@ -176,11 +176,11 @@ def killed_in_save(run: Run, fault: Fault) -> None:
 
 
 def poisoned(run: Run, fault: Fault) -> None:
-    """Ends nothing: all ranks skip the poisoned batch and continue."""
+    """All ranks skip the poisoned batch and continue."""
 
 
 def corrupted(run: Run, fault: Fault) -> None:
-    """Ends nothing: damages the newest checkpoint after the episode; the next episode must refuse to load it."""
+    """The newest checkpoint is damaged after the episode; the next episode must refuse to load it."""
 
 
 FAULTS: dict[str, Callable[[Run, Fault], None]] = {
@@ -191,12 +191,8 @@ FAULTS: dict[str, Callable[[Run, Fault], None]] = {
     )
 }
 GENTLE = ("poisoned", "corrupted")
-NEEDS_OTHERS = (
-    "stopped",
-    "changes_lr",
-    "clips",
-    "saves_alone",
-)  # with one rank, no other rank notices, or it is no fault
+# With one rank these are no faults, or no other rank notices.
+NEEDS_OTHERS = ("stopped", "changes_lr", "clips", "saves_alone")
 
 
 # One rank
@@ -227,7 +223,7 @@ def save_alike(run: Run, before: Callable[[], None]) -> None:
 
 @dataclass(frozen=True)
 class Episode:
-    """Trains on each rank, from the newest checkpoint to step ``last`` or the fault."""
+    """A function for each rank: train from the newest checkpoint to step ``last`` or to the fault."""
 
     world: World
     directory: str
@@ -245,13 +241,13 @@ class Episode:
                 ).step
             pipe.send(("began", run.step))
             self.train(run)
-            told = ("through", "")
-        except BaseException as error:  # KeyboardInterrupt among them
-            told = (type(error).__name__, str(error))
+            end = ("through", "")
+        except BaseException as error:  # also KeyboardInterrupt
+            end = (type(error).__name__, str(error))
         values = [] if run is None else [p.detach().float().flatten().tolist() for p in run.model.parameters()]
-        pipe.send((*told, -1 if run is None else run.step, values))
-        if told[0] != "through":
-            os._exit(1)  # as its script would; the others notice
+        pipe.send((*end, -1 if run is None else run.step, values))
+        if end[0] != "through":
+            os._exit(1)  # as a script would; the others notice
         dist.barrier()
         os._exit(0)
 
@@ -317,8 +313,8 @@ def build(world: World, rank: int, directory: str) -> Run:
 
 
 @dataclass
-class Told:
-    """The result of a rank: ``kind`` is "through", an exception's name, or "silent"."""
+class Outcome:
+    """How a rank ended: ``kind`` is "through", an exception's name, or "silent" (no message)."""
 
     kind: str = "silent"
     message: str = ""
@@ -331,9 +327,9 @@ class Failure(AssertionError):
     """A guarantee is broken."""
 
 
-def play(episode: Episode, store: Path) -> list[Told]:
-    """Runs the ranks of an episode; returns when all that live have sent their result."""
-    told = [Told() for _ in range(episode.world.ranks)]
+def play(episode: Episode, store: Path) -> list[Outcome]:
+    """Run the ranks of an episode; return when all live ranks have sent their outcome."""
+    outcomes = [Outcome() for _ in range(episode.world.ranks)]
     with ranks_of(episode.world.ranks, store, episode, timeout_s=TIMEOUT_S) as ranks:
         deadline = time.monotonic() + START_S
         waiting = set(range(episode.world.ranks))
@@ -350,35 +346,35 @@ def play(episode: Episode, store: Path) -> list[Told]:
                     deadline = min(deadline, time.monotonic() + TIMEOUT_S + MARGIN_S)
                     continue
                 if answer[0] == "began":
-                    told[rank].began = answer[1]
+                    outcomes[rank].began = answer[1]
                     deadline = time.monotonic() + START_S
                 else:
-                    told[rank].kind, told[rank].message, told[rank].step, told[rank].parameters = answer
+                    outcomes[rank] = Outcome(*answer, began=outcomes[rank].began)
                     waiting.discard(rank)
                     deadline = min(deadline, time.monotonic() + TIMEOUT_S + MARGIN_S)
             stopped = {episode.fault.rank} if episode.fault is not None and episode.fault.kind == "stopped" else set()
-            if waiting and waiting <= stopped and len(told) > 1:
+            if waiting and waiting <= stopped and len(outcomes) > 1:
                 break
             if waiting and time.monotonic() > deadline:
-                raise Failure(f"ranks {sorted(waiting)} hang: {episode}, {told}")
-    return told
+                raise Failure(f"ranks {sorted(waiting)} hang: {episode}, {outcomes}")
+    return outcomes
 
 
-def check_told(episode: Episode, told: Sequence[Told]) -> None:
+def check_outcomes(episode: Episode, outcomes: Sequence[Outcome]) -> None:
     fault = episode.fault
-    for one in told:
+    for one in outcomes:
         if one.kind in ("AssertionError", "KeyError", "AttributeError", "IndexError", "TypeError"):
             raise Failure(f"{one.kind}: {one.message} in {episode}")
         if not all(abs(x) < 1e6 for values in one.parameters for x in values):  # False for NaN
-            raise Failure(f"parameters that are not finite: {episode}")
-    if (fault is None or fault.kind in GENTLE) and any(one.kind != "through" for one in told):
-        raise Failure(f"an episode without a fault that ends it did not get through: {episode}, {told}")
+            raise Failure(f"parameters are not finite: {episode}")
+    if (fault is None or fault.kind in GENTLE) and any(one.kind != "through" for one in outcomes):
+        raise Failure(f"an episode without a fatal fault did not complete: {episode}, {outcomes}")
     by_step: dict[int, list[list[list[float]]]] = {}
-    for one in told:
+    for one in outcomes:
         if one.parameters and one.kind == "through":
             by_step.setdefault(one.step, []).append(one.parameters)
     if any(any(values != same[0] for values in same) for same in by_step.values()):
-        raise Failure(f"ranks have come through with different parameters: {episode}")
+        raise Failure(f"ranks have completed with different parameters: {episode}")
 
 
 def newest_step(directory: Path) -> int:
@@ -395,7 +391,7 @@ def corrupt_newest(directory: Path, choose: random.Random) -> None:
 
 
 def shared_memory_names() -> set[str]:
-    """Files in /dev/shm, without those of other programs: semaphores, and tensors that torch shares."""
+    """Return the names in /dev/shm, without semaphores and torch's shared tensors."""
     found = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     return {name for name in found if not name.startswith(("sem.mp-", "torch_"))}
 
@@ -411,7 +407,7 @@ class Log:
     seed: int
     minutes: float
     episodes: int = 0
-    steps: int = 0  # with repeated ones
+    steps: int = 0  # repeated steps count again
     lost_steps: int = 0  # since the checkpoints that episodes resumed from
     most_lost: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -432,7 +428,7 @@ def evaluate(directory: Path, world: World) -> float:
 
 
 def content_of(directory: Path, world: World) -> dict[str, Any]:
-    """Everything in a checkpoint, exact."""
+    """Return the exact parameters and state of a checkpoint."""
     run = build(replace(world, ranks=1, hybrid=False, moments="fp32", overlap=False), 0, str(directory))
     shardadam.load(directory, model=run.model, optimizer=run.optimizer, random_states=False)
     state = run.optimizer.full_state_dict()["state"]
@@ -450,7 +446,7 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
     segments: list[tuple[World, int, int]] = []  # history of the current state: world, first and last step
     end = time.monotonic() + minutes * 60
     shm, descriptors, memory = shared_memory_names(), len(os.listdir("/proc/self/fd")), 0
-    damaged: set[int] = set()  # checkpoints; if no rank reads the damaged byte, the replay shows a difference
+    damaged: set[int] = set()  # steps of damaged checkpoints; if no rank reads the damaged byte, the replay differs
     first = World.draw(choose, dtype)
     log.first_loss = fresh_loss(first)
     while time.monotonic() < end or not segments:
@@ -460,27 +456,27 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
         episode = Episode(world, str(checkpoints), start + choose.randint(4, 14), fault)
         store = root / "store"
         began = time.monotonic()
-        told = play(episode, store)
+        outcomes = play(episode, store)
         seconds = time.monotonic() - began
         store.unlink(missing_ok=True)
-        if start in damaged and any(one.kind == "CheckpointError" for one in told):
+        if start in damaged and any(one.kind == "CheckpointError" for one in outcomes):
             log.refused += 1
             shutil.rmtree(checkpoints / f"step-{start:08d}")
             segments = cut(segments, newest_step(checkpoints))
             continue
-        check_told(episode, told)
+        check_outcomes(episode, outcomes)
         log.episodes += 1
         log.worlds[world.ranks] += 1
         log.faults[fault.kind if fault else "none"] += 1
-        log.ends.update(one.kind for one in told)
+        log.ends.update(one.kind for one in outcomes)
         log.slowest_end_s = max(log.slowest_end_s, seconds)
         reached = newest_step(checkpoints)
-        furthest = max([one.step for one in told] + [reached])
+        furthest = max([one.step for one in outcomes] + [reached])
         log.steps += furthest - start
         lost = furthest - reached
         log.lost_steps, log.most_lost = log.lost_steps + lost, max(log.most_lost, lost)
         if lost > SAVE_EVERY * (2 if world.asynchronous else 1):
-            raise Failure(f"{lost} steps lost, with a checkpoint every {SAVE_EVERY}: {episode}, {told}")
+            raise Failure(f"{lost} steps lost, with a checkpoint every {SAVE_EVERY}: {episode}, {outcomes}")
         if reached > start:
             segments.append((world, start, reached))
         if (
@@ -498,7 +494,7 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
             check_leaks(shm, descriptors, memory)
         print(
             f"{log.episodes:>4}  {world.ranks} ranks  {fault.kind if fault else 'no fault':<18} steps {start}-{reached}"
-            f"  {seconds:.1f} s  {dict(Counter(one.kind for one in told))}",
+            f"  {seconds:.1f} s  {dict(Counter(one.kind for one in outcomes))}",
             flush=True,
         )
     if newest_step(checkpoints) in damaged:
@@ -515,7 +511,7 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
 
 
 def cut(segments: list[tuple[World, int, int]], step: int) -> list[tuple[World, int, int]]:
-    """The segments up to ``step``, from which training resumes."""
+    """Return the segments up to ``step``, from which training resumes."""
     kept = [(world, start, min(stop, step)) for world, start, stop in segments if start < step]
     return kept
 
@@ -536,15 +532,15 @@ def check_leaks(shm: set[str], descriptors: int, memory: int) -> None:
 
 
 def check_replay(segments: Sequence[tuple[World, int, int]], checkpoints: Path, root: Path) -> None:
-    """Checks that the same worlds and steps without faults give the same bits."""
+    """Check that the same worlds and steps without faults give the same bits."""
     replayed = root / "replayed"
     for world, start, stop in segments:
         if newest_step(replayed) != start:
-            raise Failure(f"segments do not follow each other: {newest_step(replayed)}, {start}")
-        told = play(Episode(world, str(replayed), stop, None), root / "store")
+            raise Failure(f"found step {newest_step(replayed)} in the replay, expected {start}")
+        outcomes = play(Episode(world, str(replayed), stop, None), root / "store")
         (root / "store").unlink(missing_ok=True)
-        if any(one.kind != "through" for one in told):
-            raise Failure(f"a replay did not get through: {world}, {told}")
+        if any(one.kind != "through" for one in outcomes):
+            raise Failure(f"a replay did not complete: {world}, {outcomes}")
         name = f"step-{stop:08d}"
         found, expected = content_of(checkpoints / name, world), content_of(replayed / name, world)
         for kind, values in expected.items():
@@ -557,7 +553,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="a file for what was seen")
+    parser.add_argument("--json", help="a file for the counts of episodes, faults and steps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="shardadam-soak-"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with ShardedAccelerator equals accelerate's own with DDP and torch's AdamW, and comes back whole."""
+"""Training with ShardedAccelerator equals stock accelerate with DDP and torch's AdamW, and resumes."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_training_equals_ddp(options: dict[str, Any], tmp_path: Path) -> None:
     assert ours[0]["rounds"] == (len(ours[0]["losses"]) if "sync_each_batch" in options else steps)
     if options.get("clip", 2.0):
         assert len(ours[0]["norms"]) == steps
-        assert min(ours[0]["norms"]) < 2.0 < max(ours[0]["norms"])  # clipping is in force, and sometimes not
+        assert min(ours[0]["norms"]) < 2.0 < max(ours[0]["norms"])  # some steps clip, some do not
 
 
-def test_one_process_equals_accelerates_own(tmp_path: Path) -> None:
+def test_training_in_one_process_equals_stock_accelerate(tmp_path: Path) -> None:
     ours, stock = runs("sharded", tmp_path, 1)[0], runs("stock", tmp_path, 1)[0]
     assert largest_difference(ours["model"], stock["model"]) <= 1e-6
 
@@ -92,7 +92,7 @@ def test_one_process_equals_accelerates_own(tmp_path: Path) -> None:
     [{"dropout": 0.3}, {"naming": True, "moments": "int8"}, {"mixed_precision": "bf16", "accumulate": 2}],
     ids=["dropout", "int8", "bf16"],
 )
-def test_a_saved_state_comes_back_whole(options: dict[str, Any], tmp_path: Path) -> None:
+def test_save_state_and_load_state_restore_every_bit(options: dict[str, Any], tmp_path: Path) -> None:
     straight = runs("sharded", tmp_path, save=1, **options)
     resumed = runs("sharded", tmp_path, resume=1, **options)
     for one, other in zip(straight, resumed, strict=True):
@@ -104,8 +104,8 @@ def test_a_saved_state_comes_back_whole(options: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_a_saved_state_goes_on_on_another_number_of_ranks(world_size: int, tmp_path: Path) -> None:
-    # accelerate's schedulers step once for every process: without a schedule, numbers of ranks can be compared
+def test_training_resumes_on_another_number_of_ranks(world_size: int, tmp_path: Path) -> None:
+    # accelerate's schedulers step once per process, so runs on other numbers of ranks compare only without a schedule
     straight = runs("sharded", tmp_path, save=1, gamma=1.0)
     resumed = runs("sharded", tmp_path, world_size, resume=1, gamma=1.0, accumulate={1: 2, 4: 1}[world_size])
     for one in resumed:
@@ -113,7 +113,7 @@ def test_a_saved_state_goes_on_on_another_number_of_ranks(world_size: int, tmp_p
         assert one["norms"] == pytest.approx(straight[0]["norms"][len(straight[0]["norms"]) // 2 :], rel=1e-5)
 
 
-def test_saving_again_into_the_same_directory_keeps_the_newer(tmp_path: Path) -> None:
+def test_saving_twice_into_a_directory_keeps_the_newer_state(tmp_path: Path) -> None:
     runs("sharded", tmp_path, epochs=1, save=1)
     runs("sharded", tmp_path, epochs=2, save=2, resume=1)
     assert len(list((tmp_path / "checkpoint" / "shardadam_0").glob("step-*"))) == 1
@@ -138,7 +138,7 @@ def training_with_an_overflow(scaled: bool) -> dict[str, Any]:
         optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-        accelerator.native_amp = scaled  # from here on: no autocast, and gradients are unscaled before they are clipped
+        accelerator.native_amp = scaled  # no autocast; gradients are unscaled before clipping
         found: dict[str, Any] = {"skipped": [], "lr": [], "norms": []}
         for step in range(6):
             x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + accelerator.process_index))
@@ -156,7 +156,7 @@ def training_with_an_overflow(scaled: bool) -> dict[str, Any]:
         return found | {"model": dict(model.state_dict()), "scaler": type(accelerator.scaler).__module__}
 
 
-def test_a_step_that_overflows_on_one_rank_is_skipped_and_not_scheduled_on_all() -> None:
+def test_an_overflow_on_one_rank_skips_optimizer_and_scheduler_on_all_ranks() -> None:
     one, other = on_ranks(2, training_with_an_overflow, True)
     assert one["skipped"] == other["skipped"] == [False, False, True, False, False, False]
     assert one["lr"] == other["lr"] and one["lr"][2] == one["lr"][1] > one["lr"][3]
@@ -164,13 +164,13 @@ def test_a_step_that_overflows_on_one_rank_is_skipped_and_not_scheduled_on_all()
     assert one["scaler"] == GradScaler.__module__
 
 
-def test_clipping_under_loss_scaling_sees_the_norms_that_there_are_without() -> None:
+def test_norms_under_loss_scaling_equal_those_without() -> None:
     scaled, plain = on_ranks(2, training_with_an_overflow, True)[0], on_ranks(2, training_with_an_overflow, False)[0]
     assert scaled["norms"][:2] == pytest.approx(plain["norms"][:2], rel=1e-5)
     assert plain["norms"][0] > 0.1
 
 
-# What is refused
+# Refused setups
 
 
 def refused(what: str) -> str:
@@ -217,7 +217,7 @@ def refused(what: str) -> str:
         ("device", ["ValueError", "meta", "model.to(accelerator.device) before"]),
     ],
 )
-def test_what_cannot_work_is_refused_on_all_ranks(what: str, expected: list[str]) -> None:
+def test_setups_that_cannot_work_are_refused_on_all_ranks(what: str, expected: list[str]) -> None:
     for message in on_ranks(2, refused, what):
         assert all(text in message for text in expected), message
 
@@ -245,7 +245,7 @@ def external_under_plain_accelerate() -> tuple[float, str]:
         return largest_difference(*results), type(model).__name__
 
 
-def test_a_model_that_plain_accelerate_wraps_trains_with_external_gradients() -> None:
+def test_stock_accelerate_with_external_gradients_equals_adamw() -> None:
     for difference, kind in on_ranks(2, external_under_plain_accelerate):
         assert difference <= 1e-6 and kind == "DistributedDataParallel"
 
@@ -300,7 +300,7 @@ def test_notebook_launcher_trains(tmp_path: Path) -> None:
 # What the integration relies on in accelerate
 
 
-def test_accelerate_is_what_the_integration_was_written_for() -> None:
+def test_accelerate_has_the_methods_that_the_integration_overrides() -> None:
     def parameters(method: str) -> list[str]:
         return list(inspect.signature(getattr(accelerate.Accelerator, method)).parameters)
 

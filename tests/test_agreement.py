@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disagreement of ranks raises the same error on every rank, and leaves the optimizer unchanged."""
+"""If ranks disagree, every rank raises the same error and the optimizer is unchanged."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ AT_CONSTRUCTION_ONLY = {
 
 
 def on_2_and_3_ranks(differences: Iterable[str]) -> list[tuple[str, int]]:
-    """All differences on 3 ranks, where some agree and one is odd, and every fourth on 2."""
+    """Return every difference with 3 ranks, two of which agree, and every fourth also with 2 ranks."""
     differences = list(differences)
     return [(difference, 3) for difference in differences] + [(difference, 2) for difference in differences[::4]]
 
@@ -63,7 +63,7 @@ def message_of(difference: tuple[str, str, str], world_size: int, odd_rank: int 
 
 
 def build_group(difference: str) -> dict[str, Any]:
-    """A param group that differs in one thing."""
+    """Return a param group with one difference."""
     second = torch.ones(4 if difference == "shape" else 3, 5)
     if difference == "dtype":
         second = second.bfloat16()
@@ -98,7 +98,7 @@ def build_optimizer(difference: str) -> ShardedAdamW:
 
 
 def raised(function: Callable[[], object]) -> tuple[str, str]:
-    """The type and message of the error that ``function`` raises."""
+    """Return the type and message of the error that ``function`` raises."""
     try:
         function()
     except Exception as error:
@@ -123,7 +123,7 @@ def test_equal_arguments_raise_on_no_rank(world_size: int) -> None:
     assert on_ranks(world_size, construct, "none", ODD_RANK) == [("nothing", "")] * world_size
 
 
-def test_every_value_is_named_with_its_ranks_where_all_differ() -> None:
+def test_where_all_ranks_differ_every_value_is_named_with_its_rank() -> None:
     expected = f"Ranks disagree on param group 0: lr 0 on rank 0, 1 on rank 1, 2 on rank 2. {REMEDY}"
     assert on_ranks(3, construct_with_own_lr) == [("ValueError", expected)] * 3
 
@@ -135,18 +135,18 @@ def construct_with_own_lr() -> tuple[str, str]:
 
 @pytest.mark.parametrize("odd_rank", [0, 1])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_that_fails_its_own_checks_is_named_to_the_others(world_size: int, odd_rank: int) -> None:
+def test_the_others_name_the_rank_whose_arguments_are_invalid(world_size: int, odd_rank: int) -> None:
     results = on_ranks(world_size, construct, "negative lr", odd_rank, deadline_s=DEADLINE_S)
     assert results.pop(odd_rank) == ("ValueError", "lr: found -1.0, expected 0 or more")
-    said = f"Rank {odd_rank} could not build the optimizer, so no rank did."
+    prefix = f"Rank {odd_rank} could not build the optimizer, so no rank did."
     for kind, message in results:
         assert kind == "RuntimeError"
-        assert message.startswith(said)
+        assert message.startswith(prefix)
         assert "ValueError: lr: found -1.0, expected 0 or more" in message
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_construction_succeeds_after_it_was_refused(world_size: int) -> None:
+def test_construction_succeeds_after_a_failed_one(world_size: int) -> None:
     for refused, success in on_ranks(world_size, construct_twice):
         assert refused[0] == "ValueError"
         assert success == ("nothing", "")
@@ -160,7 +160,7 @@ def construct_twice() -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def add_and_train(difference: str, odd_rank: int) -> dict[str, Any]:
-    """Adds a group that is refused, then trains; trains a control optimizer alike, without adding the group."""
+    """Add a group that is refused, then train; train a control optimizer the same way without adding the group."""
     rank, _ = rank_and_size()
     value = torch.linspace(-1, 1, 300)
     disturbed, undisturbed = nn.Parameter(value.clone()), nn.Parameter(value.clone())
@@ -207,7 +207,7 @@ def test_a_difference_in_an_added_group_is_named_on_every_rank_and_changes_nothi
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_that_refuses_an_added_group_is_named_to_the_others_and_nothing_changes(world_size: int) -> None:
+def test_the_others_name_the_rank_whose_added_group_is_invalid_and_nothing_changes(world_size: int) -> None:
     results = on_ranks(world_size, add_and_train, "negative lr", ODD_RANK, deadline_s=DEADLINE_S)
     for rank, result in enumerate(results):
         kind, message = result["refusal"]
@@ -231,11 +231,11 @@ def test_a_rank_that_refuses_an_added_group_is_named_to_the_others_and_nothing_c
         (list(range(16_384)), "ranks 0-16383"),
     ],
 )
-def test_names_of_ranks(ranks: list[int], named: str) -> None:
+def test_consecutive_ranks_are_named_as_a_range(ranks: list[int], named: str) -> None:
     assert name_ranks(ranks) == named
 
 
-def test_a_difference_reads_as_in_the_design() -> None:
+def test_a_difference_is_described_with_both_values_and_their_ranks() -> None:
     shapes = ["(4096, 1024)"] * 5 + ["(4096, 1030)"]
     row = [Claim("parameter 'blocks.3.mlp.weight'", "shape", shape) for shape in shapes]
     assert _describe_difference([row[0], row[5]], [0, 5]) == (
@@ -244,27 +244,27 @@ def test_a_difference_reads_as_in_the_design() -> None:
     assert "(4096, 1024) on ranks 0-4, (4096, 1030) on rank 5." in _describe_difference(row, range(6))
 
 
-def test_a_difference_names_ranks_of_the_whole_job() -> None:
+def test_a_difference_names_global_ranks() -> None:
     row = [Claim("param group 0", "lr", value) for value in ("0.1", "0.1", "0.2")]
     described = _describe_difference(row, [4, 5, 8])
     assert described == "Ranks disagree on param group 0: lr 0.1 on ranks 4-5, 0.2 on rank 8."
 
 
-def test_a_rank_with_less_to_claim_is_said_to_have_nothing() -> None:
+def test_a_rank_without_the_parameter_is_described_as_having_nothing() -> None:
     described = _describe_difference([Claim("parameter 'a'", "shape", "(2,)"), None], [0, 1])
     assert "parameter 'a' (shape (2,)) on rank 0, nothing on rank 1." in described
 
 
-def test_frames_of_the_package_are_not_the_user_s_code() -> None:
-    """When the module moved into a folder, reports named lines of optimizer.py."""
+def test_the_reported_line_is_the_users_not_the_packages() -> None:
+    """Once, after a module had moved into a folder, reports named lines of optimizer.py."""
     module = Path(shardadam.__file__).parent / "engine" / "gathering.py"
     found: dict[str, Any] = {"line_in_users_code": desync._line_in_users_code}
     exec(compile("line = line_in_users_code()", str(module), "exec"), found)
     assert found["line"].startswith("test_agreement.py:")
 
 
-def test_a_store_that_cannot_be_cloned_is_not_asked_for_a_status() -> None:
-    """torch's FakeStore, and stores written in Python, raise at clone(): building an optimizer failed."""
+def test_the_report_works_without_a_store_that_can_be_cloned() -> None:
+    """Building an optimizer failed with torch's FakeStore and with stores written in Python, whose clone() raises."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     store = StoreClient(FakeStore(), may_share_connection=False)
@@ -275,7 +275,7 @@ def test_a_store_that_cannot_be_cloned_is_not_asked_for_a_status() -> None:
 
 
 class SilentStore:
-    """Like a store whose host is cut off: requests do not return."""
+    """A store whose requests never return, as when its host is cut off."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -290,7 +290,7 @@ class SilentStore:
         return ask
 
 
-def test_a_store_that_does_not_answer_is_given_up() -> None:
+def test_an_unreachable_store_raises_in_time() -> None:
     store: Any = SilentStore()
     barrier = StoreBarrier(StoreClient(store, answer_s=0.3), 0, [0, 1])
     start = time.monotonic()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code of benchmarks/gpu.py that a rehearsal on the CPU does not reach: the search for the largest model, traces,
-parts that time out, and goals that are missed.
+"""Code of benchmarks/gpu.py that a rehearsal on the CPU does not run: the search for the largest model, traces, parts
+that time out, and missed goals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import gpu_train
 
 @pytest.mark.parametrize("truth", [4, 5, 17, 20, 23])
 @pytest.mark.parametrize("predicted", [0, 4, 18, 20, 22])
-def test_the_boundary_is_found_from_a_prediction_near_it(truth: int, predicted: int) -> None:
+def test_the_largest_model_is_found_from_a_prediction_near_it(truth: int, predicted: int) -> None:
     tried: list[int] = []
 
     def is_too_large(layers: int) -> bool:
@@ -32,7 +32,7 @@ def test_the_boundary_is_found_from_a_prediction_near_it(truth: int, predicted: 
     assert len(tried) == len(set(tried)) <= abs(max(4, predicted) - truth) + 2
 
 
-def test_a_boundary_that_is_too_far_is_not_made_up() -> None:
+def test_a_search_that_ends_before_the_largest_model_returns_what_it_found() -> None:
     assert gpu_train.boundary(lambda layers: False, 4, 10, 3) == (12, None)
     assert gpu_train.boundary(lambda layers: True, 4, 10, 3) == (4, 8)
 
@@ -41,7 +41,7 @@ def event(name: str, category: str, thread: int, start: float, end: float, **arg
     return {"ph": "X", "name": name, "cat": category, "tid": thread, "ts": start, "dur": end - start, "args": args}
 
 
-def test_what_runs_on_a_stream_is_told_by_what_the_host_was_at() -> None:
+def test_kernels_are_attributed_to_the_host_range_that_launched_them() -> None:
     node = "autograd::engine::evaluate_function: AddmmBackward0"
     events = [
         event("part.all", "user_annotation", 1, 0, 100),
@@ -57,7 +57,7 @@ def test_what_runs_on_a_stream_is_told_by_what_the_host_was_at() -> None:
         event("copy", "gpu_memcpy", 0, 54, 55, correlation=3, stream=7),
         event("nccl", "kernel", 0, 56, 57, correlation=4, stream=20),
         event("cudaStreamSynchronize", "cuda_runtime", 1, 60, 61),
-        event("cudaDeviceSynchronize", "cuda_runtime", 1, 101, 102),  # the benchmark's own, after the step
+        event("cudaDeviceSynchronize", "cuda_runtime", 1, 101, 102),  # by the benchmark, after the step
     ]
     found = gpu_trace.of_device(events, gpu_trace.of_host(events))
     assert [(one.part, one.row) for one in found] == [
@@ -69,7 +69,7 @@ def test_what_runs_on_a_stream_is_told_by_what_the_host_was_at() -> None:
     assert gpu_trace.waits(events) == ["cudaStreamSynchronize"]
 
 
-def test_a_part_that_takes_too_long_is_cut_off_with_its_children(tmp_path: Path) -> None:
+def test_a_part_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
@@ -79,7 +79,7 @@ def test_a_part_that_takes_too_long_is_cut_off_with_its_children(tmp_path: Path)
     assert not mark.exists()
 
 
-def test_parts_end_in_what_they_printed_or_in_what_is_missing(tmp_path: Path) -> None:
+def test_a_part_ends_in_its_printed_result_or_its_failure(tmp_path: Path) -> None:
     def run(code: str, **options: Any) -> dict[str, Any]:
         return gpu.run(gpu.Part("part", (sys.executable, "-c", code), 60, **options), tmp_path, 30.0)
 
@@ -88,7 +88,7 @@ def test_parts_end_in_what_they_printed_or_in_what_is_missing(tmp_path: Path) ->
     assert run("", tool="no-such-tool")["end"] == "no-such-tool is not installed"
 
 
-def test_a_goal_that_is_missed_is_said_to_be() -> None:
+def test_the_summary_marks_missed_goals() -> None:
     form = {"dtype": "torch.bfloat16", "master": "split", "mib": 1024, "gbs": 3000.0}
     forms = [
         {**form, "moments": "int8", "floor": 0.81},

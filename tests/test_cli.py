@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``shardadam export`` and ``shardadam inspect`` from a shell: output, exit codes and error messages."""
+"""``shardadam export`` and ``shardadam inspect``: their output, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_inspect_counts_what_is_there(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_counts_parameters_and_bytes(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(directory), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     checkpoint = directory / "step-00000002"
@@ -79,7 +79,9 @@ def test_inspect_prints_an_aligned_table(directory: Path, capsys: pytest.Capture
         assert len({len(line) for line in table}) == 1  # the last column is aligned to the right
 
 
-def test_inspect_sees_damage_unless_it_looks_at_sizes_only(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_finds_damage_and_with_no_verify_only_wrong_sizes(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip(directory / "step-00000002" / "rank-00001.bin")
     assert main(["inspect", str(directory), "--no-verify"]) == 0
     capsys.readouterr()
@@ -96,7 +98,7 @@ def test_inspect_sees_damage_unless_it_looks_at_sizes_only(directory: Path, caps
     assert main(["inspect", str(directory / "step-00000001")]) == 0
 
 
-def test_export_prints_what_it_has_written(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_prints_the_files_it_has_written(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = directory / "a" / "b"
     assert main(["export", str(directory), "--format", "safetensors", "--output", str(output)]) == 0
     printed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
@@ -109,7 +111,7 @@ def test_export_prints_what_it_has_written(directory: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["export", "--format", "torch"]], ids=str)
-def test_what_is_no_checkpoint_is_said_without_a_traceback(
+def test_a_path_without_a_checkpoint_is_one_message_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     for path, reason in [(tmp_path, "holds no checkpoint"), (tmp_path / "none", "no such directory")]:
@@ -125,7 +127,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: shardadam" in capsys.readouterr().err
 
 
-def test_runs_as_a_module_and_stands_a_reader_that_stops(directory: Path) -> None:
+def test_runs_as_a_module_and_prints_no_traceback_when_its_output_is_closed(directory: Path) -> None:
     flip(directory / "step-00000002" / "rank-00001.bin")
     command = [sys.executable, "-m", "shardadam.cli", "inspect", str(directory)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -137,8 +139,8 @@ def test_runs_as_a_module_and_stands_a_reader_that_stops(directory: Path) -> Non
     assert process.returncode == 1 and "Traceback" not in process.stderr and "BrokenPipe" not in process.stderr
 
 
-def test_importing_it_takes_nothing_but_torch() -> None:
-    """Lazy imports stay lazy: torch._dynamo, for example, takes seconds."""
+def test_importing_it_imports_no_slow_modules() -> None:
+    """Modules such as torch._dynamo take seconds to import and must stay lazy."""
     program = "import sys, shardadam.cli; print({'torch._dynamo', 'safetensors', 'triton'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert process.stdout.strip() == "set()"

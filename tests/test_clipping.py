@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clipping equals torch's on unsharded averaged gradients; a non-finite gradient on one rank changes nothing
-anywhere.
-"""
+"""Clipping equals torch's on averaged gradients; a non-finite gradient on one rank changes no parameter on any rank."""
 
 from __future__ import annotations
 
@@ -127,7 +125,7 @@ def test_a_non_finite_gradient_on_one_rank_changes_no_bit_on_any(
 
 
 def overflow_the_sum() -> tuple[bool, int]:
-    """Every rank's gradient is finite; their sum is not."""
+    """Train with gradients that are finite on every rank but overflow in the sum."""
     parameter = nn.Parameter(torch.ones(200))
     optimizer = ShardedAdamW([parameter])
     parameter.grad = torch.full((200,), 3e38)
@@ -135,7 +133,7 @@ def overflow_the_sum() -> tuple[bool, int]:
     return torch.equal(parameter.detach(), torch.ones(200)), int(optimizer.skipped_steps)
 
 
-def test_a_sum_that_overflows_is_not_applied() -> None:
+def test_finite_gradients_whose_sum_overflows_are_not_applied() -> None:
     assert on_ranks(2, overflow_the_sum) == [(True, 1), (True, 1)]
 
 
@@ -149,7 +147,7 @@ def norm_of_external_gradients() -> tuple[float, Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_external_gradients_are_not_divided_again(world_size: int) -> None:
+def test_external_gradients_are_clipped_without_dividing_them_again(world_size: int) -> None:
     model = build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     loss_of(model, 0, 0).backward()
@@ -179,7 +177,7 @@ def look_inside(dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_full_grad_and_full_state_are_whole(world_size: int, dtype: torch.dtype) -> None:
+def test_full_grad_and_full_state_return_whole_tensors(world_size: int, dtype: torch.dtype) -> None:
     model = build_model(dtype)
     wholes = []
     for rank in range(world_size):

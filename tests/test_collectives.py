@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels in a step: which collectives, in which order, how many bytes, on which process group, and when."""
+"""The communication of a step: which collectives, in which order, how many bytes, on which process group, and when."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUCKET_MB = 0.004  # 1048 elements
 
 
 class RecordCollectives(TorchDispatchMode):
-    """Every collective that reaches torch's dispatcher: (name, bytes of its tensors, on the default group?)."""
+    """Record every collective of torch's dispatcher as (name, bytes of its tensors, whether on the default group)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,12 +85,10 @@ def record_a_step(gradient_sync: str, accumulate: int, clip: bool) -> dict[str, 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(("gradient_sync", "accumulate"), [("backward", 1), ("backward", 3), ("step", 1), ("step", 3)])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_step_moves_each_bucket_once_there_and_once_back(
+def test_a_step_reduces_each_bucket_once_and_gathers_it_once(
     world_size: int, gradient_sync: str, accumulate: int, clip: bool
 ) -> None:
-    """On Gloo the reduce-scatter is two all-to-alls in which each rank sends each other its slice and nothing more; so
-    does the all-gather, from point to point.
-    """
+    """On Gloo a reduce-scatter is two all-to-alls, an all-gather is point-to-point, and a peer gets only its slice."""
     peers = world_size - 1
     results = on_ranks(world_size, record_a_step, gradient_sync, accumulate, clip)
     for result in results:
@@ -133,7 +131,7 @@ def record_timeline() -> list[str]:
     return timeline
 
 
-def test_a_bucket_is_launched_by_the_hook_that_completes_it() -> None:
+def test_the_hook_that_completes_a_bucket_launches_its_reduction() -> None:
     for timeline in on_ranks(2, record_timeline):
         last_gradient = len(timeline) - 1 - timeline[::-1].index("gradient")
         before = timeline[:last_gradient].count("launch")
@@ -142,7 +140,7 @@ def test_a_bucket_is_launched_by_the_hook_that_completes_it() -> None:
 
 
 def profile_a_step(transport: str) -> dict[str, list[tuple[float, float]]]:
-    """When things began and ended, in the profiler's microseconds, by the names they have there."""
+    """Return the start and end of every profiled range, in microseconds, by its name."""
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB, transport=transport)  # type: ignore[arg-type]
@@ -172,7 +170,7 @@ def test_the_profiler_shows_reductions_under_backward_and_gathers_under_forward(
         assert all(start > backward_end for start, _ in spans["shardadam.update"])
 
 
-def train_with_and_without_traffic_of_the_users(traffic: bool) -> list[torch.Tensor]:
+def train_with_user_collectives(traffic: bool) -> list[torch.Tensor]:
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
@@ -186,17 +184,17 @@ def train_with_and_without_traffic_of_the_users(traffic: bool) -> list[torch.Ten
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def test_collectives_of_the_users_between_backward_and_step_do_not_meet_ours() -> None:
+def test_the_users_collectives_between_backward_and_step_do_not_mix_with_ours() -> None:
     for with_traffic, without in zip(
-        on_ranks(2, train_with_and_without_traffic_of_the_users, True),
-        on_ranks(2, train_with_and_without_traffic_of_the_users, False),
+        on_ranks(2, train_with_user_collectives, True),
+        on_ranks(2, train_with_user_collectives, False),
         strict=True,
     ):
         assert all(torch.equal(a, b) for a, b in zip(with_traffic, without, strict=True))
 
 
 def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each bucket's shard beside torch's fused kernel on a copy of it, fed with sums made here in rank order."""
+    """Return pairs of our shard and a copy stepped by torch's fused kernel, on gradients summed here in rank order."""
     from shardadam import ShardedAdam
 
     rank, world_size = rank_and_size()
@@ -210,7 +208,7 @@ def step_against_the_fused_kernel(adamw: bool) -> list[tuple[torch.Tensor, torch
         for bucket in optimizer._engine.parameters.buckets
     ]
     for step in range(10):
-        gradients = []  # of every rank, on every rank
+        gradients = []  # every rank computes those of all ranks
         for peer in range(world_size):
             model.zero_grad()
             with optimizer.no_sync():
@@ -249,7 +247,7 @@ def test_equals_torchs_fused_kernel_bit_for_bit(world_size: int, adamw: bool) ->
 
 
 def gather_in_any_order() -> list[torch.Tensor]:
-    """Starts gathers of unequal sizes and waits for them in an order of this rank's own."""
+    """Start all-gathers of unequal sizes and wait for them in a different order on each rank."""
     rank, world_size = rank_and_size()
     transport = connect(None, kind="collective")
     flats = [torch.full((numel * world_size,), -1.0) for numel in (1, 1000, 3, 70_000, 3)]
@@ -263,7 +261,7 @@ def gather_in_any_order() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_gathers_under_way_together_do_not_mix(world_size: int) -> None:
+def test_concurrent_all_gathers_do_not_mix(world_size: int) -> None:
     for flats in on_ranks(world_size, gather_in_any_order):
         for index, flat in enumerate(flats):
             assert [set(part.tolist()) for part in flat.chunk(world_size)] == [
@@ -280,6 +278,6 @@ def staging_of_a_bucket() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_there_is_room_to_receive_what_comes_from_peers_and_no_more(world_size: int) -> None:
+def test_the_receive_buffer_holds_exactly_the_slices_from_peers(world_size: int) -> None:
     expected = (4800, 4800 // world_size * (world_size - 1))
     assert on_ranks(world_size, staging_of_a_bucket) == [expected] * world_size

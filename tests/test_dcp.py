@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.distributed.checkpoint (DCP) without shardadam.save: a state saved on N ranks loads on any M, in all ways in
-which DCP takes an optimizer, and to and from torch's AdamW and FSDP2."""
+"""torch.distributed.checkpoint (DCP) without shardadam.save: a state saved on N ranks loads on any M, through every
+interface of DCP for optimizers, and to and from torch's AdamW and FSDP2."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Net(nn.Module):
 
 
 class Run:
-    """``optimizer``: makes an optimizer from a list of param groups."""
+    """A training run. ``optimizer`` is a class or function that takes a list of param groups."""
 
     def __init__(self, model: nn.Module, optimizer: Any = torch.optim.AdamW, **options: Any) -> None:
         parameters = list(model.parameters())
@@ -89,7 +89,7 @@ class Run:
         return self
 
     def everything(self) -> Everything:
-        """Returns whole parameters, state and hyperparameters. Collective."""
+        """Return whole parameters and state, and hyperparameters. Collective."""
         found = {f"model.{name}": whole(p) for name, p in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -110,14 +110,14 @@ def ours(format: Any = FP32, bucket_mb: float = 0.002, shapes: Any = SHAPES, see
     return Run(Net(shapes, dtype, seed), ShardedAdamW, bucket_mb=bucket_mb, precision=precision)
 
 
-def other(run: Run) -> Run:
-    """Sets hyperparameters that loading must replace; ``run`` has another seed, so parameters differ too."""
+def with_other_hyperparameters(run: Run) -> Run:
+    """Set hyperparameters that loading must replace."""
     for group in run.optimizer.param_groups:
         group.update(lr=0.5, betas=(0.1, 0.2))
     return run
 
 
-# The ways in which DCP takes an optimizer
+# DCP's interfaces for optimizers
 
 
 def contents(run: Run, way: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def read(run: Run, directory: str, way: str) -> None:
 
 
 def save(directory: str, way: str, *arguments: Any) -> list[Everything]:
-    """Returns everything as it was saved, and after one more step."""
+    """Save, and return everything as saved and after one more step."""
     run = ours(*arguments).train(range(3))
     if way == "asynchronous":
         found = [run.everything()]
@@ -164,7 +164,7 @@ def save(directory: str, way: str, *arguments: Any) -> list[Everything]:
 
 
 def load(directory: str, way: str, *arguments: Any) -> list[Everything]:
-    run = other(ours(*arguments, SHAPES, 4)).train(range(1))
+    run = with_other_hyperparameters(ours(*arguments, SHAPES, 4)).train(range(1))
     read(run, directory, way)
     return [run.everything(), run.train(range(3, 4)).everything()]
 
@@ -190,25 +190,25 @@ def test_a_state_dict_saved_on_n_ranks_loads_on_m_bit_for_bit(tmp_path: Path, n:
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize(("n", "m"), PAIRS)
 @pytest.mark.parametrize("way", ["stateful", "by name", "flattened"])
-def test_reshards_in_every_way_that_dcp_takes_an_optimizer(tmp_path: Path, way: str, n: int, m: int) -> None:
+def test_reshards_through_every_dcp_interface(tmp_path: Path, way: str, n: int, m: int) -> None:
     assert_loads(tmp_path, way, n, m)
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", ["stateful", "by name", "flattened"])
 @pytest.mark.parametrize("format", FORMATS[2:], ids=str)
-def test_every_format_goes_in_every_way(tmp_path: Path, format: Any, way: str) -> None:
+def test_every_format_round_trips_through_every_dcp_interface(tmp_path: Path, format: Any, way: str) -> None:
     assert_loads(tmp_path, way, 2, 2, format, format)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 2)])
-def test_async_save_saves_what_was_there_when_it_was_called(tmp_path: Path, n: int, m: int) -> None:
+def test_async_save_saves_the_state_at_the_time_of_the_call(tmp_path: Path, n: int, m: int) -> None:
     assert_loads(tmp_path, "asynchronous", n, m)
 
 
 @pytest.mark.parametrize("way", ["state_dict", "by name", "flattened"])
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [FORMATS[3:5], FORMATS[4:2:-1]], ids=str)
-def test_a_split_master_and_one_in_fp32_are_the_same_in_a_file(
+def test_split_and_fp32_masters_load_from_each_others_files(
     tmp_path: Path, saved_as: Any, loaded_as: Any, way: str
 ) -> None:
     assert_loads(tmp_path, way, 2, 2, saved_as, loaded_as)
@@ -232,10 +232,10 @@ def refuse(directory: str, way: str, format: Any) -> tuple[str, bool]:
 @pytest.mark.parametrize("way", ["state_dict", "flattened"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [(FORMATS[2], FP32), (FP32, FORMATS[2])], ids=str)
-def test_int8_codes_are_not_taken_for_moments(
+def test_int8_codes_are_not_loaded_as_moments(
     tmp_path: Path, saved_as: Any, loaded_as: Any, world_size: int, way: str
 ) -> None:
-    """DCP silently copies between dtypes, so codes were loaded as moments."""
+    """DCP silently copies between dtypes, so int8 codes were once loaded as moments."""
     on_ranks(world_size, save, str(tmp_path), way, saved_as)
     for words, is_unchanged in on_ranks(world_size, refuse, str(tmp_path), way, loaded_as):
         assert "Missing key in checkpoint state_dict" in words and "exp_avg" in words
@@ -248,9 +248,9 @@ def test_int8_codes_are_not_taken_for_moments(
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", ["state_dict", "by name", "flattened"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_torchs_adamw_loads_and_is_loaded(tmp_path: Path, world_size: int, way: str) -> None:
+def test_torchs_adamw_loads_our_checkpoint_and_we_load_its(tmp_path: Path, world_size: int, way: str) -> None:
     saved = on_ranks(world_size, save, str(tmp_path / "ours"), way)[0][0]
-    plain = other(Run(Net(seed=4))).train(range(1))
+    plain = with_other_hyperparameters(Run(Net(seed=4))).train(range(1))
     read(plain, str(tmp_path / "ours"), way)
     assert differences(saved, plain.everything()) == []
 
@@ -274,7 +274,7 @@ def save_fsdp(directory: str, way: str) -> Everything:
 
 
 def load_fsdp(directory: str, way: str) -> Everything:
-    run = other(fsdp(4)).train(range(1))
+    run = with_other_hyperparameters(fsdp(4)).train(range(1))
     read(run, directory, way)
     return run.everything()
 
@@ -282,7 +282,7 @@ def load_fsdp(directory: str, way: str) -> Everything:
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", ["by name", "flattened"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_goes_to_fsdp2_and_back(tmp_path: Path, world_size: int, way: str) -> None:
+def test_fsdp2_loads_our_checkpoint_and_we_load_its(tmp_path: Path, world_size: int, way: str) -> None:
     saved = on_ranks(world_size, save, str(tmp_path / "ours"), way, FP32, 0.002, FSDP_SHAPES)[0][0]
     for loaded in on_ranks(2, load_fsdp, str(tmp_path / "ours"), way):
         assert differences(saved, loaded) == []
@@ -292,7 +292,7 @@ def test_goes_to_fsdp2_and_back(tmp_path: Path, world_size: int, way: str) -> No
 
 
 def load_shapes_of_fsdp(directory: str, way: str) -> Everything:
-    run = other(ours(FP32, 0.002, FSDP_SHAPES, 4)).train(range(1))
+    run = with_other_hyperparameters(ours(FP32, 0.002, FSDP_SHAPES, 4)).train(range(1))
     read(run, directory, way)
     return run.everything()
 
@@ -316,7 +316,7 @@ shapes = st.lists(st.integers(1, 5), max_size=5)
 
 
 @given(shapes, st.data())
-def test_boxes_of_any_span_tile_it_in_order(shape: list[int], data: st.DataObject) -> None:
+def test_the_boxes_of_a_span_cover_it_once_in_order(shape: list[int], data: st.DataObject) -> None:
     numel = math.prod(shape)
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
@@ -328,10 +328,10 @@ def test_boxes_of_any_span_tile_it_in_order(shape: list[int], data: st.DataObjec
 
 
 @given(shapes, st.integers(1, 40), st.data())
-def test_the_parts_of_a_shard_are_views_of_its_spans_at_their_places(
+def test_the_parts_of_a_flat_shard_are_views_at_the_right_offsets(
     shape: list[int], item_numel: int, data: st.DataObject
 ) -> None:
-    """In any order of dimensions, cut at the boundaries of items."""
+    """For any order of dimensions, cut at the boundaries of items."""
     numel = math.prod(shape)
     order = data.draw(st.permutations(range(len(shape))))
     ends = sorted(data.draw(st.sets(st.integers(0, numel), max_size=6)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.distributed.checkpoint loads what shardadam.save wrote into FSDP2 and plain modules, on any number of ranks."""
+"""torch.distributed.checkpoint loads checkpoints of shardadam.save into FSDP2 and plain modules, on any ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAYS = {"by name": StateDictOptions(), "flattened": StateDictOptions(flatten_opt
 
 
 class Net(nn.Module):
-    """``tied`` is ``large`` under another name; with ``frozen`` among ``shapes``, the convolution is channels_last."""
+    """``tied`` and ``large`` are one parameter; with ``frozen`` in ``shapes``, the convolution is channels_last."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Returns whole tensors, with moments decoded. Collective."""
+    """Return everything as whole tensors, with decoded moments. Collective."""
     found = {f"model.{name}": whole(value) for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -83,7 +83,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def save(directory: str, shapes: Any, format: Any = FORMATS[0], item_bytes: int = 512) -> list[dict[str, Tensor]]:
-    """Saves after 3 steps; returns everything then, and after 3 more steps."""
+    """Save after 3 steps; return everything then and after 3 more."""
     dtype, moments, master = format
     model = Net(shapes, dtype)
     precision = Precision(moments=moments, master=master)
@@ -100,7 +100,7 @@ def save(directory: str, shapes: Any, format: Any = FORMATS[0], item_bytes: int 
 
 
 def train(model: Any, optimizer: Any, steps: range, *, ranks: int | None = None) -> None:
-    """Trains on this rank's loss, or on those of all ``ranks``."""
+    """Train on this rank's loss, or, where ``ranks`` is given, on the mean over all."""
     for step in steps:
         for rank in [rank_and_size()[0]] if ranks is None else range(ranks):
             (model(rank, step) / (ranks or 1)).backward()
@@ -109,7 +109,7 @@ def train(model: Any, optimizer: Any, steps: range, *, ranks: int | None = None)
 
 
 def read(model: nn.Module, directory: str, way: str) -> Any:
-    """Loads model and a new AdamW, whose hyperparameters loading must replace; returns the AdamW."""
+    """Load into ``model`` and a new AdamW with other hyperparameters; return the AdamW."""
     optimizer = torch.optim.AdamW(groups_of(model), lr=0.5, weight_decay=0.7)
     found = {
         "model": get_model_state_dict(model),
@@ -134,7 +134,7 @@ def load_fsdp(directory: str, way: str, ranks_of_training: int) -> list[dict[str
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 2), (1, 2), (2, 3)])
-def test_loads_into_fsdp2_bit_for_bit_and_trains_on(tmp_path: Path, n: int, m: int, way: str) -> None:
+def test_loads_into_fsdp2_bit_for_bit_and_continues_training(tmp_path: Path, n: int, m: int, way: str) -> None:
     saved = on_ranks(n, save, str(tmp_path), SHAPES)[0]
     for loaded in on_ranks(m, load_fsdp, str(tmp_path), way, n):
         assert differences(saved[0], loaded[0]) == []
@@ -150,7 +150,7 @@ def assert_close(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_loads_into_plain_modules_and_adamw(tmp_path: Path, world_size: int, format: Any, way: str) -> None:
-    """Moments in codes are decoded. torch's AdamW keeps its state in the parameter's dtype."""
+    """8-bit moments are decoded; torch's AdamW keeps its state in the parameter's dtype."""
     saved = on_ranks(world_size, save, str(tmp_path), AWKWARD, format)[0]
     model = Net(AWKWARD, format[0], seed=4)
     optimizer = read(model, str(tmp_path), way)
@@ -165,7 +165,7 @@ def test_loads_into_plain_modules_and_adamw(tmp_path: Path, world_size: int, for
         assert_close(saved[1], everything(model, optimizer))
 
 
-def test_what_is_asked_for_is_all_that_is_read_and_masters_are_there(tmp_path: Path) -> None:
+def test_single_entries_can_be_loaded_masters_included(tmp_path: Path) -> None:
     on_ranks(2, save, str(tmp_path), AWKWARD, FORMATS[-1])
     wanted: Any = {
         "model": {"tied": torch.zeros(45, 101), "convolution": torch.zeros(4, 3, 5, 2)},
@@ -184,8 +184,8 @@ def test_what_is_asked_for_is_all_that_is_read_and_masters_are_there(tmp_path: P
         )
 
 
-# Before torch 2.13, dcp.load does not say why metadata could not be read.
-IS_TOLD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+# Before torch 2.13 dcp.load hides why metadata could not be read.
+NAMES_THE_CAUSE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def load_damaged(directory: str) -> str:
@@ -196,24 +196,24 @@ def load_damaged(directory: str) -> str:
     return "nothing"
 
 
-def test_damage_is_named_on_all_ranks(tmp_path: Path) -> None:
+def test_all_ranks_name_a_damaged_file(tmp_path: Path) -> None:
     on_ranks(2, save, str(tmp_path), SHAPES)
     path = tmp_path / "step-00000003" / "rank-00001.bin"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    for said in on_ranks(2, load_damaged, str(tmp_path)):
-        assert "rank-00001.bin is damaged" in said
+    for message in on_ranks(2, load_damaged, str(tmp_path)):
+        assert "rank-00001.bin is damaged" in message
     path.unlink()
-    for said in on_ranks(2, load_damaged, str(tmp_path)):
-        assert ("rank-00001.bin cannot be read" if IS_TOLD else "metadata is None") in said
+    for message in on_ranks(2, load_damaged, str(tmp_path)):
+        assert ("rank-00001.bin cannot be read" if NAMES_THE_CAUSE else "metadata is None") in message
 
 
-def test_a_malicious_pickle_is_not_run(tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     save(str(tmp_path), SHAPES)
     trap = tmp_path / "it ran"
     torch.save([{"lr": Malicious(trap)}], tmp_path / "payload")
     replace_object(tmp_path / "step-00000003", "optimizer.param_groups", (tmp_path / "payload").read_bytes())
-    with pytest.raises(dcp.CheckpointException, match="running code" if IS_TOLD else "metadata is None"):
+    with pytest.raises(dcp.CheckpointException, match="running code" if NAMES_THE_CAUSE else "metadata is None"):
         read(Net(SHAPES), str(tmp_path), "by name")
     assert not trap.exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library needs torch and nothing else: all that it does works where nothing else can be imported."""
+"""The library needs torch and nothing else: all of it works where no other package can be imported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ dist.destroy_process_group()
 
 
 def test_torch_alone_is_enough(tmp_path: Path) -> None:
-    """all_gather_object wants NumPy: building an optimizer on two ranks failed without."""
+    """Without NumPy, building an optimizer on two ranks failed, because all_gather_object needs it."""
     (tmp_path / "train.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Python and bash block of the README and the docs runs as it stands there.
+"""Every Python and bash block of the README and the docs runs as printed.
 
 A comment before a block says how:
 
@@ -88,8 +88,8 @@ def run(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[st
 def run_script(block: Block, directory: Path) -> None:
     text = block.text
     if block.how.endswith("_before"):
-        # What torch alone does ends with its last line: on the way out of Python, DDP with ZeroRedundancyOptimizer
-        # aborts now and then ("terminate called without an active exception").
+        # torch's DDP with ZeroRedundancyOptimizer sometimes aborts while Python exits ("terminate called without an
+        # active exception"), so scripts that use torch alone skip that.
         text += "\nimport os\n\nos._exit(0)\n"
     (directory / "train.py").write_text(text)
     run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"], directory)
@@ -112,7 +112,7 @@ class Output:
 
 
 class Model(nn.Module):
-    """Gives what fragments expect: a loss, or something with one."""
+    """Return a loss, or an object that has one, as fragments expect."""
 
     def __init__(self, *, wrapped: bool) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Model(nn.Module):
 
 
 def prepared(text: str) -> dict[str, Any]:
-    """What a fragment takes for granted."""
+    """Return the variables that a fragment uses without defining them."""
     torch.manual_seed(0)
     model = Model(wrapped="model(batch).loss" in text)
     names: dict[str, Any] = {
@@ -193,17 +193,17 @@ def test_commands_run_and_print_what_is_shown(block: Block, tmp_path: Path) -> N
                 printed = printed.partition(line)[2]
 
 
-# All of them
+# All blocks
 
 
-def test_every_block_has_a_way_to_run_or_a_reason() -> None:
+def test_every_block_is_run_or_says_why_not() -> None:
     for block in BLOCKS:
         if block.language in ("python", "bash"):
             kind = block.how.partition(":")[0]
             assert kind in ("torchrun", "fragment", "file", "shell", "elsewhere"), f"{block}: {block.how!r}"
             assert kind == "elsewhere" or (block.language == "bash") == (kind == "shell"), block
     fences = sum(len(re.findall(r"^ *```\w+$", page.read_text(), re.MULTILINE)) for page in PAGES)
-    assert fences == sum(bool(block.language) for block in BLOCKS), "an indented block is not looked at"
+    assert fences == sum(bool(block.language) for block in BLOCKS), "an indented block is not found"
     files = {block.how.removeprefix("file: ") for block in BLOCKS if block.how.startswith("file: ")}
     used = {name for block in BLOCKS if "needs " in block.how for name in files if name in block.how}
     assert files == used
@@ -213,7 +213,7 @@ def test_every_block_has_a_way_to_run_or_a_reason() -> None:
 
 def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
     sources = [path.read_text() for path in (ROOT / "shardadam").rglob("*.py")]
-    code = re.sub(r"['\"]\s*\n\s*f?['\"]", "", "\n".join(sources))  # one string over several lines
+    code = re.sub(r"['\"]\s*\n\s*f?['\"]", "", "\n".join(sources))  # join strings of several lines
     code = re.sub(r"\\\"", '"', code)
     messages = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / "docs" / "troubleshooting.md").read_text())
     assert len(messages) > 25
@@ -222,7 +222,7 @@ def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
         assert fixed.strip() in code, message
 
 
-def test_tests_that_the_page_on_failures_names_are_there() -> None:
+def test_the_tests_that_the_page_on_failures_names_exist() -> None:
     page = (ROOT / "docs" / "failures.md").read_text()
     named = re.findall(r"`(test_\w+)(?:\.py|: (\w+))?`", page)
     assert len(named) > 12 and len(named) == page.count("`test_")
@@ -231,7 +231,7 @@ def test_tests_that_the_page_on_failures_names_are_there() -> None:
         assert any(words in function for function in functions), (file, words)
 
 
-def test_the_timeline_of_the_docs_is_the_measured_one() -> None:
+def test_the_timeline_in_the_docs_is_the_measured_one() -> None:
     measured = ROOT / "benchmarks" / "results" / "timeline.png"
     assert (ROOT / "docs" / "images" / "timeline.png").read_bytes() == measured.read_bytes()
 

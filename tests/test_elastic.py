@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training under torchrun survives the death of ranks: it resumes from the newest checkpoint, on the ranks that are
-left, with the losses of an undisturbed run.
+"""Training under torchrun survives lost ranks: it resumes from the newest checkpoint on the remaining ranks, with the
+losses of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A file to train on. Stops the workers of undisturbed runs, which other tests must not reuse."""
+    """Write a file to train on; at the end stop the workers, which have imported launch/ and must not be reused."""
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join("".join(generator.choices("abcde", k=4)) for _ in range(1500)))
@@ -51,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def curve(arguments: list[str], dropout: float = 0.0) -> list[float]:
-    """The loss of each step."""
+    """Return the loss of each step."""
     if LAUNCH not in sys.path:
         sys.path.insert(0, LAUNCH)
     import arguments as command_line
@@ -91,7 +91,7 @@ def undisturbed(world_size: int, arguments: list[str], dropout: float = 0.0) -> 
 
 @pytest.mark.parametrize("optimizer", [["--gradient-sync=backward"], ["--gradient-sync=step"], ["--optimizer=adamw"]])
 def test_losses_depend_on_neither_ranks_nor_micro_batches(text: str, optimizer: list[str]) -> None:
-    """8 windows on 3 ranks are 2, 3 and 3; of a batch of 1, two of three ranks have none."""
+    """8 windows on 3 ranks are 2, 3 and 3; with a batch of 1, two of three ranks have no window."""
     for batch, others in ((8, [(1, 3), (2, None), (2, 3), (3, 1)]), (1, [(3, None)])):
         common = ["--data", text, f"--batch={batch}", *optimizer]
         reference = undisturbed(1, common)
@@ -101,7 +101,7 @@ def test_losses_depend_on_neither_ranks_nor_micro_batches(text: str, optimizer: 
             assert undisturbed(world_size, [*common, *micro]) == pytest.approx(reference, abs=2e-4), world_size
 
 
-def test_ranks_and_passes_share_a_batch_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_split_evenly_over_ranks_and_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(LAUNCH)
     import data
 
@@ -122,7 +122,7 @@ def check_some(arguments: list[str]) -> int:
     return check.call_count
 
 
-def test_ranks_are_checked_at_every_kth_step(text: str) -> None:
+def test_replicas_are_checked_every_k_steps(text: str) -> None:
     assert on_ranks(2, check_some, ["--data", text, "--check-every=5"]) == [2, 2]
 
 
@@ -130,7 +130,7 @@ def test_ranks_are_checked_at_every_kth_step(text: str) -> None:
 
 
 class Torchrun:
-    """One torchrun agent, and the notes of its workers. Ends the processes that it started."""
+    """A torchrun agent and the notes of its workers. Ends the processes that it started."""
 
     def __init__(self, directory: Path, name: str, launcher: list[str], script: list[str], **environment: str) -> None:
         self.losses, self.log = directory / "losses", directory / f"{name}.log"
@@ -152,7 +152,7 @@ class Torchrun:
             self.kill()
 
     def kill(self) -> None:
-        """Kills the agent and its workers, as if their machine were lost."""
+        """Kill the agent and its workers, as if their machine were lost."""
         self.process.kill()
         self.process.wait()
         for pid in {note["pid"] for note in self.notes() if note["agent"] == self.process.pid}:
@@ -181,7 +181,7 @@ class Torchrun:
 
 
 def at_each_step(notes: list[dict[str, Any]]) -> dict[int, list[float]]:
-    """All losses that were logged for a step; several if it was repeated."""
+    """Return the logged losses of each step; a repeated step has several."""
     losses: dict[int, list[float]] = {}
     for note in notes:
         if "loss" in note:
@@ -189,11 +189,11 @@ def at_each_step(notes: list[dict[str, Any]]) -> dict[int, list[float]]:
     return losses
 
 
-def fault(generator: random.Random, moment: str, attempt: int, *, anywhen: bool = False) -> str:
-    """A fault at a random step that the attempt reaches, after the first checkpoint."""
+def fault(generator: random.Random, moment: str, attempt: int, *, any_step: bool = False) -> str:
+    """Return a fault at a random step after the first checkpoint that the attempt reaches."""
     words = {"moment": moment, "attempt": attempt}
     words["rank"] = 0 if moment in ("save-manifest", "save-published") else generator.randrange(2)  # rank 0 publishes
-    if moment != "load" and not anywhen:
+    if moment != "load" and not any_step:
         words["step"] = SAVE_EVERY * (2 * attempt + (generator.choice((1, 2)) if attempt else 2))
         if not moment.startswith("save"):
             words["step"] -= generator.randrange(2)
@@ -222,11 +222,11 @@ SWEEP = [
 def test_a_rank_killed_at_any_moment_changes_no_loss(
     text: str, tmp_path: Path, name: str, moments: tuple[str, ...]
 ) -> None:
-    """Neither before the next save nor after it; dropout shows that random numbers resume, too."""
+    """Dropout is on, so random number generators must resume, too."""
     generator = random.Random(f"{name} {moments}")
     is_async = "--save-async" in FORMATS[name]
     faults = [
-        fault(generator, moment, attempt, anywhen=is_async and moment.startswith("save"))
+        fault(generator, moment, attempt, any_step=is_async and moment.startswith("save"))
         for attempt, moment in enumerate(moments)
     ]
     options = ["--data", text, *FORMATS[name]]
@@ -237,18 +237,17 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(
         code, output = torchrun.ends(200)
     assert code == 0, output
     notes = torchrun.notes()
-    struck = [note for note in notes if "fault" in note]
-    assert [note["fault"] for note in struck] == list(moments), faults
+    injected = [note for note in notes if "fault" in note]
+    assert [note["fault"] for note in injected] == list(moments), faults
     plain = [option for option in options if option not in ("--save-async", "--save-on-sigterm")]
     expected = undisturbed(2, plain, DROPOUT)
     assert at_each_step(notes).keys() == set(range(1, STEPS + 1))
     for step, losses in at_each_step(notes).items():
         assert set(losses) == {expected[step - 1]}, (step, faults)
-    for note in struck:
+    for note in injected:
         after = [other for other in notes if other["time"] > note["time"]]
-        assert (
-            min(other["time"] for other in after if "started" in other) - note["time"] < 28
-        )  # no rank waits for the timeout of 30 s
+        # No rank waits for its timeout of 30 s.
+        assert min(other["time"] for other in after if "started" in other) - note["time"] < 28
         lost = note["step"] - min(other["step"] for other in after if "loss" in other) + 1
         assert lost <= (2 if is_async else 1) * SAVE_EVERY, faults
     assert "raise" not in moments or "ArithmeticError: this rank has found a loss of NaN" in output
@@ -256,8 +255,8 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(
     assert left == {"latest", f"step-{STEPS:08d}", f"step-{STEPS - SAVE_EVERY:08d}"}  # no files of interrupted saves
 
 
-def test_training_goes_on_with_fewer_nodes_and_again_with_more(text: str, tmp_path: Path) -> None:
-    """With a store shared between torchrun and its workers, nodes that join later cannot connect (torch 2.13)."""
+def test_training_continues_with_fewer_nodes_and_then_with_more(text: str, tmp_path: Path) -> None:
+    """In torch 2.13, nodes that join later cannot connect if torchrun shares its store with the workers."""
     steps = 50
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives each node
     rendezvous = "last_call_timeout=1,join_timeout=40,read_timeout=20,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -289,7 +288,7 @@ def test_training_goes_on_with_fewer_nodes_and_again_with_more(text: str, tmp_pa
 
 
 @pytest.mark.parametrize(("whom", "extra"), [("torchrun", []), ("rank 1", ["--save-every=3", "--save-async"])])
-def test_sigterm_saves_that_very_step(text: str, tmp_path: Path, whom: str, extra: list[str]) -> None:
+def test_sigterm_saves_the_current_step(text: str, tmp_path: Path, whom: str, extra: list[str]) -> None:
     options = ["--data", text, "--save-dir", str(tmp_path / "saved"), *extra]
     launcher = ["--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     with Torchrun(tmp_path, "agent", launcher, [*options, "--save-on-sigterm"], PAUSE="0.3") as torchrun:
@@ -322,8 +321,8 @@ def told_twice(pause_s: float) -> None:
 
 
 @pytest.mark.parametrize(("pause_s", "code"), [(0.0, 0), (0.4, 128 + signal.SIGTERM)])
-def test_a_second_sigterm_ends_at_once_unless_it_is_the_same_one(pause_s: float, code: int) -> None:
-    """A signal to a process group reaches a worker twice: directly, and through torchrun."""
+def test_a_second_sigterm_ends_at_once_but_a_duplicate_does_not(pause_s: float, code: int) -> None:
+    """A signal to a POSIX process group reaches a worker twice: directly and through torchrun."""
     process = processes.Process(target=told_twice, args=(pause_s,))
     process.start()
     process.join(20)

@@ -16,14 +16,14 @@ from shardadam.cli import environment, main
 from shardadam.transport import unix_sockets
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def facts(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main(["env", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
-def test_versions_are_those_that_run(capsys: pytest.CaptureFixture[str]) -> None:
-    versions = told(capsys)["versions"]
+def test_versions_are_the_running_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    versions = facts(capsys)["versions"]
     assert versions["shardadam"] == shardadam.__version__
     assert versions["torch"] == torch.__version__ and versions["CUDA of torch"] == torch.version.cuda
     assert versions["Python"].startswith(platform.python_version())
@@ -33,7 +33,7 @@ def test_versions_are_those_that_run(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
-    machine = told(capsys)["machine"]
+    machine = facts(capsys)["machine"]
     assert platform.release() in machine["kernel"]
     assert machine["cores"] == f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
     assert (
@@ -41,7 +41,7 @@ def test_the_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_only_variables_that_matter_are_told(
+def test_only_variables_of_distributed_training_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = {
@@ -55,22 +55,22 @@ def test_only_variables_that_matter_are_told(
     for name, value in (wanted | unwanted).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    variables = told(capsys)["environment variables"]
+    variables = facts(capsys)["environment variables"]
     assert variables.items() >= wanted.items() and "WORLD_SIZE" not in variables
     assert "hunter2" not in json.dumps(variables)
 
 
-def test_shared_memory_is_tried_in_earnest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys)["works here"]["shared memory between ranks"] is (unix_sockets.why_unsupported() is None)
+def test_shared_memory_is_really_tried(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert facts(capsys)["works here"]["shared memory between ranks"] is (unix_sockets.why_unsupported() is None)
 
     def refuse(*_: Any) -> int:
         raise PermissionError("seccomp says no")
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    assert told(capsys)["works here"]["shared memory between ranks"] == "no: seccomp says no"
+    assert facts(capsys)["works here"]["shared memory between ranks"] == "no: seccomp says no"
 
 
-def test_trying_leaves_nothing_behind() -> None:
+def test_trying_shared_memory_leaves_no_descriptor() -> None:
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         assert unix_sockets.why_unsupported() is None
@@ -89,7 +89,7 @@ def test_gpus_are_named_with_their_driver(monkeypatch: pytest.MonkeyPatch, capsy
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.3"
     )
     monkeypatch.setattr(environment, "_read", lambda path: version if "nvidia" in path else real(path))
-    found = told(capsys)
+    found = facts(capsys)
     assert found["gpus"] == {
         "driver": "550.54.15",
         "cuda:0": "NVIDIA H100, 80.0 GiB, compute capability 9.0",
@@ -97,21 +97,21 @@ def test_gpus_are_named_with_their_driver(monkeypatch: pytest.MonkeyPatch, capsy
     }
 
 
-def test_a_machine_that_tells_nothing_is_described_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_facts_are_printed_as_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(environment, "_read", lambda path: "")
     monkeypatch.setattr(environment, "_version", lambda package: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = told(capsys)
+    found = facts(capsys)
     assert found["gpus"] == {} and found["machine"]["system"] is None and found["versions"]["triton"] is None
 
 
-def test_text_can_be_pasted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_has_sections_and_is_ascii(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["env"]) == 0
-    said = capsys.readouterr().out
-    sections = said.split("\n\n")
+    printed = capsys.readouterr().out
+    sections = printed.split("\n\n")
     assert [section.splitlines()[0] for section in sections] == [
         "versions",
         "machine",
@@ -120,5 +120,5 @@ def test_text_can_be_pasted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "environment variables",
     ]
     assert all(line.startswith("  ") for section in sections for line in section.splitlines()[1:])
-    assert f"  torch          {torch.__version__}\n" in said and "OMP_NUM_THREADS" in sections[-1]
-    assert said.isascii()
+    assert f"  torch          {torch.__version__}\n" in printed and "OMP_NUM_THREADS" in sections[-1]
+    assert printed.isascii()

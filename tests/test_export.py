@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported checkpoint has exactly what was saved and loads without shardadam; exporting takes little memory."""
+"""An exported checkpoint holds exactly what was saved, loads without shardadam, and is written with little memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCH, SAFETENSORS = FORMATS
 
 
 def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the state of the model, and on rank 0 of the optimizer, that it saves."""
+    """Save; return the state of the model, and on rank 0 that of the optimizer."""
     run = build(precision)
     run.train(range(3))
     shardadam.save(directory, step=3, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
@@ -39,7 +39,7 @@ def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Ten
 
 
 def exported(directory: Path, format: Any, **options: Any) -> list[Any]:
-    """Returns model and optimizer as their files have them."""
+    """Export, and return the contents of the files of model and optimizer."""
     paths = export(directory, format=format, output=directory / "exported", **options)
     suffix = "pt" if format == TORCH else "safetensors"
     assert [path.name for path in paths] == [f"model.{suffix}", f"optimizer.{suffix}"]
@@ -65,7 +65,7 @@ def names_of(optimizer: dict[str, Any]) -> dict[int, str]:
 @pytest.mark.parametrize("chunk_numel", [128, 384, values.CHUNK_NUMEL])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_torchs_files_hold_what_was_saved_bit_for_bit(
+def test_torch_files_hold_the_saved_state_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, precision: Any, chunk_numel: int
 ) -> None:
     monkeypatch.setattr(values, "CHUNK_NUMEL", chunk_numel)
@@ -88,7 +88,7 @@ def test_torchs_files_hold_what_was_saved_bit_for_bit(
 @pytest.mark.parametrize("chunk_numel", [128, values.CHUNK_NUMEL])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_safetensors_hold_what_was_saved_bit_for_bit(
+def test_safetensors_files_hold_the_saved_state_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, precision: Any, chunk_numel: int
 ) -> None:
     monkeypatch.setattr(values, "CHUNK_NUMEL", chunk_numel)
@@ -141,7 +141,7 @@ def save_and_train_on(directory: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_torchs_adamw_trains_on_from_an_export(tmp_path: Path, world_size: int) -> None:
+def test_torchs_adamw_resumes_from_an_export(tmp_path: Path, world_size: int) -> None:
     expected = on_ranks(world_size, save_and_train_on, str(tmp_path))[0]
     found_model, found_optimizer = exported(tmp_path, TORCH)
     model = Quadratic(seed=5)
@@ -159,7 +159,7 @@ def test_torchs_adamw_trains_on_from_an_export(tmp_path: Path, world_size: int) 
 
 
 class Extra(nn.Module):
-    """Many tensors of one shape, which differ only by position, and objects that are no tensors."""
+    """Many tensors of one shape, which only their order tells apart, and state that is no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Extra(nn.Module):
 
 @pytest.mark.parametrize("zip64_from_bytes", [8, 2**30])
 @pytest.mark.parametrize("mmap", [False, True])
-def test_every_record_is_its_tensors(
+def test_every_tensor_of_a_torch_file_has_its_own_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool, zip64_from_bytes: int
 ) -> None:
     monkeypatch.setattr("shardadam.checkpoint.export._ZIP64_FROM_BYTES", zip64_from_bytes)
@@ -195,7 +195,7 @@ def test_every_record_is_its_tensors(
         assert torch.equal(found_optimizer["state"][index]["exp_avg"], optimizer.full_state(parameter)["exp_avg"])
     for path in paths:
         with zipfile.ZipFile(path) as archive:
-            assert archive.testzip() is None  # every checksum
+            assert archive.testzip() is None  # all checksums match
             names = [name.removeprefix("archive/") for name in archive.namelist()]
         reader = torch._C.PyTorchFileReader(str(path))
         assert {reader.get_record_offset(name) % ALIGNMENT_BYTES for name in names} == {0}
@@ -205,7 +205,7 @@ def test_every_record_is_its_tensors(
 
 
 @pytest.mark.parametrize("dtype", [*SAFETENSORS_DTYPES, torch.complex128], ids=str)
-def test_every_dtype_of_a_buffer(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_buffers_of_every_dtype_are_exported(tmp_path: Path, dtype: torch.dtype) -> None:
     model = nn.Module()
     model.register_buffer("buffer", torch.arange(24).view(2, 3, 4).to(dtype).transpose(0, 2))
     shardadam.save(tmp_path, step=1, model=model)
@@ -245,7 +245,9 @@ def test_damaged_input_is_refused_and_leaves_no_output(tmp_path: Path, format: A
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any) -> None:
+def test_a_full_disk_leaves_existing_files_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
+) -> None:
     saved(str(tmp_path))
     finished = []
 
@@ -262,7 +264,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_files_that_are_there_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert export(tmp_path, format=TORCH)[0] == tmp_path / "step-00000003-torch" / "model.pt"
@@ -272,7 +274,7 @@ def test_files_that_are_there_are_not_overwritten(tmp_path: Path, monkeypatch: p
     assert [path.name for path in (tmp_path / "step-00000003-torch").iterdir()] == ["optimizer.pt"]
 
 
-def test_what_a_checkpoint_does_not_hold_is_left_out(tmp_path: Path) -> None:
+def test_a_checkpoint_without_model_or_optimizer_exports_the_other_alone(tmp_path: Path) -> None:
     run = build()
     shardadam.save(tmp_path / "a", step=1, model=run.model)
     shardadam.save(tmp_path / "b", step=1, optimizer=run.optimizer)
@@ -289,7 +291,7 @@ import shardadam.cli
 def kib(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
-Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which imports have raised
 before = kib("VmRSS")
 assert shardadam.cli.main(["export", sys.argv[1], "--format", sys.argv[2], "--output", sys.argv[3]]) == 0
 print((kib("VmHWM") - before) / 1024)
@@ -298,8 +300,8 @@ print((kib("VmHWM") - before) / 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("moments", "format"), [("fp32", TORCH), ("int8", SAFETENSORS)])
-def test_memory_is_far_below_the_size(tmp_path: Path, moments: Any, format: str) -> None:
-    """One tensor of 64 MiB, and two moments of that size."""
+def test_memory_is_far_below_the_size_of_the_checkpoint(tmp_path: Path, moments: Any, format: str) -> None:
+    """The model is a single tensor of 64 MiB; its exported moments are twice as large."""
     model = nn.Linear(4096, 4096, bias=False)
     optimizer = ShardedAdamW(model.parameters(), precision=Precision(moments=moments))
     shardadam.save(tmp_path, step=1, model=model, optimizer=optimizer)

@@ -2,8 +2,8 @@
 """If one rank does something else than the others, every rank raises within the process group's timeout; the error
 names the rank and its call, and no rank writes an update that the others do not.
 
-Each fault has its own processes, as it leaves unusable groups behind. The faults of a test run at the same time, as
-they mostly wait.
+Each fault has its own processes, because it leaves unusable process groups behind. The faults of a test run at the same
+time, because they mostly wait.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Run:
         self.optimizer.zero_grad()
 
 
-# What the victim does instead of an ordinary step
+# Faults: what the victim does instead of an ordinary step
 
 
 def skips_step(run: Run) -> None:
@@ -143,10 +143,10 @@ def stops(run: Run) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-# Pattern of the error on every rank, which also names rank 1
+# Patterns of the error on every rank; it also names rank 1
 FAULTS: dict[Callable[[Run], None], str] = {
     skips_step: r"rank 1.* zero_grad\(\)",
-    steps_twice: r"",  # to the others, a rank without a gradient
+    steps_twice: r"",  # the others see a rank without a gradient
     runs_backward_twice: r"other numbers of backward passes|rank 1.* step\(\)",
     clips: r"clip_grad_norm_ on rank 1|rank 1.* clip_grad_norm_\(\)",
     looks_at_a_gradient: r"full_grad on rank 1|rank 1.* full_grad\(\)",
@@ -155,7 +155,7 @@ FAULTS: dict[Callable[[Run], None], str] = {
     has_another_lr: r"lr 0.01 on ranks? 0.*, 0.5 on rank 1",
     adds_a_group: r"rank 1.* add_param_group\(\)",
     broadcasts_buffers: r"rank 1.* sync_module\(\)",
-    saves: r"",  # its save times out before the others raise
+    saves: r"",  # its save times out before the others raise, so no fixed error
     raises: r"rank 1: has ended",
     ends: r"rank 1: has ended",
     is_killed: r"rank 1: has ended",
@@ -166,14 +166,14 @@ GONE = (raises, ends, is_killed, sleeps, stops)
 
 
 @dataclass(frozen=True)
-class Told:
-    """The result of a rank."""
+class Outcome:
+    """How the run of a rank ended."""
 
     kind: str
     message: str
     seconds: float
     parameters: list[list[float]]
-    grew: int  # steps it counts since the fault
+    grew: int  # steps counted since the fault
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,17 @@ class Scenario:
         except Exception as error:
             kind, message = type(error).__name__, str(error)
         values = [p.detach().flatten().tolist() for p in parameters]
-        pipe.send(Told(kind, message, time.monotonic() - start, values, step - FAULTY_STEP))
+        pipe.send(Outcome(kind, message, time.monotonic() - start, values, step - FAULTY_STEP))
         if self.fault is raises and rank == VICTIM:
-            os._exit(1)  # as its script would end
+            os._exit(1)  # end as a script would
         time.sleep(ANSWER_S)
 
 
-def notices(fault: Callable[[Run], None], gradient_sync: str, rank: int) -> bool:
-    """Whether this rank raises. Without hooks, no rank notices a backward, and a rank that skipped a step is one step
-    behind: the others notice when it ends.
+def is_noticed_by(fault: Callable[[Run], None], gradient_sync: str, rank: int) -> bool:
+    """Return whether ``rank`` raises.
+
+    Without hooks no rank notices another backward, and a rank that skipped a step is one step behind: the others
+    notice when it ends.
     """
     if fault is steps_twice:
         return rank == VICTIM
@@ -223,12 +225,12 @@ def notices(fault: Callable[[Run], None], gradient_sync: str, rank: int) -> bool
 
 def inject(
     fault: Callable[[Run], None], gradient_sync: str, transport: str, world_size: int, directory: Path
-) -> dict[int, Told]:
+) -> dict[int, Outcome]:
     directory.mkdir()
     scenario = Scenario(fault, gradient_sync, transport, str(directory / "checkpoints"))
     with ranks_of(world_size, directory / "store", scenario, timeout_s=TIMEOUT_S) as ranks:
-        told = [rank for rank in range(world_size) if rank != VICTIM or fault not in GONE]
-        return {rank: ranks.hear(rank) for rank in told}
+        alive = [rank for rank in range(world_size) if rank != VICTIM or fault not in GONE]
+        return {rank: ranks.hear(rank) for rank in alive}
 
 
 @pytest.mark.parametrize(
@@ -254,10 +256,10 @@ def test_a_fault_ends_on_every_rank_in_an_error_that_names_the_rank(
             for fault in FAULTS
         }
     for fault, future in found.items():
-        told = future.result()
-        for rank, one in told.items():
+        outcomes = future.result()
+        for rank, one in outcomes.items():
             what = f"{fault.__name__}, rank {rank}: {one.kind} after {one.seconds:.1f} s: {one.message}"
-            if not notices(fault, gradient_sync, rank):
+            if not is_noticed_by(fault, gradient_sync, rank):
                 assert one.kind == "" and one.grew == 2, what
                 continue
             assert one.kind in ("RankDesyncError", "TimeoutError", "ValueError"), what
@@ -265,5 +267,5 @@ def test_a_fault_ends_on_every_rank_in_an_error_that_names_the_rank(
             assert f"rank {VICTIM}" in one.message or (fault is saves and "did not arrive" in one.message), what
             assert re.search(FAULTS[fault], one.message), what
             assert all(math.isfinite(x) for values in one.parameters for x in values), what
-        if all(notices(fault, gradient_sync, rank) for rank in told):
-            assert len({str((one.grew, one.parameters)) for one in told.values()}) == 1, fault.__name__
+        if all(is_noticed_by(fault, gradient_sync, rank) for rank in outcomes):
+            assert len({str((one.grew, one.parameters)) for one in outcomes.values()}) == 1, fault.__name__

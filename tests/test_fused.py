@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused form, torch's kernel around every storage format, equals the reference."""
+"""The fused update, torch's kernel with every storage format, equals the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMATS = [
 EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f.dtype}-{f.moments}-{f.master}")
 CODED = [format for format in FORMATS if format.moments != "fp32" or format.master != "own"]
 
-NUMELS = (300, 128, 140_032, 1, 130)  # the third is longer than a chunk of the cache
+NUMELS = (300, 128, 140_032, 1, 130)  # the third is longer than one chunk (shardadam/chunks.py)
 UNUSED = 3  # its index in the arena, which is in reverse order
 STEPS = (1.0, 7.0, 40.0, 3.0, 1.0)
 SEED = 11
@@ -38,7 +38,7 @@ SEED = 11
 
 @dataclass
 class Arena:
-    """One arena on one rank: its only bucket's shard, and where each parameter lies in it."""
+    """An arena with one bucket on one rank: the shard, and the offset of each parameter."""
 
     format: Format
     shard: Shard
@@ -47,7 +47,7 @@ class Arena:
     bucket: Any
 
     def parts(self) -> list[tuple[int, slice]]:
-        """Every parameter's index, and its blocks' elements, padding included."""
+        """Yield the index of every parameter and the elements of its blocks, with padding."""
         starts = [segment.offset for segment in self.bucket.shard_segments(0)]
         stops = [*starts[1:], self.bucket.numel]
         owners = [segment.parameter for segment in self.bucket.shard_segments(0)]
@@ -89,7 +89,7 @@ def normal(numel: int, seed: int) -> Tensor:
 
 
 def build(format: Format) -> Arena:
-    """With values such as training leaves: moments of gradients, masters behind the parameters."""
+    """Return an arena with values as after training: moments of gradients, and masters that the parameters round."""
     plan = build_layout([ParameterSpec(n, 4, 0) for n in NUMELS], world_size=1, bucket_bytes=1 << 30)
     (bucket,), (arena,) = plan.buckets, plan.arenas
     indices = {parameter: position for position, parameter in enumerate(arena.parameters)}
@@ -122,7 +122,7 @@ def build(format: Format) -> Arena:
 
 
 def step_reference(arena: Arena, group: dict[str, Any], *, coefficient: float | None = None) -> None:
-    """The same step as ``Arena.step``, parameter by parameter."""
+    """Take the same step as ``Arena.step``, parameter by parameter, with the reference."""
     for index, part in arena.parts():
         if index == UNUSED:
             continue
@@ -156,10 +156,10 @@ def exact_state(arena: Arena) -> list[Tensor]:
 
 
 def clone(arena: Arena) -> Arena:
-    twin = build(arena.format)
+    copied = build(arena.format)
     for name, flat in arena.stored().items():
-        twin.stored()[name].copy_(flat)
-    return twin
+        copied.stored()[name].copy_(flat)
+    return copied
 
 
 @pytest.mark.sweep(16)
@@ -176,7 +176,7 @@ def clone(arena: Arena) -> Arena:
     ids=str,
 )
 def test_fused_equals_reference(format: Format, changed: dict[str, Any], coefficient: float | None) -> None:
-    """Moments and weights to 1e-6; codes and stochastic roundings but where that difference moves one by one unit."""
+    """Moments and weights agree to 1e-6, except that codes and stochastic roundings may differ by one unit."""
     ours, truth = build(format), build(format)
     group = hyperparameters(**changed)
     for step in range(3):
@@ -194,7 +194,7 @@ def test_fused_equals_reference(format: Format, changed: dict[str, Any], coeffic
 
 
 @EVERY_FORMAT
-def test_what_takes_no_part_is_left_alone(format: Format) -> None:
+def test_unused_parameters_are_left_unchanged(format: Format) -> None:
     arena, before = build(format), build(format)
     arena.step(hyperparameters(), coefficient=0.5)
     for name, flat in arena.stored().items():
@@ -246,9 +246,8 @@ WRITES = {
 @pytest.mark.sweep(18)
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("format", [f for f in FORMATS if f.dtype.itemsize == 2], ids=str)
-def test_a_step_starts_from_what_was_written_to_the_parameter(format: Format, write: str) -> None:
-    """To half a unit in the parameter's last place, and without a NaN: zeroed parameters once made half of the split
-    masters NaN."""
+def test_a_step_starts_from_the_value_written_to_the_parameter(format: Format, write: str) -> None:
+    """Exact to half a unit of the parameter. Zeroed parameters once made half of the split masters NaN."""
     arena = build(format)
     before = formats.read_master(arena.stored(), arena.shard.parameter)
     old = reference.round_half_away(normal(arena.bucket.numel, 1).float(), format.dtype)
@@ -272,7 +271,7 @@ def test_a_step_starts_from_what_was_written_to_the_parameter(format: Format, wr
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def test_a_written_parameter_wins_over_its_master_and_an_unwritten_one_keeps_it(dtype: torch.dtype) -> None:
+def test_a_written_parameter_replaces_its_master_and_an_unwritten_one_keeps_it(dtype: torch.dtype) -> None:
     master = normal(1000, 5).float()
     parameter = reference.round_half_away(master, dtype)
     before = master.clone()
@@ -289,8 +288,8 @@ def test_a_written_parameter_wins_over_its_master_and_an_unwritten_one_keeps_it(
 
 
 @pytest.mark.parametrize("format", CODED, ids=str)
-def test_extreme_values_are_what_the_reference_makes_of_them(format: Format) -> None:
-    """The rare cases leave the fast path: infinite and NaN weights, moments that overflow, gradients that vanish."""
+def test_extreme_values_equal_the_reference(format: Format) -> None:
+    """Cases outside the fast path: infinite and NaN weights, moments that overflow, gradients that underflow."""
     ours, truth = build(format), build(format)
     for arena in (ours, truth):
         numel = arena.bucket.numel
@@ -311,8 +310,8 @@ def test_extreme_values_are_what_the_reference_makes_of_them(format: Format) -> 
 
 
 @pytest.mark.parametrize("master", ["split", "fp32", "none"])
-def test_moments_that_exact_adam_cannot_have_are_bounded_as_in_the_reference(master: Any) -> None:
-    """Codes drawn at random: most of m is far beyond what v allows."""
+def test_impossible_moments_are_bounded_as_in_the_reference(master: Any) -> None:
+    """With random codes, most of m is far beyond the bound that v implies."""
     ours, truth = (build(Format(BFLOAT16, "int8", master)) for _ in range(2))
     for arena in (ours, truth):
         generator = torch.Generator().manual_seed(4)

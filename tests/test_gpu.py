@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU shows, shown again on a GPU, and what only a GPU can show: the compiled kernel's bits, a step that never
-waits for the device, capture in a CUDA graph, transfers on a stream of their own.
+"""The CPU's scenarios on a GPU, and what only a GPU can show: the compiled kernel's bits, a step that never waits
+for the device, CUDA graph capture, transfers on their own stream.
 
-Over NCCL with one rank, and with 2 and 4 on one GPU over Gloo. The scenarios are those of the CPU's tests.
+Runs over NCCL with one rank, and over Gloo with 2 and 4 ranks on one GPU.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def connected(transport: Connect) -> Transport:
 
 @pytest.fixture
 def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process every transfer begins some milliseconds late: what does not wait for it reads what was there
-    before.
-    """
+    """Delay every transfer of this process by some milliseconds, so code that does not wait for it reads old values."""
     enter = CommunicationStream.__enter__
 
     def late(self: Any) -> Any:
@@ -65,7 +63,7 @@ def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreted.each_variant
 def test_compiled_kernel_equals_reference(variant: interpreted.Variant) -> None:
-    """Bit for bit, as the interpreter does; infinities, subnormals, NaNs and remainders written by others included."""
+    """Bit for bit, as in the interpreter, with infinities, subnormals, NaNs and stale remainders."""
     assert interpreted.differences_from_reference(variant, device=DEVICE) == []
 
 
@@ -74,13 +72,13 @@ def test_compiled_positions_are_counted_in_uint32() -> None:
     assert interpreted.differences_from_reference(variant, 2**32 - 1024, DEVICE) == []
 
 
-def test_nan_stays_nan_through_a_split() -> None:
-    """0x7fffffff rounds to a parameter that is NaN, not to -0.0."""
+def test_the_split_of_a_nan_is_a_nan() -> None:
+    """The NaN 0x7fffffff must round to a NaN, not to -0.0."""
     variant = interpreted.Variant("fp32", "bfloat16", "split")
-    shard = interpreted.moved(interpreted.build_shard(variant, torch.Generator().manual_seed(0)), DEVICE)
+    shard = interpreted.to_device(interpreted.build_shard(variant, torch.Generator().manual_seed(0)), DEVICE)
     shard.parameter.view(torch.int16).fill_(0x7FFF)
     shard.remainder.fill_(-1)
-    counters = interpreted.moved(interpreted.build_counters(), DEVICE)
+    counters = interpreted.to_device(interpreted.build_counters(), DEVICE)
     take_steps(shard, counters, 1)
     assert bool(shard.parameter.isnan().all())
 
@@ -94,8 +92,8 @@ def take_steps(shard: Shard, counters: Counters, count: int) -> None:
         update.step_(shard, interpreted.ONLY_BUCKET)
 
 
-def of_one_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counters]:
-    """bfloat16 without a master, 8-bit moments."""
+def build_single_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counters]:
+    """Return a shard of one bfloat16 parameter without a master, with 8-bit moments."""
     make = lambda dtype, count=numel: torch.zeros(count, dtype=dtype, device=DEVICE)  # noqa: E731
     blocks = numel // interpreted.BLOCK_NUMEL
     shard = Shard(
@@ -116,26 +114,26 @@ def of_one_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counters]:
 
 def test_stochastic_rounding_is_unbiased_on_the_device() -> None:
     numel = 1 << 22
-    shard, counters = of_one_parameter(numel, torch.ones(numel, device=DEVICE))
+    shard, counters = build_single_parameter(numel, torch.ones(numel, device=DEVICE))
     shard.parameter.fill_(1.0)
     take_steps(shard, counters, 1)
-    below, above = 1.0 - 2.0**-8, 1.0  # between which 1 - LR lies
+    below, above = 1.0 - 2.0**-8, 1.0  # 1 - LR lies between them
     assert sorted(shard.parameter.float().unique().tolist()) == [below, above]
     expected = (1.0 - interpreted.LR - below) / (above - below)
     share = float((shard.parameter == above).float().mean())
     assert abs(share - expected) < 5 * (expected * (1 - expected) / numel) ** 0.5 + 1e-5
 
 
-def test_offsets_past_two_to_the_31_elements() -> None:
-    """The last elements of a huge shard come out as those of a small one with the same gradients and positions."""
+def test_offsets_beyond_two_to_the_31_elements() -> None:
+    """The last elements of a huge shard equal those of a small one with the same gradients and positions."""
     numel, last = 2**31 + 8 * 1024, 1024
     if torch.cuda.mem_get_info()[0] < 10 * numel:
         pytest.skip("needs 20 GB of memory on the device")
     random = torch.Generator(DEVICE).manual_seed(0)
     gradient = torch.zeros(numel, device=DEVICE)
     gradient[-last:] = torch.randn(last, device=DEVICE, generator=random)
-    shard, counters = of_one_parameter(numel, gradient)
-    small, its_counters = of_one_parameter(last, gradient[-last:].clone())
+    shard, counters = build_single_parameter(numel, gradient)
+    small, its_counters = build_single_parameter(last, gradient[-last:].clone())
     its_counters.first_blocks.sub_((numel - last) // interpreted.BLOCK_NUMEL)
     take_steps(shard, counters, 2)
     take_steps(small, its_counters, 2)
@@ -160,7 +158,7 @@ def test_a_step_does_not_wait_for_the_device(moments: str, transport: Connect) -
     model, optimizer = build(moments, 1e-2, transport)
     batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     for step in range(3):
-        # In the first, kernels are compiled and the order of buckets is agreed.
+        # The first step compiles kernels and agrees on the order of buckets.
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
             model(batch).float().square().mean().backward()
@@ -173,8 +171,8 @@ def test_a_step_does_not_wait_for_the_device(moments: str, transport: Connect) -
 
 @on_nccl_too
 @of_moments
-def test_a_captured_step_replays_as_steps(moments: str, transport: Connect) -> None:
-    """Forward, backward and step in one CUDA graph, with a learning rate that is changed between replays."""
+def test_replays_of_a_captured_step_equal_steps(moments: str, transport: Connect) -> None:
+    """Forward, backward and step are one CUDA graph; the learning rate changes between replays."""
     batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     results = []
     for is_captured in (False, True):
@@ -197,7 +195,7 @@ def test_a_captured_step_replays_as_steps(moments: str, transport: Connect) -> N
 
 
 def train_on_streams(transport: Connect, streams: int) -> list[Tensor]:
-    """Branches of a model on streams of their own: autograd runs their backward, and the hooks, there, too."""
+    """Train branches of a model on different streams, where autograd also runs their backward and the hooks."""
     torch.manual_seed(0)
     branches = nn.ModuleList(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256)) for _ in range(6))
     branches.to(DEVICE)
@@ -219,7 +217,7 @@ def train_on_streams(transport: Connect, streams: int) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("slow_transfers")
-def test_gradients_from_several_streams_are_all_waited_for() -> None:
+def test_a_step_waits_for_gradients_of_all_streams() -> None:
     expected = train_on_streams(connect, 0)
     for streams in (0, 3):
         for a, b in zip(train_on_streams(nccl_of_one, streams), expected, strict=True):
@@ -249,7 +247,7 @@ def test_an_overflow_under_autocast_is_skipped_on_all_ranks(world_size: int) -> 
     assert set(on_ranks(world_size, train_in_half_precision)) == {(2.0**15, 1)}
 
 
-def test_the_plan_is_what_is_allocated() -> None:
+def test_the_plan_equals_the_allocated_bytes() -> None:
     torch.cuda.synchronize()
     parameters = [nn.Parameter(torch.zeros(3000, 1000, device=DEVICE, dtype=torch.bfloat16)) for _ in range(8)]
     setting = Setting(precision=Precision(moments="int8"), device=DEVICE)
@@ -258,11 +256,11 @@ def test_the_plan_is_what_is_allocated() -> None:
     memory = optimizer.memory()
     assert memory == plan(parameters, setting)
     taken = torch.cuda.memory_allocated() - before
-    old = sum(p.nbytes for p in parameters)  # given back
+    old = sum(p.nbytes for p in parameters)  # freed
     assert taken == pytest.approx(memory.total - old, rel=0.01)
 
 
-# What the tests of the CPU show
+# The scenarios of the CPU's tests
 
 
 @pytest.fixture(params=[(1, "collective"), (1, "nccl"), (2, "collective"), (4, "collective")], ids=str)
@@ -273,7 +271,7 @@ def ranks_and_transport(request: pytest.FixtureRequest) -> Iterator[tuple[int, s
 @pytest.mark.sweep(32)
 @pytest.mark.parametrize("case", parity.FEATURES, ids=lambda case: case.id)
 def test_equals_torch_in_every_feature(case: parity.Case, ranks_and_transport: tuple[int, str]) -> None:
-    """Of torch on the CPU: what is computed there is the same but for last places."""
+    """torch runs on the CPU, whose results differ only by rounding."""
     world_size, transport = ranks_and_transport
     results = on_ranks(world_size, parity.train_sharded, replace(case, device=DEVICE), transport)
     expected = parity.train_torch(case, world_size)
@@ -285,7 +283,7 @@ def test_equals_torch_in_every_feature(case: parity.Case, ranks_and_transport: t
 
 @pytest.mark.parametrize("master", ["split", "fp32", "none"])
 @of_moments
-def test_numbers_are_the_same_on_any_number_of_ranks(moments: str, master: str) -> None:
+def test_results_are_the_same_on_any_number_of_ranks(moments: str, master: str) -> None:
     dtypes = ("fp32", "bf16", "fp16")
     expected = precision.train(dtypes, moments, master, 32.0, device=DEVICE)
     for world_size in (2, 4):
@@ -341,12 +339,12 @@ def find_a_changed_bit() -> list[str]:
 
 
 def test_a_changed_bit_is_found() -> None:
-    for (said,) in on_ranks(2, find_a_changed_bit):
-        assert "parameter 'weight': rank 1 differs from rank 0." in said
+    for (message,) in on_ranks(2, find_a_changed_bit):
+        assert "parameter 'weight': rank 1 differs from rank 0." in message
 
 
 @pytest.mark.parametrize("what", step_sync.DISAGREEMENTS)
-def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(what: str, tmp_path: Path) -> None:
+def test_a_step_on_which_ranks_disagree_is_not_taken_and_raises_at_the_next(what: str, tmp_path: Path) -> None:
     for found in on_ranks(2, step_sync.disagree, what, "backward", str(tmp_path), "step", DEVICE):
         assert found["unchanged"] and found["skipped"] == 1 and found["went on"]
         assert found["first"].startswith(step_sync.DISAGREEMENTS[what].format(others="rank 0"))

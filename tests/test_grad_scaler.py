@@ -57,7 +57,7 @@ def train(gradient_sync: Any, dtype: torch.dtype, unscale: bool, clip: float | N
 
 
 def train_torch(world_size: int, clip: float | None) -> dict[str, Any]:
-    """torch's scaler and AdamW in one process, on the mean of all ranks' losses."""
+    """Train with torch's scaler and AdamW in one process, on the mean of all ranks' losses."""
     model = build_model(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=3)
@@ -86,7 +86,7 @@ def test_equals_torchs_scaler_on_averaged_gradients(
     expected = train_torch(world_size, clip)
     for result in on_ranks(world_size, train, gradient_sync, torch.float32, unscale, clip):
         assert result["scales"] == expected["scales"]
-        assert result["scales"][POISONED] == SCALE / 2 and result["scales"][-1] >= SCALE  # it has backed off and grown
+        assert result["scales"][POISONED] == SCALE / 2 and result["scales"][-1] >= SCALE  # it has shrunk and grown
         assert result["skipped"] == 1
         for norm, expected_norm in zip(result["norms"], expected["norms"], strict=True):
             assert norm == pytest.approx(expected_norm, rel=1e-5, nan_ok=True)
@@ -96,14 +96,14 @@ def test_equals_torchs_scaler_on_averaged_gradients(
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_float16_parameters_follow_float32_ones(world_size: int, gradient_sync: str) -> None:
+def test_float16_training_stays_close_to_float32(world_size: int, gradient_sync: str) -> None:
     expected = train_torch(world_size, None)
     for result in on_ranks(world_size, train, gradient_sync, torch.float16, False, None):
         assert result["scales"] == expected["scales"]
         assert result["skipped"] == 1
         for a, b in zip(result["weights"], expected["weights"], strict=True):
             assert a.dtype == torch.float16
-            away = (a.float() - b).abs()  # where a gradient is about 0, its sign decides
+            away = (a.float() - b).abs()  # where a gradient is about 0, rounding decides its sign
             assert away.max() < 0.04 and (away < 0.005).float().mean() > 0.95
 
 
@@ -124,7 +124,7 @@ def look_at_unscaled_gradients(gradient_sync: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("gradient_sync", "stays"), [("backward", 0.0), ("step", 1.0), ("external", 1.0)])
-def test_unscaled_gradients_are_what_everybody_sees(gradient_sync: str, stays: float) -> None:
+def test_full_grad_and_p_grad_are_unscaled_after_unscale(gradient_sync: str, stays: float) -> None:
     model = build_model(torch.float32)
     loss_of(model, 0, 0, torch.float32).backward()
     full, stayed = look_at_unscaled_gradients(gradient_sync)
@@ -132,7 +132,7 @@ def test_unscaled_gradients_are_what_everybody_sees(gradient_sync: str, stays: f
     assert float(stayed) == stays
 
 
-def test_other_optimizers_are_treated_as_torch_does() -> None:
+def test_with_torchs_adamw_it_equals_torchs_scaler() -> None:
     ours, theirs = [], []
     for scaler_class, weights in ((GradScaler, ours), (torch.amp.GradScaler, theirs)):
         model = build_model(torch.float32)
@@ -147,7 +147,7 @@ def test_other_optimizers_are_treated_as_torch_does() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_state_and_disabling_are_torchs() -> None:
+def test_state_dict_and_enabled_false_are_as_in_torch() -> None:
     scaler = GradScaler("cpu", init_scale=8.0)
     other = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
@@ -171,7 +171,7 @@ def test_misuse_is_refused() -> None:
         theirs.scale(loss_of(model, 1, 0, torch.float16)).backward()
         with pytest.raises(RuntimeError, match=r"shardadam\.GradScaler"):
             theirs.step(optimizer)
-        optimizer.step()  # and nothing of it is left behind
+        optimizer.step()  # the refused call left no state
         optimizer.zero_grad()
     scaler = GradScaler("cpu")
     scaler.scale(loss_of(model, 1, 0, torch.float16)).backward()
@@ -184,7 +184,7 @@ def test_misuse_is_refused() -> None:
         scaler.step(optimizer)
 
 
-def test_averaged_gradients_may_be_scaled_by_torch() -> None:
+def test_torchs_scaler_works_with_external_gradients() -> None:
     model = build_model(torch.float32)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = ShardedAdamW(model.parameters(), gradient_sync="external")

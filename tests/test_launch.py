@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``launch/pretrain.py`` under torchrun: sharded training ends where DDP with torch's AdamW does, on less memory, and
-stopped and resumed where it would have ended anyhow.
+"""``launch/pretrain.py`` under torchrun: sharded training ends at the same loss as DDP with torch's AdamW, with less
+memory, and also if it is stopped and resumed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def launch(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     [[], pytest.param(["--micro-batch", "2", "--gradient-sync", "step"], marks=pytest.mark.long)],
     ids=["plain", "micro-batches"],
 )
-def test_sharded_training_ends_where_torchs_adamw_does(extra: list[str], tmp_path: Path) -> None:
-    """With clipping in force, which is what the sharded norm has to get right."""
+def test_sharded_training_ends_at_the_same_loss_as_ddp_with_torchs_adamw(extra: list[str], tmp_path: Path) -> None:
+    """Clipping is on, so a wrong global norm would change the loss."""
     sharded, output = pretrain(tmp_path, *extra)
     replicated, _ = pretrain(tmp_path, "--optimizer", "adamw", *extra)
     assert sharded["validation_loss"] == pytest.approx(replicated["validation_loss"], abs=1e-4)
@@ -78,12 +78,12 @@ def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
 
 # Checkpoints
 
-RESUMED = ["--steps=12", "--batch=12", "--save-every=4"]  # a batch for 1, 2 and 3 ranks
+RESUMED = ["--steps=12", "--batch=12", "--save-every=4"]  # 12 divides by 1, 2 and 3 ranks
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of a run on 2 ranks that was stopped halfway, written in the background."""
+    """Return the directory of asynchronous checkpoints of a run on 2 ranks that was stopped halfway."""
     directory = tmp_path_factory.mktemp("stopped")
     options = ["--save-dir", str(directory / "saved"), "--save-async", "--keep=1", "--stop-after=6", "--resume"]
     result, output = pretrain(directory, *RESUMED, *options)
@@ -93,7 +93,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "saved"
 
 
-def test_a_stopped_run_ends_where_it_would_have_on_any_number_of_ranks(
+def test_a_stopped_run_resumes_on_any_number_of_ranks_to_the_same_loss(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, output = pretrain(tmp_path, *RESUMED, "--save-dir", str(tmp_path / "straight"))
@@ -110,7 +110,7 @@ def test_a_stopped_run_ends_where_it_would_have_on_any_number_of_ranks(
             assert resumed["validation_loss"] == straight["validation_loss"]
 
     again, _ = pretrain(tmp_path, *RESUMED, "--save-dir", str(tmp_path / "on-1"), "--resume", ranks=1)
-    assert (again["first_step"], again["last_step"], again["saves"]) == (13, 12, 0)  # nothing is left to do
+    assert (again["first_step"], again["last_step"], again["saves"]) == (13, 12, 0)  # all steps are done
     assert again["validation_loss"] == pytest.approx(straight["validation_loss"], abs=1e-4)
 
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_ends_in_one_message(stopped: Path, tmp_path: Path)
     run = launch(*RESUMED, "--save-dir", str(tmp_path / "saved"), "--resume", ranks=2)
     assert run.returncode != 0
     assert run.stderr.count("rank-00001.bin is damaged") == 1, run.stderr
-    assert 'pretrain.py", line' not in run.stderr  # a traceback that is there is torchrun's own
+    assert 'pretrain.py", line' not in run.stderr  # only torchrun's own traceback may be there
 
 
 @pytest.mark.parametrize(

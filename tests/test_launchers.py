@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launchers start what they say: on one machine, on two hosts of which one is cut off, under SLURM (with stand-ins
-for its commands) and accelerate; and the files for Kubernetes and SkyPilot are what their schemas want.
+"""The launchers work on one machine, on two hosts, one of which is cut off, under SLURM (with stand-ins for its
+commands) and under accelerate; the files for Kubernetes and SkyPilot match their schemas.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def found_in(directory: Path) -> dict[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """Two ranks of one machine, to compare with."""
+    """Train on two ranks of one machine, for comparison."""
     out = tmp_path_factory.mktemp("alone")
     done = bash(str(LAUNCH / "single-node.sh"), RUN, "--steps", "4", "--out", str(out), NPROC="2")
     assert done.returncode == 0, done.stderr
     return found_in(out)
 
 
-def test_one_machine(alone: dict[int, dict[str, Any]]) -> None:
-    assert {rank: told["step"] for rank, told in alone.items()} == {0: 3, 1: 3}
+def test_two_ranks_of_one_machine_train_together(alone: dict[int, dict[str, Any]]) -> None:
+    assert {rank: report["step"] for rank, report in alone.items()} == {0: 3, 1: 3}
     assert alone[0]["transport"] == "SharedMemoryTransport" and alone[0]["parameters"] == alone[1]["parameters"]
 
 
 @pytest.mark.parametrize(
-    ("script", "variables", "told"),
+    ("script", "variables", "expected"),
     [
         ("single-node.sh", {}, ["found ''", "training script"]),
         ("single-node.sh train.py", {}, ["found 'train.py'"]),
@@ -72,10 +72,10 @@ def test_one_machine(alone: dict[int, dict[str, Any]]) -> None:
         (f"multi-node.sh {RUN}", {"NNODES": "2", "RDZV_ENDPOINT": "a"}, ["RDZV_ENDPOINT: found 'a'"]),
     ],
 )
-def test_what_is_missing_or_wrong_is_named(script: str, variables: dict[str, str], told: list[str]) -> None:
+def test_missing_or_wrong_settings_are_named(script: str, variables: dict[str, str], expected: list[str]) -> None:
     name, *arguments = script.split()
     done = bash(str(LAUNCH / name), *arguments, **variables)
-    assert done.returncode == 2 and all(text in done.stderr for text in told), done.stderr
+    assert done.returncode == 2 and all(text in done.stderr for text in expected), done.stderr
 
 
 DIES_ONCE = """
@@ -93,13 +93,13 @@ for _ in range(3):
         os.kill(os.getpid(), signal.SIGKILL)
     optimizer.step()
     optimizer.zero_grad()
-sys.stdout.write(f"done after restart {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n")  # at once: both ranks write
+sys.stdout.write(f"done after restart {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n")  # in one write: both write
 dist.destroy_process_group()
 """
 
 
-def test_ranks_of_any_script_are_started_again(tmp_path: Path) -> None:
-    """With torch's own init_process_group, which would wait for the dead without what settings.sh sets."""
+def test_ranks_of_any_script_are_restarted(tmp_path: Path) -> None:
+    """Without the variables of settings.sh, the other ranks would wait for the dead one in init_process_group."""
     (tmp_path / "train.py").write_text(DIES_ONCE)
     done = bash(str(LAUNCH / "single-node.sh"), str(tmp_path / "train.py"), NPROC="2", MAX_RESTARTS="1")
     assert done.returncode == 0 and done.stdout.count("done after restart 1") == 2, done.stderr
@@ -137,7 +137,7 @@ def end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def await_step(directory: Path, ranks: int, step: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while not (len(found := found_in(directory)) == ranks and all(told["step"] >= step for told in found.values())):
+    while not (len(found := found_in(directory)) == ranks and all(report["step"] >= step for report in found.values())):
         logs = [path.read_text() for path in directory.glob("*.log")]
         assert time.monotonic() < deadline and not any("Traceback" in log for log in logs), logs
         time.sleep(0.05)
@@ -146,7 +146,7 @@ def await_step(directory: Path, ranks: int, step: int) -> None:
 @needs_hosts
 @pytest.mark.parametrize("hybrid", [False, pytest.param(True, id="hybrid")])
 def test_two_hosts_train_together(hybrid: bool, alone: dict[int, dict[str, Any]], tmp_path: Path) -> None:
-    """Over sockets between hosts; in hybrid sharding, over shared memory within each."""
+    """Over sockets between hosts; with hybrid sharding, over shared memory within each host."""
     options, nproc = (["--hybrid"], 2) if hybrid else ([], 1)
     with two_hosts() as hosts:
         processes = [start(host, hosts[0], tmp_path, "--steps", "4", *options, nproc=nproc) for host in hosts]
@@ -157,8 +157,8 @@ def test_two_hosts_train_together(hybrid: bool, alone: dict[int, dict[str, Any]]
     logs = {path.name: path.read_text() for path in tmp_path.glob("*.log")}
     assert codes == [0, 0], logs
     found = found_in(tmp_path)
-    assert len(found) == 2 * nproc and all(told["step"] == 3 for told in found.values())
-    assert all(told["parameters"] == found[0]["parameters"] for told in found.values())
+    assert len(found) == 2 * nproc and all(report["step"] == 3 for report in found.values())
+    assert all(report["parameters"] == found[0]["parameters"] for report in found.values())
     if hybrid:
         assert found[0]["transport"] == "HybridTransport" and found[0]["within"] == "SharedMemoryTransport"
     else:
@@ -192,9 +192,9 @@ def test_the_error_names_the_host_that_is_cut_off(how: str, tmp_path: Path) -> N
 
 @needs_hosts
 @pytest.mark.parametrize("when", [pytest.param("step", marks=pytest.mark.long), "save"])
-def test_a_host_that_loses_the_one_with_the_store_says_so(when: str, tmp_path: Path) -> None:
-    """A save meets by the store alone, and a request to a host that is cut off returns never."""
-    told = {"step": "RankDesyncError", "save": "cannot reach the store of the process group"}[when]
+def test_a_host_that_loses_the_one_with_the_store_raises(when: str, tmp_path: Path) -> None:
+    """A save uses only the store, and a request to a store on a host that is cut off never returns."""
+    expected = {"step": "RankDesyncError", "save": "cannot reach the store of the process group"}[when]
     with two_hosts() as (a, b):
         options = ("--steps", "10000", "--pace", "0.02", "--timeout", "4", *(["--save"] if when == "save" else []))
         processes = [start(host, a, tmp_path, *options) for host in (a, b)]
@@ -203,7 +203,7 @@ def test_a_host_that_loses_the_one_with_the_store_says_so(when: str, tmp_path: P
             a.cut_off()
             (tmp_path / "save").touch()
             deadline = time.monotonic() + 25
-            while told not in (log := (tmp_path / "host-b.log").read_text()):
+            while expected not in (log := (tmp_path / "host-b.log").read_text()):
                 assert time.monotonic() < deadline, log
                 time.sleep(0.1)
         finally:
@@ -213,7 +213,7 @@ def test_a_host_that_loses_the_one_with_the_store_says_so(when: str, tmp_path: P
 
 
 def children_of(pid: int) -> list[int]:
-    """And theirs."""
+    """Return ``pid`` and all its descendants."""
     children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [pid, *(found for child in children for found in children_of(child))]
 
@@ -221,7 +221,7 @@ def children_of(pid: int) -> list[int]:
 # SLURM
 
 SRUN = """#!/usr/bin/env bash
-# Stands for srun: the command on two nodes, which are both this machine.
+# A stand-in for srun: runs the command on two nodes, both of which are this machine.
 [[ $1 == --* ]] && shift
 "$@" & first=$!
 "$@" & second=$!
@@ -265,29 +265,29 @@ def test_slurm_starts_an_agent_on_every_node(tmp_path: Path) -> None:
 # Files
 
 
-def test_the_kubernetes_file_is_a_train_job() -> None:
+def test_the_kubernetes_file_is_a_valid_train_job() -> None:
     models = pytest.importorskip("kubeflow_trainer_api.models")
     found = read_yaml(LAUNCH / "kubernetes.yaml")
-    assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() == found  # it drops what it does not know
+    assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() == found  # unknown fields would be dropped
     wrong = {**found, "spec": {**found["spec"], "trainer": {"numNodes": "four"}}}
     with pytest.raises(ValueError):
         models.TrainerV1alpha1TrainJob.from_dict(wrong)
 
 
-def test_the_skypilot_file_is_a_task() -> None:
+def test_the_skypilot_file_is_a_valid_task() -> None:
     sky = pytest.importorskip("sky", reason="skypilot brings a hundred packages, and is not among those of the tests")
     task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
     assert task.num_nodes == 2 and "multi-node.sh" in task.run
 
 
-def test_the_skypilot_file_names_what_is_there() -> None:
+def test_the_skypilot_file_runs_existing_scripts() -> None:
     found = read_yaml(LAUNCH / "skypilot.yaml")
     assert set(found) == {"name", "num_nodes", "resources", "workdir", "file_mounts", "setup", "run"}
     assert "launch/multi-node.sh" in found["run"] and "launch/pretrain.py" in found["run"]
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpus", "machines"])
-def test_accelerate_reads_its_files(name: str) -> None:
+def test_accelerate_reads_its_configuration_files(name: str) -> None:
     configs = pytest.importorskip("accelerate.commands.config.config_args")
     found = configs.load_config_from_file(str(LAUNCH / "accelerate" / f"{name}.yaml"))
     assert found.distributed_type == "MULTI_GPU" and found.num_processes in (2, 8, 16)

@@ -28,7 +28,7 @@ class Case:
         return build_layout(self.parameters, world_size=self.world_size, bucket_bytes=self.bucket_bytes)
 
     def capacity(self, itemsize: int) -> int:
-        """Elements that a bucket may hold: what fits into ``bucket_bytes``, at least one block for each rank."""
+        """Return the elements that fit into ``bucket_bytes``, at least one block for each rank."""
         granularity = self.world_size * ALIGNMENT_NUMEL
         return max(granularity, self.bucket_bytes // itemsize // granularity * granularity)
 
@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def segments_of(layout: Layout) -> dict[int, list[tuple[Bucket, int, int, int]]]:
-    """For each parameter its ``(bucket, start, numel, offset in the arena)``, in order of the buckets."""
+    """Return for each parameter the ``(bucket, start, numel, offset in the arena)`` of its segments, by bucket."""
     segments: dict[int, list[tuple[Bucket, int, int, int]]] = {}
     for bucket in layout.buckets:
         for segment in bucket.segments:
@@ -57,7 +57,7 @@ def segments_of(layout: Layout) -> dict[int, list[tuple[Bucket, int, int, int]]]
 
 
 def ranks_that_matter(bucket: Bucket) -> set[int]:
-    """All ranks where they are few, else those at whose shards anything begins or ends, and their peers."""
+    """Return all ranks where they are few, else those in whose shards a segment begins or ends, and adjacent ones."""
     if bucket.world_size * len(bucket.segments) <= 2_000:
         return set(range(bucket.world_size))
     ranks = {0, bucket.world_size - 1}
@@ -92,7 +92,7 @@ def test_every_element_lies_in_exactly_one_shard(case: Case) -> None:
                 covered[owners[0].parameter, owners[0].start] += segment.numel
             assert end <= bucket.shard_numel
         for segment in bucket.segments:
-            # The shards that were not looked at and lie wholly inside the segment, as their peers inside do.
+            # Shards that were skipped lie wholly inside the segment.
             first = -(-segment.offset // bucket.shard_numel)
             last = (segment.offset + segment.numel) // bucket.shard_numel
             between = sum(rank not in visited for rank in range(first, last))
@@ -142,7 +142,7 @@ def test_segments_do_not_overlap_and_gaps_are_their_exact_complement(case: Case)
 
 
 @given(cases())
-def test_buckets_lie_one_after_the_other_and_fill_their_arenas(case: Case) -> None:
+def test_buckets_are_contiguous_and_fill_their_arenas(case: Case) -> None:
     layout = case.build()
     for index, arena in enumerate(layout.arenas):
         end = 0
@@ -154,7 +154,7 @@ def test_buckets_lie_one_after_the_other_and_fill_their_arenas(case: Case) -> No
 
 
 @given(cases())
-def test_only_a_parameter_larger_than_a_bucket_is_split_and_no_bucket_exceeds_its_capacity(case: Case) -> None:
+def test_only_parameters_larger_than_a_bucket_are_split_and_no_bucket_exceeds_its_capacity(case: Case) -> None:
     layout = case.build()
     for parameter, segments in segments_of(layout).items():
         spec = case.parameters[parameter]
@@ -186,7 +186,7 @@ def test_a_parameter_that_fills_the_rest_of_a_bucket_exactly_goes_into_it() -> N
 
 
 @given(cases())
-def test_padding_is_less_than_a_block_a_parameter_and_a_block_a_rank_for_each_bucket(case: Case) -> None:
+def test_padding_is_less_than_a_block_per_parameter_and_per_rank_of_each_bucket(case: Case) -> None:
     for bucket in case.build().buckets:
         filled = [segment.numel for segment in bucket.segments if segment.numel > 0]
         blocks = sum(-(-numel // ALIGNMENT_NUMEL) for numel in filled)
@@ -195,7 +195,7 @@ def test_padding_is_less_than_a_block_a_parameter_and_a_block_a_rank_for_each_bu
             assert padding < case.world_size * ALIGNMENT_NUMEL + len(filled) * ALIGNMENT_NUMEL
             assert 0 <= bucket.numel - blocks * ALIGNMENT_NUMEL < case.world_size * ALIGNMENT_NUMEL
         else:
-            assert bucket.numel == case.world_size * ALIGNMENT_NUMEL  # empty parameters alone: one block a rank
+            assert bucket.numel == case.world_size * ALIGNMENT_NUMEL  # only empty parameters: one block per rank
 
 
 @given(cases())
@@ -221,7 +221,7 @@ def test_parameters_of_different_arenas_never_share_a_bucket(case: Case) -> None
 
 
 @given(cases(), cases())
-def test_depends_on_nothing_but_its_arguments(case: Case, other: Case) -> None:
+def test_the_layout_depends_only_on_its_arguments(case: Case, other: Case) -> None:
     before = case.build()
     other.build()
     assert case.build() == before
@@ -239,12 +239,12 @@ def test_an_empty_parameter_has_one_segment_in_a_bucket_and_none_in_shards(case:
             assert empty.isdisjoint(segment.parameter for segment in bucket.shard_segments(rank))
 
 
-def test_nothing_to_lay_out_gives_no_bucket() -> None:
+def test_no_parameters_give_no_bucket() -> None:
     assert build_layout([], world_size=4, bucket_bytes=1024) == Layout(4, (), ())
 
 
 @given(cases(), st.data())
-def test_equal_runs_cover_exactly_the_segments_that_have_a_label(case: Case, data: st.DataObject) -> None:
+def test_equal_runs_cover_exactly_the_labelled_segments(case: Case, data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.sampled_from([None, 0, 1]), min_size=20, max_size=20))
     for bucket in case.build().buckets[:4]:
         for rank in sorted(ranks_that_matter(bucket))[:20]:
@@ -255,7 +255,7 @@ def test_equal_runs_cover_exactly_the_segments_that_have_a_label(case: Case, dat
             for run, following in pairwise(runs):
                 assert run.stop <= following.start
                 if run.stop == following.start:
-                    assert labels[run.parameter] != labels[following.parameter], "two runs where one would do"
+                    assert labels[run.parameter] != labels[following.parameter], "two adjacent runs have one label"
             for segment in segments:
                 stop = segment.offset + segment.numel
                 inside = [run for run in runs if run.start <= segment.offset and stop <= run.stop]
@@ -268,7 +268,7 @@ def test_equal_runs_cover_exactly_the_segments_that_have_a_label(case: Case, dat
 
 
 @given(cases())
-def test_equal_labels_everywhere_give_one_run_over_the_whole_shard(case: Case) -> None:
+def test_equal_labels_give_one_run_over_the_whole_shard(case: Case) -> None:
     labels = [7] * len(case.parameters)
     for bucket in case.build().buckets[:4]:
         for rank in sorted(ranks_that_matter(bucket))[:20]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ShardedAdamW in a LightningModule, under Lightning's DDP strategy: equal to torch's AdamW, and saved whole."""
+"""A ShardedAdamW in a LightningModule under Lightning's DDP strategy equals torch's AdamW and saves the whole state."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ def test_training_equals_torchs_adamw(on_two_ranks: tuple[dict[str, Any], Path])
     for (loss, norm), (expected_loss, expected_norm) in zip(sharded["seen"], stock["seen"], strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5) and norm == pytest.approx(expected_norm, rel=1e-5)
     norms = [norm for _, norm in sharded["seen"] if norm > 0]
-    assert len(norms) == 9 and min(norms) < 0.5 < max(norms)  # clipping is in force, and sometimes not
+    assert len(norms) == 9 and min(norms) < 0.5 < max(norms)  # some steps clip, some do not
 
 
-def test_checkpoints_are_whole_and_training_resumes_from_them(on_two_ranks: tuple[dict[str, Any], Path]) -> None:
+def test_checkpoints_hold_the_whole_state_and_training_resumes_from_them(
+    on_two_ranks: tuple[dict[str, Any], Path],
+) -> None:
     results, out = on_two_ranks
     saved = torch.load(out / "epoch=0.ckpt", weights_only=False)["optimizer_states"][0]["state"]
     assert [tuple(entry["exp_avg"].shape) for entry in saved.values()] == [(33, 6), (33,), (2, 33), (2,)]
@@ -71,14 +73,14 @@ def test_gradients_that_ddp_has_reduced_are_not_reduced_again(on_two_ranks: tupl
     assert "Lightning's DDP strategy" in on_two_ranks[0]["refused"] and '"external"' in on_two_ranks[0]["refused"]
 
 
-def test_lightning_is_what_this_relies_on() -> None:
+def test_lightning_makes_the_calls_that_this_relies_on() -> None:
     assert "optimizer.consolidate_state_dict()" in inspect.getsource(Strategy.optimizer_state)
     assert "optimizer.load_state_dict(opt_state)" in inspect.getsource(Strategy.load_optimizer_state_dict)
     assert "_optimizer_to_device(optimizer, self.root_device)" in inspect.getsource(Strategy.load_optimizer_state_dict)
 
 
-def test_state_stays_where_it_is_when_lightning_moves_it() -> None:
-    """Lightning replaces every tensor of ``optimizer.state`` by what ``to(device)`` gives: here, itself."""
+def test_lightning_moving_the_state_to_its_device_replaces_no_tensor() -> None:
+    """Lightning assigns ``tensor.to(device)`` to every entry of ``optimizer.state``: here, the same tensor."""
     layer = torch.nn.Linear(3, 2)
     optimizer = ShardedAdamW(layer.parameters())
     before = {(p, name): value for p in layer.parameters() for name, value in optimizer.state[p].items()}

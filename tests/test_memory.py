@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``memory()`` is what really lives, state is 1/N, and full gradients never exist all at once."""
+"""``memory()`` counts what is allocated, state is 1/N, and full gradients never exist all at once."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def backward(parameters: list[nn.Parameter]) -> None:
     sum((parameter.float() ** 2).sum() for parameter in parameters).backward()  # type: ignore[union-attr]
 
 
-def is_tensor(thing: object) -> bool:
-    return issubclass(type(thing), Tensor)
+def is_tensor(obj: object) -> bool:
+    return issubclass(type(obj), Tensor)
 
 
 def live_tensors() -> list[Tensor]:
-    return [thing for thing in gc.get_objects() if is_tensor(thing)]
+    return [obj for obj in gc.get_objects() if is_tensor(obj)]
 
 
 def stretch(tensor: Tensor) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def stretch(tensor: Tensor) -> tuple[int, int]:
 
 
 def storages(tensors: list[Tensor]) -> set[tuple[int, int]]:
-    """Stretches of memory behind ``tensors``; those that lie inside another count once."""
+    """Return the address ranges of the storages of ``tensors``; a range inside another counts once."""
     found: set[tuple[int, int]] = set()
     for start, stop in sorted({stretch(tensor) for tensor in tensors}, key=lambda s: (s[0], -s[1])):
         if start < stop and not any(low <= start and stop <= high for low, high in found):
@@ -65,7 +65,7 @@ def size(stretches: set[tuple[int, int]]) -> int:
 
 
 def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[Tensor]) -> dict[str, int]:
-    """Bytes by kind of all storages that live now and belong neither to ``others`` nor to ``p.grad``."""
+    """Return the bytes by kind of all live storages, without those of ``others`` and ``p.grad``."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     live = storages(live_tensors()) - storages(others) - storages(gradients)
     flat = {
@@ -91,8 +91,8 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     reducer = optimizer._engine.reducer
     views = storages(list(reducer._bucket_views._flats.values())) if isinstance(reducer, StepReducer) else set()
     grad_stats = [t for stats in reducer._grad_stats.values() for t in (*stats.extremes, *stats.sums_of_squares)]
-    # What memory() does not count: skipped_steps, numbers known of each bucket, and the board of 64 KiB for small
-    # all-reduces. What lies in peers is theirs.
+    # memory() does not count skipped_steps, the statistics of each bucket, the board of 64 KiB for small all-reduces,
+    # and memory of peers.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
     known.append(storages([*mapped(optimizer), *grad_stats]))
@@ -109,7 +109,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
 
 
 def mapped(optimizer: ShardedAdamW) -> list[Tensor]:
-    """Peers' memory that this rank maps, and the board."""
+    """Return the memory of peers that this rank maps, and the board for small all-reduces."""
     transport = optimizer._engine.transport
     if not isinstance(transport, SharedMemoryTransport):
         return []
@@ -125,14 +125,14 @@ def reported(optimizer: ShardedAdamW) -> dict[str, int]:
 
 
 def measure(kind: str, gradient_sync: str, bucket_mb: float) -> list[dict[str, Any]]:
-    """What is reported and what is counted: when built, after backward, after step."""
+    """Return the reported and the counted bytes when built, after backward and after step."""
     gc.collect()
     parameters = build_parameters(kind)
     others = [tensor for tensor in live_tensors() if not any(tensor is parameter for parameter in parameters)]
     optimizer = ShardedAdamW(parameters, bucket_mb=bucket_mb, gradient_sync=gradient_sync)  # type: ignore[arg-type]
 
     def facts() -> dict[str, Any]:
-        # Gloo's threads let go of what they have moved a little after the wait for it has returned.
+        # Gloo's threads release buffers a little after the wait has returned.
         for _ in range(100):
             if reported(optimizer) == count(optimizer, parameters, others):
                 break
@@ -160,12 +160,12 @@ def measure(kind: str, gradient_sync: str, bucket_mb: float) -> list[dict[str, A
         *itertools.product([2], ["mixed"], ["step", "external"]),
     ],
 )
-def test_memory_is_what_lives(kind: str, gradient_sync: str, world_size: int) -> None:
+def test_memory_counts_the_bytes_of_all_live_tensors(kind: str, gradient_sync: str, world_size: int) -> None:
     for moments_in_time in on_ranks(world_size, measure, kind, gradient_sync, 0.01):
         for facts in moments_in_time:
             assert facts["reported"] == facts["counted"]
             memory = facts["memory"]
-            # Over shared memory with "step", p.grad lies in the transport's memory instead, where that can be.
+            # Over shared memory with "step", p.grad is a bucket view in the transport's memory, where that is possible.
             exposes = world_size > 1 and gradient_sync == "step"
             assert memory.gradients == (memory.parameters if exposes else 0)
             assert memory.gradient_shard * 2 == (0 if exposes else memory.moments)
@@ -190,7 +190,7 @@ def test_memory_is_what_lives(kind: str, gradient_sync: str, world_size: int) ->
 
 
 def state_of_a_model(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Number of elements of a decoder-like model, bytes of state and bytes of parameters on this rank."""
+    """Return the elements of a decoder-like model, and its bytes of state and of parameters on this rank."""
     width = 192
     matrices = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
     layer = [*matrices, (3 * width,), (4 * width,), (width,)]
@@ -202,7 +202,7 @@ def state_of_a_model(dtype: torch.dtype) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 8), (torch.bfloat16, 10), (torch.float64, 16)])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_state_is_one_nth_with_less_than_a_percent_of_padding(
+def test_state_is_one_nth_plus_less_than_a_percent_of_padding(
     world_size: int, dtype: torch.dtype, bytes_each: int
 ) -> None:
     for numel, state, parameters in on_ranks(world_size, state_of_a_model, dtype):
@@ -215,7 +215,7 @@ def test_state_is_one_nth_with_less_than_a_percent_of_padding(
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_parameters_alias_the_flat_buffers_and_are_saved_alone(kind: str) -> None:
+def test_parameters_alias_the_flat_buffers_but_are_saved_without_them(kind: str) -> None:
     parameters = build_parameters(kind)
     values = [parameter.detach().clone() for parameter in parameters]
     optimizer = ShardedAdamW(parameters)
@@ -243,71 +243,71 @@ LAYER_BYTES = (WIDTH * WIDTH + WIDTH) * 4
 BUCKET_MB = 2.2 * LAYER_BYTES / 2**20
 
 
-def train_and_watch(gradient_sync: str) -> dict[str, Any]:
-    """Bytes of gradients and of staging at every gradient of a second backward, and of gradients at its end."""
+def train_and_record_bytes(gradient_sync: str) -> dict[str, Any]:
+    """Return the bytes of gradients and staging at every gradient of a second backward, and of gradients after it."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS)))
     parameters = list(model.parameters())
-    watched: list[tuple[int, int]] = []
+    recorded: list[tuple[int, int]] = []
 
     def gradient_bytes() -> int:
         return sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
 
-    def watch(_: Tensor) -> None:
-        watched.append((gradient_bytes(), optimizer.memory().staging))
+    def record(_: Tensor) -> None:
+        recorded.append((gradient_bytes(), optimizer.memory().staging))
 
-    for parameter in parameters:  # before the optimizer's hooks, so that its own take nothing away first
-        parameter.register_post_accumulate_grad_hook(watch)
+    for parameter in parameters:  # before the optimizer's hooks, which free gradients
+        parameter.register_post_accumulate_grad_hook(record)
     optimizer = ShardedAdamW(parameters, gradient_sync=gradient_sync, bucket_mb=BUCKET_MB)  # type: ignore[arg-type]
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(watch)
+        parameter.register_post_accumulate_grad_hook(record)
     for _ in range(2):
-        watched.clear()
+        recorded.clear()
         model(torch.randn(4, WIDTH)).square().mean().backward()
         after_backward = gradient_bytes()
         optimizer.step()
         after_step = gradient_bytes()
         optimizer.zero_grad()
     return {
-        "gradients": [gradients for gradients, _ in watched],
-        "staging": [staging for _, staging in watched],
+        "gradients": [gradients for gradients, _ in recorded],
+        "staging": [staging for _, staging in recorded],
         "after backward": after_backward,
         "after step": after_step,
         "all": sum(parameter.nbytes for parameter in parameters),
     }
 
 
-def test_full_gradients_never_exist_at_once_while_backward_runs() -> None:
-    watched = train_and_watch("backward")
+def test_full_gradients_never_exist_at_once_on_one_rank() -> None:
+    recorded = train_and_record_bytes("backward")
     bucket = 2 * LAYER_BYTES
-    assert watched["all"] >= 8 * bucket
-    assert len(watched["gradients"]) == 2 * 2 * LAYERS
-    assert 0 < max(watched["gradients"]) <= bucket + LAYER_BYTES
+    assert recorded["all"] >= 8 * bucket
+    assert len(recorded["gradients"]) == 2 * 2 * LAYERS
+    assert 0 < max(recorded["gradients"]) <= bucket + LAYER_BYTES
     padded = bucket + 2 * 128 * 4
-    assert 0 < max(watched["staging"]) <= 2 * padded
-    assert (watched["after backward"], watched["after step"]) == (0, 0)
+    assert 0 < max(recorded["staging"]) <= 2 * padded
+    assert (recorded["after backward"], recorded["after step"]) == (0, 0)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_full_gradients_never_exist_at_once_on_several_ranks(world_size: int) -> None:
-    for watched in on_ranks(world_size, train_and_watch, "backward"):
-        # Staging may grow while a peer is late; gradients themselves are gone as soon as their bucket is complete.
-        assert 0 < max(watched["gradients"]) <= 2 * LAYER_BYTES + LAYER_BYTES
-        assert (watched["after backward"], watched["after step"]) == (0, 0)
+    for recorded in on_ranks(world_size, train_and_record_bytes, "backward"):
+        # Staging may grow while a peer is late; gradients are freed as soon as their bucket is complete.
+        assert 0 < max(recorded["gradients"]) <= 2 * LAYER_BYTES + LAYER_BYTES
+        assert (recorded["after backward"], recorded["after step"]) == (0, 0)
 
 
 @pytest.mark.parametrize("gradient_sync", ["step", "external"])
-def test_gradients_stay_with_their_parameters_in_the_other_modes(gradient_sync: str) -> None:
-    watched = train_and_watch(gradient_sync)
-    assert watched["after backward"] == watched["after step"] == max(watched["gradients"]) == watched["all"]
+def test_gradients_stay_in_p_grad_in_the_other_modes(gradient_sync: str) -> None:
+    recorded = train_and_record_bytes(gradient_sync)
+    assert recorded["after backward"] == recorded["after step"] == max(recorded["gradients"]) == recorded["all"]
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_between_steps_the_pool_keeps_no_more_than_two_buffers(world_size: int, gradient_sync: str) -> None:
+def test_between_steps_staging_is_at_most_two_buffers(world_size: int, gradient_sync: str) -> None:
     for staging, buffer in on_ranks(world_size, staging_after_steps, gradient_sync):
         assert staging <= 2 * buffer
-        assert (staging == 0) == (gradient_sync == "step" and world_size > 1)  # peers read p.grad where it lies
+        assert (staging == 0) == (gradient_sync == "step" and world_size > 1)  # peers read p.grad in place
 
 
 def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
@@ -324,7 +324,7 @@ def staging_after_steps(gradient_sync: str) -> tuple[int, int]:
 
 
 def staging_beside_a_late_peer(transport: str, late_s: float) -> int:
-    """How many buffers of staging there are when backward ends, of which the last but one rank's is late."""
+    """Return the number of staging buffers at the end of backward, which rank 1 begins ``late_s`` later."""
     rank, _ = rank_and_size()
     parameters = [nn.Parameter(torch.ones(512)) for _ in range(12)]
     optimizer = ShardedAdamW(parameters, bucket_mb=2048 / 2**20, transport=transport)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mistake that would silently make training wrong ends in an error, or in one warning."""
+"""A mistake that would silently train wrong ends in an error or in one warning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def backward(model: nn.Module, scale: float = 1.0) -> None:
 
 
 def warned(act: Callable[[], Any]) -> list[str]:
-    """Return the warnings that ``act`` gives, each with the file that it points at."""
+    """Return the UserWarnings of ``act()``, each with the file that it points at."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
@@ -57,7 +57,7 @@ def clip_with_torch(gradient_sync: str) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_torchs_clipping_is_warned_of_once_where_it_would_clip_wrong(gradient_sync: str, world_size: int) -> None:
+def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, world_size: int) -> None:
     is_wrong = gradient_sync == "backward" or (gradient_sync == "step" and world_size > 1)
     for first, second in on_ranks(world_size, clip_with_torch, gradient_sync):
         assert len(first) == is_wrong and second == []
@@ -94,7 +94,7 @@ def step_of_another_model(make: Callable[[nn.Module], nn.Module]) -> tuple[list[
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_copy_that_trains_instead_of_the_model_is_warned_of_once(world_size: int) -> None:
+def test_one_warning_of_a_copy_that_trains_instead_of_the_model(world_size: int) -> None:
     for first, second in on_ranks(world_size, step_of_another_model, copy.deepcopy):
         assert len(first) == 1 and "no parameter has had a gradient" in first[0] and __file__ in first[0]
         assert second == []
@@ -106,7 +106,7 @@ def test_a_compiled_wrapper_trains_the_model_itself() -> None:
 
 
 def step_once_more(gradient_sync: str) -> list[str]:
-    """Take five steps; on rank 1 the third and the fifth without a backward, as if it had called ``step`` twice."""
+    """Rank 1 takes its third and fifth step without a backward, as if it had called ``step`` twice."""
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
 
@@ -121,7 +121,7 @@ def step_once_more(gradient_sync: str) -> list[str]:
 
 
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_a_step_more_than_the_others_take_is_warned_of_once(gradient_sync: str) -> None:
+def test_one_warning_of_a_step_more_than_the_others_take(gradient_sync: str) -> None:
     alike, other = on_ranks(2, step_once_more, gradient_sync)
     assert alike == [] and len(other) == 1
     assert "this rank has had no gradient" in other[0] and __file__ in other[0]
@@ -158,7 +158,7 @@ def write_a_gradient(writers: tuple[int, ...]) -> tuple[str, list[list[float]], 
 
 
 @pytest.mark.parametrize("writers", [(0,), (1,), (0, 1)])
-def test_a_gradient_written_by_hand_is_an_error_on_every_rank_and_loses_nothing(writers: tuple[int, ...]) -> None:
+def test_a_gradient_written_by_hand_raises_on_every_rank_and_keeps_the_reduced_ones(writers: tuple[int, ...]) -> None:
     results = on_ranks(2, write_a_gradient, writers)
     for message, parameters, unchanged in results:
         assert "p.grad" in message and '"step"' in message and unchanged
@@ -183,7 +183,7 @@ def never_finite() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_steps_that_are_never_taken_are_warned_of_once(world_size: int) -> None:
+def test_one_warning_of_steps_that_are_never_taken(world_size: int) -> None:
     for before, tenth, later in on_ranks(world_size, never_finite):
         assert before == later == [] and len(tenth) == 1 and "last 10 steps were not taken" in tenth[0]
 
@@ -207,7 +207,8 @@ def collapse() -> tuple[int, str, bool]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loss_scale_that_collapses_is_an_error_on_every_rank(world_size: int) -> None:
-    results = on_ranks(world_size, collapse)
+def test_a_loss_scale_that_collapses_raises_on_every_rank(world_size: int) -> None:
+    with pytest.warns(UserWarning, match="the last 10 steps were not taken"):
+        results = on_ranks(world_size, collapse)
     for step, message, unchanged in results:
         assert step == 32 and "loss scale has fallen" in message and unchanged  # 2^8 to 2^-25

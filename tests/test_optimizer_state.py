@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes to ``optimizer.state`` do what they do in torch, or are refused by name.
+"""Writes to ``optimizer.state`` act as in torch, or are refused by name.
 
-Users clear Adam's state between phases of training. Once, that had no effect here, and gave no error.
+Emptying Adam's state between phases of training is a common idiom. Here it was once silently ignored.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def clear_one(optimizer: Any, parameters: list[nn.Parameter]) -> None:
     if isinstance(optimizer, ShardedAdamW):
         optimizer.state[parameters[0]].clear()
     else:
-        optimizer.state[parameters[0]] = {}  # torch requires all keys in a dict that is not empty
+        optimizer.state[parameters[0]] = {}  # torch needs all keys in a dict that is not empty
 
 
 def update(optimizer: Any, parameters: list[nn.Parameter]) -> None:
@@ -89,7 +89,7 @@ def reset_in_both(reset: Callable[..., None]) -> tuple[list[Tensor], list[Tensor
 
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_emptied_state_starts_anew_as_in_torch(reset: Callable[..., None], world_size: int) -> None:
+def test_emptied_state_restarts_from_zero_as_in_torch(reset: Callable[..., None], world_size: int) -> None:
     for ours, theirs in on_ranks(world_size, reset_in_both, reset):
         for mine, right in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6)
@@ -113,8 +113,8 @@ def assign_in_both(name: str) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "step in place"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_assigned_entries_are_taken_as_in_torch(name: str, world_size: int) -> None:
-    """Parameters whose steps differ need kernel calls of their own."""
+def test_assigned_entries_are_used_as_in_torch(name: str, world_size: int) -> None:
+    """Parameters with different step counts need separate kernel calls."""
     for ours, theirs in on_ranks(world_size, assign_in_both, name):
         for mine, right in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6)
@@ -141,11 +141,11 @@ def put_a_copy_back(form: str) -> bool:
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_copy_of_the_state_that_is_put_back_counts_to_the_last_bit(form: str, world_size: int) -> None:
+def test_a_copy_of_the_state_can_be_restored_bit_for_bit(form: str, world_size: int) -> None:
     assert all(on_ranks(world_size, put_a_copy_back, form))
 
 
-def test_an_exact_master_stays_when_state_is_emptied() -> None:
+def test_emptying_the_state_keeps_exact_masters() -> None:
     parameters = build_parameters(torch.bfloat16)
     optimizer = ShardedAdamW(parameters, lr=1e-4)
     train(optimizer, parameters, range(3))
@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_what_cannot_be_taken_is_refused_by_name_with_nothing_changed(how: str) -> None:
+def test_invalid_assignments_are_refused_by_name_and_change_nothing(how: str) -> None:
     parameters = build_parameters()
     optimizer = ShardedAdamW(parameters)
     train(optimizer, parameters, range(2))
@@ -181,7 +181,7 @@ def test_what_cannot_be_taken_is_refused_by_name_with_nothing_changed(how: str) 
         assert all(torch.equal(tensor, optimizer.state[parameter][name]) for name, tensor in entry.items())
 
 
-def test_state_of_what_the_optimizer_does_not_train_is_an_ordinary_dict() -> None:
+def test_entries_of_other_parameters_are_an_ordinary_dict() -> None:
     frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
     optimizer = ShardedAdamW([*build_parameters(), frozen])
     assert frozen not in optimizer.state and optimizer.state[frozen] == {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All-gathers under the next forward change nothing but time: every reader of parameters waits for what it reads."""
+"""All-gathers that overlap the next forward change no result: every reader of parameters waits for what it reads."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ BUCKET_MB = 0.004
 
 
 class Net(nn.Module):
-    """Modules whose order changes from step to step, that are left out, called twice, tied, or never called although
-    their parameters are used.
+    """Modules in an order that changes from step to step; some are skipped, called twice, tied, or used without being
+    called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(40, 24)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24)) for _ in range(4))
-        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)  # uses out_proj.weight without calling it
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)  # uses out_proj.weight without calling out_proj
         self.silent = nn.Linear(24, 24)
         self.scale = nn.Parameter(torch.ones(24))
 
@@ -82,7 +82,7 @@ def train(
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 * step + rank)
         tokens = torch.randint(40, (2, 7), generator=generator).to(device)
-        if step == 7:  # another forward in between, on one rank alone
+        if step == 7:  # another forward on one rank only
             with torch.no_grad():
                 if rank == 0:
                     model.blocks[1](torch.ones(1, 24, dtype=dtype, device=device))
@@ -112,7 +112,7 @@ def test_overlap_changes_no_bit(world_size: int, transport: str, gradient_sync: 
         assert min(other["pending"]) > 5
 
 
-def test_hooks_registered_before_compiling_are_not_compiled_away() -> None:
+def test_hooks_registered_before_compiling_still_run() -> None:
     eager = on_ranks(2, train, "adversarial", "backward", torch.float32, False, False, 4)
     compiled = on_ranks(2, train, "adversarial", "backward", torch.float32, True, True, 4)
     for one, other in zip(eager, compiled, strict=True):
@@ -122,7 +122,7 @@ def test_hooks_registered_before_compiling_are_not_compiled_away() -> None:
 
 
 @pytest.mark.parametrize("compile_", [torch.compile, lambda model: model.compile() or model])
-def test_a_model_that_was_compiled_before_is_refused(compile_: Callable[[nn.Module], Any]) -> None:
+def test_an_already_compiled_model_is_refused(compile_: Callable[[nn.Module], Any]) -> None:
     model = Net()
     optimizer = ShardedAdamW(model.named_parameters())
     compiled = compile_(model)
@@ -150,17 +150,17 @@ def use_a_parameter_past_the_hooks() -> str:
     except RuntimeError as error:
         optimizer.synchronize()
         return str(error)
-    return "nothing was said"
+    return "no error"
 
 
-def test_a_parameter_used_past_the_hooks_is_named_in_backward() -> None:
-    for said in on_ranks(2, use_a_parameter_past_the_hooks):
-        assert "Parameter '1.weight' has been used before its all-gather was over" in said
-        assert "optimizer.synchronize()" in said
+def test_a_parameter_used_before_its_all_gather_is_named_in_backward() -> None:
+    for message in on_ranks(2, use_a_parameter_past_the_hooks):
+        assert "Parameter '1.weight' has been used before its all-gather was over" in message
+        assert "optimizer.synchronize()" in message
 
 
 def read_everything_after_a_step(directory: Path) -> list[bool]:
-    """Whether each way to read the parameters sees them whole, right after a step that has left gathers pending."""
+    """Return for each way to read parameters whether it waits for the pending all-gathers of the last step."""
     rank, _ = rank_and_size()
     torch.manual_seed(0)
     model = Net()
@@ -208,12 +208,12 @@ def read_everything_after_a_step(directory: Path) -> list[bool]:
     return seen
 
 
-def test_every_reader_waits(tmp_path: Path) -> None:
+def test_every_way_to_read_parameters_waits_for_all_gathers(tmp_path: Path) -> None:
     for seen in on_ranks(2, read_everything_after_a_step, tmp_path):
         assert seen == [True] * 8
 
 
-def test_copies_and_pickles_of_the_model_leave_the_hooks_behind() -> None:
+def test_copies_and_pickles_of_the_model_have_no_active_hooks() -> None:
     model = Net()
     optimizer = ShardedAdamW(model.named_parameters())
     optimizer.overlap_gather(model)
@@ -225,7 +225,7 @@ def test_copies_and_pickles_of_the_model_leave_the_hooks_behind() -> None:
         assert all(hook._call.__name__ == "_nothing" for hook in hooks)
 
 
-def test_the_model_outlives_its_optimizer() -> None:
+def test_the_model_works_after_its_optimizer_is_deleted() -> None:
     model = Net()
     optimizer = ShardedAdamW(model.named_parameters())
     optimizer.overlap_gather(model)

@@ -23,9 +23,9 @@ from shardadam.update.reference import round_half_away
 from tests.parity import (
     LR,
     SHAPES,
-    Twin,
+    Implementation,
     assert_close,
-    assert_twins_agree,
+    assert_equals_torch,
     build_parameters,
     clones,
     quadratic,
@@ -37,8 +37,8 @@ STEPS = 10
 WORLD_SIZES = [1, 2, 4]
 
 
-def one_step(twin: Twin, optimizer: Any, parameters: list[nn.Parameter], step: int) -> None:
-    twin.backward(lambda rank: quadratic(parameters, rank, step))
+def one_step(impl: Implementation, optimizer: Any, parameters: list[nn.Parameter], step: int) -> None:
+    impl.backward(lambda rank: quadratic(parameters, rank, step))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -46,14 +46,14 @@ def one_step(twin: Twin, optimizer: Any, parameters: list[nn.Parameter], step: i
 # Added
 
 
-def add_groups(twin: Twin, when: str, named: bool, gradient_sync: str) -> list[Tensor]:
+def add_groups(impl: Implementation, when: str, named: bool, gradient_sync: str) -> list[Tensor]:
     parameters = build_parameters()
     late, later = build_parameters(SHAPES, seed=1), build_parameters([(40, 3), ()], seed=2)
 
     def give(chosen: list[nn.Parameter], prefix: str) -> list[Any]:
         return [(f"{prefix}.{i}", p) for i, p in enumerate(chosen)] if named else chosen
 
-    optimizer = twin.adamw(give(parameters, "first"), sharded_options={"gradient_sync": gradient_sync})
+    optimizer = impl.adamw(give(parameters, "first"), sharded_options={"gradient_sync": gradient_sync})
 
     def add() -> None:
         optimizer.add_param_group({"params": give(late, "late"), "lr": LR / 2})
@@ -70,18 +70,18 @@ def add_groups(twin: Twin, when: str, named: bool, gradient_sync: str) -> list[T
                 return quadratic([*parameters, *late, *later], rank, seed) / 3
 
             if step == 4 and when == "between forward and backward" and micro == 1:
-                losses = {rank: loss(rank) for rank in twin.ranks}
+                losses = {rank: loss(rank) for rank in impl.ranks}
                 add()
-                twin.backward(losses.__getitem__)
+                impl.backward(losses.__getitem__)
                 continue
             if step == 4 and when == "in mid accumulation" and micro == 1:
                 add()
-            twin.backward(loss)
-        if not twin.sharded and len(optimizer.param_groups) == 1:
+            impl.backward(loss)
+        if not impl.sharded and len(optimizer.param_groups) == 1:
             assert late[0].grad is not None
         optimizer.step()
         optimizer.zero_grad()
-        for parameter in (*late, *later):  # those that are not the optimizer's yet
+        for parameter in (*late, *later):  # not in the optimizer yet
             parameter.grad = None
     if named:
         assert optimizer.param_groups[1]["param_names"] == [f"late.{i}" for i in range(len(late))]
@@ -96,17 +96,17 @@ WHEN = ["before the first step", "between steps", "in mid accumulation", "betwee
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("when", WHEN)
 def test_param_groups_may_be_added_at_any_time(when: str, world_size: int, gradient_sync: str) -> None:
-    assert_twins_agree(add_groups, world_size, when, gradient_sync == "step", gradient_sync)
+    assert_equals_torch(add_groups, world_size, when, gradient_sync == "step", gradient_sync)
 
 
-def grow_between_clipping_and_step(twin: Twin, how: str) -> list[Tensor]:
+def add_between_clipping_and_step(impl: Implementation, how: str) -> list[Tensor]:
     parameters, late = build_parameters(), build_parameters([(5,), (6, 7)], seed=1)
     for parameter in late:
         parameter.requires_grad_(False)
-    optimizer = twin.adamw([*parameters, *late] if how == "unfrozen" else parameters)
+    optimizer = impl.adamw([*parameters, *late] if how == "unfrozen" else parameters)
     for step in range(4):
-        twin.backward(lambda rank, step=step: quadratic([*parameters, *late], rank, step))
-        if twin.sharded:
+        impl.backward(lambda rank, step=step: quadratic([*parameters, *late], rank, step))
+        if impl.sharded:
             optimizer.clip_grad_norm_(0.5)
         else:
             nn.utils.clip_grad_norm_([*parameters, *late], 0.5)
@@ -130,27 +130,27 @@ def build_with_expanded() -> list[float]:
 
 
 def test_frozen_parameters_that_repeat_the_same_memory_are_broadcast() -> None:
-    """All ranks but rank 0 failed to write them, and rank 0 waited for the others."""
+    """All ranks but rank 0 raised as they wrote an expanded tensor, and rank 0 hung in the broadcast."""
     assert on_ranks(2, build_with_expanded) == [[1.0], [1.0]]
 
 
 @pytest.mark.parametrize("how", ["added", "unfrozen"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_parameters_may_join_between_clipping_and_step(world_size: int, how: str) -> None:
-    assert_twins_agree(grow_between_clipping_and_step, world_size, how)
+def test_parameters_may_be_added_between_clipping_and_step(world_size: int, how: str) -> None:
+    assert_equals_torch(add_between_clipping_and_step, world_size, how)
 
 
 # Frozen
 
 
-def toggle(twin: Twin, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
-    """Make each parameter trainable in some of the steps; return all values after every step."""
+def toggle(impl: Implementation, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
+    """Freeze and unfreeze each parameter at different steps; return all values after every step."""
     parameters = build_parameters()
     if frozen_first:
         for parameter in parameters[::2]:
             parameter.requires_grad_(False)
     half = len(parameters) // 2
-    optimizer = twin.adamw(
+    optimizer = impl.adamw(
         [{"params": parameters[:half]}, {"params": parameters[half:], "lr": LR / 2}],
         weight_decay=0.1,
         sharded_options={"gradient_sync": gradient_sync},
@@ -162,7 +162,7 @@ def toggle(twin: Twin, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
                 continue
             if step > 0:
                 parameter.requires_grad_((step + index) % 5 != 0)
-        one_step(twin, optimizer, parameters, step)
+        one_step(impl, optimizer, parameters, step)
         history += clones(parameters)
     return history
 
@@ -172,7 +172,7 @@ def toggle(twin: Twin, gradient_sync: str, frozen_first: bool) -> list[Tensor]:
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_parameters_freeze_and_unfreeze_between_steps(world_size: int, gradient_sync: str, frozen_first: bool) -> None:
-    assert_twins_agree(toggle, world_size, gradient_sync, frozen_first)
+    assert_equals_torch(toggle, world_size, gradient_sync, frozen_first)
 
 
 def unfreeze(gradient_sync: str) -> list[Any]:
@@ -191,7 +191,7 @@ def unfreeze(gradient_sync: str) -> list[Any]:
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_frozen_parameter_costs_no_state_and_counts_from_one_once_unfrozen(
+def test_a_frozen_parameter_has_no_state_and_starts_at_step_one_when_unfrozen(
     world_size: int, gradient_sync: str
 ) -> None:
     for (moments_before, had_state), moments, steps in on_ranks(world_size, unfreeze, gradient_sync):
@@ -202,36 +202,36 @@ def test_a_frozen_parameter_costs_no_state_and_counts_from_one_once_unfrozen(
 
 
 def refreeze_beside_a_trained_one() -> list[bool]:
-    """Return whether the late layer's gradient was in a reduction already when the early layer's was computed."""
+    """Return for each step whether the late layer's gradient was reduced before the early layer's was computed."""
     early, frozen, late = build_parameters([(200,), (100,), (100,)])
     optimizer = ShardedAdamW([early, frozen, late], bucket_mb=256 * 4 / 2**20)
-    had_left: list[bool] = []
-    early.register_hook(lambda gradient: had_left.append(late.grad is None))
+    was_reduced: list[bool] = []
+    early.register_hook(lambda gradient: was_reduced.append(late.grad is None))
     for step in range(4):
         frozen.requires_grad_(step % 2 == 0)
         (late * torch.tanh(early[:100]) * frozen).sum().backward()
         optimizer.step()
-    return had_left
+    return was_reduced
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_refrozen_parameter_does_not_hold_up_its_bucket(world_size: int) -> None:
-    for had_left in on_ranks(world_size, refreeze_beside_a_trained_one):
-        assert had_left == [True] * 4
+def test_a_refrozen_parameter_does_not_delay_its_bucket(world_size: int) -> None:
+    for was_reduced in on_ranks(world_size, refreeze_beside_a_trained_one):
+        assert was_reduced == [True] * 4
 
 
-def train_all_frozen(twin: Twin) -> list[Tensor]:
+def train_all_frozen(impl: Implementation) -> list[Tensor]:
     parameters = build_parameters()
     for parameter in parameters:
         parameter.requires_grad_(False)
-    optimizer = twin.adamw(parameters)
+    optimizer = impl.adamw(parameters)
     history: list[Tensor] = []
     for step in range(6):
         if step == 3:
             for parameter in parameters:
                 parameter.requires_grad_(True)
         if step >= 3:
-            twin.backward(lambda rank, step=step: quadratic(parameters, rank, step))
+            impl.backward(lambda rank, step=step: quadratic(parameters, rank, step))
         optimizer.step()
         optimizer.zero_grad()
         history += clones(parameters)
@@ -239,8 +239,8 @@ def train_all_frozen(twin: Twin) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_model_with_all_parameters_frozen_steps_and_may_thaw(world_size: int) -> None:
-    assert_twins_agree(train_all_frozen, world_size)
+def test_a_model_with_all_parameters_frozen_steps_and_may_be_unfrozen(world_size: int) -> None:
+    assert_equals_torch(train_all_frozen, world_size)
 
 
 # Tied
@@ -259,13 +259,13 @@ class TiedModel(nn.Module):
         return output
 
 
-def train_tied(twin: Twin, gradient_sync: str) -> list[Tensor]:
+def train_tied(impl: Implementation, gradient_sync: str) -> list[Tensor]:
     torch.manual_seed(0)
     model = TiedModel()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(parameter.sign())
-    optimizer = twin.adamw(model.parameters(), sharded_options={"gradient_sync": gradient_sync})
+    optimizer = impl.adamw(model.parameters(), sharded_options={"gradient_sync": gradient_sync})
 
     def loss(rank: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(100 * step + rank)
@@ -273,7 +273,7 @@ def train_tied(twin: Twin, gradient_sync: str) -> list[Tensor]:
         return nn.functional.cross_entropy(model(tokens), targets)
 
     for step in range(STEPS):
-        twin.backward(lambda rank, step=step: loss(rank, step))
+        impl.backward(lambda rank, step=step: loss(rank, step))
         optimizer.step()
         optimizer.zero_grad()
     assert model.head.weight is model.embedding.weight
@@ -283,10 +283,10 @@ def train_tied(twin: Twin, gradient_sync: str) -> list[Tensor]:
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_tied_weights_train_once_and_stay_tied(world_size: int, gradient_sync: str) -> None:
-    assert_twins_agree(train_tied, world_size, gradient_sync)
+    assert_equals_torch(train_tied, world_size, gradient_sync)
 
 
-# Of mixed dtypes
+# Mixed dtypes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 MIXED_SHAPES = ((7, 15), (), (300,), (129,))
@@ -318,7 +318,7 @@ def train_mixed(gradient_sync: str, bucket_mb: float) -> list[Tensor]:
 
 
 def train_masters(world_size: int) -> list[Tensor]:
-    """Train exact values with torch's fused AdamW; compute gradients at their rounded values.
+    """Train exact masters with torch's fused AdamW; gradients are computed at the rounded masters.
 
     Every tensor is padded to 128 elements: the kernel's vector and scalar loops round differently.
     """
@@ -377,7 +377,7 @@ def test_mixed_dtypes_equal_the_fused_kernel_on_exact_values_bit_for_bit(
             assert not torch.equal(a, start)
 
 
-# Of other memory formats
+# Memory formats
 
 
 def build_strided() -> list[nn.Parameter]:
@@ -391,30 +391,30 @@ def build_strided() -> list[nn.Parameter]:
     ]
 
 
-def train_strided(twin: Twin, gradient_sync: str) -> list[Tensor]:
+def train_strided(impl: Implementation, gradient_sync: str) -> list[Tensor]:
     parameters = build_strided()
     before = [(id(p), p.stride(), p.shape, p.data_ptr() % 16) for p in parameters]
-    optimizer = twin.adamw(parameters, sharded_options={"gradient_sync": gradient_sync})
+    optimizer = impl.adamw(parameters, sharded_options={"gradient_sync": gradient_sync})
     for step in range(STEPS):
         assert [(id(p), p.stride(), p.shape, p.data_ptr() % 16) for p in parameters] == before
         assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], parameters, strict=True))
-        one_step(twin, optimizer, parameters, step)
+        one_step(impl, optimizer, parameters, step)
     assert [(id(p), p.stride(), p.shape, p.data_ptr() % 16) for p in parameters] == before
     return clones(parameters)
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_strides_and_identity_stay_through_construction_and_training(world_size: int, gradient_sync: str) -> None:
+def test_construction_and_training_keep_strides_and_identity(world_size: int, gradient_sync: str) -> None:
     assert any(not p.is_contiguous() for p in build_strided())
-    assert_twins_agree(train_strided, world_size, gradient_sync)
+    assert_equals_torch(train_strided, world_size, gradient_sync)
 
 
-# On some of the ranks
+# Subgroups
 
 
 def train_in_pairs(by_mesh: bool) -> list[Any]:
-    """Train one model on ranks 0 and 1, and another on ranks 2 and 3, which take three more steps."""
+    """Ranks 0, 1 and ranks 2, 3 train one model each; then ranks 2, 3 train another."""
     rank, _ = rank_and_size()
     pairs = [[0, 1], [2, 3]]
     pair = rank // 2
@@ -425,7 +425,7 @@ def train_in_pairs(by_mesh: bool) -> list[Any]:
         group = groups[pair]
     parameters = build_parameters(seed=pair)
     optimizer = ShardedAdamW(parameters, lr=LR, process_group=group, bucket_mb=0.001)
-    for step in range(STEPS + 3 * pair):  # the pairs do not run in lockstep
+    for step in range(STEPS + 3 * pair):  # the pairs take different numbers of steps
         quadratic(parameters, rank, step).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -477,20 +477,20 @@ def train_a_subgroup_then_all() -> list[Tensor]:
     return clones(parameters)
 
 
-def train_plainly(twin: Twin) -> list[Tensor]:
+def train_plainly(impl: Implementation) -> list[Tensor]:
     parameters = build_parameters()
-    optimizer = twin.adamw(parameters)
+    optimizer = impl.adamw(parameters)
     for step in range(STEPS):
-        one_step(twin, optimizer, parameters, step)
+        one_step(impl, optimizer, parameters, step)
     return clones(parameters)
 
 
-def test_an_optimizer_of_all_ranks_may_follow_one_of_some() -> None:
+def test_an_optimizer_of_all_ranks_may_follow_one_of_a_subgroup() -> None:
     assert_close(on_ranks(4, train_a_subgroup_then_all), run_torch(train_plainly, 4))
 
 
 def rebuild_on_a_subgroup() -> list[Tensor]:
-    """Build a second optimizer while rank 0's garbage collector has not yet freed the first."""
+    """Build a second optimizer while rank 0 has not garbage-collected the first."""
     rank, _ = rank_and_size()
     group = dist.new_group([0, 1])
     if rank > 1:
@@ -510,8 +510,8 @@ def rebuild_on_a_subgroup() -> list[Tensor]:
 
 
 def test_a_subgroups_optimizer_may_be_replaced_whenever_garbage_is_collected() -> None:
-    """If only its members build a group, torch names it by the number of groups in this process. After ranks had
-    collected different garbage, they waited for each other under different names.
+    """torch names a group that only its members build after the number of groups of the process. Ranks that had
+    garbage-collected different groups waited for each other under different names.
     """
     results = on_ranks(4, rebuild_on_a_subgroup, deadline_s=25.0)
     assert_close(results[:2], run_torch(train_plainly, 2))
@@ -537,14 +537,14 @@ def test_a_mesh_of_one_dimension_is_a_process_group(world_size: int) -> None:
 
 def test_a_single_process_needs_no_process_group() -> None:
     assert not dist.is_initialized()
-    assert_twins_agree(train_plainly, 1)
+    assert_equals_torch(train_plainly, 1)
 
 
-# Rank 0's values
+# Broadcast from rank 0
 
 
 class Module(nn.Module):
-    """Build parameters and buffers of every kind, with values that differ by rank."""
+    """Parameters and buffers of every kind, with different values on each rank."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -592,7 +592,7 @@ def build_and_sync() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_construction_and_sync_module_spread_rank_0s_values(world_size: int) -> None:
+def test_construction_and_sync_module_broadcast_rank_0s_values(world_size: int) -> None:
     results = on_ranks(world_size, build_and_sync)
     of_rank_0 = results[0]["own"]
     for rank, result in enumerate(results):
@@ -623,7 +623,7 @@ def trained_model(dtype: torch.dtype = torch.float32) -> Iterator[tuple[nn.Modul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_saved_tensor_holds_its_own_bytes_and_no_more(dtype: torch.dtype) -> None:
+def test_each_saved_tensor_holds_only_its_own_bytes(dtype: torch.dtype) -> None:
     with trained_model(dtype) as (model, _):
         for name, tensor in model.state_dict().items():
             assert tensor.storage_offset() == 0
@@ -642,8 +642,8 @@ def test_each_saved_tensor_holds_its_own_bytes_and_no_more(dtype: torch.dtype) -
         assert tied[0] == tied[1]
 
 
-def test_two_parameters_side_by_side_do_not_look_shared() -> None:
-    """safetensors refuses, and accelerate ties, tensors that lie in one storage."""
+def test_adjacent_parameters_have_separate_storages() -> None:
+    """safetensors refuses tensors that share a storage, and accelerate ties them."""
     with trained_model() as (model, _):
         storages = [p.untyped_storage() for p in model.parameters()]
         stretches = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
@@ -654,8 +654,8 @@ def test_two_parameters_side_by_side_do_not_look_shared() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_deep_copy_of_the_model_is_independent(dtype: torch.dtype) -> None:
     with trained_model(dtype) as (model, optimizer):
-        twin = copy.deepcopy(model)
-        ours, theirs = list(model.parameters()), list(twin.parameters())
+        copied = copy.deepcopy(model)
+        ours, theirs = list(model.parameters()), list(copied.parameters())
         kept = clones(theirs)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         quadratic(ours, 0, 5).backward()
@@ -670,9 +670,9 @@ def test_a_deep_copy_of_the_model_is_independent(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, moved, strict=True))
 
 
-def overwrite(twin: Twin, how: str) -> list[Tensor]:
+def overwrite(impl: Implementation, how: str) -> list[Tensor]:
     parameters = build_parameters()
-    optimizer = twin.adamw(parameters)
+    optimizer = impl.adamw(parameters)
     model = nn.ParameterList(parameters)
     new = nn.ParameterList(build_parameters(seed=7)).state_dict()
     for step in range(8):
@@ -685,18 +685,18 @@ def overwrite(twin: Twin, how: str) -> list[Tensor]:
             elif how == "zeros":
                 with torch.no_grad():
                     parameters[4][::2].zero_()
-        one_step(twin, optimizer, parameters, step)
+        one_step(impl, optimizer, parameters, step)
     return clones(parameters)
 
 
 @pytest.mark.parametrize("how", ["load_state_dict", "data"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_is_written_to_parameters_from_outside_is_what_trains_on(world_size: int, how: str) -> None:
-    assert_twins_agree(overwrite, world_size, how)
+def test_values_written_to_parameters_from_outside_are_trained_on(world_size: int, how: str) -> None:
+    assert_equals_torch(overwrite, world_size, how)
 
 
 def overwrite_low_precision(master: str) -> list[Tensor]:
-    """Overwrite half of the elements; then take a step with lr 0, which must change nothing."""
+    """Overwrite half of the elements, then take a step with lr 0, which must change nothing."""
     rank, _ = rank_and_size()
     parameters = build_mixed()
     precision = Precision(master=master)  # type: ignore[arg-type]
@@ -726,7 +726,9 @@ def overwrite_low_precision(master: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("master", ["fp32", "split"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_writes_to_low_precision_parameters_reach_the_master_where_they_were_made(world_size: int, master: str) -> None:
+def test_writes_to_low_precision_parameters_reach_only_their_elements_of_the_master(
+    world_size: int, master: str
+) -> None:
     within = {"fp32": 0.0, "split": 2.0**-7}[master]  # half a unit of bfloat16 at 3
     for kept, *masters in on_ranks(world_size, overwrite_low_precision, master):
         assert kept

@@ -51,7 +51,7 @@ def build_parameters(case: Case) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     parameters = []
     for shape in SHAPES:
-        # Of magnitude 1 to 2: far from zero, where the rounding of where an element has been would dwarf what it is.
+        # Of magnitude 1 to 2: near zero, rounding errors would exceed the relative tolerance.
         value = torch.randn(shape, generator=generator).sign() * (1 + torch.rand(shape, generator=generator))
         if case.channels_last and value.dim() == 4:
             value = value.to(memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def is_used(case: Case, index: int, rank: int, step: int) -> bool:
 
 
 def loss_of(case: Case, parameters: list[nn.Parameter], rank: int, step: int, micro: int) -> Tensor:
-    """A loss whose gradient depends on everything, and touches only the parameters in use."""
+    """Return a loss that depends on rank, step and the parameters in use, and on no others."""
     generator = torch.Generator().manual_seed(10_000 * step + 100 * micro + rank)
     total = parameters[0].new_zeros(())
     for index, parameter in enumerate(parameters):
@@ -98,7 +98,7 @@ def hyperparameters(case: Case) -> dict[str, Any]:
 def train_sharded(case: Case, transport: str) -> list[Tensor]:
     rank, _ = rank_and_size()
     parameters = build_parameters(case)
-    if rank > 0:  # rank 0's values must win
+    if rank > 0:  # all ranks must get rank 0's values
         for parameter in parameters:
             parameter.data += rank
     optimizer_class = ShardedAdamW if case.adamw else ShardedAdam
@@ -128,7 +128,7 @@ def train_sharded(case: Case, transport: str) -> list[Tensor]:
 
 
 def train_torch(case: Case, world_size: int) -> list[Tensor]:
-    """The same on one rank, with the averages of all ranks' gradients."""
+    """Train with torch's optimizer in one process on the averages of all ranks' gradients."""
     parameters = build_parameters(case)
     optimizer_class = torch.optim.AdamW if case.adamw else torch.optim.Adam
     optimizer = optimizer_class(groups_of(case, parameters), **hyperparameters(case))

@@ -29,7 +29,7 @@ Parameters = list[tuple[tuple[int, ...], torch.dtype, bool]]
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tests.test_plan:...`` is found from the checkout."""
+    """Run in the root of the checkout, where ``tests.test_plan:...`` can be imported."""
     monkeypatch.chdir(ROOT)
 
 
@@ -40,7 +40,7 @@ def planned_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int 
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a refused plan: one line, without a traceback."""
+    """Return the message of a refused plan: one line, without a traceback."""
     assert main(["plan", *arguments]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("shardadam: ") and printed.err.count("\n") == 1
@@ -51,11 +51,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def launch_decoder() -> nn.Module:
-    """Tied: its head is its embedding."""
+    """A decoder whose head and embedding are tied."""
     spec = importlib.util.spec_from_file_location("launch_model", ROOT / "launch" / "model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["launch_model"] = module  # dataclasses look it up there
+    sys.modules["launch_model"] = module  # dataclasses look the module up there
     spec.loader.exec_module(module)
     decoder: nn.Module = module.Decoder(module.ModelConfig(layers=2, width=64, heads=2, context=32))
     return decoder
@@ -70,7 +70,7 @@ def convolutions() -> nn.Module:
 
 
 class Odd(nn.Module):
-    """Mixed dtypes, frozen, scalar, empty and odd shapes."""
+    """Parameters of mixed dtypes, frozen, scalar, empty, and of odd shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ def write_config(name: str, directory: Path) -> str:
     return str(directory)
 
 
-def real(name: str, directory: Path) -> nn.Module:
-    """Built in earnest, without the code that plans."""
+def build_real_model(name: str, directory: Path) -> nn.Module:
+    """Build the model with its weights, without the planner."""
     if name in FUNCTIONS:
         return FUNCTIONS[name]()
     import transformers
@@ -107,7 +107,7 @@ def real(name: str, directory: Path) -> nn.Module:
 
 
 def built(parameters: Parameters, rows: list[dict[str, Any]], bucket_mb: float) -> list[dict[str, int]]:
-    """``optimizer.memory()`` of each row's format, and its total."""
+    """Return ``optimizer.memory()`` and its total for the format of each row."""
     found = []
     for row in rows:
         optimizer = ShardedAdamW(
@@ -127,13 +127,13 @@ def built(parameters: Parameters, rows: list[dict[str, Any]], bucket_mb: float) 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_planned_bytes_are_what_memory_says(
+def test_planned_bytes_equal_optimizer_memory(
     name: str, ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     what = write_config(name, tmp_path) if name in CONFIGS else f"tests.test_plan:{FUNCTIONS[name].__name__}"
     options = ["--ranks", str(ranks), "--device", "cpu", "--bucket-mb", "0.02", "--gradient-sync", "external"]
     found = planned_json(capsys, what, *options)
-    model = real(name, tmp_path)
+    model = build_real_model(name, tmp_path)
     parameters = [(tuple(one.shape), one.dtype, one.requires_grad) for one in model.parameters()]
     assert found["what"]["parameters"] == sum(one.numel() for one in model.parameters())
     rows = found["formats"]
@@ -143,7 +143,7 @@ def test_planned_bytes_are_what_memory_says(
         assert of_rank == [row["built"] for row in rows]
 
 
-def test_the_bytes_of_training_add_up_to_what_the_planner_says_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bytes_of_training_add_up_to_the_planners_need(capsys: pytest.CaptureFixture[str]) -> None:
     what = "tests.test_plan:Odd"
     options = ["--ranks", "4", "--device", "cpu", "--bucket-mb", "0.01", "--clip"]
     found = planned_json(capsys, what, *options)
@@ -168,7 +168,7 @@ def test_the_bytes_of_training_add_up_to_what_the_planner_says_is_needed(capsys:
     assert found["choice"] is None and found["memory"] is None
 
 
-def test_what_was_asked_for_is_told_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_repeats_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--ranks", "8", "--hosts", "2", "--replicas", "2", "--moments", "int8", "--master", "fp32"]
     found = planned_json(capsys, "1M", *options, "--gradient-sync", "step", "--bucket-mb", "0.5", "--device", "cpu")
     assert found["version"] == 1
@@ -186,12 +186,12 @@ def test_what_was_asked_for_is_told_again(capsys: pytest.CaptureFixture[str]) ->
         "transport": "auto",
     }
     spanning = planned_json(capsys, "1M", "--ranks", "8", "--hosts", "4", "--replicas", "2", "--device", "cpu")
-    assert spanning["asked"]["transport"] == "collective"  # shard groups of four ranks on hosts of two
+    assert spanning["asked"]["transport"] == "collective"  # shard groups of four ranks span hosts of two
     quarter = planned_json(capsys, "1M", "--ranks", "4")["formats"][0]["built"]
     assert planned_json(capsys, "1M", "--ranks", "8", "--replicas", "2")["formats"][0]["built"] == quarter
 
 
-# What to train
+# Model sources
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_was_asked_for_is_told_again(capsys: pytest.CaptureFixture[str]) ->
     [("7B", 7 * 10**9), ("350M", 350 * 10**6), ("1.3e9", 13 * 10**8), ("1.5b", 15 * 10**8), ("12k", 12000), ("1", 1),
      ("1,000", 1000), ("2T", 2 * 10**12), ("7X", None), ("B", None), ("gpt2", None), ("-7B", None), ("7e", None)],
 )  # fmt: skip
-def test_numbers_of_parameters_are_read(text: str, count: int | None) -> None:
+def test_numbers_of_parameters_are_parsed(text: str, count: int | None) -> None:
     assert parse_count(text) == count
 
 
@@ -210,17 +210,17 @@ def test_a_number_becomes_a_decoder_of_exactly_that_size(numel: int) -> None:
     assert all(min(one.shape) > 0 for one in source.planned)
     if numel > 10**8:
         largest = max(one.numel for one in source.planned)
-        assert largest < numel / 3  # no tensor beside which buckets would mean nothing
+        assert largest < numel / 3  # no tensor dwarfs the buckets
         width = dict(source.parameters)["layers.0.mlp_norm.weight"].numel
         assert 32 <= width / sum(name.endswith("gate.weight") for name, _ in source.parameters) <= 200
 
 
-def test_llama_2s_proportions_are_met() -> None:
+def test_a_decoder_of_7b_has_the_shape_of_llama_2() -> None:
     names = dict(decoder_of("n", 6_738_415_616).parameters)
     assert names["layers.31.mlp.down.weight"].shape[0] == 4096 and "layers.33.mlp.down.weight" not in names
 
 
-def test_the_dtype_is_the_models_own_unless_told(tmp_path: Path) -> None:
+def test_the_dtype_is_the_models_own_unless_given(tmp_path: Path) -> None:
     def dtypes(what: str, dtype: torch.dtype | None = None) -> set[str]:
         return set(find_model_source(what, dtype).dtypes)
 
@@ -246,7 +246,7 @@ def test_a_config_without_architectures_is_a_bare_model(tmp_path: Path) -> None:
     assert find_model_source(str(tmp_path / "config.json")).description == "GPT2Model"
 
 
-def test_nothing_is_allocated_and_the_network_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_allocated_and_the_network_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     devices: set[str] = set()
     of = PlannedParameter.of
@@ -276,7 +276,7 @@ def test_the_current_directory_is_searched_for_modules(tmp_path: Path, monkeypat
     assert sys.path == before
 
 
-# What cannot be planned
+# Errors
 
 
 def no_module() -> list[int]:
@@ -298,7 +298,7 @@ def complex_numbers() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "text"),
     [
         ("tests.test_plan:no_module", "returned a list, expected an nn.Module"),
         ("tests.test_plan:raises", "RuntimeError: no such layer"),
@@ -314,36 +314,36 @@ def complex_numbers() -> nn.Module:
         ("1e99", "expected a number of 1 to"),
     ],
 )
-def test_what_cannot_be_planned_is_said_without_a_traceback(
-    what: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_a_source_that_cannot_be_planned_is_one_message(
+    what: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in refused(capsys, what)
+    assert text in refused(capsys, what)
 
 
-def test_a_module_that_fails_as_it_is_imported_says_where(
+def test_a_module_that_fails_to_import_is_named_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "failing_module.py").write_text("\nimport no_such_dependency\n")
     (tmp_path / "dividing_module.py").write_text("\n\n1 / 0\n")
     monkeypatch.chdir(tmp_path)
-    said = refused(capsys, "failing_module:make")
-    assert "importing failing_module failed" in said and "no_such_dependency" in said
-    said = refused(capsys, "dividing_module:make")
-    assert "ZeroDivisionError" in said and "dividing_module.py:3" in said
+    text = refused(capsys, "failing_module:make")
+    assert "importing failing_module failed" in text and "no_such_dependency" in text
+    text = refused(capsys, "dividing_module:make")
+    assert "ZeroDivisionError" in text and "dividing_module.py:3" in text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no such"}', "{}"])
-def test_a_config_that_is_none_is_said_so(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_config_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(content)
     assert "transformers can" in refused(capsys, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["7X", "no-such/model"])
-def test_an_unknown_name_is_told_what_it_could_be(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_of_an_unknown_name_lists_what_is_accepted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    said = refused(capsys, name)
-    assert "7B" in said and "module:function" in said and "--download" in said
+    text = refused(capsys, name)
+    assert "7B" in text and "module:function" in text and "--download" in text
 
 
 def test_missing_packages_are_named_with_their_extra(
@@ -373,7 +373,7 @@ def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureF
     assert f"argument {arguments[0]}" in capsys.readouterr().err
 
 
-def test_options_that_do_not_fit_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_contradicting_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--hosts: found 3 with --ranks 8" in refused(capsys, "1M", "--hosts", "3")
     assert "--replicas: found 16 with --ranks 8" in refused(capsys, "1M", "--replicas", "16")
     assert "float64" in refused(capsys, "1M", "--dtype", "fp64", "--moments", "int8")
@@ -384,14 +384,14 @@ def test_options_that_do_not_fit_each_other_are_refused(capsys: pytest.CaptureFi
     [("80GB", 80 * 10**9), ("80 GB", 80 * 10**9), ("80g", 80 * 10**9), ("79.6GiB", round(79.6 * 2**30)), ("1024", 1024),
      ("512MB", 512 * 10**6), ("1tib", 2**40)],
 )  # fmt: skip
-def test_sizes_are_read(text: str, nbytes: int) -> None:
+def test_sizes_are_parsed(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-# What fits
+# Fitting into memory
 
 
-def test_fits_and_choice_are_the_planners(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fits_and_choice_equal_those_of_the_planner(capsys: pytest.CaptureFixture[str]) -> None:
     source = find_model_source("10M")
     parameters = source.planned
     asked = Setting(world_size=2, precision=Precision(master="split"), device="cuda")
@@ -432,7 +432,7 @@ def test_ranks_that_fit_are_counted_over_all_replicas(capsys: pytest.CaptureFixt
     assert all(other == 2 * one for one, other in froms) and {one for one, _ in froms} >= {4, 8}
 
 
-def test_the_comparison_has_adamw_and_fsdp2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_includes_adamw_and_fsdp2(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned_json(capsys, "10M", "--ranks", "4", "--moments", "bf16")
     rows = {row["name"]: row for row in found["comparison"]}
     assert list(rows) == ["adamw", "adamw_fp32_master", "step", "backward", "fsdp2"]
@@ -455,19 +455,19 @@ def small_blocks() -> nn.Module:
     return nn.ModuleDict({"embed": nn.Linear(8, 6, bias=False), "blocks": nn.Sequential(*[nn.Linear(16, 16)] * 1)})
 
 
-def test_fsdp2_is_all_shards_and_the_largest_module_twice() -> None:
+def test_fsdp2_takes_its_shards_and_the_largest_module_twice() -> None:
     source = find_model_source("tests.test_plan:small_blocks", torch.bfloat16)
     assert {name: len(unit) for name, unit in source.units().items()} == {"": 1, "blocks.0": 2}
     numel, largest = 48 + 16 * 17, 16 * 17
     found = fsdp2(source, 2, keeps_masters=True)
     assert found.kinds["parameters"] == 4 * numel // 2 + 2 * 2 * largest
     assert (found.kinds["gradients"], found.kinds["moments"]) == (4 * numel // 2, 8 * numel // 2)
-    in_bf16 = fsdp2(source, 4, keeps_masters=False)  # six rows over four ranks: two on the first
+    in_bf16 = fsdp2(source, 4, keeps_masters=False)  # six rows over four ranks: two rows on rank 0
     assert in_bf16.kinds["gradients"] == 2 * (2 * 8 + 4 * 16 + 4)
     assert in_bf16.is_estimate and in_bf16.setting is None
 
 
-# For readers
+# Text
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
@@ -475,16 +475,16 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) 
     return capsys.readouterr().out
 
 
-def test_text_says_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    said = printed(capsys, "7B", "--ranks", "8", "--memory", "80GB")
+def test_the_text_has_the_decisive_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "7B", "--ranks", "8", "--memory", "80GB")
     for fact in ("7,000,000,000 in ", "8 ranks on 1 host, cuda", "80.00 GB per rank", "Not counted: activations",
                  "an estimate", "FSDP2, estimated", "torch.optim.AdamW on every rank",
                  "Your settings fit: training takes",
                  'precision=Precision(moments="fp32", master="split")'):  # fmt: skip
-        assert fact in said, fact
-    assert max(len(line) for line in said.splitlines()) <= 120
+        assert fact in text, fact
+    assert max(len(line) for line in text.splitlines()) <= 120
     found = planned_json(capsys, "7B", "--ranks", "8", "--memory", "80GB")
-    rows = [line.split() for line in said.splitlines() if line.startswith(">")]
+    rows = [line.split() for line in text.splitlines() if line.startswith(">")]
     asked = next(row for row in found["formats"] if row["asked"])
     kinds = asked["bytes"]
     expected = [kinds["parameters"], kinds["gradients"], kinds["gradient_shard"], kinds["staging"], kinds["moments"],
@@ -501,28 +501,28 @@ def test_text_says_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{expected[-1] / 1e9:.2f}" in rows[1]
 
 
-def test_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]) -> None:
-    said = printed(capsys, "10M", "--ranks", "4", "--memory", "80MB", code=1).replace("\n", " ")
-    assert "takes 95.04 MB and does not fit. Choose 8 ranks instead" in said and "the smallest change that fits" in said
-    said = printed(capsys, "70B", "--memory", "80GB", "--ranks", "64", code=1).replace("\n", " ")
+def test_the_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "10M", "--ranks", "4", "--memory", "80MB", code=1).replace("\n", " ")
+    assert "takes 95.04 MB and does not fit. Choose 8 ranks instead" in text and "the smallest change that fits" in text
+    text = printed(capsys, "70B", "--memory", "80GB", "--ranks", "64", code=1).replace("\n", " ")
     assert (
-        "Nothing fits in 80.00 GB: parameters alone take 140" in said and "FSDP2, which shards parameters too" in said
+        "Nothing fits in 80.00 GB: parameters alone take 140" in text and "FSDP2, which shards parameters too" in text
     )
-    said = printed(capsys, "10M", "--memory", "1KB", code=1).replace("\n", " ")
-    assert "Nothing fits" in said and "ranks with more memory" in said and "never" in said
+    text = printed(capsys, "10M", "--memory", "1KB", code=1).replace("\n", " ")
+    assert "Nothing fits" in text and "ranks with more memory" in text and "never" in text
     assert "Give --memory" in printed(capsys, "10M")
 
 
 def test_float32_has_no_column_of_masters(capsys: pytest.CaptureFixture[str]) -> None:
-    said = printed(capsys, "tests.test_plan:convolutions", "--device", "cpu", "--ranks", "2")
-    assert "master" not in said and "KB per rank" in said and "of one host take" in said
+    text = printed(capsys, "tests.test_plan:convolutions", "--device", "cpu", "--ranks", "2")
+    assert "master" not in text and "KB per rank" in text and "of one host take" in text
 
 
 def test_help_documents_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned_json(capsys, "1M", "--memory", "1GB")
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for key in (
         *found,
         *found["what"],
@@ -531,7 +531,7 @@ def test_help_documents_the_json(capsys: pytest.CaptureFixture[str]) -> None:
         *found["comparison"][0],
         *found["choice"],
     ):
-        assert key in said, key
+        assert key in text, key
 
 
 def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

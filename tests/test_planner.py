@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan equals ``optimizer.memory()`` byte for byte, and the setting proposed to fit is the nearest that does."""
+"""A plan equals ``optimizer.memory()`` byte for byte, and the proposed setting is the nearest one that fits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BUCKET_MB = (0.0001, 0.01, None)
 
 
 def build_groups(kind: str, device: str = "cpu") -> list[list[nn.Parameter]]:
-    """Two param groups; in each, one parameter of every dtype is frozen."""
+    """Return two param groups, each with one frozen parameter of every dtype."""
     return [
         [
             nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=index != frozen)
@@ -59,7 +59,7 @@ def planned(kind: str, device: str = "cpu") -> list[PlannedParameter]:
 
 
 def settings(world_size: int, kind: str) -> list[Setting]:
-    """All of them: every format, mode, transport and size of buckets."""
+    """Return settings of every format, mode, transport and bucket size."""
     all_moments: tuple[Moments, ...] = ("fp32",) if "fp64" in kind else ("fp32", "bf16", "int8")
     all_masters: tuple[Master, ...] = ("auto", "split", "fp32", "none") if "fp32" != kind != "fp64" else ("auto",)
     precisions = [Precision(moments=m, master=w) for m, w in itertools.product(all_moments, all_masters)]
@@ -91,16 +91,16 @@ def build(kind: str, setting: Setting) -> tuple[ShardedAdamW, list[nn.Parameter]
 
 
 def memories(kind: str, some: list[Setting]) -> list[Memory]:
-    """Of optimizers that have just been built."""
+    """Return ``memory()`` of new optimizers."""
     return [build(kind, setting)[0].memory() for setting in some]
 
 
-PARTS = 31  # odd, so that every part has all modes and transports
+PARTS = 31  # odd, so every part has all modes and transports
 
 
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize(("world_size", "kind", "part"), [*itertools.product((1, 2, 3, 4), DTYPES, range(PARTS))])
-def test_a_plan_is_what_memory_says(world_size: int, kind: str, part: int) -> None:
+def test_a_plan_equals_optimizer_memory(world_size: int, kind: str, part: int) -> None:
     some = settings(world_size, kind)[part::PARTS]
     expected = [plan(planned(kind), setting) for setting in some]
     for found in on_ranks(world_size, memories, kind, some):
@@ -113,7 +113,7 @@ def backward(parameters: list[nn.Parameter]) -> None:
 
 
 def staging_after_backward(kind: str, setting: Setting) -> tuple[int, int]:
-    """Before the step, and of gradient shards once the norm is there."""
+    """Return the bytes of staging before the step, and of gradient shards after clipping."""
     optimizer, parameters = build(kind, setting)
     backward(parameters)
     optimizer.clip_grad_norm_(1.0)
@@ -135,13 +135,13 @@ def test_the_peak_of_staging_is_two_buffers(gradient_sync: str, transport: str, 
     )
     expected = plan(planned("bf16"), setting, peak=True)
     for staging, gradient_shard in on_ranks(2, staging_after_backward, "bf16", setting):
-        # One buffer where the peer was never late; more than two while it is.
+        # One buffer if the peer was never late; more than two while it is late.
         assert staging % max(1, expected.staging // 2) == 0
         assert (staging > 0) == (expected.staging > 0)
         assert gradient_shard == expected.gradient_shard > 0
 
 
-def test_one_bucket_needs_one_buffer() -> None:
+def test_one_bucket_needs_one_staging_buffer() -> None:
     setting = Setting(bucket_mb=64)
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizer = ShardedAdamW(parameters, bucket_mb=64)
@@ -149,7 +149,7 @@ def test_one_bucket_needs_one_buffer() -> None:
     assert plan(parameters, setting, peak=True).staging == optimizer.memory().staging > 0
 
 
-def test_buckets_are_as_large_as_the_optimizers_where_nobody_says_how_large() -> None:
+def test_the_default_bucket_size_is_the_optimizers() -> None:
     parameters = [nn.Parameter(torch.zeros(2**20)) for _ in range(5)]
     optimizer = ShardedAdamW(parameters)
     assert len(lay_out(parameters, Setting()).buckets) == len(optimizer._engine.parameters.buckets) == 3
@@ -167,7 +167,7 @@ def test_parameters_on_the_meta_device_give_the_same_plan(kind: str) -> None:
     assert plan(tensors, Setting(world_size=3)) == plan(described, Setting(world_size=3))
 
 
-def test_a_model_that_no_machine_holds_is_planned_at_once() -> None:
+def test_planning_a_huge_model_is_fast() -> None:
     layer = [(16384, 16384)] * 4 + [(53248, 16384)] * 3
     parameters = [PlannedParameter(shape, torch.bfloat16) for shape in layer * 126]
     memory = plan(parameters, Setting(world_size=1024, device="cuda"))
@@ -176,7 +176,7 @@ def test_a_model_that_no_machine_holds_is_planned_at_once() -> None:
     assert memory.parameters >= 2 * numel
 
 
-def test_the_kernels_tables_are_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_includes_the_kernels_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(update, "KERNEL_DEVICES", {"cpu"})
     for kind in ("fp32", "mixed", "mixed with fp64"):
@@ -187,7 +187,7 @@ def test_the_kernels_tables_are_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan(planned("fp32"), setting).tables < with_kernel
 
 
-def test_a_replica_or_another_dtype_on_the_wire_exposes_no_gradients() -> None:
+def test_replicas_and_other_reduce_dtypes_have_no_bucket_views() -> None:
     setting = Setting(world_size=2, gradient_sync="step")
     assert plan(planned("bf16"), setting).gradients > 0
     assert plan(planned("bf16"), replace(setting, replicas=2)).gradients == 0
@@ -195,7 +195,7 @@ def test_a_replica_or_another_dtype_on_the_wire_exposes_no_gradients() -> None:
     assert plan(planned("bf16"), replace(setting, precision=Precision(reduce=torch.float32))).gradients == 0
 
 
-def test_nccl_needs_room_to_receive_for_exact_sums_only() -> None:
+def test_nccl_needs_receive_buffers_for_exact_sums_only() -> None:
     setting = Setting(world_size=4, device="cuda")
     native = plan(planned("fp32"), setting, peak=True).staging
     exact = plan(planned("fp32"), replace(setting, precision=Precision(accumulate="fp32")), peak=True).staging
@@ -211,12 +211,12 @@ def test_nccl_needs_room_to_receive_for_exact_sums_only() -> None:
         (Setting(precision=Precision(moments="int8")), "fp64"),
     ],
 )
-def test_what_the_optimizer_refuses_is_refused(setting: Setting, kind: str) -> None:
+def test_the_planner_refuses_what_the_optimizer_refuses(setting: Setting, kind: str) -> None:
     with pytest.raises((ValueError, TypeError), match=r"found|is float64"):
         plan(planned(kind), setting)
 
 
-# What a rank needs
+# Bytes that a rank needs
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -240,14 +240,16 @@ BUCKET = 2 * MATRIX_BYTES / 2**20
 @pytest.mark.parametrize(
     ("gradient_sync", "transport", "gradients", "optimizer"),
     [
-        ("backward", "auto", 2, 2 * 2 + 16 / 2),  # a bucket of two; two of staging and the gradient shard
-        ("backward", "collective", 2, 2 * 3 + 16 / 2),  # half a buffer more to receive in
+        ("backward", "auto", 2, 2 * 2 + 16 / 2),  # a bucket of two; two staging buffers and the gradient shard
+        ("backward", "collective", 2, 2 * 3 + 16 / 2),  # and half a buffer to receive
         ("step", "auto", 16 + 1, 0),
         ("step", "collective", 16, 2 * 3 + 16 / 2),
         ("external", "auto", 16, 16 / 2),
     ],
 )
-def test_needs_are_counted_in_matrices(gradient_sync: str, transport: str, gradients: int, optimizer: float) -> None:
+def test_need_counts_parameters_gradients_and_optimizer(
+    gradient_sync: str, transport: str, gradients: int, optimizer: float
+) -> None:
     setting = Setting(world_size=2, gradient_sync=gradient_sync, bucket_mb=BUCKET, transport=transport)  # type: ignore[arg-type]
     frozen = PlannedParameter((128, 128), trainable=False)
     small = 16 * (12 + 16)  # scalars and tables
@@ -264,40 +266,38 @@ def test_needs_are_counted_in_matrices(gradient_sync: str, transport: str, gradi
 @pytest.mark.parametrize(
     ("gradient_sync", "transport", "gradients"),
     [
-        ("backward", "auto", 1 + 2),  # it has a bucket of its own; of two places when backward ends, and their sum
+        ("backward", "auto", 1 + 2),  # alone in its bucket; two gradients at the end of backward, and their sum
         ("step", "collective", 17 + 2),
         ("step", "auto", 17 + 3),
         ("external", "auto", 17 + 2),
     ],
 )
-def test_the_gradients_of_a_tied_parameter_exist_side_by_side(
-    gradient_sync: str, transport: str, gradients: int
-) -> None:
+def test_two_gradients_of_a_tied_parameter_exist_at_once(gradient_sync: str, transport: str, gradients: int) -> None:
     setting = Setting(world_size=2, gradient_sync=gradient_sync, bucket_mb=BUCKET, transport=transport)  # type: ignore[arg-type]
     assert need([TIED, *MATRICES], setting).gradients == gradients * MATRIX_BYTES
     assert adamw_need([TIED, *MATRICES]).gradients == 19 * MATRIX_BYTES
 
 
-def test_a_tied_gradient_waits_while_other_buckets_are_reduced() -> None:
+def test_a_tied_gradient_is_kept_while_other_buckets_are_reduced() -> None:
     large = PlannedParameter((1024, 128))
     setting = Setting(world_size=2, bucket_mb=BUCKET)
     assert need([large, TIED], setting).gradients == large.nbytes + TIED.nbytes
 
 
-def test_a_model_knows_which_of_its_parameters_are_tied() -> None:
+def test_tied_parameters_of_a_model_are_recognised() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "head": nn.Linear(4, 8)})
     model["head"].weight = model["embedding"].weight
     found = PlannedParameter.of_model(model)
     assert {name: one.is_tied for name, one in found.items()} == {"embedding.weight": True, "head.bias": False}
 
 
-def test_the_norm_needs_the_gradient_shard() -> None:
+def test_clipping_needs_the_whole_gradient_shard() -> None:
     setting = Setting(world_size=2, gradient_sync="step", bucket_mb=BUCKET)
     more = need(MATRICES, replace(setting, clips=True)).total - need(MATRICES, setting).total
     assert more == 16 // 2 * MATRIX_BYTES
 
 
-# What would fit
+# The nearest setting that fits
 
 LOW = [PlannedParameter((128, 128), torch.bfloat16)] * 16
 ASKED = Setting(world_size=2, bucket_mb=BUCKET)
@@ -309,7 +309,7 @@ def total(parameters: list[PlannedParameter], asked: Setting = ASKED, **changes:
 
 
 def check(fit: Fit, parameters: list[PlannedParameter], **changes: Any) -> None:
-    """The nearest differs from what was asked in ``changes`` alone, and its bytes are told."""
+    """Check that the nearest setting differs from the requested one only in ``changes``, and its bytes."""
     assert fit.nearest is not None and fit.nearest_need is not None
     precision = {name: changes[name] for name in ("moments", "master") if name in changes}
     others = {name: value for name, value in changes.items() if name not in precision}
@@ -320,16 +320,16 @@ def check(fit: Fit, parameters: list[PlannedParameter], **changes: Any) -> None:
     assert fit.fits == (not changes)
 
 
-def test_what_fits_is_left_as_it_is() -> None:
+def test_settings_that_fit_are_not_changed() -> None:
     check(fitting(MATRICES, ASKED, total(MATRICES)), MATRICES)
 
 
-def test_moments_give_way_first_and_no_further_than_they_must() -> None:
+def test_moments_are_reduced_first_and_no_further_than_needed() -> None:
     check(fitting(MATRICES, ASKED, total(MATRICES) - 1), MATRICES, moments="bf16")
     check(fitting(MATRICES, ASKED, total(MATRICES, moments="bf16") - 1), MATRICES, moments="int8")
 
 
-def test_then_ranks_are_added_and_no_more_than_must_be() -> None:
+def test_ranks_are_added_second_and_no_more_than_needed() -> None:
     available = total(MATRICES, moments="int8") - 1
     check(fitting(MATRICES, ASKED, available), MATRICES, world_size=4)
     available = total(MATRICES, world_size=4) - 1
@@ -337,13 +337,13 @@ def test_then_ranks_are_added_and_no_more_than_must_be() -> None:
     check(fitting(MATRICES, ASKED, available), MATRICES, world_size=8)
 
 
-def test_then_full_gradients_are_given_up() -> None:
+def test_gradient_sync_becomes_backward_third() -> None:
     asked = replace(ASKED, gradient_sync="step", transport="collective")
     available = min(total(MATRICES, asked, moments="int8"), total(MATRICES, asked, world_size=2)) - 1
     check(fitting(MATRICES, asked, available, most_ranks=2), MATRICES, gradient_sync="backward")
 
 
-def test_then_the_master() -> None:
+def test_the_master_is_reduced_last() -> None:
     asked = replace(ASKED, precision=Precision(moments="int8", master="fp32"), transport="collective")
     available = total(LOW, asked) - 1
     check(fitting(LOW, asked, available, most_ranks=2), LOW, master="split")
@@ -351,12 +351,12 @@ def test_then_the_master() -> None:
     check(fitting(LOW, asked, available, most_ranks=2), LOW, master="none")
 
 
-def test_gradients_that_peers_read_take_less_than_shards_of_float32() -> None:
+def test_bucket_views_may_take_less_than_float32_gradient_shards() -> None:
     asked = replace(ASKED, precision=Precision(moments="int8", master="none"))
     check(fitting(LOW, asked, total(LOW, asked) - 1, most_ranks=2), LOW, gradient_sync="step")
 
 
-def test_two_changes_where_one_is_not_enough_in_the_fewest_steps() -> None:
+def test_two_changes_are_made_where_one_is_not_enough_by_the_fewest_steps() -> None:
     available = total(MATRICES, moments="bf16", world_size=4)
     one = [total(MATRICES, moments="int8"), total(MATRICES, world_size=4)]
     assert available < min(one)
@@ -370,7 +370,7 @@ def test_nothing_fits_where_parameters_do_not() -> None:
     assert (fit.available, fit.need) == (parameter_bytes, need(MATRICES, ASKED))
 
 
-def test_ranks_that_share_a_host_are_taken_away() -> None:
+def test_fewer_ranks_are_proposed_where_they_share_the_memory_of_a_host() -> None:
     asked = replace(ASKED, world_size=4, precision=Precision(moments="int8"), gradient_sync="backward")
     host_bytes = 2 * total(MATRICES, asked, world_size=2)
     assert host_bytes // 4 < total(MATRICES, asked)
@@ -379,7 +379,7 @@ def test_ranks_that_share_a_host_are_taken_away() -> None:
     assert fit.available == host_bytes // 4
 
 
-def test_float64_keeps_its_moments_and_float32_has_no_master_to_change() -> None:
+def test_moments_of_float64_and_masters_of_float32_are_not_changed() -> None:
     doubles = [PlannedParameter((128, 128), torch.float64)] * 4
     check(fitting(doubles, ASKED, total(doubles) - 1), doubles, world_size=4)
     asked = replace(ASKED, precision=Precision(moments="int8"))
@@ -387,7 +387,7 @@ def test_float64_keeps_its_moments_and_float32_has_no_master_to_change() -> None
 
 
 def test_external_gradients_are_never_proposed() -> None:
-    """They need no staging, but somebody else who averages them."""
+    """They need no staging, but other code that averages them."""
     asked = replace(ASKED, precision=Precision(moments="int8"))
     available = total(MATRICES[:1], asked, gradient_sync="external")
     assert available < total(MATRICES[:1], asked)
@@ -395,8 +395,8 @@ def test_external_gradients_are_never_proposed() -> None:
     assert nearest is None or nearest.gradient_sync != "external"
 
 
-def test_a_block_is_a_hundred_and_twenty_eight_elements_in_every_plan() -> None:
-    """What is short of a block takes a whole one on every rank."""
+def test_parameters_are_padded_to_blocks_of_128_elements() -> None:
+    """Less than a block takes a whole block on every rank."""
     memory = plan([PlannedParameter(())], Setting(world_size=4))
     assert memory.parameters == 4 * ALIGNMENT_NUMEL * 4
     assert memory.moments == 2 * ALIGNMENT_NUMEL * 4

@@ -23,7 +23,7 @@ from shardadam import Precision, ShardedAdamW
 from shardadam.ranks.signals import defer_signals
 from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of, restart
 
-INJECTIONS = 30  # an ordinary run, in each of four calls
+INJECTIONS = 30  # in each case
 FORMATS: dict[str, tuple[torch.dtype, Precision]] = {
     "fp32": (torch.float32, Precision()),
     "fp32, int8": (torch.float32, Precision(moments="int8")),
@@ -44,14 +44,14 @@ class Net(nn.Module):
 
 
 def poison(kind: str, model: Net, x: Tensor, choose: random.Random, world_size: int) -> Tensor:
-    """The loss of a batch that is poisoned."""
+    """Return a loss with a value that is infinite, NaN or huge."""
     parameters = list(model.parameters())
     parameter = choose.choice(parameters)
     element = choose.randrange(parameter.numel())
     largest = torch.finfo(parameter.dtype).max
     value = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "sum": largest, "huge": 1e15}.get(kind)
     if value is not None:
-        # The gradient of this one element; "sum": finite on every rank, and infinite in the sum.
+        # In the gradient of one element; "sum" is finite on every rank and infinite in the sum.
         return model(x) + (parameter.flatten()[element] * value).float()
     if kind == "input":
         x = x.clone()
@@ -60,7 +60,7 @@ def poison(kind: str, model: Net, x: Tensor, choose: random.Random, world_size: 
 
 
 def inject(format: str, gradient_sync: str, transport: str, seed: int, count: int) -> list[Any]:
-    """Alternates seeded poison with ordinary steps; returns values that must be equal on all ranks."""
+    """Alternate poisoned and ordinary steps; return values that must be equal on all ranks."""
     dtype, precision = FORMATS[format]
     rank, world_size = rank_and_size()
     model = Net(dtype)
@@ -105,8 +105,7 @@ def inject(format: str, gradient_sync: str, transport: str, seed: int, count: in
         ("bf16", "backward", "auto", 1),
     ],
 )
-@pytest.mark.filterwarnings("ignore:step")
-def test_nothing_that_is_not_finite_ever_reaches_parameters_or_state(
+def test_values_that_are_not_finite_never_reach_parameters_or_state(
     format: str, gradient_sync: str, transport: str, world_size: int, seed: int
 ) -> None:
     results = on_ranks(world_size, inject, format, gradient_sync, transport, seed, INJECTIONS)
@@ -116,7 +115,7 @@ def test_nothing_that_is_not_finite_ever_reaches_parameters_or_state(
 # Signals
 
 
-def test_a_signal_is_held_back_until_the_end() -> None:
+def test_a_signal_is_deferred_to_the_end() -> None:
     happened: list[str] = []
 
     def interrupt() -> None:
@@ -130,7 +129,7 @@ def test_a_signal_is_held_back_until_the_end() -> None:
     assert happened == ["the rest"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_signal_is_not_held_back() -> None:
+def test_a_second_signal_is_not_deferred() -> None:
     happened: list[str] = []
 
     def interrupt() -> None:
@@ -145,7 +144,7 @@ def test_a_second_signal_is_not_held_back() -> None:
     assert happened == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_other_threads_and_handlers_of_the_system_are_left_alone() -> None:
+def test_signals_are_deferred_only_in_the_main_thread_and_with_python_handlers() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     found: list[Any] = []
 
@@ -162,23 +161,23 @@ def test_other_threads_and_handlers_of_the_system_are_left_alone() -> None:
 
 
 def ignore_signals() -> int:
-    """Ignores further signals; returns how many arrived before."""
-    for came in range(5):
+    """Ignore further signals; return how many arrived before."""
+    for arrived in range(5):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            return came
+            return arrived
         except (KeyboardInterrupt, SystemExit):
             continue
-    raise AssertionError("they do not end")
+    raise AssertionError("signals do not end")
 
 
 def interrupt_every_launch() -> tuple[int, int, list[float]]:
-    """Returns how many interrupts arrived, how many buckets were launched by then, and the parameters after a step."""
+    """Return the number of interrupts, the buckets launched before them, and the parameters after a step."""
     parameters = [nn.Parameter(torch.ones(300)) for _ in range(4)]
     optimizer = ShardedAdamW(parameters, lr=0.1, bucket_mb=0.001)
     start = optimizer._engine.transport.reduce_scatter
-    came = 0
+    arrived = 0
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -189,23 +188,23 @@ def interrupt_every_launch() -> tuple[int, int, list[float]]:
     try:
         sum(p.sum() for p in parameters).backward()
     except KeyboardInterrupt:
-        came += 1
+        arrived += 1
     optimizer._engine.transport.reduce_scatter = start  # type: ignore[method-assign]
     launched = sum(optimizer._engine.reducer._launches)  # type: ignore[attr-defined]
     optimizer.step()
-    return came, launched, [float(p.detach().mean()) for p in parameters]
+    return arrived, launched, [float(p.detach().mean()) for p in parameters]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_signal_does_not_strike_between_a_bucket_s_turn_and_its_launch(world_size: int) -> None:
-    """Without one bucket's launch, later collectives of this rank would be matched with the wrong ones of others."""
-    for came, launched, values in on_ranks(world_size, interrupt_every_launch):
-        assert (came, launched) == (1, 1)
-        assert values == pytest.approx([1.0] * 3 + [0.899], abs=1e-4)  # backward had reached one bucket only
+def test_a_signal_does_not_prevent_the_launch_of_a_bucket(world_size: int) -> None:
+    """If one launch were missing, later collectives of this rank would be matched with wrong ones of the others."""
+    for arrived, launched, values in on_ranks(world_size, interrupt_every_launch):
+        assert (arrived, launched) == (1, 1)
+        assert values == pytest.approx([1.0] * 3 + [0.899], abs=1e-4)  # backward had reached only one bucket
 
 
 class Interrupted:
-    """Trains until a signal arrives, then steps and saves."""
+    """A rank that trains until a signal arrives, then steps and saves."""
 
     def __init__(self, gradient_sync: str, transport: str, directory: str) -> None:
         self.options: dict[str, Any] = {"gradient_sync": gradient_sync, "transport": transport}
@@ -215,7 +214,7 @@ class Interrupted:
         model = Net(torch.float32)
         optimizer = ShardedAdamW(model.parameters(), lr=1e-3, bucket_mb=0.001, **self.options)
         signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(3)))
-        batch, came = torch.full((3, 24), 0.1 * (rank + 1)), 0
+        batch, arrived = torch.full((3, 24), 0.1 * (rank + 1)), 0
         pipe.send("trains")
         end = ""
         try:
@@ -224,10 +223,10 @@ class Interrupted:
                 optimizer.step()
                 optimizer.zero_grad()
         except (KeyboardInterrupt, SystemExit):
-            came += 1
-        except (RuntimeError, TimeoutError) as error:  # a signal may arrive while it is built
+            arrived += 1
+        except (RuntimeError, TimeoutError) as error:  # a signal may arrive while the optimizer is built
             end = str(error)
-        came += ignore_signals()
+        arrived += ignore_signals()
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
         try:  # works if all ranks are equal, else raises
             optimizer.step()
@@ -235,25 +234,25 @@ class Interrupted:
             after = "stepped"
         except (RuntimeError, TimeoutError, ValueError) as error:
             after = f"raised {type(error).__name__}"
-        steps = int(optimizer.state[next(model.parameters())]["step"])  # a count of our own may be one behind
+        steps = int(optimizer.state[next(model.parameters())]["step"])  # a count in this loop could be one behind
         try:
             shardadam.save(self.directory, step=steps, model=model, optimizer=optimizer, timeout_s=2.0)
             after += ", saved"
         except (RuntimeError, TimeoutError) as error:
             after += f", not saved {type(error).__name__}"
-        pipe.send((came, end, finite, after, [p.tolist() for p in model.parameters()]))
+        pipe.send((arrived, end, finite, after, [p.tolist() for p in model.parameters()]))
         time.sleep(ANSWER_S)
 
 
 @pytest.mark.parametrize(
-    ("everybody", "transport", "number"),
+    ("all_ranks", "transport", "number"),
     [
         (True, "shared_memory", signal.SIGINT),
         (False, "shared_memory", signal.SIGTERM),
         (True, "collective", signal.SIGTERM),
         *(
-            pytest.param(everybody, transport, number, marks=pytest.mark.long)
-            for everybody, transport, number in (
+            pytest.param(all_ranks, transport, number, marks=pytest.mark.long)
+            for all_ranks, transport, number in (
                 (True, "shared_memory", signal.SIGTERM),
                 (False, "shared_memory", signal.SIGINT),
                 (True, "collective", signal.SIGINT),
@@ -263,34 +262,34 @@ class Interrupted:
         ),
     ],
 )
-def test_after_a_signal_ranks_are_equal_or_go_on_no_further(
-    everybody: bool, transport: str, number: int, tmp_path: Path
+def test_after_a_signal_ranks_are_equal_or_refuse_to_go_on(
+    all_ranks: bool, transport: str, number: int, tmp_path: Path
 ) -> None:
     scenario = Interrupted("backward", transport, str(tmp_path / "checkpoints"))
     with ranks_of(2, tmp_path / "store", scenario) as ranks:
         assert [ranks.hear(rank) for rank in range(2)] == ["trains"] * 2
-        time.sleep(0.3 + random.Random(str((everybody, transport, number))).random() * 0.2)
-        for rank in range(2) if everybody else [1]:
+        time.sleep(0.3 + random.Random(str((all_ranks, transport, number))).random() * 0.2)
+        for rank in range(2) if all_ranks else [1]:
             os.kill(ranks.processes[rank].pid, number)
-        told = [ranks.hear(rank) for rank in range(2)]
-    assert sum(came for came, *_ in told) >= 1
-    assert all(finite for _, _, finite, _, _ in told)
-    afters = [after for _, _, _, after, _ in told]
+        outcomes = [ranks.hear(rank) for rank in range(2)]
+    assert sum(arrived for arrived, *_ in outcomes) >= 1
+    assert all(finite for _, _, finite, _, _ in outcomes)
+    afters = [after for _, _, _, after, _ in outcomes]
     # One rank may be interrupted after a step and another before it: their next calls differ.
     assert afters == ["stepped, saved"] * 2 or not any(after.endswith(", saved") for after in afters), afters
-    assert told[0][4] == told[1][4]
+    assert outcomes[0][4] == outcomes[1][4]
 
 
-# A step that was interrupted all the same
+# Interrupted updates
 
 
-def break_off(error: type[BaseException], transport: str, directory: str) -> list[str]:
-    """Interrupts rank 0 while it writes; returns the messages of the next calls; checks that loading repairs it."""
+def interrupt_the_update(error: type[BaseException], transport: str, directory: str) -> list[str]:
+    """Interrupt rank 0's update; return the errors of the next calls; with one rank, check that loading repairs it."""
     model = Net(torch.float32)
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=0.001, transport=transport)
     shardadam.save(directory, step=0, model=model, optimizer=optimizer)
     before = [p.detach().clone() for p in model.parameters()]
-    said = []
+    messages = []
     if rank_and_size()[0] == 0:
         dispatch, optimizer._engine.gatherer.dispatch = optimizer._engine.gatherer.dispatch, _raise(error)  # type: ignore[method-assign]
     for call in ("step", "step", "save"):
@@ -300,17 +299,18 @@ def break_off(error: type[BaseException], transport: str, directory: str) -> lis
                 optimizer.step()
             else:
                 shardadam.save(directory, step=1, model=model, optimizer=optimizer, timeout_s=5.0)
-            said.append("nothing")
+            messages.append("nothing")
         except (Exception, KeyboardInterrupt) as problem:
-            said.append(str(problem) or type(problem).__name__)
+            messages.append(str(problem) or type(problem).__name__)
     if rank_and_size()[1] == 1:
         optimizer._engine.gatherer.dispatch = dispatch  # type: ignore[method-assign]
         optimizer.zero_grad()
         shardadam.load(directory, model=model, optimizer=optimizer)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-        optimizer.step()
+        with pytest.warns(UserWarning, match="no parameter has had a gradient on any rank"):
+            optimizer.step()
         shardadam.save(directory, step=1, model=model, optimizer=optimizer)
-    return said
+    return messages
 
 
 def _raise(error: type[BaseException]) -> Any:
@@ -321,17 +321,17 @@ def _raise(error: type[BaseException]) -> Any:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_what_was_broken_off_is_neither_stepped_nor_saved_until_it_is_loaded(
+def test_an_interrupted_optimizer_refuses_step_and_save_until_a_checkpoint_is_loaded(
     error: type[BaseException], tmp_path: Path
 ) -> None:
-    first, second, saving = break_off(error, "auto", str(tmp_path))
+    first, second, saving = interrupt_the_update(error, "auto", str(tmp_path))
     assert first == "for a test" and "did not complete" in second and "Load a whole checkpoint" in second
     assert "cannot be saved" in saving
 
 
-def test_others_do_not_go_on_with_a_rank_that_broke_off(tmp_path: Path) -> None:
+def test_other_ranks_refuse_to_go_on_with_an_interrupted_rank(tmp_path: Path) -> None:
     restart(2)  # these ranks cannot continue together
-    first, other = on_ranks(2, break_off, KeyboardInterrupt, "shared_memory", str(tmp_path))
+    first, other = on_ranks(2, interrupt_the_update, KeyboardInterrupt, "shared_memory", str(tmp_path))
     restart(2)
     assert first[0] == "for a test" and "cannot continue together" in first[1] and "cannot be saved" in first[2]
     assert "rank 0" in other[0] and "cannot continue together" in other[1] and "cannot be saved" in other[2], other

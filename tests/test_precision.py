@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every storage format in the whole optimizer: on any number of ranks, with writes from outside, saved and loaded."""
+"""Every storage format in the whole optimizer: on any number of ranks, with outside writes, saved and loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_parameters(dtypes: tuple[str, ...], device: str = "cpu") -> list[nn.Pa
 
 
 def set_gradients(parameters: list[nn.Parameter], step: int) -> None:
-    """The same on every rank, so that their mean is so on any number of ranks; one parameter has none at times."""
+    """Compute gradients that are the same on every rank, so their mean is, too; one parameter has none at times."""
     generator = torch.Generator().manual_seed(100 + step)
     loss = torch.zeros((), device=parameters[0].device)
     for index, parameter in enumerate(parameters):
@@ -71,20 +71,20 @@ def train(
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("master", ["split", "fp32", "none"])
 @pytest.mark.parametrize(("world_size", "bucket_mb"), [(1, 0.003), (2, 0.003), (2, 32), (4, 32), (3, 0.003)])
-def test_numbers_are_the_same_on_any_number_of_ranks_and_at_any_bucket_size(
+def test_results_are_the_same_on_any_number_of_ranks_and_at_any_bucket_size(
     world_size: int, bucket_mb: float, moments: str, master: str
 ) -> None:
     dtypes = ("fp32", "bf16", "fp16")
     expected = train(dtypes, moments, master, 32.0)
     for result in on_ranks(world_size, train, dtypes, moments, master, bucket_mb):
         for a, b in zip(result, expected, strict=True):
-            if world_size == 3:  # the mean of three equal numbers need not be that number
+            if world_size == 3:  # the mean of three equal numbers may round to another
                 torch.testing.assert_close(a, b, rtol=0.1, atol=0.03)
             else:
                 assert torch.equal(a, b)
 
 
-def test_the_seed_decides_what_is_rounded_stochastically_and_nothing_else() -> None:
+def test_the_seed_changes_stochastic_roundings_and_nothing_else() -> None:
     one, same, other = (train(("bf16",), "int8", "none", 32.0, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -136,14 +136,14 @@ def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 
 
 def averages(parameters: list[nn.Parameter]) -> None:
-    """An EMA swap: other values in, and the old ones back, as training loops do to validate."""
+    """Swap averages (EMA) in and the old values back, as for validation."""
     kept = [p.detach().clone() for p in parameters]
     swapped(parameters, [p.detach() * 0.5 for p in parameters])
     swapped(parameters, kept)
 
 
 def replaced(parameters: list[nn.Parameter]) -> None:
-    """load_state_dict after construction."""
+    """Call the model's load_state_dict after construction."""
     other = nn.ParameterList(build_parameters(("fp32",)))
     target = nn.ParameterList(parameters)
     target.load_state_dict(
@@ -160,7 +160,7 @@ WRITES: dict[str, Callable[[list[nn.Parameter]], None]] = {
 
 
 def write_and_step(dtype: str, moments: Any, master: Any, write: str) -> list[tuple[Tensor, Tensor]]:
-    """What was written, and what it is after a step that moves nothing."""
+    """Return the written values and those after a step with lr 0."""
     parameters = build_parameters((dtype,))
     precision = Precision(moments=moments, master=master)
     optimizer = ShardedAdamW(parameters, lr=1e-2, weight_decay=0.0, bucket_mb=0.003, precision=precision)
@@ -181,7 +181,7 @@ def write_and_step(dtype: str, moments: Any, master: Any, write: str) -> list[tu
 @every_format
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_writes_from_outside_are_where_the_next_step_starts(
+def test_the_next_step_starts_from_values_written_from_outside(
     world_size: int, write: str, dtype: str, moments: str, master: str
 ) -> None:
     for result in on_ranks(world_size, write_and_step, dtype, moments, master, write):
@@ -212,7 +212,7 @@ def test_an_ema_swap_and_back_changes_nothing(dtype: str, moments: str, master: 
 
 
 def resume(dtype: str, moments: Any, master: Any, other: tuple[Any, Any] | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights after a run without a break, and after one that was saved and loaded halfway, as ``other`` if given."""
+    """Return the weights of an uninterrupted run and of one resumed halfway, in format ``other`` if given."""
     parameters = build_parameters((dtype,))
 
     def build(members: list[nn.Parameter], formats: tuple[Any, Any]) -> ShardedAdamW:
@@ -239,7 +239,7 @@ def resume(dtype: str, moments: Any, master: Any, other: tuple[Any, Any] | None)
 
 @pytest.mark.sweep(5)
 @every_format
-def test_a_saved_run_goes_on_bit_for_bit(dtype: str, moments: str, master: str) -> None:
+def test_a_saved_run_resumes_bit_for_bit(dtype: str, moments: str, master: str) -> None:
     for one, other in on_ranks(2, resume, dtype, moments, master, None):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -253,7 +253,7 @@ def test_state_of_another_format_is_converted(dtype: str, master: str, saved: st
     for one, other in on_ranks(2, resume, dtype, saved, master, (loaded, "fp32" if master == "split" else master)):
         for a, b in zip(one, other, strict=True):
             away = (a.float() - b.float()).abs()
-            assert away.numel() == 0 or away.mean() < 0.01  # six steps of 0.01
+            assert away.numel() == 0 or away.mean() < 0.01  # of six steps of 0.01
 
 
 def load_torchs_state(dtype: str, moments: Any, master: Any) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -273,7 +273,7 @@ def load_torchs_state(dtype: str, moments: Any, master: Any) -> list[tuple[dict[
 
 @pytest.mark.sweep(4)
 @every_format
-def test_torchs_state_is_loaded_into_every_format(dtype: str, moments: str, master: str) -> None:
+def test_torchs_state_loads_into_every_format(dtype: str, moments: str, master: str) -> None:
     tolerance = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.02}[moments]
     for pairs in on_ranks(2, load_torchs_state, dtype, moments, master):
         for ours, theirs in pairs:
@@ -337,6 +337,6 @@ def state_bytes(dtype: str, moments: Any, master: Any) -> tuple[int, int]:
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "moments", "master"), BYTES)
-def test_state_takes_the_bytes_it_should(world_size: int, dtype: str, moments: str, master: str) -> None:
+def test_state_takes_the_documented_bytes_per_parameter(world_size: int, dtype: str, moments: str, master: str) -> None:
     for numel, state in on_ranks(world_size, state_bytes, dtype, moments, master):
         assert 1.0 <= state / (BYTES[dtype, moments, master] * numel / world_size) < 1.01

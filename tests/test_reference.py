@@ -54,7 +54,7 @@ def random_tensor(numel: int, seed: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def paper_adam(weight: float, gradients: list[float], case: Case) -> tuple[float, float, float]:
-    """Kingma & Ba, algorithm 1, and Loshchilov & Hutter, algorithm 2, on one number in float64."""
+    """Take a step of Kingma & Ba, algorithm 1, or Loshchilov & Hutter, algorithm 2, on one number in float64."""
     m = v = 0.0
     for t, given in enumerate(gradients, start=1):
         gradient = -given if case.maximize else given
@@ -105,7 +105,7 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float, floor: float) -> None:
     assert ((a - b).abs() <= tolerance * b.abs().clamp(min=floor)).all(), f"differ by {(a - b).abs().max()}"
 
 
-def test_worked_example() -> None:
+def test_the_worked_example_is_right() -> None:
     parameter, exp_avg, exp_avg_sq = torch.tensor([2.0]), torch.zeros(1), torch.zeros(1)
     for step, expected in ((1, (0.3, 0.009, 1.999)), (2, (0.57, 0.017991, 1.998))):
         adam_(parameter, torch.tensor([3.0]), exp_avg, exp_avg_sq, step=step, lr=1e-3)
@@ -113,7 +113,7 @@ def test_worked_example() -> None:
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_worked_example_is_printed() -> None:
+def test_the_module_prints_the_worked_example() -> None:
     command = [sys.executable, "-m", "shardadam.update.reference"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     numbers = [tuple(map(float, row)) for row in re.findall(r"m = (\S+)\s+v = (\S+)\s+p = (\S+)", printed)]
@@ -124,7 +124,7 @@ def test_worked_example_is_printed() -> None:
 
 
 def exactly_half_away(value: float, dtype: torch.dtype) -> float:
-    """The definition, in rational numbers: to the nearest multiple of a unit in the last place, ties away from zero."""
+    """Round in rational numbers to the nearest multiple of a unit in the last place, ties away from zero."""
     digits, min_exponent, largest = {
         torch.bfloat16: (8, -126, Fraction(255) * Fraction(2) ** 120),
         torch.float16: (11, -14, Fraction(65504)),
@@ -142,7 +142,7 @@ def from_bits(bits: list[int]) -> Tensor:
 
 
 def sample_of_floats(dtype: torch.dtype) -> Tensor:
-    """All exponents and signs; half of the values are ties or the peers of one."""
+    """Return floats of all exponents and signs; half are ties or one bit off a tie."""
     rng = random.Random(0)
     low_bits = 16 if dtype == torch.bfloat16 else 13
     bits = []
@@ -161,7 +161,7 @@ ROUNDINGS = pytest.mark.parametrize("rounding", [round_half_away, fused.round_ha
 
 @ROUNDINGS
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_rounding_equals_its_exact_definition(rounding: Any, dtype: torch.dtype) -> None:
+def test_rounding_equals_its_definition_in_rational_numbers(rounding: Any, dtype: torch.dtype) -> None:
     values = sample_of_floats(dtype)
     kept = values.clone()
     found = rounding(values, dtype)
@@ -174,9 +174,9 @@ def test_rounding_equals_its_exact_definition(rounding: Any, dtype: torch.dtype)
 
 @ROUNDINGS
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_every_tie_goes_away_from_zero_and_its_neighbours_to_the_nearest(rounding: Any, dtype: torch.dtype) -> None:
+def test_every_tie_rounds_away_from_zero_and_values_beside_it_to_the_nearest(rounding: Any, dtype: torch.dtype) -> None:
     infinity = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}[dtype]
-    below = torch.arange(infinity, dtype=torch.int16)  # the bits of every finite value of 0 or more, subnormals too
+    below = torch.arange(infinity, dtype=torch.int16)  # the bits of every finite value >= 0, with subnormals
     above = below + 1
     low = below.view(dtype).double()
     past_the_largest = 2.0 ** {torch.bfloat16: 128, torch.float16: 16}[dtype]
@@ -195,7 +195,7 @@ def from_int32(bits: Tensor) -> Tensor:
 
 @ROUNDINGS
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_what_is_exact_already_is_not_moved_and_nan_stays_nan(rounding: Any, dtype: torch.dtype) -> None:
+def test_representable_values_are_unchanged_and_nan_stays_nan(rounding: Any, dtype: torch.dtype) -> None:
     every = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16).view(dtype)
     is_nan = every.isnan()
     found = rounding(every.float(), dtype)

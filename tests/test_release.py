@@ -15,8 +15,8 @@ from shardadam import Precision, ShardedAdamW
 from tests.ranks import on_ranks
 
 
-def what_lives_on(gradient_sync: Any, transport: Any, moments: Any) -> list[str]:
-    """Names of what is left when the last reference to the optimizer is dropped and the collector is off."""
+def names_still_alive(gradient_sync: Any, transport: Any, moments: Any) -> list[str]:
+    """Return the names of objects still alive after the last reference to the optimizer is dropped, with gc off."""
     model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 5, bias=False))
     gc.collect()
     gc.disable()
@@ -36,13 +36,13 @@ def what_lives_on(gradient_sync: Any, transport: Any, moments: Any) -> list[str]
             scheduler.step()
             optimizer.zero_grad()
         engine = optimizer._engine
-        things: dict[str, Any] = {"optimizer": optimizer, "engine": engine, "reducer": engine.reducer}
-        things |= {"transport": engine.transport, "gatherer": engine.gatherer}
+        objects: dict[str, Any] = {"optimizer": optimizer, "engine": engine, "reducer": engine.reducer}
+        objects |= {"transport": engine.transport, "gatherer": engine.gatherer}
         for number, arena in enumerate(engine.parameters.arenas):
-            things |= {f"{name} {number}": flat for name, flat in arena.state.items()}
-            things |= {f"parameters {number}": arena.parameters, f"gradient shard {number}": arena.gradient_shard}
-        refs = {name: weakref.ref(thing) for name, thing in things.items()}
-        del engine, things, arena, scheduler, optimizer
+            objects |= {f"{name} {number}": flat for name, flat in arena.state.items()}
+            objects |= {f"parameters {number}": arena.parameters, f"gradient shard {number}": arena.gradient_shard}
+        refs = {name: weakref.ref(obj) for name, obj in objects.items()}
+        del engine, objects, arena, scheduler, optimizer
         return [name for name, ref in refs.items() if ref() is not None]
     finally:
         gc.enable()
@@ -53,5 +53,5 @@ def what_lives_on(gradient_sync: Any, transport: Any, moments: Any) -> list[str]
 @pytest.mark.parametrize(("world_size", "transport"), [(1, "auto"), (2, "collective"), (2, "shared_memory")])
 def test_nothing_outlives_the_optimizer(gradient_sync: str, moments: str, world_size: int, transport: str) -> None:
     arguments = (gradient_sync, transport, moments)
-    on_ranks(world_size, what_lives_on, *arguments)  # a first use imports modules, whose frames hold it for a while
-    assert on_ranks(world_size, what_lives_on, *arguments) == [[]] * world_size
+    on_ranks(world_size, names_still_alive, *arguments)  # the first use imports modules, whose frames keep it alive
+    assert on_ranks(world_size, names_still_alive, *arguments) == [[]] * world_size

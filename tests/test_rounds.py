@@ -49,7 +49,7 @@ def clone(parameters: Any) -> list[Tensor]:
 
 
 def expect(world_size: int, steps: list[Callable[[nn.Sequential, int], Tensor | None]]) -> list[Tensor]:
-    """torch's AdamW on one rank; each step's loss of (model, rank), None where the step is not taken."""
+    """Train with torch's AdamW in one process; ``steps`` return the loss of a model and rank, or None to skip."""
     model = build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     for loss_of in steps:
@@ -96,13 +96,13 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
         for index, layer in enumerate(model):
             x = layer(x)
             if step in (0, 3) and rank == 0 and index == failing_layer:
-                x = Explode.apply(x)  # after the last layer: before this rank has seen any gradient
+                x = Explode.apply(x)  # after the last layer, so it raises before any gradient
         succeeded = torch.ones(())
         try:
             x.square().mean().backward()
         except ArithmeticError:
             succeeded.zero_()
-        dist.all_reduce(succeeded, op=dist.ReduceOp.MIN)  # the peers have launched buckets that rank 0 has not
+        dist.all_reduce(succeeded, op=dist.ReduceOp.MIN)  # peers have launched buckets that rank 0 has not
         if succeeded:
             optimizer.step()
         optimizer.zero_grad()
@@ -113,11 +113,11 @@ def train_with_a_failing_backward(kind: str, failing_layer: int) -> list[Tensor]
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("failing_layer", [0, 2, 5])
-def test_an_exception_in_one_ranks_backward_neither_hangs_nor_mixes(
+def test_an_exception_in_one_ranks_backward_neither_hangs_nor_mixes_buckets(
     world_size: int, kind: str, failing_layer: int
 ) -> None:
-    """Half-finished rounds that were reset instead of flushed mixed one rank's old bucket with another's new one; a
-    hook that waited for staging while a peer sat in the user's own all-reduce was a deadlock.
+    """Unfinished rounds were once reset, not completed, so one rank's old bucket was reduced with another's new one. A
+    hook that waited for staging while a peer was in the user's own all-reduce was a deadlock.
     """
     results = on_ranks(world_size, train_with_a_failing_backward, kind, failing_layer)
     steps = [plain_loss(step) if step not in (0, 3) else (lambda model, rank: None) for step in range(6)]
@@ -143,14 +143,14 @@ def train_and_skip(kind: str, slow_rank: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_batch_skipped_after_backward_leaves_nothing_behind(world_size: int, kind: str) -> None:
+def test_a_batch_skipped_after_backward_leaves_no_gradient(world_size: int, kind: str) -> None:
     results = on_ranks(world_size, train_and_skip, kind, 0)
     steps = [plain_loss(step) if step not in (1, 2) else (lambda model, rank: None) for step in range(6)]
     assert_all_close(results, expect(world_size, steps))
 
 
 def train_with_rank_dependent_graphs(kind: str) -> tuple[list[Tensor], list[int]]:
-    """Each rank uses other branches, in another order."""
+    """Each rank uses different branches in a different order."""
     rank, world_size = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, transport=connect(kind))
@@ -175,10 +175,8 @@ def branching_loss(step: int, world_size: int) -> Callable[[nn.Sequential, int],
 
 @pytest.mark.parametrize("kind", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_other_graphs_on_other_ranks_reduce_the_same_buckets_together(world_size: int, kind: str) -> None:
-    """Buckets of equal size were reduced with each other when ranks left different parameters unused; no error
-    appeared.
-    """
+def test_ranks_with_different_graphs_reduce_the_same_buckets_together(world_size: int, kind: str) -> None:
+    """If ranks left different parameters unused, different buckets of equal size were once silently summed."""
     results = on_ranks(world_size, train_with_rank_dependent_graphs, kind)
     expected = expect(world_size, [branching_loss(step, world_size) for step in range(6)])
     if world_size == 3:
@@ -191,26 +189,26 @@ def test_other_graphs_on_other_ranks_reduce_the_same_buckets_together(world_size
 
 
 def learned_order() -> tuple[list[int], list[int]]:
-    """The forward order is the reverse of registration, so backward completes buckets from the last to the first."""
+    """Run layers in the reverse of their registration, so backward completes buckets from the last to the first."""
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
     before = list(optimizer._engine.reducer.order)
     x = batch(0, rank)
-    for layer in model if rank else reversed(model):  # rank 0's order must win
+    for layer in model if rank else reversed(model):  # all ranks must learn rank 0's order
         x = layer(x)
     x.square().mean().backward()
     optimizer.step()
     return before, list(optimizer._engine.reducer.order)
 
 
-def test_the_launch_order_is_the_one_rank_0_has_seen() -> None:
+def test_all_ranks_launch_in_the_order_in_which_rank_0_completed_buckets() -> None:
     for before, after in on_ranks(2, learned_order):
         assert before == sorted(before)
         assert after == before[::-1]
 
 
-def test_what_is_seen_of_the_order_does_not_grow_with_every_step() -> None:
+def test_the_recorded_completion_order_does_not_grow_with_every_step() -> None:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
     for step in range(4):
@@ -220,7 +218,7 @@ def test_what_is_seen_of_the_order_does_not_grow_with_every_step() -> None:
 
 
 class Blocks(nn.Module):
-    """Blocks, one of them used twice, run plainly or under activation checkpointing."""
+    """Blocks, one of which is used twice, with or without activation checkpointing."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -252,18 +250,18 @@ def train_checkpointed(how: str, kind: str, accumulate: int) -> list[Tensor]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_activation_checkpointing_changes_nothing(world_size: int, how: str, accumulate: int, kind: str) -> None:
+def test_activation_checkpointing_changes_no_result(world_size: int, how: str, accumulate: int, kind: str) -> None:
     checkpointed = on_ranks(world_size, train_checkpointed, how, kind, accumulate)
     plain = on_ranks(world_size, train_checkpointed, "plain", kind, accumulate)
     for one, other in zip(checkpointed, plain, strict=True):
         for a, b in zip(one, other, strict=True):
-            # A parameter used twice gets its gradient in two rounds under reentrant checkpointing: other sums.
+            # Under reentrant checkpointing a parameter used twice is reduced in two parts, which round differently.
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def rounds_of_reentrant_checkpointing() -> tuple[int, bool]:
     model = Blocks("reentrant")
-    model.blocks[1] = nn.Tanh()  # nothing is used twice
+    model.blocks[1] = nn.Tanh()  # no block is used twice
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
     launches: list[int] = []
     launch = optimizer._engine.reducer._launch
@@ -272,8 +270,8 @@ def rounds_of_reentrant_checkpointing() -> tuple[int, bool]:
     return len(launches), len(launches) == len(optimizer._engine.parameters.buckets)
 
 
-def test_a_nested_backward_does_not_close_the_round_of_the_outer_one() -> None:
-    """Every inner backward of reentrant checkpointing runs its own end-of-backward callbacks."""
+def test_a_nested_backward_does_not_end_the_round_of_the_outer_one() -> None:
+    """Every inner backward of reentrant checkpointing runs end-of-backward callbacks of its own."""
     assert rounds_of_reentrant_checkpointing()[1]
 
 
@@ -288,7 +286,7 @@ def mixed_accumulation(kind: str) -> tuple[list[Tensor], list[bool]]:
             plain_loss(10 * step + 1)(model, rank).backward()
             plain_loss(10 * step + 2)(model, rank).backward()
         gradients_left.append(all(parameter.grad is not None for parameter in model.parameters()))
-        if step % 2:  # otherwise step() itself reduces what no_sync has left
+        if step % 2:  # in other steps step() itself reduces the gradients of no_sync
             plain_loss(10 * step + 3)(model, rank).backward()
         optimizer.step()
         gradients_left.append(any(parameter.grad is not None for parameter in model.parameters()))
@@ -330,7 +328,7 @@ def gradients_by_hand(gradient_sync: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_gradients_written_by_hand_count(world_size: int, gradient_sync: str) -> None:
+def test_gradients_written_by_hand_are_reduced(world_size: int, gradient_sync: str) -> None:
     results = on_ranks(world_size, gradients_by_hand, gradient_sync)
     assert_all_close(results, expect(world_size, [plain_loss(step) for step in range(3)]))
 
@@ -350,13 +348,13 @@ def train_under_ddp(max_grad_norm: float | None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_external_gradients_of_ddp(world_size: int) -> None:
+def test_external_gradients_of_ddp_are_used_as_averages(world_size: int) -> None:
     results = on_ranks(world_size, train_under_ddp, None)
     assert_all_close(results, expect(world_size, [plain_loss(step) for step in range(5)]))
 
 
 def grow_and_shrink() -> tuple[int, int, int]:
-    """Rank 0 sleeps before its backward: rank 1 runs ahead."""
+    """Rank 0 sleeps before its backward, so rank 1 runs ahead."""
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
@@ -373,14 +371,14 @@ def grow_and_shrink() -> tuple[int, int, int]:
     return during, optimizer.memory().staging, one.nbytes
 
 
-def test_staging_grows_instead_of_waiting_for_a_slow_peer_and_shrinks_after() -> None:
+def test_staging_grows_instead_of_waiting_for_a_slow_peer_and_shrinks_after_the_step() -> None:
     (_, after_0, one), (ahead, after_1, _) = on_ranks(2, grow_and_shrink)
     assert ahead > StagingPool.SIZE * one
     assert after_0 <= StagingPool.SIZE * one and after_1 <= StagingPool.SIZE * one
 
 
 def gradient_of_a_split_parameter(how: str) -> Tensor | None:
-    """The second layer is used twice and lies in several buckets, the last of them shared with the first layer."""
+    """The second layer is used twice and lies in several buckets; it shares the last one with the first layer."""
     rank, _ = rank_and_size()
     torch.manual_seed(0)
     first, second = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
@@ -394,10 +392,8 @@ def gradient_of_a_split_parameter(how: str) -> Tensor | None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_second_gradient_of_a_split_parameter_reaches_all_of_it(world_size: int) -> None:
-    """Its first piece had been launched when the second gradient came; the others took both, and it never got the
-    second.
-    """
+def test_a_second_gradient_of_a_split_parameter_reaches_all_its_buckets(world_size: int) -> None:
+    """Its first bucket had already been launched when the second gradient came, so only its other buckets got that."""
     plain = on_ranks(world_size, gradient_of_a_split_parameter, "plain")
     checkpointed = on_ranks(world_size, gradient_of_a_split_parameter, "reentrant")
     for a, b in zip(checkpointed, plain, strict=True):
@@ -424,15 +420,15 @@ def train_with_a_failing_forward() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_rank_that_never_reached_backward_catches_up(world_size: int) -> None:
-    """It had opened no round, and its next one met the last one of its peers."""
+def test_a_rank_that_never_reached_backward_joins_the_missed_rounds(world_size: int) -> None:
+    """The rank had begun no round, so its next round was once matched with the previous one of its peers."""
     results = on_ranks(world_size, train_with_a_failing_forward)
     steps = [plain_loss(step) if step not in (1, 2) else (lambda model, rank: None) for step in range(5)]
     assert_all_close(results, expect(world_size, steps))
 
 
 def train_with_rounds_that_stop_at_different_places() -> list[Tensor]:
-    """In the second of two accumulated backwards rank 0 stops at its first gradient, the others do not start."""
+    """In a second backward of one step, rank 0 stops at its first gradient and the others do not start."""
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB)
@@ -444,21 +440,21 @@ def train_with_rounds_that_stop_at_different_places() -> list[Tensor]:
             if rank == 0:
                 exploding = Explode.apply(model[1:](batch(step, rank))).mean()
                 with pytest.raises(ArithmeticError):
-                    (exploding + model[0][0].bias.sum()).backward()  # what was computed last comes first
+                    (exploding + model[0][0].bias.sum()).backward()  # backward begins with what forward computed last
         else:
             optimizer.step()
         optimizer.zero_grad()
     return clone(model.parameters())
 
 
-def test_ranks_that_stopped_in_different_rounds_are_level_after_zero_grad() -> None:
-    """A round that was open, with no bucket launched, was not counted when ranks compared how far they were."""
+def test_ranks_that_stopped_in_different_rounds_are_in_the_same_round_after_zero_grad() -> None:
+    """An open round without a launched bucket was not counted when ranks compared their rounds."""
     results = on_ranks(2, train_with_rounds_that_stop_at_different_places)
     steps = [plain_loss(step) if step != 1 else (lambda model, rank: None) for step in range(4)]
     assert_all_close(results, expect(2, steps))
 
 
-def look_in_between(gradient_sync: str) -> tuple[list[float], Tensor]:
+def call_full_grad_between_backwards(gradient_sync: str) -> tuple[list[float], Tensor]:
     rank, world_size = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB, gradient_sync=gradient_sync)
@@ -471,7 +467,7 @@ def look_in_between(gradient_sync: str) -> tuple[list[float], Tensor]:
         optimizer.zero_grad() if gradient_sync == "backward" else model.zero_grad()
     for micro in range(2):
         sum(plain_loss(micro)(model, r) / len(ranks) for r in ranks).backward()
-        optimizer.full_grad(weight)  # for a log
+        optimizer.full_grad(weight)  # as for logging
     total = optimizer.full_grad(weight)
     assert total is not None
     optimizer.step()
@@ -480,12 +476,14 @@ def look_in_between(gradient_sync: str) -> tuple[list[float], Tensor]:
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_is_looked_at_in_between_is_not_kept_for_new(world_size: int, gradient_sync: str) -> None:
-    """In "step" and "external" the first look at the gradients was all that step ever saw of them."""
+def test_full_grad_before_a_further_backward_does_not_fix_the_gradients_of_the_step(
+    world_size: int, gradient_sync: str
+) -> None:
+    """With "step" and "external", step() once used the gradients of the first full_grad() and ignored later ones."""
     model = build_model()
     for rank in range(world_size):
         sum(plain_loss(micro)(model, rank) for micro in range(2)).div(world_size).backward()
-    for norms, total in on_ranks(world_size, look_in_between, gradient_sync):
+    for norms, total in on_ranks(world_size, call_full_grad_between_backwards, gradient_sync):
         assert norms == pytest.approx([1.0, 10.0, 100.0], rel=1e-4)
         torch.testing.assert_close(total, model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
 
@@ -493,12 +491,12 @@ def test_what_is_looked_at_in_between_is_not_kept_for_new(world_size: int, gradi
 def launches_with_an_unused_parameter() -> tuple[int, int]:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
-    model[:5](batch(0, 0)).square().mean().backward()  # the last layer has no gradient
+    model[:5](batch(0, 0)).square().mean().backward()  # the last layer gets no gradient
     return sum(optimizer._engine.reducer._launches), len(optimizer._engine.parameters.buckets)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_end_of_backward_launches_what_absent_gradients_have_held_up(world_size: int) -> None:
+def test_the_end_of_backward_launches_buckets_with_missing_gradients(world_size: int) -> None:
     for launched, buckets in on_ranks(world_size, launches_with_an_unused_parameter):
         assert launched == buckets
 
@@ -512,13 +510,13 @@ def step_with_a_sum_that_overflows(gradient_sync: str) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
-def test_finite_gradients_whose_sum_overflows_are_not_used(gradient_sync: str) -> None:
-    """In bucket views they are checked one by one, and before they are summed up."""
+def test_finite_gradients_whose_sum_overflows_are_skipped(gradient_sync: str) -> None:
+    """Gradients in bucket views are checked on each rank, before they are summed."""
     for parameter, skipped in on_ranks(2, step_with_a_sum_that_overflows, gradient_sync):
         assert torch.equal(parameter, torch.zeros(64)) and skipped == 1
 
 
-def look_twice_at_a_gradient_in_anothers_view() -> tuple[float, float]:
+def reduce_twice_a_gradient_in_anothers_view() -> tuple[float, float]:
     rank, _ = rank_and_size()
     first, second = (nn.Parameter(torch.zeros(64)) for _ in range(2))
     optimizer = ShardedAdamW([first, second], gradient_sync="step")
@@ -530,15 +528,15 @@ def look_twice_at_a_gradient_in_anothers_view() -> tuple[float, float]:
     return norm, float(gradient.mean())
 
 
-def test_a_gradient_in_another_parameters_view_is_there_at_the_second_look() -> None:
-    """The first look zeroed that view, and the second one took the zeros for a new gradient."""
-    for norm, mean in on_ranks(2, look_twice_at_a_gradient_in_anothers_view):
+def test_a_gradient_in_another_parameters_bucket_view_survives_a_second_reduction() -> None:
+    """The first reduction once zeroed that view, and the second one took the zeros for a new gradient."""
+    for norm, mean in on_ranks(2, reduce_twice_a_gradient_in_anothers_view):
         assert (norm, mean) == (36.0, 4.5)
 
 
 @pytest.mark.parametrize("gradient_sync", ["step", "external"])
 def test_a_refused_gradient_is_refused_again(gradient_sync: str) -> None:
-    """With "external" the second step() went on, with whatever the shards held."""
+    """With "external" the second step() did not raise and used stale gradient shards."""
     embedding = nn.Embedding(8, 4, sparse=True)
     optimizer = ShardedAdamW(embedding.parameters(), gradient_sync=gradient_sync)
     embedding(torch.tensor([1, 2])).sum().backward()
@@ -547,7 +545,7 @@ def test_a_refused_gradient_is_refused_again(gradient_sync: str) -> None:
             optimizer.step()
 
 
-def look_inside_no_sync() -> Tensor | None:
+def call_full_grad_inside_no_sync() -> Tensor | None:
     rank, _ = rank_and_size()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=BUCKET_MB)
@@ -558,15 +556,15 @@ def look_inside_no_sync() -> Tensor | None:
     return optimizer.full_grad(model[0][0].weight)
 
 
-def test_gradients_that_follow_a_look_inside_no_sync_count() -> None:
+def test_gradients_after_full_grad_inside_no_sync_are_added() -> None:
     model = build_model()
     (plain_loss(0)(model, 0) + plain_loss(1)(model, 0)).backward()
-    torch.testing.assert_close(look_inside_no_sync(), model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(call_full_grad_inside_no_sync(), model[0][0].weight.grad, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
-def test_the_newest_optimizer_has_the_parameters(gradient_sync: str) -> None:
-    """An older one that a scheduler still held took the gradients first, and the newer one stood still."""
+def test_the_newest_optimizer_gets_the_gradients(gradient_sync: str) -> None:
+    """An older optimizer that a scheduler still held once took the gradients, and the newer one did not train."""
     model = build_model()
     older = ShardedAdamW(model.parameters(), lr=LR)
     newer = ShardedAdamW(model.parameters(), lr=LR, gradient_sync=gradient_sync)
@@ -578,7 +576,7 @@ def test_the_newest_optimizer_has_the_parameters(gradient_sync: str) -> None:
 
 
 class Stream:
-    """Stands for one of CUDA's."""
+    """A stand-in for a CUDA stream."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -588,7 +586,7 @@ class Stream:
 
 
 def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is freed after it goes back to the streams that it was allocated on, which may write it again at once."""
+    """A gradient freed after the copy returns to the stream that allocated it, which may overwrite it at once."""
     optimizer = ShardedAdamW(build_model().parameters())
     reducer: Any = optimizer._engine.reducer
     log: list[str] = []
@@ -619,9 +617,9 @@ class OneTransfer(SingleProcessTransport):
         return self.transfer
 
 
-def test_who_fills_a_buffer_waits_for_its_last_transfer_until_the_step_is_over() -> None:
-    """Whoever has waited for it before may have been on another stream. After the step, that wait would be for an event
-    of before it, which a CUDA graph's capture must not have.
+def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_step() -> None:
+    """An earlier wait may have been on another stream. After the step there must be no wait, because CUDA graph capture
+    forbids waiting for an event recorded before it.
     """
     transfer = OnAStream()
     pool = StagingPool(OneTransfer(transfer))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every learning-rate scheduler of torch drives the sharded optimizer as it drives torch's."""
+"""Every learning-rate scheduler of torch works with the sharded optimizer as with torch's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from tests.parity import LR, Twin, assert_close, build_parameters, clones, quadratic, run_sharded, run_torch
+from tests.parity import LR, Implementation, assert_close, build_parameters, clones, quadratic, run_sharded, run_torch
 from tests.ranks import on_ranks
 
 STEPS = 30
@@ -45,31 +45,31 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 CHANGES_BETAS = {"CyclicLR", "OneCycleLR"}
 
 
-def follow_schedule(twin: Twin, name: str, tensor_lr: bool) -> list[Tensor]:
-    """The parameters at the end; before them, lr and betas of two groups at each step, and how many warnings of a wrong
-    order of steps there were."""
+def follow_schedule(impl: Implementation, name: str, tensor_lr: bool) -> list[Tensor]:
+    """Return lr and betas of two groups at each step, the number of warnings of a wrong order of steps, and the
+    parameters at the end."""
     parameters = build_parameters([(), (7, 15), (129,)])
     groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.1}]
     history: list[list[float]] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = twin.adamw(groups, lr=torch.tensor(LR) if tensor_lr else LR, sharded_options={"bucket_mb": 32})
+        optimizer = impl.adamw(groups, lr=torch.tensor(LR) if tensor_lr else LR, sharded_options={"bucket_mb": 32})
         scheduler = SCHEDULERS[name](optimizer)
         for step in range(STEPS):
             history.append([float(x) for group in optimizer.param_groups for x in (group["lr"], *group["betas"])])
-            twin.backward(lambda rank, step=step: quadratic(parameters, rank, step))
+            impl.backward(lambda rank, step=step: quadratic(parameters, rank, step))
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
     assert isinstance(optimizer.param_groups[0]["lr"], Tensor) == tensor_lr
-    complaints = sum("optimizer.step" in str(warning.message) for warning in caught)
-    return [torch.tensor(history, dtype=torch.float64), torch.tensor(complaints), *clones(parameters)]
+    order_warnings = sum("optimizer.step" in str(warning.message) for warning in caught)
+    return [torch.tensor(history, dtype=torch.float64), torch.tensor(order_warnings), *clones(parameters)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_drives_it_as_it_drives_torch(name: str, tensor_lr: bool, world_size: int) -> None:
+def test_a_scheduler_changes_lr_and_betas_as_with_torch(name: str, tensor_lr: bool, world_size: int) -> None:
     results = on_ranks(world_size, run_sharded, follow_schedule, name, tensor_lr)
     expected = run_torch(follow_schedule, world_size, name, tensor_lr)
     schedule = expected[0]
@@ -81,7 +81,7 @@ def test_a_scheduler_drives_it_as_it_drives_torch(name: str, tensor_lr: bool, wo
     assert_close([result[2:] for result in results], expected[2:])
 
 
-def test_all_public_schedulers_are_covered() -> None:
+def test_all_public_schedulers_are_tested() -> None:
     public = {
         name
         for module in (lr_scheduler, swa_utils)
@@ -95,8 +95,8 @@ def test_all_public_schedulers_are_covered() -> None:
         assert type(build(optimizer)).__name__ == name
 
 
-def step_in_the_wrong_order(twin: Twin) -> list[Tensor]:
-    optimizer = twin.adamw(build_parameters())
+def step_in_the_wrong_order(impl: Implementation) -> list[Tensor]:
+    optimizer = impl.adamw(build_parameters())
     scheduler = SCHEDULERS["StepLR"](optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -104,5 +104,5 @@ def step_in_the_wrong_order(twin: Twin) -> list[Tensor]:
     return [torch.tensor(sum("optimizer.step" in str(warning.message) for warning in caught))]
 
 
-def test_the_wrong_order_of_steps_is_warned_of_as_in_torch() -> None:
+def test_a_wrong_order_of_steps_is_warned_of_as_with_torch() -> None:
     assert run_sharded(step_in_the_wrong_order) == run_torch(step_in_the_wrong_order, 1) == [torch.tensor(1)]

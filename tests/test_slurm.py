@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/slurm.sbatch under SLURM itself: its daemons, started here for two nodes that are both this machine. They come
-with Debian's packages slurm-wlm and munge, and are not among what CI installs.
+"""launch/slurm.sbatch under real SLURM daemons, for two nodes that are both this machine. They come with Debian's
+packages slurm-wlm and munge, which CI does not install.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ TRAINING = [
 
 
 class Slurm:
-    """
+    """A SLURM cluster of two nodes on this machine.
+
     Args:
-        directory: of the cluster's own files.
+        directory: for the cluster's files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -98,7 +99,7 @@ class Slurm:
         self._daemon("munged", "--foreground", "--force", f"--key-file={key}", *options)
         await_(lambda: (self.directory / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D")
-        # Ranks look the name of the first node up: theirs is another /etc/hosts.
+        # Ranks look up the name of the first node, so they get their own /etc/hosts.
         hosts = self.directory / "hosts"
         hosts.write_text(f"{Path('/etc/hosts').read_text()}\n127.0.0.1 {' '.join(NODES)}\n")
         for node in NODES:
@@ -149,9 +150,9 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 
 @pytest.mark.timeout(240)
-def test_a_job_that_reaches_its_time_limit_saves_is_queued_again_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_job_that_reaches_its_time_limit_saves_is_requeued_and_resumes(slurm: Slurm, tmp_path: Path) -> None:
     checkpoints, log = tmp_path / "checkpoints", tmp_path / "log"
-    # SLURM counts in minutes, and may signal up to one earlier: some 10 to 60 s after the job has begun.
+    # SLURM counts in minutes and may signal up to one early: some 10 to 60 s after the job begins.
     options = ["--parsable", "--nodes=2", "--cpus-per-task=1", "--time=2", "--signal=TERM@60", f"--output={log}"]
     command = ["sbatch", *options, "launch/slurm.sbatch", *TRAINING, "--save-dir", str(checkpoints)]
     job = slurm.run(*command, NPROC="1", REQUEUE_AFTER="5").strip()

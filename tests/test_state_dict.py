@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``state_dict``, ``full_state_dict`` and ``load_state_dict``: resuming is exact, states load from and into torch's
-AdamW, and what does not fit is refused with nothing changed."""
+"""``state_dict``, ``full_state_dict`` and ``load_state_dict``: resuming is exact, torch's AdamW state loads, torch's
+AdamW continues from ours, and a state that does not fit is refused and changes nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sharded(parameters: list[nn.Parameter], **options: Any) -> ShardedAdamW:
 
 
 def in_use(parameters: list[nn.Parameter], step: int, unused: bool) -> list[nn.Parameter]:
-    """With ``unused``, parameter i has no gradient in every (i + 2)-th step."""
+    """Return the parameters used in a step. With ``unused``, parameter i is left out of every (i + 2)-th step."""
     return [p for i, p in enumerate(parameters) if not (unused and (step + 1) % (i + 2) == 0)]
 
 
@@ -68,12 +68,12 @@ def through_a_file(saved: Any, weights_only: bool = True) -> Any:
 
 
 def kept(saved: Any) -> Any:
-    """Returns a copy that further steps do not change; on one rank, through a file."""
+    """Return a copy that further steps do not change; on one rank, through a file."""
     return through_a_file(saved) if rank_and_size()[1] == 1 else copy.deepcopy(saved)
 
 
 def everything(optimizer: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Returns parameters and state."""
+    """Return parameters and state."""
     return clones([*parameters, *(t for p in parameters for _, t in sorted(optimizer.state[p].items()))])
 
 
@@ -85,7 +85,7 @@ def unchanged(before: list[Tensor], after: list[Tensor]) -> bool:
 
 
 def resume(dtype: torch.dtype, unused: bool, tensor_lr: bool) -> list[list[Tensor]]:
-    """Returns all parameters and state after uninterrupted training, and after saving and loading halfway."""
+    """Return parameters and state of an uninterrupted run, and of one saved and loaded half way."""
     rank, _ = rank_and_size()
     lr: Any = torch.tensor(LR) if tensor_lr else LR
     parameters = build(dtype)
@@ -114,8 +114,8 @@ def test_resuming_on_as_many_ranks_is_bitwise(world_size: int, dtype: torch.dtyp
         assert unchanged(straight, resumed)
 
 
-def load_and_go_on(by: str) -> list[Any]:
-    """Loads one optimizer from another's dict in memory: training one must not change the other."""
+def load_and_continue(by: str) -> list[Any]:
+    """Load one optimizer from another's dict in memory, then train both: neither may change the other."""
     rank, _ = rank_and_size()
     lr = torch.tensor(LR)
     first, second = build(), build()
@@ -132,8 +132,8 @@ def load_and_go_on(by: str) -> list[Any]:
 
 @pytest.mark.parametrize("by", ["copy", "reference"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loaded_optimizer_shares_nothing_with_what_it_was_loaded_from(world_size: int, by: str) -> None:
-    for state_is_kept, loaded_lr, lr_afterwards in on_ranks(world_size, load_and_go_on, by):
+def test_a_loaded_optimizer_shares_no_memory_with_its_source(world_size: int, by: str) -> None:
+    for state_is_kept, loaded_lr, lr_afterwards in on_ranks(world_size, load_and_continue, by):
         assert state_is_kept
         assert loaded_lr == torch.tensor(LR)
         assert lr_afterwards == loaded_lr, "two optimizers share one lr tensor"
@@ -151,7 +151,7 @@ def save_torch(world_size: int, dtype: torch.dtype, unused: bool) -> dict[str, A
     return {**saved, "straight": clones(parameters)}
 
 
-def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> list[Tensor]:
+def continue_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> list[Tensor]:
     rank, _ = rank_and_size()
     parameters = build()
     nn.ParameterList(parameters).load_state_dict(saved["model"])
@@ -165,11 +165,11 @@ def go_on_from_torch(saved: dict[str, Any], bucket_mb: float, unused: bool) -> l
 @pytest.mark.parametrize("bucket_mb", [0.0001, 0.001, 32])
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_the_state_of_torchs_adamw_is_gone_on_from(world_size: int, unused: bool, bucket_mb: float) -> None:
-    """At bucket sizes down to one that splits parameters over several buckets."""
+def test_training_continues_from_the_state_of_torchs_adamw(world_size: int, unused: bool, bucket_mb: float) -> None:
+    """The smallest bucket size splits parameters over several buckets."""
     saved = save_torch(world_size, torch.float32, unused)
     assert not saved["optimizer"]["state"][5]["exp_avg"].is_contiguous()
-    assert_close(on_ranks(world_size, go_on_from_torch, saved, bucket_mb, unused), saved["straight"])
+    assert_close(on_ranks(world_size, continue_from_torch, saved, bucket_mb, unused), saved["straight"])
 
 
 def load_torch_whole(saved: dict[str, Any], bucket_mb: float) -> list[dict[str, Tensor]]:
@@ -183,7 +183,7 @@ def load_torch_whole(saved: dict[str, Any], bucket_mb: float) -> list[dict[str, 
 
 @pytest.mark.parametrize("bucket_mb", [0.0001, 32])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_full_state_gives_back_what_was_loaded_from_torch(world_size: int, bucket_mb: float) -> None:
+def test_full_state_returns_the_state_loaded_from_torch(world_size: int, bucket_mb: float) -> None:
     saved = save_torch(1, torch.float32, True)
     for result in on_ranks(world_size, load_torch_whole, saved, bucket_mb):
         for index, state in enumerate(result):
@@ -192,7 +192,7 @@ def test_full_state_gives_back_what_was_loaded_from_torch(world_size: int, bucke
                 assert state[name].stride() == value.stride()
 
 
-def test_a_parameter_that_torch_has_no_state_of_starts_anew() -> None:
+def test_a_parameter_without_state_in_torchs_adamw_starts_from_zero() -> None:
     parameters = build()
     plain = torch.optim.AdamW(groups_of(parameters), lr=LR)
     train(plain, parameters[:3], range(2), [0], False)
@@ -208,7 +208,7 @@ def test_a_parameter_that_torch_has_no_state_of_starts_anew() -> None:
 
 
 def test_a_flattened_state_without_masters_loads() -> None:
-    """set_optimizer_state_dict passed an empty dict for the master, which torch's optimizer does not have."""
+    """set_optimizer_state_dict makes the master that torch's AdamW does not have an empty dict, which was refused."""
     model, other = nn.Linear(3, 2, dtype=torch.bfloat16), nn.Linear(3, 2, dtype=torch.bfloat16)
     plain, optimizer = torch.optim.AdamW(model.parameters(), lr=LR), ShardedAdamW(other.parameters(), lr=1.0)
     train(plain, list(model.parameters()), range(2), [0], False)
@@ -220,7 +220,7 @@ def test_a_flattened_state_without_masters_loads() -> None:
     assert torch.equal(state["master"], other.weight.float())
 
 
-def test_masters_that_a_state_does_not_hold_are_taken_from_the_parameters() -> None:
+def test_missing_masters_are_taken_from_the_parameters() -> None:
     saved = save_torch(1, torch.float32, False)["optimizer"]
     parameters = build(torch.bfloat16)
     optimizer = sharded(parameters)
@@ -256,7 +256,7 @@ def test_loading_restores_the_hyperparameters() -> None:
     assert other.param_groups[0]["lr"] == 0.125
 
 
-def test_a_parameters_name_stays_its_own() -> None:
+def test_loading_keeps_the_names_of_the_parameters() -> None:
     parameters, others = build_parameters([(3,), (4,)]), build_parameters([(3,), (4,)])
     saved = ShardedAdamW(parameters).state_dict()
     optimizer = ShardedAdamW([("a", others[0]), ("b", others[1])])
@@ -299,17 +299,17 @@ def schedule_across_a_load(tensor_lr: bool) -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_scheduler_goes_on_after_a_load(world_size: int, tensor_lr: bool) -> None:
+def test_a_scheduler_continues_after_a_load(world_size: int, tensor_lr: bool) -> None:
     for straight, resumed in on_ranks(world_size, schedule_across_a_load, tensor_lr):
         assert len(straight[0].unique()) >= STEPS
         assert unchanged(straight, resumed)
 
 
-# Refusals
+# States that do not fit
 
 
-def refusal(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple[str, str, bool]:
-    """Returns type and message of the error that loading raises, and whether nothing changed."""
+def try_to_load(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple[str, str, bool]:
+    """Return type and message of the error that loading raises, and whether nothing has changed."""
     before = everything(optimizer, parameters)
     groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     kind, words = "nothing", ""
@@ -322,7 +322,7 @@ def refusal(optimizer: Any, parameters: list[nn.Parameter], saved: Any) -> tuple
 
 
 class Packed(NamedTuple):
-    """The content of a ``FlatShard``, which refuses to be pickled, for another process."""
+    """The contents of a ``FlatShard``, which itself refuses pickling, for another process."""
 
     local: Tensor
     spans: tuple[Span, ...]
@@ -355,18 +355,18 @@ def save_part(bucket_mb: float) -> dict[str, Any]:
 
 
 def load_part(parts: list[Any], shift: int) -> list[Any]:
-    """Rank r tries to load part r + shift."""
+    """Try to load part rank + shift."""
     rank, _ = rank_and_size()
     parameters = build()
     optimizer = sharded(parameters, lr=0.5)
     train(optimizer, parameters, range(3), [rank], False)
-    answer = refusal(optimizer, parameters, unpacked(parts[(rank + shift) % len(parts)]))
+    answer = try_to_load(optimizer, parameters, unpacked(parts[(rank + shift) % len(parts)]))
     train(optimizer, parameters, range(3, 5), [rank], False)
     return [*answer, clones(parameters)]
 
 
 def elements(words: str) -> tuple[str, str]:
-    """Returns the elements that the refused state dict has, and those of the rank, as the message lists them."""
+    """Return the elements that the refused state dict holds, and those of the rank, from the message."""
     found = re.search(r"has the elements (\S[^a-z]*|none) of exp_avg, expected this rank's (\S[^a-z]*|none)\. ", words)
     assert found is not None, words
     return found[1], found[2]
@@ -410,7 +410,7 @@ def test_a_part_of_another_memory_format_is_refused() -> None:
 def load_part_of_another_order() -> list[Any]:
     parameters, turned = build_parameters([(4, 3, 5, 2)]), build_parameters([(4, 3, 5, 2)])
     turned[0].data = turned[0].data.to(memory_format=torch.channels_last)
-    return list(refusal(ShardedAdamW(parameters), parameters, ShardedAdamW(turned).state_dict()))
+    return list(try_to_load(ShardedAdamW(parameters), parameters, ShardedAdamW(turned).state_dict()))
 
 
 def plain_state(optimizer_class: Any = torch.optim.AdamW, **options: Any) -> dict[str, Any]:
@@ -472,11 +472,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_what_does_not_fit_is_refused_with_nothing_changed(how: str) -> None:
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(how: str) -> None:
     parameters = build()
     optimizer = sharded(parameters, lr=0.5)
     train(optimizer, parameters, range(3), [0], False)
-    kind, words, is_unchanged = refusal(optimizer, parameters, damaged(how))
+    kind, words, is_unchanged = try_to_load(optimizer, parameters, damaged(how))
     assert is_unchanged
     assert kind in (("ValueError", "KeyError") if how in ("no state", "no param_groups") else ("ValueError",))
     for word in DAMAGES[how]:
@@ -484,18 +484,18 @@ def test_what_does_not_fit_is_refused_with_nothing_changed(how: str) -> None:
 
 
 @pytest.mark.parametrize("missing", ["exp_avg_code", "exp_avg_sq_scale"])
-def test_codes_that_are_not_whole_are_refused(missing: str) -> None:
+def test_incomplete_8_bit_moments_are_refused(missing: str) -> None:
     parameters = build()
     optimizer = sharded(parameters, precision=Precision(moments="int8"))
     train(optimizer, parameters, range(2), [0], False)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][4][missing]
     train(optimizer, parameters, range(2, 3), [0], False)
-    kind, words, is_unchanged = refusal(optimizer, parameters, saved)
+    kind, words, is_unchanged = try_to_load(optimizer, parameters, saved)
     assert kind == "ValueError" and is_unchanged and f"['{missing.removesuffix('_code')}'] are missing" in words
 
 
-def test_torchs_adamw_does_not_take_codes_for_moments() -> None:
+def test_torchs_adamw_refuses_8_bit_codes() -> None:
     parameters = build()
     saved = sharded(parameters, precision=Precision(moments="int8")).state_dict()
     plain = torch.optim.AdamW(groups_of(parameters), lr=LR)
@@ -505,23 +505,23 @@ def test_torchs_adamw_does_not_take_codes_for_moments() -> None:
 
 
 def load_state_of_a_smaller_model() -> list[Any]:
-    """Its parameters are half as long, as long as this rank's part of them."""
+    """Load a state whose parameters are half as long as ours, and so as long as our parts."""
     small = build_parameters([(256,)])
     plain = torch.optim.AdamW(small)
     train(plain, small, range(2), [0], False)
     parameters = build_parameters([(512,)])
     optimizer = ShardedAdamW(parameters)
-    return list(refusal(optimizer, parameters, plain.state_dict()))
+    return list(try_to_load(optimizer, parameters, plain.state_dict()))
 
 
-def test_a_whole_tensor_of_the_shape_of_a_part_is_refused() -> None:
+def test_a_whole_tensor_with_the_numel_of_a_part_is_refused() -> None:
     for kind, words, is_unchanged in on_ranks(2, load_state_of_a_smaller_model):
         assert is_unchanged
         assert kind == "ValueError" and "(256,)" in words and "(512,)" in words
 
 
 def unfreeze_and_resume() -> list[Any]:
-    """A parameter that was added late has another layout than one that was there from the start."""
+    """A parameter added late is laid out differently from one that was there from the start."""
     rank, _ = rank_and_size()
     first, second = build_parameters([(600,), (700,)])
     second.requires_grad_(False)
@@ -533,13 +533,13 @@ def unfreeze_and_resume() -> list[Any]:
     saved = kept(optimizer.state_dict())
     fresh = build_parameters([(600,), (700,)])
     other = ShardedAdamW(fresh, lr=LR)
-    kind, words, is_unchanged = refusal(other, fresh, saved)
+    kind, words, is_unchanged = try_to_load(other, fresh, saved)
     loaded = [other.full_state(p)["exp_avg"] for p in fresh]
     return [kind, words, is_unchanged, all(torch.equal(a, b) for a, b in zip(whole, loaded, strict=True))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_part_of_another_layout_is_loaded_rightly_or_refused_by_all(world_size: int) -> None:
+def test_a_part_of_another_layout_is_loaded_correctly_or_refused_by_all(world_size: int) -> None:
     results = on_ranks(world_size, unfreeze_and_resume)
     assert len({kind for kind, *_ in results}) == 1, [kind for kind, *_ in results]
     for kind, _, is_unchanged, is_right in results:
@@ -548,7 +548,7 @@ def test_the_part_of_another_layout_is_loaded_rightly_or_refused_by_all(world_si
 
 @pytest.mark.parametrize("make", [ShardedAdam, ShardedAdamW])
 def test_on_one_rank_state_dict_has_torchs_form(make: Callable[..., Any]) -> None:
-    """The same keys, shapes, strides and numbers."""
+    """Its keys, shapes, strides and values are torch's."""
     ours, theirs = build(), build()
     optimizer = make(groups_of(ours), lr=LR)
     plain = (torch.optim.AdamW if make is ShardedAdamW else torch.optim.Adam)(groups_of(theirs), lr=LR)
@@ -566,8 +566,8 @@ def test_on_one_rank_state_dict_has_torchs_form(make: Callable[..., Any]) -> Non
             torch.testing.assert_close(saved["state"][index][name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_adamw_stays_adamw_whatever_it_loads() -> None:
-    """After loading a state dict of Adam, a ShardedAdamW decayed as Adam does."""
+def test_loading_a_state_of_adam_keeps_decoupled_weight_decay() -> None:
+    """A state dict of Adam once made ShardedAdamW decay as Adam does."""
     parameter = nn.Parameter(torch.ones(3))
     adam = torch.optim.Adam([nn.Parameter(torch.ones(3))])
     optimizer = ShardedAdamW([parameter])
@@ -579,7 +579,7 @@ def test_adamw_stays_adamw_whatever_it_loads() -> None:
 
 
 def train_low(plain: Any, masters: list[nn.Parameter], low: list[nn.Parameter], steps: range, world_size: int) -> None:
-    """Trains exact masters with averaged low-precision gradients; ``low`` are the rounded masters."""
+    """Train exact masters on averages of low-precision gradients; ``low`` are the rounded masters."""
     for step in steps:
         for master in masters:
             master.grad = torch.zeros_like(master)
@@ -593,8 +593,8 @@ def train_low(plain: Any, masters: list[nn.Parameter], low: list[nn.Parameter], 
                 parameter.copy_(master)
 
 
-def give_the_whole(dtype: torch.dtype, master: Any) -> list[Any]:
-    """Returns the whole state and parameters halfway, and the exact parameters at the end."""
+def train_and_return_whole_state(dtype: torch.dtype, master: Any) -> list[Any]:
+    """Return the whole state and the parameters half way, and the exact parameters at the end."""
     rank, _ = rank_and_size()
     parameters = build(dtype)
     optimizer = sharded(parameters, precision=Precision(master=master))
@@ -608,8 +608,8 @@ def give_the_whole(dtype: torch.dtype, master: Any) -> list[Any]:
     ("dtype", "master"), [(torch.float32, "auto"), (torch.bfloat16, "fp32"), (torch.bfloat16, "split")], ids=str
 )
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_torchs_adamw_goes_on_from_the_whole_state(world_size: int, dtype: torch.dtype, master: str) -> None:
-    results = on_ranks(world_size, give_the_whole, dtype, master)
+def test_torchs_adamw_continues_from_full_state_dict(world_size: int, dtype: torch.dtype, master: str) -> None:
+    results = on_ranks(world_size, train_and_return_whole_state, dtype, master)
     whole, half_way, _ = results[0]
     whole = through_a_file(whole)
     assert [result[0] for result in results[1:]] == [{}] * (world_size - 1)
@@ -627,7 +627,9 @@ def test_torchs_adamw_goes_on_from_the_whole_state(world_size: int, dtype: torch
 
 
 def consolidate() -> list[Any]:
-    """Returns the types in ``state_dict()`` before and after consolidation, a step and a load, and if it was right."""
+    """Return the kind of ``state_dict()`` before and after consolidating, after a step and after a load, and whether
+    the consolidated one is right.
+    """
     rank, _ = rank_and_size()
     parameters = build()
     optimizer = sharded(parameters)
@@ -660,8 +662,8 @@ def test_state_dict_is_whole_on_the_rank_it_was_consolidated_to_until_the_next_s
         assert is_right
 
 
-def test_a_consolidated_state_dict_is_given_out_more_than_once() -> None:
-    """get_optimizer_state_dict renames keys in place; a second call found them renamed."""
+def test_a_consolidated_state_dict_can_be_read_more_than_once() -> None:
+    """get_optimizer_state_dict renames keys in place, so its second call once found them renamed."""
     model = nn.Linear(3, 2)
     optimizer = ShardedAdamW(model.parameters())
     optimizer.consolidate_state_dict()
@@ -679,7 +681,7 @@ def refused_rank() -> str:
     return ""
 
 
-def test_a_rank_that_does_not_exist_is_refused() -> None:
+def test_consolidating_to_a_rank_that_does_not_exist_is_refused() -> None:
     for words in on_ranks(2, refused_rank):
         assert "found 2" in words and "from 0 to 1" in words
 
@@ -695,15 +697,15 @@ def pickle_parts() -> list[str]:
     return words
 
 
-def test_pickling_a_part_is_refused_and_names_what_to_do() -> None:
+def test_pickling_a_part_is_refused_with_the_alternatives() -> None:
     for words in on_ranks(2, pickle_parts):
         assert len(words) == 2
-        for said in words:
-            assert all(way in said for way in ("shardadam.save", "torch.distributed.checkpoint", "full_state_dict"))
+        for message in words:
+            assert all(way in message for way in ("shardadam.save", "torch.distributed.checkpoint", "full_state_dict"))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, Tensor.clone, Tensor.double], ids=["deepcopy", "clone", "cast"])
-def test_a_copy_of_a_part_is_a_part_with_memory_of_its_own(copied: Callable[[Tensor], Any]) -> None:
+def test_a_copy_of_a_part_is_a_part_with_its_own_memory(copied: Callable[[Tensor], Any]) -> None:
     part = FlatShard(torch.arange(6.0), [Span(2, 4), Span(10, 2)], (4, 3), (1, 0))
     found = copied(part)
     part.local.zero_()
@@ -748,7 +750,7 @@ def load_whole(saved: dict[str, Any], dtype: torch.dtype, moments: Any, master: 
     ],
     ids=str,
 )
-def test_what_one_rank_saved_loads_on_any(world_size: int, format: Any) -> None:
+def test_a_state_saved_on_one_rank_loads_on_any_number(world_size: int, format: Any) -> None:
     saved = through_a_file(save_whole(*format))
     for loaded in on_ranks(world_size, load_whole, saved, *format):
         for found, expected in zip(loaded, saved["exact"], strict=True):
@@ -756,8 +758,8 @@ def test_what_one_rank_saved_loads_on_any(world_size: int, format: Any) -> None:
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def go_on_from_zero_redundancy() -> list[Tensor]:
-    """Continues from ZeroRedundancyOptimizer, whose state rank 0 sends to all."""
+def continue_from_zero_redundancy() -> list[Tensor]:
+    """Load the state of ZeroRedundancyOptimizer, broadcast from rank 0, and train on."""
     rank, world_size = rank_and_size()
     parameters = build()
     zero = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=LR, weight_decay=0.1)
@@ -773,14 +775,14 @@ def go_on_from_zero_redundancy() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_state_of_zero_redundancy_optimizer_is_gone_on_from(world_size: int) -> None:
+def test_training_continues_from_the_state_of_zero_redundancy_optimizer(world_size: int) -> None:
     parameters = build()
     plain = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.1)
     train(plain, parameters, range(2 * STEPS), list(range(world_size)), False)
-    assert_close(on_ranks(world_size, go_on_from_zero_redundancy), parameters)
+    assert_close(on_ranks(world_size, continue_from_zero_redundancy), parameters)
 
 
-def test_hooks_run() -> None:
+def test_state_dict_hooks_run() -> None:
     parameters = build_parameters([(3,)])
     optimizer = ShardedAdamW(parameters, lr=LR)
     seen: list[str] = []

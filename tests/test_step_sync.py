@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the host runs ahead of the device, a disagreement of ranks is raised one step later, and no rank writes the
-step that they disagreed on.
+"""Where the host runs ahead of the device, a disagreement of ranks raises one step later, and no rank takes the step on
+which they disagreed.
 
-The CPU's host does not run ahead: the tests make ``StepSync`` treat it as one that does.
+On the CPU the host does not run ahead; the tests make ``StepSync`` act as if it did.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardadam.engine.step_sync import GlobalGradStats, HostCopy
 from tests.ranks import on_ranks, rank_and_size
 
 SYNCS = ("backward", "step", "external")
-runs_ahead = mock.patch.object(step_sync, "host_runs_ahead", lambda device: True)
+host_ahead = mock.patch.object(step_sync, "host_runs_ahead", lambda device: True)
 
 
 def build(device: str = "cpu", **options: Any) -> tuple[nn.Module, ShardedAdamW]:
@@ -47,11 +47,11 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-# Ranks that are alike
+# Ranks that agree
 
 
 def train(gradient_sync: str, ahead: bool) -> list[Tensor]:
-    with runs_ahead if ahead else warnings.catch_warnings():
+    with host_ahead if ahead else warnings.catch_warnings():
         model, optimizer = build(gradient_sync=gradient_sync, max_grad_norm=0.5, precision=Precision(moments="int8"))
         for step in range(6):
             backward(model, step, float("nan") if step == 2 else 1.0)
@@ -66,18 +66,18 @@ def train(gradient_sync: str, ahead: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_training_is_the_same_whenever_host_copies_are_read(gradient_sync: str, world_size: int) -> None:
+def test_results_do_not_depend_on_when_host_copies_are_read(gradient_sync: str, world_size: int) -> None:
     now = on_ranks(world_size, train, gradient_sync, False)
     assert all(equal(a, b) for a, b in zip(on_ranks(world_size, train, gradient_sync, True), now, strict=True))
 
 
-# Ranks that are not
+# Ranks that disagree
 
 
 def disagree(what: str, gradient_sync: str, directory: str, first: str = "step", device: str = "cpu") -> dict[str, Any]:
-    """The error of the call ``first`` after a step on which ranks disagreed, then those of step and save."""
+    """Return the errors of ``first``, step and save, called after a step on which ranks disagreed."""
     rank, _ = rank_and_size()
-    with runs_ahead:
+    with host_ahead:
         model, optimizer = build(device, gradient_sync=gradient_sync, max_grad_norm=10.0)
         backward(model, 0)
         optimizer.step()
@@ -125,7 +125,7 @@ DISAGREEMENTS = {
 @pytest.mark.parametrize("gradient_sync", SYNCS)
 @pytest.mark.parametrize("what", DISAGREEMENTS)
 @pytest.mark.parametrize("first", ["step", "save", "check_in_sync"])
-def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(
+def test_a_step_on_which_ranks_disagree_is_not_taken_and_raises_at_the_next(
     first: str, what: str, gradient_sync: str, world_size: int, tmp_path: Path
 ) -> None:
     others = {2: "rank 0", 3: "ranks 0, 2"}[world_size]
@@ -139,7 +139,7 @@ def test_a_step_of_which_ranks_disagree_is_not_taken_and_told_at_the_next(
 
 
 def load_at_once(directory: str) -> None:
-    with runs_ahead:
+    with host_ahead:
         model, optimizer = build()
         backward(model, 0)
         optimizer.step()
@@ -157,12 +157,12 @@ def load_at_once(directory: str) -> None:
         optimizer.check_in_sync()
 
 
-def test_what_ranks_disagreed_on_before_a_checkpoint_was_loaded_is_past(tmp_path: Path) -> None:
+def test_a_disagreement_before_loading_a_checkpoint_does_not_raise_after_it(tmp_path: Path) -> None:
     on_ranks(2, load_at_once, str(tmp_path))
 
 
 def read_while_scaling() -> list[tuple[int, int]]:
-    """Pairs (step in which a host copy was read, step that made it); every step makes two."""
+    """Return pairs (step that read a host copy, step that made it); every step makes two copies."""
     model, optimizer = build()
     scaler = shardadam.GradScaler("cpu")
     made: list[HostCopy] = []
@@ -177,7 +177,7 @@ def read_while_scaling() -> list[tuple[int, int]]:
         found.append((step, made.index(host_copy) // 2))
         return wait(host_copy)
 
-    with runs_ahead, mock.patch.object(HostCopy, "__init__", make), mock.patch.object(HostCopy, "_await", read):
+    with host_ahead, mock.patch.object(HostCopy, "__init__", make), mock.patch.object(HostCopy, "_await", read):
         for step in range(4):
             scaler.scale(model(torch.full((2, 40), 1.0 + step)).square().mean()).backward()
             scaler.unscale_(optimizer)
@@ -195,7 +195,7 @@ def test_no_host_copy_is_read_in_the_step_that_made_it() -> None:
 
 
 def sync_without_a_step() -> int:
-    with runs_ahead:
+    with host_ahead:
         model, optimizer = build()
         for step in range(100):
             backward(model, step)
@@ -204,14 +204,14 @@ def sync_without_a_step() -> int:
         return len(optimizer._engine.step_sync._unread)
 
 
-def test_unread_host_copies_do_not_pile_up() -> None:
+def test_unread_host_copies_do_not_accumulate() -> None:
     assert max(on_ranks(2, sync_without_a_step)) <= step_sync._MOST_UNREAD
 
 
 def write_a_gradient(writers: tuple[int, ...]) -> tuple[bool, list[str]]:
     rank, _ = rank_and_size()
-    said = []
-    with runs_ahead:
+    messages = []
+    with host_ahead:
         model, optimizer = build()
         before = values(model)
         backward(model, 0)
@@ -220,39 +220,39 @@ def write_a_gradient(writers: tuple[int, ...]) -> tuple[bool, list[str]]:
         for _ in range(2):
             try:
                 optimizer.step()
-                said.append("")
+                messages.append("")
             except (RuntimeError, ValueError) as error:
-                said.append(str(error))
+                messages.append(str(error))
             is_unchanged = equal(values(model), before)
             optimizer.zero_grad()
             backward(model, 1)
-    return is_unchanged, said
+    return is_unchanged, messages
 
 
 @pytest.mark.parametrize("writers", [(0,), (1,), (0, 1)])
-def test_gradients_written_by_hand_are_told_on_every_rank_one_step_later(writers: tuple[int, ...]) -> None:
+def test_gradients_written_by_hand_raise_on_every_rank_one_step_later(writers: tuple[int, ...]) -> None:
     for is_unchanged, (first, second) in on_ranks(2, write_a_gradient, writers):
         assert is_unchanged and first == "" and "has a gradient in p.grad although" in second
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 1000, 1 << 14])
-@pytest.mark.parametrize("print_of_one", [0, 1, 12_345, 2**17 - 1])
-def test_the_device_and_the_host_see_any_fingerprint_that_differs(ranks: int, print_of_one: int) -> None:
-    for other in {print_of_one, 0, 2**17 - 1, print_of_one ^ 1}:
-        total, squares = ((ranks - 1) * print_of_one**power + other**power for power in (1, 2))
+@pytest.mark.parametrize("fingerprint", [0, 1, 12_345, 2**17 - 1])
+def test_device_and_host_detect_any_different_fingerprint(ranks: int, fingerprint: int) -> None:
+    for other in {fingerprint, 0, 2**17 - 1, fingerprint ^ 1}:
+        total, squares = ((ranks - 1) * fingerprint**power + other**power for power in (1, 2))
         block = torch.tensor([0.0, 0.0, total, squares, 1.0], dtype=torch.float64)
         found = GlobalGradStats(block, ranks, with_norm=False, compares=True, all_used=True)
-        assert bool(found.found_inf) == (other != print_of_one) == (not found.host_copy().agrees)
+        assert bool(found.found_inf) == (other != fingerprint) == (not found.host_copy().agrees)
 
 
 # Warnings
 
 
-def warned_of(what: str) -> list[list[str]]:
-    """What each of twelve steps has warned of."""
+def warnings_of_steps(what: str) -> list[list[str]]:
+    """Return the warnings of each of twelve steps."""
     rank, _ = rank_and_size()
     found = []
-    with runs_ahead:
+    with host_ahead:
         model, optimizer = build()
         for step in range(12):
             if not (what == "no gradient" and rank == 1 and step == 3):
@@ -267,13 +267,13 @@ def warned_of(what: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_steps_that_are_never_taken_are_warned_of_one_step_later(world_size: int) -> None:
-    for steps in on_ranks(world_size, warned_of, "never finite"):
+    for steps in on_ranks(world_size, warnings_of_steps, "never finite"):
         assert [len(step) for step in steps] == [0] * 10 + [1, 0]
         assert "last 10 steps were not taken" in steps[10][0] and __file__ in steps[10][0]
 
 
 def test_a_rank_without_a_gradient_is_warned_of_one_step_later() -> None:
-    alike, other = on_ranks(2, warned_of, "no gradient")
+    alike, other = on_ranks(2, warnings_of_steps, "no gradient")
     assert [len(step) for step in alike] == [0] * 12
     assert [len(step) for step in other] == [0] * 4 + [1] + [0] * 7
     assert "this rank has had no gradient" in other[4][0]

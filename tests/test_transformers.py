@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with ShardedTrainer equals transformers' own Trainer with DDP and torch's AdamW, and resumes from its
-checkpoints; a plain Trainer over external gradients does with one callback.
+"""Training with ShardedTrainer equals transformers' Trainer with DDP and torch's AdamW, and resumes from its
+checkpoints; so does a plain Trainer with external gradients and one callback.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], last: int = 0) -> None:
-    """Compare the last ``last`` logged steps, or all if it is 0."""
+    """Compare the last ``last`` logged steps; with 0, all."""
     for mine, theirs in zip(ours, stock, strict=True):
         assert largest_difference(mine["model"], theirs["model"]) <= 1e-6
         for name in ("losses", "norms", "rates"):
@@ -72,10 +72,10 @@ def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Pa
     assert_equal_runs(ours, stock)
     assert largest_difference(ours[0]["model"], ours[1]["model"]) == 0.0
     assert ours[0]["losses"][-1] < ours[0]["losses"][0]
-    assert max(ours[0]["norms"]) > 1.0  # clipping is in force where there is any
+    assert max(ours[0]["norms"]) > 1.0  # some steps clip
 
 
-ONE_GROUP: dict[str, Any] = {"weight_decay": 0.01, "warmup_steps": 0}  # of an optimizer that is passed
+ONE_GROUP: dict[str, Any] = {"weight_decay": 0.01, "warmup_steps": 0}  # for a passed optimizer
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def stock_with_one_group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
-def test_an_optimizer_that_is_passed_serves(
+def test_training_with_a_passed_optimizer(
     gradient_sync: str, stock_with_one_group: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     flavour = "external" if gradient_sync == "external" else "sharded"
@@ -93,7 +93,7 @@ def test_an_optimizer_that_is_passed_serves(
     assert_equal_runs(ours, stock_with_one_group)
 
 
-def test_a_class_that_is_passed_serves(tmp_path: Path) -> None:
+def test_training_with_a_passed_optimizer_class(tmp_path: Path) -> None:
     options = {"lr": 2e-3, "betas": (0.8, 0.99), "eps": trainer_run.EPS}
     ours = runs("sharded", tmp_path, optimizer_class=(ShardedAdam, options))
     assert ours[0]["optimizer"] == "ShardedAdam"
@@ -101,7 +101,7 @@ def test_a_class_that_is_passed_serves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", pytest.param("step", marks=pytest.mark.long)])
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(gradient_sync: str, tmp_path: Path) -> None:
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(gradient_sync: str, tmp_path: Path) -> None:
     options = {"optimizer": {"gradient_sync": gradient_sync}, "warmup_steps": 0, "max_steps": 5}
     results = runs("sharded", tmp_path, **options, poisoned=2)
     for result in results:
@@ -112,7 +112,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_on_all_ranks(grad
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
-    """Train without interruption; save halfway and at the end."""
+    """Train, saving halfway and at the end."""
     out = tmp_path_factory.mktemp("straight")
     return runs("sharded", out, dropout=0.1, **SAVING), out
 
@@ -125,14 +125,14 @@ def test_training_resumes_bit_for_bit(straight: tuple[list[dict[str, Any]], Path
         "model.safetensors",
     }
     assert not (out / "checkpoint-4" / "optimizer.pt").exists()
-    resumed = runs("sharded", out, dropout=0.1, resume="checkpoint-4", **SAVING)  # and writes checkpoint-8 again
+    resumed = runs("sharded", out, dropout=0.1, resume="checkpoint-4", **SAVING)  # writes checkpoint-8 again
     for one, other in zip(results, resumed, strict=True):
         assert largest_difference(one["model"], other["model"]) == 0.0
         assert one["losses"][4:] == other["losses"][4:] and one["norms"][4:] == other["norms"][4:]
 
 
-def test_the_order_of_data_is_drawn_as_it_was(tmp_path: Path) -> None:
-    """The Trainer restores random number generators after it has begun to iterate; we must not do so before."""
+def test_a_resumed_run_draws_the_same_order_of_data(tmp_path: Path) -> None:
+    """The Trainer restores random number generators after it begins to iterate; we must not restore them earlier."""
     options = {"stream": True, "dropout": 0.1, "gradient_accumulation_steps": 1, "max_steps": 5}
     results = runs("sharded", tmp_path, **options, save_strategy="steps", save_steps=3)
     resumed = runs("sharded", tmp_path, **options, resume="checkpoint-3")
@@ -150,13 +150,13 @@ def test_training_resumes_on_another_number_of_ranks(world_size: int, tmp_path: 
     assert resumed[0]["norms"][4:] == pytest.approx(on_two[0]["norms"][4:], rel=1e-4)
 
 
-def test_a_stock_run_goes_on_sharded(tmp_path: Path) -> None:
+def test_a_stock_run_resumes_sharded(tmp_path: Path) -> None:
     stock = runs("stock", tmp_path, **SAVING)
     assert_equal_runs(runs("sharded", tmp_path, resume="checkpoint-4"), stock, last=4)
 
 
-def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
-    """Warm-up makes the loss fall; a rate that is far too high afterwards makes it rise."""
+def test_load_best_model_at_end_works(tmp_path: Path) -> None:
+    """The loss falls during warm-up and then rises, because the learning rate is far too high."""
     options = {**SAVING, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     options |= {"learning_rate": 0.5, "warmup_steps": 8, "max_steps": 8, "metric_for_best_model": "loss"}
     for result in runs("sharded", tmp_path, **options):
@@ -167,9 +167,9 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupted", [None, 1])
-def test_train_can_be_called_again(interrupted: int | None, tmp_path: Path) -> None:
-    """Gradients that were reduced before an interruption went into the first step of the next training: the Trainer
-    calls the model's zero_grad, which does not reach them.
+def test_train_can_be_called_again_after_an_interruption(interrupted: int | None, tmp_path: Path) -> None:
+    """Gradients reduced before an interruption were once added to the first step of the next training, because the
+    Trainer calls the model's zero_grad, which does not clear them.
     """
     options = {"trainings": 2, "interrupted": interrupted, "max_steps": 3}
     ours, stock = runs("sharded", tmp_path / "ours", **options), runs("stock", tmp_path / "stock", **options)
@@ -198,12 +198,12 @@ def test_a_plain_trainer_with_the_callback_saves_whole_and_resumes_anywhere(stra
             assert largest_difference(straight[0]["model"], resumed[0]["model"]) <= 1e-6
 
 
-def test_without_the_callback_the_error_names_it(tmp_path: Path) -> None:
+def test_saving_without_the_callback_raises_and_names_it(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"transformers\.Trainer: .*ShardedTrainer.*ConsolidateCallback\(\)"):
-        runs("external", tmp_path, callback=False, **SAVING)  # rank 0 raises, and takes the others with it
+        runs("external", tmp_path, callback=False, **SAVING)  # rank 0 raises, and then the others
 
 
-def test_nothing_is_gathered_for_a_checkpoint_of_the_model_alone(tmp_path: Path) -> None:
+def test_save_only_model_does_not_gather_the_state(tmp_path: Path) -> None:
     optimizer = ShardedAdamW([torch.nn.Parameter(torch.zeros(2))], gradient_sync="external")
     with mock.patch.object(optimizer, "consolidate_state_dict") as gather:
         for alone, calls in ((True, 0), (False, 1)):
@@ -213,7 +213,7 @@ def test_nothing_is_gathered_for_a_checkpoint_of_the_model_alone(tmp_path: Path)
             assert gather.call_count == calls
 
 
-# What is refused
+# Refused setups
 
 
 def refused(out: str, options: dict[str, Any]) -> str:
@@ -233,13 +233,15 @@ def refused(out: str, options: dict[str, Any]) -> str:
     ],
     ids=["optim", "external", "class"],
 )
-def test_what_cannot_work_is_refused_on_all_ranks(options: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+def test_setups_that_cannot_work_are_refused_on_all_ranks(
+    options: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
     for message in on_ranks(2, refused, str(tmp_path), options):
         assert all(text in message for text in expected), message
 
 
 def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
-    """Checkpoints found parameters by position: one layer's state was loaded into another that was trained instead."""
+    """Checkpoints once identified parameters by position, so the state of one layer was loaded into another."""
     runs("sharded", tmp_path, frozen="h.0.", max_steps=1, save_strategy="steps", save_steps=1)
     for message in on_ranks(2, refused, str(tmp_path), {"frozen": "h.1.", "resume": "checkpoint-1"}):
         assert "CheckpointError" in message and "transformer.h.0.attn.c_attn.weight" in message, message
@@ -248,7 +250,7 @@ def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
 # What the integration relies on in transformers
 
 
-def test_transformers_is_what_the_integration_was_written_for() -> None:
+def test_transformers_has_the_methods_that_the_integration_overrides() -> None:
     trainer = transformers.Trainer
     for method in (
         "create_accelerator_and_postprocess",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel without a GPU: Triton's interpreter gives the reference's bits, and every variant compiles for the
-GPUs it is for without spilling a register.
+"""The Triton kernel without a GPU: in Triton's interpreter it equals the reference bit for bit, and every variant
+compiles for its GPUs without spilling a register.
 
-A process either interprets kernels or compiles them, which is decided when Triton is imported: both are done in
-processes of their own, and this module does not import it.
+A process either interprets or compiles kernels, which is decided when Triton is imported. So both are done in processes
+of their own, and this module does not import Triton.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMATS = [("float32", "own")] + [(name, m) for name in ("bfloat16", "float16") 
 
 @dataclass(frozen=True)
 class Variant:
-    """A form that the kernel is compiled in."""
+    """A variant of the kernel."""
 
     moments: str
     dtype: str
@@ -66,7 +66,7 @@ def process(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
 
 def _enter(interpret: bool, cache: str) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # NumPy's, of infinities that are meant
+    warnings.simplefilter("ignore")  # NumPy warns of infinities, which are intended
     os.environ.update(TRITON_INTERPRET=str(int(interpret)), TRITON_CACHE_DIR=cache)
 
 
@@ -85,7 +85,7 @@ def compiler() -> Iterator[ProcessPoolExecutor]:
 # The kernel in the interpreter
 
 SEED = 20_001
-ONLY_BUCKET: Any = None  # which the kernel does not ask for
+ONLY_BUCKET: Any = None  # the kernel does not use it
 LR = 3e-3
 
 
@@ -95,7 +95,7 @@ def test_interpreted_kernel_equals_reference(interpreter: ProcessPoolExecutor, v
 
 
 @each_variant
-def test_nothing_is_written_where_the_step_is_not_taken(interpreter: ProcessPoolExecutor, variant: Variant) -> None:
+def test_nothing_is_written_if_the_step_is_skipped(interpreter: ProcessPoolExecutor, variant: Variant) -> None:
     assert interpreter.submit(differences_after_no_step, variant).result(timeout=100) == []
 
 
@@ -105,28 +105,28 @@ def test_positions_are_counted_in_uint32(interpreter: ProcessPoolExecutor) -> No
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.moments == "fp32" and v.master != "own"], ids=str)
-def test_ties_and_their_neighbours_are_rounded_as_the_reference_rounds(
+def test_ties_and_values_beside_them_round_as_in_the_reference(
     interpreter: ProcessPoolExecutor, variant: Variant
 ) -> None:
     assert interpreter.submit(differences_at_ties, variant).result(timeout=100) == []
 
 
-def test_no_code_passes_the_largest(interpreter: ProcessPoolExecutor) -> None:
+def test_no_code_exceeds_the_largest(interpreter: ProcessPoolExecutor) -> None:
     assert interpreter.submit(differences_at_largest_codes).result(timeout=100) == []
 
 
-def test_many_parameters_and_steps_are_counted_as_the_reference_counts(interpreter: ProcessPoolExecutor) -> None:
+def test_counters_of_many_parameters_equal_the_reference(interpreter: ProcessPoolExecutor) -> None:
     assert interpreter.submit(differences_of_counters).result(timeout=100) == []
 
 
 @pytest.mark.parametrize("moments", ["fp32", "int8"])
-def test_an_optimizer_on_the_kernel_equals_one_on_torchs(interpreter: ProcessPoolExecutor, moments: str) -> None:
-    """The wiring, from param groups to blocks: counters, tables, positions, clipping, parameters that are unused."""
+def test_an_optimizer_with_the_kernel_equals_one_with_torchs(interpreter: ProcessPoolExecutor, moments: str) -> None:
+    """Param groups reach the kernel correctly: counters, tables, positions, clipping, unused parameters."""
     kernel = interpreter.submit(train, moments, True).result(timeout=100)
     for found, expected in zip(kernel, train(moments, False), strict=True):
         if moments == "int8" and found.numel() > 1:
-            # The two differ in last places, and so now and then in a code, which moves a weight by about a percent of
-            # a step; numbers drawn at other positions would move nearly all of them.
+            # The two differ in last places and so sometimes in a code, which changes a weight by about a percent of a
+            # step. Random numbers of other positions would change nearly all weights.
             wrong = (found.double() - expected.double()).abs() > 1e-6 + 2e-6 * expected.double().abs()
             assert wrong.double().mean() < 0.01
             torch.testing.assert_close(found, expected, rtol=2.0**-7, atol=0.01)
@@ -135,7 +135,7 @@ def test_an_optimizer_on_the_kernel_equals_one_on_torchs(interpreter: ProcessPoo
 
 
 def train(moments: Any, on_kernel: bool) -> list[Tensor]:
-    """Parameters, masters, norms and step counts of a mixed model after a few steps in one process."""
+    """Train a mixed model in one process; return parameters, masters, norms and step counts."""
     from shardadam import Precision, ShardedAdamW, update
 
     random = torch.Generator().manual_seed(5)
@@ -202,7 +202,7 @@ LITTLE = slice(9 * BLOCK_NUMEL, 10 * BLOCK_NUMEL)
 
 
 def build_counters() -> Counters:
-    """Parameters that have taken different numbers of steps, with bounds of all kinds: of 0 steps, usual ones, none."""
+    """Return counters of parameters with different step counts, and bounds of 0 steps, ordinary ones, and none."""
     blocks = torch.tensor([-(-numel // BLOCK_NUMEL) for numel in NUMELS])
     return Counters(
         steps=torch.tensor(STEPS_BEFORE, dtype=torch.float32),
@@ -228,15 +228,15 @@ def build_shard(variant: Variant, random: torch.Generator) -> Shard:
         exp_avg = awkward_values(numel, random).to(moments_dtype)
         exp_avg_sq = awkward_values(numel, random).square().to(moments_dtype)
     remainder = None
-    if variant.master == "split":  # not of these parameters, but where a parameter has been written that is so too
+    if variant.master == "split":  # random, as after a write to the parameters
         remainder = torch.randint(-(2**15), 2**15, (numel,), generator=random, dtype=torch.int16)
     return Shard(
         parameter=weight.to(dtype),
         gradient=torch.zeros(numel),
         exp_avg=exp_avg,
         exp_avg_sq=exp_avg_sq,
-        exp_avg_scale=scales(len(blocks), random) if is_int8 else None,
-        exp_avg_sq_scale=scales(len(blocks), random) if is_int8 else None,
+        exp_avg_scale=random_scales(len(blocks), random) if is_int8 else None,
+        exp_avg_sq_scale=random_scales(len(blocks), random) if is_int8 else None,
         master=weight.clone() if variant.master == "fp32" else None,
         remainder=remainder,
         blocks=blocks,
@@ -245,7 +245,7 @@ def build_shard(variant: Variant, random: torch.Generator) -> Shard:
 
 
 def awkward_values(numel: int, random: torch.Generator) -> Tensor:
-    """Normally distributed, but a third of them is of any size, and some are zeros, subnormal, huge, infinite."""
+    """Return normally distributed values, a third of them of any size or zero, subnormal, huge or infinite."""
     ordinary = torch.randn(numel, generator=random)
     of_any_size = ordinary * 10.0 ** (60 * torch.rand(numel, generator=random) - 40)
     special = torch.tensor([0.0, -0.0, 1e-42, -1e-45, 1e-38, 6e-8, -3e-5, 65504.0, -65520.0, 1e25, 3.4e38, math.inf])
@@ -254,8 +254,8 @@ def awkward_values(numel: int, random: torch.Generator) -> Tensor:
     return torch.where(kind < 6, ordinary, torch.where(kind < 8, of_any_size, special))
 
 
-def scales(numel: int, random: torch.Generator) -> Tensor:
-    """Of 8-bit moments: of any size that they can have, and some are zeros."""
+def random_scales(numel: int, random: torch.Generator) -> Tensor:
+    """Return scales of 8-bit moments, of any possible size, some zero."""
     exponents = torch.randint(-18, 0, (numel,), generator=random)
     return torch.where(exponents == -1, 0.0, torch.rand(numel, generator=random) * 10.0**exponents)
 
@@ -269,18 +269,18 @@ def clone(shard: Shard) -> Shard:
     return replace(shard, **{name: flat.clone() for name, flat in flats_of(shard).items()})
 
 
-def moved(thing: Any, device: str) -> Any:
-    """A Shard or Counters with its tensors on a device."""
-    flats = {f.name: getattr(thing, f.name) for f in fields(thing)}
-    return replace(thing, **{name: flat.to(device) for name, flat in flats.items() if isinstance(flat, Tensor)})
+def to_device(state: Any, device: str) -> Any:
+    """Return a Shard or Counters with its tensors on ``device``."""
+    flats = {f.name: getattr(state, f.name) for f in fields(state)}
+    return replace(state, **{name: flat.to(device) for name, flat in flats.items() if isinstance(flat, Tensor)})
 
 
 def clone_counters(counters: Counters) -> Counters:
     return Counters(*(getattr(counters, field.name).clone() for field in fields(counters)))
 
 
-def write_some(shard: Shard, random: torch.Generator) -> None:
-    """As a user may who knows nothing of masters; nothing stays NaN."""
+def overwrite_some(shard: Shard, random: torch.Generator) -> None:
+    """Overwrite some parameters, as a user may, and replace all NaNs."""
     shard.parameter[shard.parameter.isnan()] = 0.5
     for flat in (shard.exp_avg, shard.exp_avg_sq):
         if flat.is_floating_point():
@@ -295,7 +295,7 @@ def write_some(shard: Shard, random: torch.Generator) -> None:
 
 
 def step_reference(shard: Shard, counters: Counters, step: Step) -> None:
-    """The truth: parameter by parameter, with numbers of Python's."""
+    """Take the step with the reference, parameter by parameter, with Python numbers."""
     for index in shard.blocks.unique().tolist():
         if index in step.unused:
             continue
@@ -346,7 +346,7 @@ def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -
 
 
 def small_programs() -> Any:
-    """The module, interpreted, with programs of 16 blocks: a shard here takes two and does not fill the last."""
+    """Return the interpreted module with programs of 16 blocks, so a shard takes two and does not fill the last."""
     from shardadam.update import triton
 
     triton.INTERPRETED_ROWS = 16
@@ -357,7 +357,7 @@ def differences_from_reference(variant: Variant, positions_before: int = 0, devi
     random = torch.Generator().manual_seed(VARIANTS.index(variant))
     truth, true_counters = build_shard(variant, random), build_counters()
     true_counters.first_blocks.sub_(positions_before // BLOCK_NUMEL)
-    ours, counters = moved(clone(truth), device), moved(clone_counters(true_counters), device)
+    ours, counters = to_device(clone(truth), device), to_device(clone_counters(true_counters), device)
     update = small_programs().TritonUpdate(counters, seed=SEED)
     found = []
     for number, step in enumerate(STEPS):
@@ -368,11 +368,11 @@ def differences_from_reference(variant: Variant, positions_before: int = 0, devi
         begin(update, counters, step)
         update.step_(ours, ONLY_BUCKET)
         step_reference(truth, true_counters, step)
-        there = moved(ours, "cpu"), moved(counters, "cpu")
+        there = to_device(ours, "cpu"), to_device(counters, "cpu")
         found += [f"step {number}: {text}" for text in differences(there[0], truth, there[1], true_counters)]
-        truth = moved(clone(ours), "cpu")
-        write_some(truth, random)
-        ours = moved(clone(truth), device)
+        truth = to_device(clone(ours), "cpu")
+        overwrite_some(truth, random)
+        ours = to_device(clone(truth), device)
     return found
 
 
@@ -388,7 +388,7 @@ def differences_after_no_step(variant: Variant) -> list[str]:
 
 
 def differences_at_ties(variant: Variant) -> list[str]:
-    """The values are the masters, and stay so; then, where they are small, they are what a step makes of zeros."""
+    """Round ties as masters that a step with lr 0 keeps, and as the result of a step from zero."""
     dtype = getattr(torch, variant.dtype)
     value = sample_of_floats(dtype)
     value = torch.cat([value, value.new_zeros(-len(value) % BLOCK_NUMEL)])
@@ -415,7 +415,7 @@ def differences_at_ties(variant: Variant) -> list[str]:
 
 
 def differences_at_largest_codes() -> list[str]:
-    """The largest of each block has a random number of 0, and may lie a last place past the largest code's square."""
+    """The largest value of each block has random number 0, and may exceed the largest code's square by a last place."""
     positions = torch.arange(2**22)
     random = reference.random_bits(positions, seed=SEED, step=1, param_id=0)
     positions = positions[(random & 0xFFFF == 0) | (random >> 16 == 0)]
@@ -454,7 +454,7 @@ def differences_after(step: Step, shard: Shard, counters: Counters) -> list[str]
 
 
 def differences_of_counters() -> list[str]:
-    """Over many changes of betas, for more parameters than one program of the prologue takes."""
+    """Change betas many times, with more parameters than one program of the prologue takes."""
     count = 300
     zeros = torch.zeros(count, dtype=torch.int64)
     ours = Counters(torch.zeros(count), torch.zeros(count, dtype=torch.float64), zeros, zeros)
@@ -473,7 +473,7 @@ def differences_of_counters() -> list[str]:
 
 
 def differences(ours: Shard, truth: Shard, counters: Counters, true_counters: Counters) -> list[str]:
-    """In any bit, but for those of NaNs and for what belongs to a parameter that is NaN."""
+    """Return the differing fields; the bits of NaNs and the remainder of a NaN do not count."""
     found = []
     pairs = {name: (flat, flats_of(truth)[name]) for name, flat in flats_of(ours).items() if name != "gradient"}
     for field in fields(counters):
@@ -554,7 +554,7 @@ def compile_update(variant: Variant, architecture: int) -> Compiled:
 
 
 def compile_prologue(lr: Any, architecture: int) -> Compiled:
-    """With the arguments that ``begin`` gives."""
+    """Compile the prologue with the arguments of ``begin``."""
     from shardadam.update import triton
 
     given: list[Any] = []
@@ -573,7 +573,7 @@ def compile_prologue(lr: Any, architecture: int) -> Compiled:
 
 
 def compile_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], architecture: int) -> Compiled:
-    """For a GPU that need not be here; what is None is a constant."""
+    """Compile for a GPU that need not be present; arguments that are None are constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers.Trainer run for the tests, as a user has it: stock, sharded, or plain with external gradients."""
+"""A transformers.Trainer run as a user would write it: stock, sharded, or plain with external gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrai
 from tests.accelerate_run import as_launched
 
 EXAMPLES, LENGTH, VOCABULARY = 48, 12, 50
-EPS = 1e-6  # gradients of attention's key biases are nothing but rounding, of which 1e-8 makes steps
+EPS = 1e-6  # gradients of attention's key biases are only rounding errors, which 1e-8 would turn into steps
 
 
 class Texts(Dataset):
-    """Counting upwards from a random number: something that can be learned."""
+    """Sequences that count upwards from a random number, which can be learned."""
 
     def __init__(self, seed: int) -> None:
         starts = torch.randint(VOCABULARY, (EXAMPLES,), generator=torch.Generator().manual_seed(seed))
@@ -38,7 +38,7 @@ class Texts(Dataset):
 
 
 class Stream(IterableDataset):
-    """Texts in an order that is drawn from the global generator where iteration begins."""
+    """Texts in an order drawn from the global random number generator when iteration begins."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         texts = Texts(2)
@@ -51,8 +51,8 @@ class Interrupted(Exception):
 
 
 class Accidents(TrainerCallback):
-    """In the update after ``poisoned`` others the last rank has a gradient of NaN; in the one after ``interrupted``
-    others the first training ends, between backward and step. ``moves``: how far parameters have gone in each update.
+    """After ``poisoned`` updates the last rank gets a gradient of NaN; after ``interrupted`` updates the first training
+    ends between backward and step. ``moves``: how far parameters have moved in each update.
     """
 
     def __init__(self, poisoned: int | None, interrupted: int | None) -> None:
@@ -97,12 +97,12 @@ def train(
         flavour: "stock" (Trainer, DDP, torch's AdamW), "sharded" (ShardedTrainer) or "external" (Trainer with a
             ShardedAdamW).
         resume: a checkpoint, relative to ``out``.
-        optimizer: arguments of an AdamW of the flavour's that is passed to the Trainer; None: it makes its own.
+        optimizer: arguments of the flavour's AdamW, which is passed to the Trainer; None: the Trainer creates one.
         optimizer_class: the Trainer's ``optimizer_cls_and_kwargs``.
         trainings: how often ``train`` is called.
         stream: train on an iterable dataset.
         frozen: part of the names of parameters that are not trained.
-        poisoned, interrupted: of ``Accidents``.
+        poisoned, interrupted: see ``Accidents``.
         arguments: of TrainingArguments.
     """
     with as_launched(), contextlib.redirect_stdout(open(os.devnull, "w")):
