@@ -111,39 +111,10 @@ class Arena:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """``shard[start : stop]``, whose parameters all have the same label; ``parameter`` is the first of them."""
-
-    start: int
-    stop: int
-    parameter: int
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     world_size: int
     arenas: tuple[Arena, ...]
     buckets: tuple[Bucket, ...]
-
-
-def equal_runs(bucket: Bucket, rank: int, labels: Sequence[int | None]) -> list[Run]:
-    """Cut ``rank``'s shard where the label of its parameters changes; leave out parameters with the label None.
-
-    A run includes the padding at its end. So its length is a multiple of ``ALIGNMENT_NUMEL``, and if all labels are
-    equal, one run covers the whole shard.
-    """
-    runs: list[Run] = []
-    segments = list(bucket.shard_segments(rank))
-    for index, segment in enumerate(segments):
-        label = labels[segment.parameter]
-        if label is None:
-            continue
-        stop = segments[index + 1].offset if index + 1 < len(segments) else bucket.shard_numel
-        if runs and runs[-1].stop == segment.offset and labels[runs[-1].parameter] == label:
-            runs[-1] = Run(runs[-1].start, stop, runs[-1].parameter)
-        else:
-            runs.append(Run(segment.offset, stop, segment.parameter))
-    return runs
 
 
 def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket_bytes: int) -> Layout:

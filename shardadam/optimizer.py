@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import warn_about_torch_clipping
 from shardadam.engine.checkpoint_seam import CheckpointSeam
-from shardadam.engine.collective import collective
+from shardadam.engine.collective_method import collective
 from shardadam.engine.parameters import agreed, named_parameters
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE

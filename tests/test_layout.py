@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Layout, ParameterSpec, Run, build_layout, equal_runs
+from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Layout, ParameterSpec, build_layout
+from shardadam.update.runs import Run, equal_runs
 
 ITEMSIZES = {"bf16": 2, "fp32": 4, "fp64": 8}
 MAX_WORLD_SIZE = 16_384

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardadam import ShardedAdamW
 from shardadam import transport as transports
-from shardadam.engine.reduction import backward
+from shardadam.engine.reduction import backward_reducer
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.transport import Pending, SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
@@ -592,7 +592,7 @@ def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(mon
     log: list[str] = []
     current, side = Stream("current", log), Stream("side", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
-    monkeypatch.setattr(backward, "copy_in", lambda *_: log.append("copy"))
+    monkeypatch.setattr(backward_reducer, "copy_in", lambda *_: log.append("copy"))
     for streams in ({current, side}, {current}):
         opened = reducer._open_round()
         opened.streams = {0: streams}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from shardadam.chunks import chunks, sum_chunk_
-from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Run
+from shardadam.layout import ALIGNMENT_NUMEL, Bucket
 from shardadam.update import reference
-from shardadam.update.runs import RunTable
+from shardadam.update.runs import Run, RunTable
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
 _LARGEST_BFLOAT16 = 3.3895e38  # a float32 below this cannot be rounded to infinity

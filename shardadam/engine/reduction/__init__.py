@@ -3,9 +3,9 @@
 ``StepReducer`` ("step") and ``ExternalReducer`` ("external").
 """
 
-from shardadam.engine.reduction.backward import BackwardReducer
+from shardadam.engine.reduction.backward_reducer import BackwardReducer
 from shardadam.engine.reduction.base import Reducer
-from shardadam.engine.reduction.external import ExternalReducer
-from shardadam.engine.reduction.in_step import StepReducer
+from shardadam.engine.reduction.external_reducer import ExternalReducer
+from shardadam.engine.reduction.step_reducer import StepReducer
 
 __all__ = ["BackwardReducer", "ExternalReducer", "Reducer", "StepReducer"]
