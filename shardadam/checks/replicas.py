@@ -55,7 +55,8 @@ def replicated_tensors(
 
     Shards of the state are replicated only with hybrid sharding.
     """
-    tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for one in (*params, *frozen)]
+    every: list[ShardedParam | NamedParameter] = [*params, *frozen]
+    tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for one in every]
     states = [(param, local_state(param)) for param in params]
     tensors += [ReplicatedTensor(f"the step of parameter {param.name!r}", state["step"]) for param, state in states]
     tensors.append(ReplicatedTensor("skipped_steps", skipped_steps))
