@@ -126,7 +126,7 @@ def test_an_already_compiled_model_is_refused(compile_: Callable[[nn.Module], An
     model = Net()
     optimizer = ShardedAdamW(model.named_parameters())
     compiled = compile_(model)
-    with pytest.raises(RuntimeError, match=r"overlap_gather first and torch\.compile then"):
+    with pytest.raises(RuntimeError, match=r"Call overlap_gather before torch\.compile"):
         optimizer.overlap_gather(compiled)
 
 
