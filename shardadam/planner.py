@@ -78,7 +78,9 @@ class Setting:
 
     Args:
         world_size: number of ranks that split the state; with hybrid sharding, of one shard group.
-        precision, gradient_sync, bucket_mb: as the optimizer takes them.
+        precision: as the optimizer takes it.
+        gradient_sync: as the optimizer takes it.
+        bucket_mb: as the optimizer takes it; None: the default of the device.
         device: of all parameters: "cpu" or "cuda". For CUDA the plan assumes NCCL, and Triton if it is installed here.
         transport: as the optimizer takes it; "auto" is planned as for ranks of one host.
         replicas: with hybrid sharding, the number of shard groups; else 1.
