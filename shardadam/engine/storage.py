@@ -280,7 +280,7 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
 
 
 def bind(param: ShardedParam) -> None:
-    """Copy the parameter into its arena and makes it a view; shape, strides and identity stay."""
+    """Copy the parameter into its arena and make it a view; shape, strides and identity stay."""
     parameter = param.parameter
     if parameter.numel() > 0:
         view = view_of(param.arena.parameters, param)
