@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ShardedAdam and ShardedAdamW, the public optimizers: torch.optim's interface over ``engine/step.py``.
+"""ShardedAdam, the public optimizer: torch.optim's interface over ``engine/step.py``.
 
 Does no arithmetic and calls no collectives.
 """
@@ -7,7 +7,7 @@ Does no arithmetic and calls no collectives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -225,20 +225,58 @@ class ShardedAdam(Optimizer):
         return self._engine.reducer.no_sync()
 
     @collective
-    def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
-        """Clip the 2-norm of all averaged gradients together to ``max_norm``. Collective.
+    def clip_grad_norm_(
+        self,
+        max_norm: float | Tensor,
+        norm_type: float = 2.0,
+        *,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> Tensor:
+        """Clip the norm of averaged gradients to ``max_norm``, as torch.nn.utils.clip_grad_norm_ would. Collective.
 
-        Computes the scale from the present gradients; ``step`` applies it. If backward runs again before ``step``, its
-        gradients get the same scale. With ``gradient_sync`` "step" and "external", gradients that change before
-        ``step`` are not clipped.
+        Computes the scale from the present gradients; ``step`` applies it. If backward runs again before ``step``, and
+        all parameters are clipped together, its gradients get the same scale. With ``gradient_sync`` "step" and
+        "external", gradients that change before ``step`` are not clipped.
+
+        Args:
+            max_norm: the largest norm.
+            norm_type: p of the p-norm, positive; ``float("inf")`` for the largest absolute value.
+            parameters: those to clip, by their own norm; the same on all ranks. None: all parameters.
 
         Returns:
             The norm before clipping, 0-dim float32 on the device.
+
+        Raises:
+            ValueError: ``norm_type`` is not positive, or one of ``parameters`` is not this optimizer's.
         """
+        norm_type = float(norm_type)
+        if not norm_type > 0:
+            raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
             return torch.zeros(())
-        return self._engine.clip_grad_norm_(max_norm, self.param_groups)
+        return self._engine.clip_grad_norm_(max_norm, self.param_groups, norm_type=norm_type, parameters=parameters)
+
+    @collective
+    def clip_grad_value_(self, clip_value: float, *, parameters: Iterable[Tensor] | None = None) -> None:
+        """Clamp every element of the averaged gradients to [-clip_value, clip_value]. Collective.
+
+        As torch.nn.utils.clip_grad_value_ on averaged gradients, except that a step with an infinite gradient is still
+        skipped. Gradients that backward adds later are not clipped; with ``gradient_sync`` "step" and "external",
+        those that change before ``step`` are not, either.
+
+        Args:
+            clip_value: the largest absolute value, a number.
+            parameters: those to clip; the same on all ranks. None: all parameters.
+
+        Raises:
+            ValueError: ``clip_value`` is negative or NaN, or one of ``parameters`` is not this optimizer's.
+        """
+        if not clip_value >= 0:
+            raise ValueError(f"clip_value: found {clip_value!r}, expected a number of 0 or more")
+        self._add_unfrozen_params()
+        if self._engine.parameters.params:
+            self._engine.clip_grad_value_(float(clip_value), self.param_groups, parameters=parameters)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
         """Overlap all-gathers with the next forward of ``model``: from now on ``step`` does not wait for them.
@@ -466,53 +504,4 @@ class ShardedAdam(Optimizer):
         raise TypeError(
             f"A {type(self).__name__} holds buffers and process groups and cannot be copied or pickled. Build a new "
             "one and load state_dict() into it."
-        )
-
-
-class ShardedAdamW(ShardedAdam):
-    """torch.optim.AdamW with its state split over the ranks of a process group.
-
-    ``ShardedAdam`` with decoupled weight decay: the same arguments, without ``decoupled_weight_decay``.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        amsgrad: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        process_group: dist.ProcessGroup | DeviceMesh | None = None,
-        gradient_sync: GradientSync = "backward",
-        max_grad_norm: float | None = None,
-        precision: Precision | None = None,
-        bucket_mb: float | None = None,
-        transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad=amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            process_group=process_group,
-            gradient_sync=gradient_sync,
-            max_grad_norm=max_grad_norm,
-            precision=precision,
-            bucket_mb=bucket_mb,
-            transport=transport,
         )

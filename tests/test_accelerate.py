@@ -186,15 +186,10 @@ def refused(what: str) -> str:
             sharded = ShardedAdamW(model.parameters(), gradient_sync="external" if what == "external" else "backward")
             if what == "clip":
                 accelerator.prepare(model, sharded)
-                call = lambda: accelerator.clip_grad_norm_([model.weight], 1.0)  # noqa: E731
-            elif what == "inf norm":
-                accelerator.prepare(model, sharded)
-                call = lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0, float("inf"))  # noqa: E731
+                call = lambda: accelerator.clip_grad_norm_([model.weight, torch.nn.Parameter(torch.ones(1))], 1.0)  # noqa: E731
             elif what == "device":
                 accelerator.state.device = torch.device("meta")
                 call = lambda: accelerator.prepare(model, sharded)  # noqa: E731
-            elif what == "value":
-                call = lambda: accelerator.clip_grad_value_(model.parameters(), 1.0)  # noqa: E731
             else:
                 other = sharded if what == "external" else torch.optim.AdamW(model.parameters())
                 call = lambda: accelerator.prepare(model, other)  # noqa: E731
@@ -211,9 +206,7 @@ def refused(what: str) -> str:
         ("plain accelerate", ["RuntimeError", "DistributedDataParallel", "ShardedAccelerator", '"external"']),
         ("external", ["TypeError", 'gradient_sync="external"', "accelerate.Accelerator"]),
         ("another optimizer", ["TypeError", "AdamW", "expected a ShardedAdam"]),
-        ("clip", ["ValueError", "found 1 parameters of 1 optimizers", "all trainable parameters"]),
-        ("inf norm", ["ValueError", "norm_type inf"]),
-        ("value", ["NotImplementedError", "clip_grad_norm_"]),
+        ("clip", ["ValueError", "found 2 parameters of 1 optimizers", "Call it once for each optimizer"]),
         ("device", ["ValueError", "meta", "model.to(accelerator.device) before"]),
     ],
 )

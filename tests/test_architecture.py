@@ -20,11 +20,11 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 # files are listed one by one.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
-    ("grad_scaler", "checkpoint", "planner"),
+    ("adamw", "grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
     ("engine.checkpoint_seam", "engine.collective_method", "state.state_dict", "state.torch_view"),
     ("engine.step",),
-    ("engine.step_sync", "engine.parameters"),
+    ("engine.step_sync", "engine.parameters", "engine.clipping"),
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
     ("engine.reduction", "engine.gathering", "state.local", "checks.arguments"),
     ("engine.storage", "engine.grad_stats", "engine.profiling"),

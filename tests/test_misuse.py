@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_  # before shardadam is imported
+from torch.nn.utils import (  # before shardadam is imported
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
 
 from shardadam import GradScaler, ShardedAdamW
 from shardadam.checks import misuse
@@ -38,17 +44,25 @@ def warned(act: Callable[[], Any]) -> list[str]:
     return [f"{one.filename}: {one.message}" for one in caught if issubclass(one.category, UserWarning)]
 
 
-# torch.nn.utils.clip_grad_norm_
+# Clipping and measuring by torch.nn.utils
+
+TORCHS_CLIPPING = {
+    "clip_grad_norm_": lambda parameters: clip_grad_norm_(parameters, 1.0),
+    "clip_grad_value_": lambda parameters: clip_grad_value_(parameters, 1.0),
+    "clip_grads_with_norm_": lambda parameters: clip_grads_with_norm_(parameters, 1.0, torch.ones(())),
+    "get_total_norm": lambda parameters: get_total_norm([p.grad for p in parameters if p.grad is not None]),
+}
 
 
-def clip_with_torch(gradient_sync: str) -> tuple[list[str], list[str]]:
-    misuse._has_warned_of_clipping = False
+def clip_with_torch(gradient_sync: str, function: str) -> tuple[list[str], list[str]]:
+    misuse._warned.clear()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
 
     def step() -> None:
         backward(model)
-        clip_grad_norm_(model.parameters(), 1.0)
+        with contextlib.suppress(RuntimeError):  # of torch's clip_grad_value_ without gradients
+            TORCHS_CLIPPING[function](list(model.parameters()))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -56,25 +70,32 @@ def clip_with_torch(gradient_sync: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("function", TORCHS_CLIPPING)
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, world_size: int) -> None:
+def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, function: str, world_size: int) -> None:
     is_wrong = gradient_sync == "backward" or (gradient_sync == "step" and world_size > 1)
-    for first, second in on_ranks(world_size, clip_with_torch, gradient_sync):
+    for first, second in on_ranks(world_size, clip_with_torch, gradient_sync, function):
         assert len(first) == is_wrong and second == []
         if is_wrong:
-            assert "clip_grad_norm_" in first[0] and "max_grad_norm" in first[0] and __file__ in first[0]
+            assert f"torch.nn.utils.{function}: gradients" in first[0].replace("the ", "") and __file__ in first[0]
+            assert "optimizer.clip_grad_value_" in first[0] or "optimizer.clip_grad_norm_" in first[0]
 
 
 def test_torchs_clipping_of_other_parameters_is_unchanged() -> None:
-    misuse._has_warned_of_clipping = False
-    ShardedAdamW(build_model().parameters())
+    misuse._warned.clear()
+    optimizer = ShardedAdamW(build_model().parameters())
     model, reference = build_model(), build_model()
     backward(model)
     backward(reference)
+    for clip in TORCHS_CLIPPING.values():
+        assert warned(lambda clip=clip: clip(list(model.parameters()))) == []
     assert warned(lambda: clip_grad_norm_(model.parameters(), 0.01)) == []
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in reference.parameters()]))
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad * 0.01 / (norm + 1e-6))
+    with pytest.warns(UserWarning, match="empty generator"):
+        clip_grad_norm_((p for p in []), 1.0)
+    optimizer.zero_grad()
 
 
 # Missing gradients

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardadam.checks.torch_patches import check_before_clipping
 from shardadam.engine.reduction import Reducer
-from shardadam.engine.reduction.base import reducer_of
+from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
 
 _MAX_SKIPPED_STEPS = 10
 
@@ -61,30 +61,40 @@ class MisuseWarnings:
             warnings.warn(text, stacklevel=_stacklevel())
 
 
-_has_warned_of_clipping = False
+_CLIP_NORM = "Call optimizer.clip_grad_norm_(max_norm), or build the optimizer with max_grad_norm."
+_INSTEAD = {
+    "clip_grad_norm_": _CLIP_NORM,
+    "clip_grads_with_norm_": _CLIP_NORM,
+    "clip_grad_value_": "Call optimizer.clip_grad_value_(clip_value).",
+    "get_total_norm": (
+        "optimizer.clip_grad_norm_(max_norm) returns the norm of the averaged gradients; with an infinite max_norm, it "
+        "clips nothing."
+    ),
+}
+_warned: set[str] = set()
 
 
 def warn_about_torch_clipping() -> None:
-    """Warn, once per process, when ``torch.nn.utils.clip_grad_norm_`` clips gradients that this package averages.
+    """Warn, once per process, when a function of ``torch.nn.utils`` clips gradients that this package averages.
 
     It would find ``p.grad`` None, or this rank's own gradient, and raise nothing.
     """
     check_before_clipping(_check_clipped)
 
 
-def _check_clipped(parameters: Sequence[Tensor]) -> None:
-    global _has_warned_of_clipping
-    if _has_warned_of_clipping:
+def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
+    """Warn if ``function`` does not see averaged gradients.
+
+    Args:
+        tensors: its first argument: parameters; for ``get_total_norm``, gradients.
+    """
+    if function in _warned:
         return
-    for parameter in parameters:
+    for parameter in parameters_of_gradients(tensors) if function == "get_total_norm" else tensors:
         reducer: Reducer | None = reducer_of(parameter)
-        if reducer is not None and (why := reducer.why_not_to_clip(parameter)) is not None:
-            _has_warned_of_clipping = True
-            warnings.warn(
-                f"torch.nn.utils.clip_grad_norm_: {why} Call optimizer.clip_grad_norm_(max_norm), or build the "
-                "optimizer with max_grad_norm.",
-                stacklevel=_stacklevel(),
-            )
+        if reducer is not None and (why := reducer.why_not_in_grad(parameter)) is not None:
+            _warned.add(function)
+            warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
             return
 
 

@@ -137,6 +137,24 @@ class ShardedParameters:
             "This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params."
         )
 
+    def trainable(self, parameters: Iterable[Tensor]) -> list[ShardedParam]:
+        """Return the ``ShardedParam`` of each of the parameters that is trainable, each once.
+
+        Raises:
+            ValueError: one is not a parameter of this optimizer.
+        """
+        by_id, frozen = self.by_id(), {id(named.parameter) for named in self.frozen}
+        found: dict[int, ShardedParam] = {}
+        for position, parameter in enumerate(parameters):
+            if id(parameter) in by_id:
+                found[id(parameter)] = by_id[id(parameter)]
+            elif id(parameter) not in frozen:
+                raise ValueError(
+                    f"Tensor {position} of {tuple(parameter.shape)} is not a parameter of the optimizer. Pass some of "
+                    "its param_groups' params."
+                )
+        return list(found.values())
+
     def by_id(self) -> dict[int, ShardedParam]:
         """Return all params by the ``id`` of their parameter."""
         return {id(param.parameter): param for param in self.params}

@@ -7,7 +7,7 @@ as arguments, and knows nothing else about torch.optim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options
 from shardadam.checks.misuse import MisuseWarnings
+from shardadam.engine import clipping
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.grad_stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
@@ -192,16 +193,64 @@ class StepEngine:
 
     # Before the step
 
-    def clip_grad_norm_(self, max_norm: float | Tensor, param_groups: ParamGroups) -> Tensor:
+    def clip_grad_norm_(
+        self,
+        max_norm: float | Tensor,
+        param_groups: ParamGroups,
+        *,
+        norm_type: float = 2.0,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
-        return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
+        if parameters is None and norm_type == 2.0:
+            return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
+        params = self._sum_up_before(f"clip_grad_norm_ with norm_type={norm_type}", param_groups, parameters)
+        if not params:
+            return torch.zeros((), device=self.skipped_steps.device)
+        norm = clipping.total_norm(params, norm_type, self.transport)
+        if self._coefficient is not None:
+            norm *= self._coefficient
+        coefficient = clip_coefficient(norm, max_norm)
+        if parameters is None:
+            self._scale_by(coefficient.float())
+        else:
+            clipping.scale_(params, coefficient)
+            self._gradients_have_changed(params)
+        return norm.float()
+
+    def clip_grad_value_(
+        self, clip_value: float, param_groups: ParamGroups, *, parameters: Iterable[Tensor] | None = None
+    ) -> None:
+        """Clamp every element of the averaged gradients. Collective."""
+        params = self._sum_up_before("clip_grad_value_", param_groups, parameters)
+        # The shards hold gradients before the coefficient: limit them so that the product is within clip_value.
+        limit = clip_value if self._coefficient is None else clip_value / self._coefficient
+        clipping.clamp_(params, limit)
+        self._gradients_have_changed(params)
+
+    def _sum_up_before(
+        self, call: str, param_groups: ParamGroups, parameters: Iterable[Tensor] | None
+    ) -> list[ShardedParam]:
+        """Write the means to all gradient shards; return the params of ``parameters``, or all. Collective."""
+        params = self.parameters.params if parameters is None else self.parameters.trainable(parameters)
+        self.sync_before(f"{call} of {len(params)} parameters", param_groups, with_norm=False)
+        self.reducer.sum_up()
+        return params
+
+    def _gradients_have_changed(self, params: Sequence[ShardedParam]) -> None:
+        """Make the next sync measure the gradient shards of these params again."""
+        for bucket in clipping.buckets_of(params):
+            self.reducer.measure_again(bucket)
+        self.step_sync.forget()
 
     def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
         assert stats.norm is not None
         norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
-        coefficient = clip_coefficient(norm, max_norm)
-        self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
+        self._scale_by(clip_coefficient(norm, max_norm))
         return norm
+
+    def _scale_by(self, coefficient: Tensor) -> None:
+        self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
 
     def unscale(self, inverse_scale: Tensor, param_groups: ParamGroups, *, in_place: bool) -> Tensor:
         """Make clipping, ``full_grad`` and ``step`` use the gradients divided by the loss scale. Collective.

@@ -136,12 +136,12 @@ class ShardedAccelerator(Accelerator):
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float = 2
     ) -> Tensor:
-        """Clip the 2-norm of all gradients of the optimizer that has ``parameters``. Collective.
+        """Clip the norm of the gradients of ``parameters``. Collective.
 
         Args:
-            parameters: all trainable parameters of one optimizer.
+            parameters: of one prepared optimizer; the same on all ranks.
             max_norm: the largest norm.
-            norm_type: must be 2.
+            norm_type: p of the p-norm, positive; ``float("inf")`` for the largest absolute value.
 
         Returns:
             The norm before clipping, 0-dim float32 on the device.
@@ -149,21 +149,29 @@ class ShardedAccelerator(Accelerator):
         Raises:
             ValueError: ``parameters`` or ``norm_type`` is not as described.
         """
+        optimizer, some = self._before_clipping("clip_grad_norm_", parameters)
+        return optimizer.clip_grad_norm_(max_norm, norm_type, parameters=some)
+
+    def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+        """Clamp every element of the gradients of ``parameters``. Collective. Arguments as ``clip_grad_norm_``."""
+        optimizer, some = self._before_clipping("clip_grad_value_", parameters)
+        optimizer.clip_grad_value_(clip_value, parameters=some)
+
+    def _before_clipping(
+        self, call: str, parameters: Tensor | Iterable[Tensor]
+    ) -> tuple[ShardedAdam, list[Tensor] | None]:
+        """Unscale gradients; return the optimizer that has ``parameters``, and those, or None for all of its own."""
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         optimizers = self._optimizers_of(given)
-        expected = {id(p) for optimizer in optimizers for p in _parameters(optimizer) if p.requires_grad}
-        if len(optimizers) != 1 or expected != {id(p) for p in given if p.requires_grad} or norm_type != 2:
+        trainable = {id(p) for p in given if p.requires_grad}
+        if len(optimizers) != 1 or not trainable <= {id(p) for p in _parameters(optimizers[0])}:
             raise ValueError(
-                f"clip_grad_norm_: found {len(given)} parameters of {len(optimizers)} optimizers and norm_type "
-                f"{norm_type}, expected all trainable parameters of one ShardedAdam(W), and norm_type 2. Pass "
-                "model.parameters()."
+                f"{call}: found {len(given)} parameters of {len(optimizers)} optimizers, or of none, expected "
+                "parameters of one ShardedAdam(W). Call it once for each optimizer."
             )
         self.unscale_gradients()
-        return optimizers[0].clip_grad_norm_(max_norm)
-
-    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
-        """Raise NotImplementedError: gradients are sharded, and can only be clipped by norm."""
-        raise NotImplementedError("clip_grad_value_: not supported for sharded gradients. Use clip_grad_norm_.")
+        everything = trainable == {id(p) for p in _parameters(optimizers[0]) if p.requires_grad}
+        return optimizers[0], None if everything else [p for p in given if p.requires_grad]
 
     # Checkpoints
 

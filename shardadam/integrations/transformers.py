@@ -11,9 +11,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
 from shardadam.integrations.accelerate import ShardedAccelerator
-from shardadam.optimizer import ShardedAdam, ShardedAdamW
+from shardadam.optimizer import ShardedAdam
 
 _FOLDER = "shardadam"
 

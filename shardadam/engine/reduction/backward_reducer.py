@@ -106,9 +106,9 @@ class BackwardReducer(Reducer):
     def remove_hooks(self) -> None:
         self._hooks.remove()
 
-    def why_not_to_clip(self, parameter: Tensor) -> str | None:
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
         if parameter.grad is None and any(self._launches):
-            return "the gradients have been reduced and freed during backward, so that it clips nothing."
+            return "the gradients have been reduced and freed during backward, so that it finds none."
         return None
 
     # While backward runs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,6 +29,15 @@ def reducer_of(parameter: Tensor) -> Reducer | None:
     """Return the reducer that takes the parameter's gradients; None if there is none, or it was deleted."""
     newest = _reducers.get(parameter)  # type: ignore[no-untyped-call]
     return None if newest is None else newest()
+
+
+def parameters_of_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters that have a reducer and whose ``p.grad`` is one of ``gradients``.
+
+    Without gradients, which "backward" frees, return all parameters that have a reducer and no ``p.grad``.
+    """
+    wanted = {id(gradient) for gradient in gradients} or {id(None)}
+    return [parameter for parameter in _reducers if id(parameter.grad) in wanted]
 
 
 def _supersede_older(params: list[ShardedParam], reducer: Reducer) -> None:
@@ -78,8 +88,8 @@ class Reducer(ABC):
         """Remove the hooks that ``add`` has registered, if any."""
         return None
 
-    def why_not_to_clip(self, parameter: Tensor) -> str | None:
-        """Return why clipping ``p.grad`` by its own norm would be wrong; None if it would be right."""
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
+        """Return why ``p.grad`` is not the averaged gradient, as the end of a message; None if it is."""
         return None
 
     @abstractmethod
@@ -140,6 +150,13 @@ class Reducer(ABC):
                 stats = self._grad_stats[bucket.index] = GradStats(with_squares=with_squares)
                 stats.update(bucket.shard.gradient)
         return list(self._grad_stats.values())
+
+    def measure_again(self, bucket: FlatBucket) -> None:
+        """Replace the statistics of a bucket whose gradient shard has been written; non-finite ones stay non-finite."""
+        before = self._grad_stats[bucket.index]
+        after = self._grad_stats[bucket.index] = GradStats(with_squares=before.with_squares)
+        after.update(bucket.shard.gradient)
+        after.extremes += before.extremes
 
     def learn_order(self) -> None:
         """Set ``order`` to that in which rank 0's last backward completed the buckets, if reduction runs in backward.

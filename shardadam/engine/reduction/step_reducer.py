@@ -57,9 +57,9 @@ class StepReducer(Reducer):
         """Move a gradient into its bucket view."""
         self._bucket_views.take(self._params[index])
 
-    def why_not_to_clip(self, parameter: Tensor) -> str | None:
-        if self._transport.world_size * self._transport.replicas > 1:
-            return "gradients are averaged over ranks in step() only, so that every rank clips by a norm of its own."
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
+        if self._transport.world_size * self._transport.replicas > 1 and parameter.grad is not None:
+            return "gradients are averaged over ranks in step() only, so that it finds this rank's own."
         return None
 
     def close(self) -> None:
