@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from shardadam.checks import arguments, replicas
-from shardadam.checks.misuse import warn_about_torch_clipping
+from shardadam.checks.misuse import refuse_torchs_grad_scaler, warn_about_other_optimizers, warn_about_torch_clipping
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
 from shardadam.engine.parameters import agreed, named_parameters
@@ -144,6 +144,8 @@ class ShardedAdam(Optimizer):
         self._add_params(named)
         if gradient_sync != "external":
             warn_about_torch_clipping()
+        if self._engine.reducer.averages:
+            warn_about_other_optimizers()
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
 
@@ -199,7 +201,7 @@ class ShardedAdam(Optimizer):
                 loss = closure()
         self._add_unfrozen_params()
         if self._engine.parameters.params:
-            self._refuse_torchs_grad_scaler()
+            refuse_torchs_grad_scaler(self)
             self._engine.step(self.param_groups)
             self._consolidated = None
         return loss
@@ -309,15 +311,6 @@ class ShardedAdam(Optimizer):
             return torch.zeros(())
         return self._engine.unscale(inverse_scale, self.param_groups, in_place=in_place)
 
-    def _refuse_torchs_grad_scaler(self) -> None:
-        if "grad_scale" in self.__dict__:  # set by a GradScaler of torch, around the step
-            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
-            raise RuntimeError(
-                "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see "
-                "gradients that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; "
-                "it takes the same arguments."
-            )
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """True makes torch's GradScaler set ``grad_scale`` before ``step``, which then raises."""
@@ -359,22 +352,39 @@ class ShardedAdam(Optimizer):
     def sync_module(self, module: torch.nn.Module) -> None:
         """Broadcast rank 0's buffers of ``module``, and its parameters that this optimizer does not have. Collective.
 
-        DDP's constructor does the same.
+        DDP's constructor does the same. From then on, ``step`` warns once if nobody averages those parameters'
+        gradients.
         """
         self._engine.gatherer.synchronize()
-        seen = {id(p) for group in self.param_groups for p in group["params"]}
-        tensors = [*module.parameters(), *module.buffers()]
-        self._engine.parameters.broadcast(tensor for tensor in tensors if id(tensor) not in seen)
+        self._engine.parameters.broadcast([*self._engine.outside(module).values(), *module.buffers()])
+
+    @collective
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average ``p.grad`` of parameters that another optimizer trains over all ranks, in place. Collective.
+
+        Call it on all ranks between backward and the other optimizer's step. If a parameter has a gradient on some
+        ranks only, the others count as zeros and get one. Sums in float32, or in float64 for float64.
+
+        Args:
+            parameters: the same on all ranks, none of this optimizer's. Gradients may be sparse (COO).
+
+        Raises:
+            ValueError: one of them is this optimizer's, which averages its own.
+        """
+        self._engine.average_gradients(parameters)
 
     # Inspection
 
     @collective
-    def check_in_sync(self) -> None:
+    def check_in_sync(self, model: torch.nn.Module | None = None) -> None:
         """Check by checksums that all ranks hold equal bits. Collective.
 
         Compares trainable and frozen parameters, step counters, ``skipped_steps`` and hyperparameters; with hybrid
         sharding, also the state over each replica group. Without it, each shard of the state exists once and is not
         compared. Reads everything once, sends a few bytes per rank, and changes nothing.
+
+        Args:
+            model: also compare its parameters that this optimizer does not have.
 
         Raises:
             ValueError: hyperparameters differ, or a parameter's shape, dtype, strides or ``requires_grad``.
@@ -390,6 +400,8 @@ class ShardedAdam(Optimizer):
         tensors = replicas.replicated_tensors(
             parameters.params, parameters.frozen, engine.skipped_steps, engine.transport
         )
+        if model is not None:
+            tensors += replicas.outside_tensors(engine.outside(model))
         replicas.check(tensors, engine.transport.rank, engine.transport.control)
 
     @collective

@@ -26,7 +26,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("engine.step",),
     ("engine.step_sync", "engine.parameters", "engine.clipping"),
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
-    ("engine.reduction", "engine.gathering", "state.local", "checks.arguments"),
+    ("engine.reduction", "engine.gathering", "engine.outside", "state.local", "checks.arguments"),
     ("engine.storage", "engine.grad_stats", "engine.profiling"),
     ("update", "transport"),
     ("ranks", "state.flat_shard"),

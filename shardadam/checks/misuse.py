@@ -7,13 +7,20 @@ training.
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.checks.torch_patches import check_before_clipping
+from shardadam.engine.outside import is_averaged
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
 
@@ -26,6 +33,7 @@ class MisuseWarnings:
     def __init__(self) -> None:
         self._given: set[str] = set()
         self._skipped_in_a_row = 0
+        self.outside: dict[str, Tensor] = {}  # parameters of the user's model that the optimizer does not have, by name
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
         """Warn about a step without gradients, and about many skipped steps in a row.
@@ -59,6 +67,17 @@ class MisuseWarnings:
         if text not in self._given:
             self._given.add(text)
             warnings.warn(text, stacklevel=_stacklevel())
+
+
+def refuse_torchs_grad_scaler(optimizer: Optimizer) -> None:
+    """Raise RuntimeError if a GradScaler of torch calls the optimizer's step, around which it sets ``grad_scale``."""
+    if "grad_scale" in optimizer.__dict__:
+        del optimizer.__dict__["grad_scale"], optimizer.__dict__["found_inf"]
+        raise RuntimeError(
+            "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see "
+            "gradients that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; "
+            "it takes the same arguments."
+        )
 
 
 _CLIP_NORM = "Call optimizer.clip_grad_norm_(max_norm), or build the optimizer with max_grad_norm."
@@ -96,6 +115,81 @@ def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
             _warned.add(function)
             warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
             return
+
+
+def warn_about_other_optimizers() -> None:
+    """Warn, once per process, when another optimizer steps with gradients that nobody has averaged.
+
+    Looks at the first step of each optimizer of torch, if it has parameters of its own in a model of which an optimizer
+    of this package reduces the rest.
+    """
+    global _watches_other_optimizers
+    if not _watches_other_optimizers:
+        _watches_other_optimizers = True
+        register_optimizer_step_pre_hook(_check_other_optimizer)
+
+
+_watches_other_optimizers = False
+_checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def _check_other_optimizer(optimizer: Optimizer, *_: Any) -> None:
+    if "outside" in _warned or optimizer in _checked_optimizers:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(reducer_of(p) is not None for p in parameters):
+        _checked_optimizers.add(optimizer)  # one of this package, or one over the same parameters
+    elif any(p.grad is not None for p in parameters):
+        _checked_optimizers.add(optimizer)
+        warn_about_outside(_siblings(parameters), f"{type(optimizer).__name__}, not by this optimizer,")
+
+
+def warn_about_outside(named: Mapping[str, Tensor], by: str = "code other than this optimizer,") -> None:
+    """Warn, once per process, if any of the parameters has a gradient that nobody has averaged over ranks.
+
+    Args:
+        named: parameters of a model that this optimizer does not have, by name.
+        by: who trains them, for the message.
+    """
+    left = [name for name, p in named.items() if p.requires_grad and p.grad is not None and not _has_averages(p)]
+    if not left or "outside" in _warned:
+        return
+    _warned.add("outside")
+    some = ", ".join(map(repr, left[:3])) + (f" and {len(left) - 3} others" if len(left) > 3 else "")
+    warnings.warn(
+        f"{some}: trained by {by} and nothing averages their gradients over ranks, so that ranks train different "
+        "values. Call optimizer.average_gradients(parameters) with them after each backward, on all ranks, before they "
+        "are updated.",
+        stacklevel=_stacklevel(),
+    )
+
+
+def _has_averages(parameter: Tensor) -> bool:
+    """Return whether somebody averages the gradients of ``parameter``: this package, the user's call, or FSDP."""
+    return (
+        reducer_of(parameter) is not None
+        or is_averaged(parameter)
+        or is_traceable_wrapper_subclass(parameter)
+        or hasattr(parameter, "_is_flat_param")
+    )
+
+
+def _siblings(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return those of ``parameters`` that are in a model of which this package reduces other parameters, by name.
+
+    Searches all live modules, so it is slow: about 0.1 s. Leaves out models in DistributedDataParallel.
+    """
+    wanted = {id(p) for p in parameters}
+    modules: list[nn.Module] = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+    children = {id(child) for module in modules for child in module._modules.values()}
+    found: dict[str, Tensor] = {}
+    for root in modules:
+        if id(root) not in children and not isinstance(root, DistributedDataParallel):
+            named = dict(root.named_parameters())
+            reducers = {reducer_of(p) for p in named.values()}
+            if any(reducer is not None and reducer.averages for reducer in reducers):
+                found |= {name: p for name, p in named.items() if id(p) in wanted}
+    return found
 
 
 def _stacklevel() -> int:

@@ -69,6 +69,14 @@ def replicated_tensors(
     return tensors
 
 
+def outside_tensors(parameters: Mapping[str, Tensor]) -> list[ReplicatedTensor]:
+    """Return parameters that the optimizer does not have, in the order of the mapping."""
+    return [
+        ReplicatedTensor(f"parameter {name!r}, which this optimizer does not have (see average_gradients)", p.detach())
+        for name, p in parameters.items()
+    ]
+
+
 @torch.no_grad()
 def check(tensors: Sequence[ReplicatedTensor], shard_rank: int, group: dist.ProcessGroup | None) -> None:
     """Check that every tensor is equal, bit for bit, on all ranks that hold it. Collective.

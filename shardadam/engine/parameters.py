@@ -137,6 +137,11 @@ class ShardedParameters:
             "This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params."
         )
 
+    def outside(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """Return the module's parameters that this optimizer does not have, by name."""
+        mine = {id(named.parameter) for named in self.frozen} | self.by_id().keys()
+        return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in mine}
+
     def trainable(self, parameters: Iterable[Tensor]) -> list[ShardedParam]:
         """Return the ``ShardedParam`` of each of the parameters that is trainable, each once.
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options
-from shardadam.checks.misuse import MisuseWarnings
-from shardadam.engine import clipping
+from shardadam.checks.misuse import MisuseWarnings, warn_about_outside
+from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.grad_stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
@@ -93,6 +93,7 @@ class StepEngine:
     def step(self, param_groups: ParamGroups) -> None:
         """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
+        warn_about_outside(self.warnings.outside)
         self.gatherer.synchronize()
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
@@ -306,6 +307,29 @@ class StepEngine:
         self.reducer.reset()
         self.step_sync.forget()
         self._coefficient = self._inverse_scale = None
+
+    def outside(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the model's parameters that this optimizer does not have, by name; warn if nobody averages them."""
+        outside = self.parameters.outside(model)
+        if self.reducer.averages:
+            self.warnings.outside |= outside
+        return outside
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average ``p.grad`` of parameters that this optimizer does not train. Collective."""
+        mine = self.parameters.by_id() if self.reducer.averages else {}
+        given = []
+        for parameter in parameters:
+            if id(parameter) in mine:
+                name = mine[id(parameter)].name
+                raise ValueError(
+                    f"average_gradients: found parameter {name!r} of this optimizer, expected parameters that it does "
+                    "not have. Leave its own out: it averages their gradients itself."
+                )
+            if parameter.requires_grad:
+                given.append(parameter)
+        self.reducer.close_open_round()
+        outside.average_gradients(given, self.transport)
 
     def overlap_gather(self, model: nn.Module) -> None:
         """Make the forward of ``model`` wait for all-gathers, and ``step`` return without waiting for them. Local."""

@@ -79,6 +79,7 @@ class BackwardReducer(Reducer):
 
     def __init__(self, transport: Transport, *, with_squares: bool) -> None:
         super().__init__()
+        self.averages = transport.world_size * transport.replicas > 1
         self._transport = transport
         self._with_squares = with_squares
         self._pool = StagingPool(transport)

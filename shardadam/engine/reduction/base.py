@@ -58,8 +58,11 @@ class Reducer(ABC):
         order: the indices of all buckets in the order in which they are reduced, the same on all ranks.
         rounds: number of rounds since the reducer was built. If it has not changed, neither have the gradient shards.
         local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
+        averages: whether it averages gradients over several ranks.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
+
+    averages = False
 
     def __init__(self) -> None:
         self.used: list[bool] = []
