@@ -233,3 +233,57 @@ def test_a_loss_scale_that_collapses_raises_on_every_rank(world_size: int) -> No
         results = on_ranks(world_size, collapse)
     for step, message, unchanged in results:
         assert step == 32 and "loss scale has fallen" in message and unchanged  # 2^8 to 2^-25
+
+
+# Parts of the model that were replaced after the build
+
+
+class Tagger(nn.Module):
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(words, 4)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.never_used = nn.Linear(2, 2)
+
+    def forward(self) -> Any:
+        return self.body(self.words(torch.tensor([1, 2, 3])))
+
+
+def resize(model: Tagger) -> None:
+    model.words = nn.Embedding(30, 4)
+
+
+def swap(model: Tagger) -> None:
+    model.body[0].weight = nn.Parameter(torch.ones(8, 4))
+
+
+def replace_part(replace: Callable[[Tagger], None] | None, gradient_sync: str, steps_before: int) -> list[list[str]]:
+    model = Tagger(20)
+    optimizer = ShardedAdamW(model.named_parameters(), gradient_sync=gradient_sync)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            model().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(steps_before)
+    if replace is not None:
+        replace(model)
+    return [warned(partial(steps, count)) for count in (2, 30)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("steps_before", "gradient_sync"), [(0, "backward"), (4, "step")])
+@pytest.mark.parametrize(("replace", "name"), [(resize, "words.weight"), (swap, "body.0.weight")])
+def test_one_warning_of_a_parameter_that_was_replaced_in_the_model(
+    replace: Callable[[Tagger], None], name: str, steps_before: int, gradient_sync: str, world_size: int
+) -> None:
+    for first, later in on_ranks(world_size, replace_part, replace, gradient_sync, steps_before):
+        assert first == [] and len(later) == 1 and __file__ in later[0]
+        assert f"in the last 3 steps: {name!r}. They" in later[0] and f"The model has {name!r} instead" in later[0]
+
+
+def test_no_warning_of_a_parameter_that_is_never_used() -> None:
+    assert replace_part(None, "backward", 5) == [[], []]

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -23,26 +24,42 @@ from shardadam.checks.torch_patches import check_before_clipping
 from shardadam.engine.outside import is_averaged
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
+from shardadam.engine.storage import ShardedParam
 
 _MAX_SKIPPED_STEPS = 10
+_MAX_IDLE_STEPS = 3
 
 
 class MisuseWarnings:
-    """Checks the steps of one optimizer. Local: ranks may get different warnings."""
+    """Checks the steps of one optimizer. Local: ranks may get different warnings.
 
-    def __init__(self) -> None:
+    Attributes:
+        outside: parameters of the user's model that the optimizer does not have, by name.
+
+    Args:
+        params: of the optimizer; may grow.
+    """
+
+    def __init__(self, params: Sequence[ShardedParam]) -> None:
+        self._params = params
         self._given: set[str] = set()
         self._skipped_in_a_row = 0
-        self.outside: dict[str, Tensor] = {}  # parameters of the user's model that the optimizer does not have, by name
+        self._idle_steps = torch.zeros(0, dtype=torch.int64, device="cpu")  # in a row without gradient, by param index
+        self._steps = 0
+        self._next_search = 0  # at which step to search for modules
+        self.outside: dict[str, Tensor] = {}
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
-        """Warn about a step without gradients, and about many skipped steps in a row.
+        """Warn about a step without gradients, about parameters that were replaced in the model, and about many skipped
+        steps in a row.
 
         Args:
             used: for each parameter, whether any rank has had a gradient since the last step; 1-D, bool, on the CPU.
             used_here: the same for this rank alone.
             found_inf: whether a gradient was infinite or NaN on any rank.
         """
+        if not bool(used.all()) or self._idle_steps.numel() > 0:
+            self._check_replaced(used)
         if not bool(used.any()):
             self._warn_once(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "
@@ -62,6 +79,38 @@ class MisuseWarnings:
                 "infinite or NaN on some rank (optimizer.skipped_steps counts them). Expected finite gradients. Check "
                 "the loss and the inputs for NaN and infinity."
             )
+
+    def _check_replaced(self, used: Tensor) -> None:
+        """Warn about parameters that have had no gradient for some steps, and that no module holds.
+
+        Searches all live modules; if it finds nothing, the next search is after twice as many steps.
+        """
+        before = self._idle_steps.new_zeros(used.numel())
+        before[: self._idle_steps.numel()] = self._idle_steps
+        self._idle_steps = (before + 1) * used.logical_not()
+        self._steps += 1
+        idle = (self._idle_steps >= _MAX_IDLE_STEPS).nonzero().flatten().tolist()
+        if not idle or self._steps < self._next_search:
+            return
+        self._next_search = 2 * self._steps
+        modules = _live_modules()
+        held = {id(p) for module in modules for p in module._parameters.values()}
+        left = [self._params[i].name for i in idle if id(self._params[i].parameter) not in held]
+        if not left or not any(id(param.parameter) in held for param in self._params):
+            return
+        new = {
+            name
+            for model in _models_with(self._params, modules)
+            for name, p in model.items()
+            if p.requires_grad and reducer_of(p) is None
+        }
+        instead = f" The model has {_some(sorted(new))} instead, which this optimizer does not have." if new else ""
+        self._warn_once(
+            f"Parameters that no module holds, and without a gradient in the last {_MAX_IDLE_STEPS} steps: "
+            f"{_some(left)}. They were probably replaced in the model after the optimizer was built.{instead} Replace "
+            "layers and resize embeddings before building the optimizer, or add the new parameters with "
+            "add_param_group."
+        )
 
     def _warn_once(self, text: str) -> None:
         if text not in self._given:
@@ -155,11 +204,10 @@ def warn_about_outside(named: Mapping[str, Tensor], by: str = "code other than t
     if not left or "outside" in _warned:
         return
     _warned.add("outside")
-    some = ", ".join(map(repr, left[:3])) + (f" and {len(left) - 3} others" if len(left) > 3 else "")
     warnings.warn(
-        f"{some}: trained by {by} and nothing averages their gradients over ranks, so that ranks train different "
-        "values. Call optimizer.average_gradients(parameters) with them after each backward, on all ranks, before they "
-        "are updated.",
+        f"{_some(left)}: trained by {by} and nothing averages their gradients over ranks, so that ranks train "
+        "different values. Call optimizer.average_gradients(parameters) with them after each backward, on all ranks, "
+        "before they are updated.",
         stacklevel=_stacklevel(),
     )
 
@@ -180,16 +228,34 @@ def _siblings(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     Searches all live modules, so it is slow: about 0.1 s. Leaves out models in DistributedDataParallel.
     """
     wanted = {id(p) for p in parameters}
-    modules: list[nn.Module] = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
-    children = {id(child) for module in modules for child in module._modules.values()}
     found: dict[str, Tensor] = {}
-    for root in modules:
-        if id(root) not in children and not isinstance(root, DistributedDataParallel):
-            named = dict(root.named_parameters())
-            reducers = {reducer_of(p) for p in named.values()}
-            if any(reducer is not None and reducer.averages for reducer in reducers):
-                found |= {name: p for name, p in named.items() if id(p) in wanted}
+    for named in _models(_live_modules()):
+        reducers = {reducer_of(p) for p in named.values()}
+        if any(reducer is not None and reducer.averages for reducer in reducers):
+            found |= {name: p for name, p in named.items() if id(p) in wanted}
     return found
+
+
+def _models_with(params: Sequence[ShardedParam], modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """Return the parameters, by name, of each model that has any of the params."""
+    wanted = {id(param.parameter) for param in params}
+    return [model for model in _models(modules) if any(id(p) in wanted for p in model.values())]
+
+
+def _models(modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """Return the parameters, by name, of each module that is not part of another one and is not in DDP."""
+    children = {id(child) for module in modules for child in module._modules.values()}
+    roots = [module for module in modules if id(module) not in children]
+    return [dict(root.named_parameters()) for root in roots if not isinstance(root, DistributedDataParallel)]
+
+
+def _live_modules() -> list[nn.Module]:
+    return [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return a text of the first three names, and the number of the others."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _stacklevel() -> int:

@@ -58,7 +58,7 @@ class StepEngine:
             kind = BackwardReducer if options.gradient_sync == "backward" else StepReducer
             self.reducer = kind(transport, with_squares=options.max_grad_norm is not None)
         self.gatherer = ParameterGatherer(transport)
-        self.warnings = MisuseWarnings()
+        self.warnings = MisuseWarnings(self.parameters.params)
         self.poison = Poison()
         self.step_sync = StepSync(transport, self.reducer, self.warnings, self.poison)
         self.grad_norm: Tensor | None = None
