@@ -7,13 +7,14 @@ the function. It must not change a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from types import GeneratorType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
@@ -51,3 +52,30 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
         for cell in getattr(wrapper, "__closure__", None) or ():
             if original is not None and cell.cell_contents is original:
                 cell.cell_contents = checked(name, original)
+
+
+@cache
+def call_before_parameters_are_read(call: Callable[[], None]) -> None:
+    """Make ``nn.Module.parameters()`` and ``named_parameters()``, and a deep copy of a parameter, run ``call()`` first.
+
+    torch has no hook for this. Weights are averaged and copied through these methods (``AveragedModel``,
+    ``copy.deepcopy``). ``nn.Module.zero_grad`` reads no parameter, and compiled code is left alone.
+    """
+    named_parameters, deepcopy = nn.Module.named_parameters, nn.Parameter.__deepcopy__
+    zero_grad = nn.Module.zero_grad.__code__
+
+    @wraps(named_parameters)
+    def call_and_name(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1).f_back
+            if caller is None or caller.f_code is not zero_grad:
+                call()
+        return named_parameters(self, *args, **kwargs)
+
+    @wraps(deepcopy)
+    def call_and_copy(self: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+        call()
+        return deepcopy(self, memo)
+
+    nn.Module.named_parameters = call_and_name  # type: ignore[method-assign]
+    nn.Parameter.__deepcopy__ = call_and_copy  # type: ignore[method-assign]
