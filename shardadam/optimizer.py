@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from shardadam.checks import arguments, replicas
-from shardadam.checks.misuse import refuse_torchs_grad_scaler, warn_about_other_optimizers, warn_about_torch_clipping
+from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
+from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
 from shardadam.engine.parameters import agreed, named_parameters
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
@@ -36,7 +37,7 @@ from shardadam.transport import Transport, connect
 GradientSync = Literal["backward", "step", "external"]
 
 
-class ShardedAdam(Optimizer):
+class ShardedAdam(Optimizer, JoinableOptimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
     Collective: all ranks must build the same optimizer over the same model. It broadcasts rank 0's parameter values and
@@ -124,10 +125,12 @@ class ShardedAdam(Optimizer):
         if not isinstance(transport, Transport):
             exact_sums = getattr(precision, "accumulate", None) == "fp32"
             transport = connect(process_group, kind=transport, exact_sums=exact_sums)
+        JoinableOptimizer.__init__(self)
+        self._join_group = process_group
         try:
             with agreed(transport.control) as claims:
                 options.check()
-                super().__init__(params, defaults)
+                Optimizer.__init__(self, params, defaults)
                 named = named_parameters(self.param_groups)
                 arguments.check_parameters(named, options.precision)
                 claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
@@ -142,10 +145,7 @@ class ShardedAdam(Optimizer):
         self.skipped_steps = self._engine.skipped_steps
         self._consolidated: dict[str, Any] | None = None
         self._add_params(named)
-        if gradient_sync != "external":
-            warn_about_torch_clipping()
-        if self._engine.reducer.averages:
-            warn_about_other_optimizers()
+        watch_torch(self._engine.reducer)
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
 
@@ -177,6 +177,7 @@ class ShardedAdam(Optimizer):
     # The step
 
     @collective
+    @repeated_by_joined_ranks
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters with the gradients since the last step, averaged over ranks. Collective.
@@ -227,6 +228,7 @@ class ShardedAdam(Optimizer):
         return self._engine.reducer.no_sync()
 
     @collective
+    @repeated_by_joined_ranks
     def clip_grad_norm_(
         self,
         max_norm: float | Tensor,
@@ -251,15 +253,11 @@ class ShardedAdam(Optimizer):
         Raises:
             ValueError: ``norm_type`` is not positive, or one of ``parameters`` is not this optimizer's.
         """
-        norm_type = float(norm_type)
-        if not norm_type > 0:
-            raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
         self._add_unfrozen_params()
-        if not self._engine.parameters.params:
-            return torch.zeros(())
         return self._engine.clip_grad_norm_(max_norm, self.param_groups, norm_type=norm_type, parameters=parameters)
 
     @collective
+    @repeated_by_joined_ranks
     def clip_grad_value_(self, clip_value: float, *, parameters: Iterable[Tensor] | None = None) -> None:
         """Clamp every element of the averaged gradients to [-clip_value, clip_value]. Collective.
 
@@ -274,11 +272,8 @@ class ShardedAdam(Optimizer):
         Raises:
             ValueError: ``clip_value`` is negative or NaN, or one of ``parameters`` is not this optimizer's.
         """
-        if not clip_value >= 0:
-            raise ValueError(f"clip_value: found {clip_value!r}, expected a number of 0 or more")
         self._add_unfrozen_params()
-        if self._engine.parameters.params:
-            self._engine.clip_grad_value_(float(clip_value), self.param_groups, parameters=parameters)
+        self._engine.clip_grad_value_(clip_value, self.param_groups, parameters=parameters)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
         """Overlap all-gathers with the next forward of ``model``: from now on ``step`` does not wait for them.
@@ -303,6 +298,7 @@ class ShardedAdam(Optimizer):
         self._engine.gatherer.synchronize()
 
     @collective
+    @repeated_by_joined_ranks
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """Call ``StepEngine.unscale``, for GradScaler. Collective."""

@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
     ("adamw", "grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
-    ("engine.checkpoint_seam", "engine.collective_method", "state.state_dict", "state.torch_view"),
+    ("engine.checkpoint_seam", "engine.collective_method", "engine.joining", "state.state_dict", "state.torch_view"),
     ("engine.step",),
     ("engine.step_sync", "engine.parameters", "engine.clipping"),
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),

@@ -19,7 +19,7 @@ from shardadam.ranks.agreement import Claim
 
 _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
 _GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes per rank for its full bandwidth
-_AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ def claims(
     """
     result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
     for index, group in enumerate(groups, first_group):
-        for field in _AGREED_HYPERPARAMETERS:
+        for field in AGREED_HYPERPARAMETERS:
             value = group[field]
             if isinstance(value, Tensor):
                 value = value.item() if may_wait or value.device.type == "cpu" else value.device.type

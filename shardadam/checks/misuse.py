@@ -12,6 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.checks.torch_patches import check_before_clipping
 from shardadam.engine.outside import is_averaged
-from shardadam.engine.reduction import Reducer
+from shardadam.engine.reduction import ExternalReducer, Reducer
 from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
 from shardadam.engine.storage import ShardedParam
 
@@ -34,6 +35,7 @@ class MisuseWarnings:
     """Checks the steps of one optimizer. Local: ranks may get different warnings.
 
     Attributes:
+        has_no_batches: this rank has joined (torch.distributed.algorithms.Join), and takes steps without gradients.
         outside: parameters of the user's model that the optimizer does not have, by name.
 
     Args:
@@ -47,6 +49,7 @@ class MisuseWarnings:
         self._idle_steps = torch.zeros(0, dtype=torch.int64, device="cpu")  # in a row without gradient, by param index
         self._steps = 0
         self._next_search = 0  # at which step to search for modules
+        self.has_no_batches = False
         self.outside: dict[str, Tensor] = {}
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
@@ -66,7 +69,7 @@ class MisuseWarnings:
                 "Expected a backward through the optimizer's parameters before each step. Check that the model was not "
                 "copied, and its parameters were not replaced, after the optimizer was built."
             )
-        elif not any(used_here):
+        elif not any(used_here) and not self.has_no_batches:
             self._warn_once(
                 "step(): this rank has had no gradient since the last step, and other ranks have, so it counts as "
                 "zeros in the average. Expected a backward on every rank before each step. If its batch was not "
@@ -142,12 +145,16 @@ _INSTEAD = {
 _warned: set[str] = set()
 
 
-def warn_about_torch_clipping() -> None:
-    """Warn, once per process, when a function of ``torch.nn.utils`` clips gradients that this package averages.
+def watch_torch(reducer: Reducer) -> None:
+    """Warn, once per process, when torch is used in a way that goes wrong beside an optimizer with this reducer.
 
-    It would find ``p.grad`` None, or this rank's own gradient, and raise nothing.
+    A function of ``torch.nn.utils`` that clips gradients which this package averages would find ``p.grad`` None, or
+    this rank's own gradient. Another optimizer may step with gradients that nobody has averaged.
     """
-    check_before_clipping(_check_clipped)
+    if not isinstance(reducer, ExternalReducer):
+        check_before_clipping(_check_clipped)
+    if reducer.averages:
+        _watch_other_optimizers()
 
 
 def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
@@ -166,23 +173,18 @@ def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
             return
 
 
-def warn_about_other_optimizers() -> None:
-    """Warn, once per process, when another optimizer steps with gradients that nobody has averaged.
-
-    Looks at the first step of each optimizer of torch, if it has parameters of its own in a model of which an optimizer
-    of this package reduces the rest.
-    """
-    global _watches_other_optimizers
-    if not _watches_other_optimizers:
-        _watches_other_optimizers = True
-        register_optimizer_step_pre_hook(_check_other_optimizer)
+@cache
+def _watch_other_optimizers() -> None:
+    register_optimizer_step_pre_hook(_check_other_optimizer)
 
 
-_watches_other_optimizers = False
 _checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def _check_other_optimizer(optimizer: Optimizer, *_: Any) -> None:
+    """Look at the first step of an optimizer with gradients, if it has parameters of a model of which this package
+    reduces others.
+    """
     if "outside" in _warned or optimizer in _checked_optimizers:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -7,7 +7,8 @@ as arguments, and knows nothing else about torch.optim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -63,10 +64,12 @@ class StepEngine:
         self.step_sync = StepSync(transport, self.reducer, self.warnings, self.poison)
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._is_joining = False
         self._overlaps: list[OverlappedForward] = []
         # The update multiplies gradients by the first: clip coefficient / loss scale. The second is 1 / loss scale.
         self._coefficient: Tensor | None = None
         self._inverse_scale: Tensor | None = None
+        self._factor = 1.0  # multiplies the mean over ranks
         # At the first zero_grad after a step, all ranks have run equally many rounds. Before a second one, forward or
         # backward may have raised on a rank, which has run fewer rounds than its peers.
         self._peers_may_be_ahead = options.gradient_sync == "backward"
@@ -120,6 +123,8 @@ class StepEngine:
                 different hyperparameters. Nothing has been written. On a GPU the device skips the step, and the next
                 call raises.
         """
+        if self._is_joining:
+            self.reducer.catch_up(agreement.largest(self.reducer.rounds_after_close, self.transport.control))
         self.reducer.close()
         if self.reducer.rounds != self.step_sync.rounds and self.options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # the gradients have changed since they were clipped
@@ -194,6 +199,20 @@ class StepEngine:
 
     # Before the step
 
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """Context manager for calls that ranks without batches repeat (``joining.py``): all run equally many rounds."""
+        before, self._is_joining = self._is_joining, True
+        try:
+            yield
+        finally:
+            self._is_joining = before
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the mean of gradients over all ranks by ``factor``, until the next step. Before any clipping."""
+        self._factor = factor
+        self._inverse_scale = self._coefficient = torch.tensor(factor, device=self.skipped_steps.device)
+
     def clip_grad_norm_(
         self,
         max_norm: float | Tensor,
@@ -203,6 +222,11 @@ class StepEngine:
         parameters: Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
+        norm_type = float(norm_type)
+        if not norm_type > 0:
+            raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
+        if not self.parameters.params:
+            return torch.zeros((), device=self.skipped_steps.device)
         if parameters is None and norm_type == 2.0:
             return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
         params = self._sum_up_before(f"clip_grad_norm_ with norm_type={norm_type}", param_groups, parameters)
@@ -223,6 +247,10 @@ class StepEngine:
         self, clip_value: float, param_groups: ParamGroups, *, parameters: Iterable[Tensor] | None = None
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
+        if not clip_value >= 0:
+            raise ValueError(f"clip_value: found {clip_value!r}, expected a number of 0 or more")
+        if not self.parameters.params:
+            return
         params = self._sum_up_before("clip_grad_value_", param_groups, parameters)
         # The shards hold gradients before the coefficient: limit them so that the product is within clip_value.
         limit = clip_value if self._coefficient is None else clip_value / self._coefficient
@@ -266,7 +294,7 @@ class StepEngine:
         if in_place and self.options.gradient_sync != "backward":
             self._unscale_in_place(inverse_scale)
         else:
-            self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float()
+            self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float() * self._factor
         with_norm = self.options.max_grad_norm is not None
         return self.sync_before("GradScaler.unscale_", param_groups, with_norm=with_norm).found_inf
 
@@ -307,6 +335,7 @@ class StepEngine:
         self.reducer.reset()
         self.step_sync.forget()
         self._coefficient = self._inverse_scale = None
+        self._factor = 1.0
 
     def outside(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's parameters that this optimizer does not have, by name; warn if nobody averages them."""

@@ -249,6 +249,10 @@ class BackwardReducer(Reducer):
         # Every round launches the last bucket once; an open round may not have done so yet.
         return self._launches[self.order[-1]] + int(self._round is not None and not self._round.is_launched)
 
+    @property
+    def rounds_after_close(self) -> int:
+        return max(1, self.rounds_since_reset + int(self._has_local and self._round is None))
+
     def catch_up(self, count: int) -> None:
         with self._lock:
             self._close_round(may_wait=True)

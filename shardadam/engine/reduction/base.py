@@ -115,6 +115,11 @@ class Reducer(ABC):
         """Number of rounds that this rank has opened since ``reset``; 0 if no rank can run ahead of another."""
         return 0
 
+    @property
+    def rounds_after_close(self) -> int:
+        """What ``rounds_since_reset`` will be after ``close``."""
+        return 0
+
     def catch_up(self, count: int) -> None:
         """Run rounds of zeros until ``rounds_since_reset`` is ``count``, the largest of any rank."""
         return None
