@@ -65,6 +65,7 @@ def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], l
     ],
     ids=["accumulation", "checkpointing, evaluation", "bf16, no clipping", "reentrant checkpointing"],
 )
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # its new name is newer than some versions
 def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     ours, stock = runs("sharded", tmp_path / "ours", **options), runs("stock", tmp_path / "stock", **options)
     assert (ours[0]["wrapped"], stock[0]["wrapped"]) == ("GPT2LMHeadModel", "DistributedDataParallel")
@@ -199,7 +200,7 @@ def test_a_plain_trainer_with_the_callback_saves_whole_and_resumes_anywhere(stra
 
 
 def test_saving_without_the_callback_raises_and_names_it(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"transformers\.Trainer: .*ShardedTrainer.*ConsolidateCallback\(\)"):
+    with pytest.raises(AssertionError, match=r"transformers\.Trainer, use ShardedTrainer.*ConsolidateCallback\(\)"):
         runs("external", tmp_path, callback=False, **SAVING)  # rank 0 raises, and then the others
 
 
