@@ -61,7 +61,8 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
     torch has no hook for this. Weights are averaged and copied through these methods (``AveragedModel``,
     ``copy.deepcopy``). ``nn.Module.zero_grad`` reads no parameter, and compiled code is left alone.
     """
-    named_parameters, deepcopy = nn.Module.named_parameters, nn.Parameter.__deepcopy__
+    parameter: Any = nn.Parameter
+    named_parameters, deepcopy = nn.Module.named_parameters, parameter.__deepcopy__
     zero_grad = nn.Module.zero_grad.__code__
 
     @wraps(named_parameters)
@@ -73,9 +74,9 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
         return named_parameters(self, *args, **kwargs)
 
     @wraps(deepcopy)
-    def call_and_copy(self: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+    def call_and_copy(self: Any, memo: dict[int, Any]) -> Any:
         call()
         return deepcopy(self, memo)
 
     nn.Module.named_parameters = call_and_name  # type: ignore[method-assign]
-    nn.Parameter.__deepcopy__ = call_and_copy  # type: ignore[method-assign]
+    parameter.__deepcopy__ = call_and_copy

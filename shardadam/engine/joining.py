@@ -88,7 +88,7 @@ class JoinableOptimizer(Joinable):
     def _announce(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Make the ranks that have joined repeat a call. Collective: they are in ``_repeat_calls``."""
         if not self._has_announced:
-            work = Join.notify_join_context(self)  # type: ignore[no-untyped-call]
+            work = Join.notify_join_context(self)
             if work is not None:
                 work.wait()
         parameters: list[int] | None = None
@@ -151,7 +151,7 @@ class JoinableOptimizer(Joinable):
     def _leave_join(self, is_last_joiner: bool) -> None:
         """Give all ranks the hyperparameters of those that had the most batches. Collective."""
         self._set_hyperparameters(self._exchange(self._hyperparameters() if is_last_joiner else None)[0])
-        self._join_config = _JoinConfig.construct_disabled_join_config()
+        self._join_config = _JoinConfig(enable=False, throw_on_early_termination=False, is_first_joinable=False)
         self._has_joined = self._engine.warnings.has_no_batches = False
 
 
