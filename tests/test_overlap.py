@@ -242,6 +242,7 @@ READERS: dict[str, Callable[[nn.Module], Tensor]] = {
     "parameters_to_vector": lambda model: torch.nn.utils.parameters_to_vector(model.parameters()).detach(),
     "of a submodule": lambda model: torch.cat([p.detach().flatten() for p in model[2].parameters()]),
     "deepcopy": lambda model: torch.cat([p.detach().flatten() for p in copy.deepcopy(model).parameters()]),
+    "pickle": lambda model: torch.cat([p.detach().flatten() for p in pickle.loads(pickle.dumps(model)).parameters()]),
     "state_dict": lambda model: torch.cat([p.flatten() for p in model.state_dict().values()]),
 }
 

@@ -56,13 +56,17 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
 
 @cache
 def call_before_parameters_are_read(call: Callable[[], None]) -> None:
-    """Make ``nn.Module.parameters()`` and ``named_parameters()``, and a deep copy of a parameter, run ``call()`` first.
+    """Make ``nn.Module.parameters()`` and ``named_parameters()``, and copying and pickling a parameter, run ``call()``.
 
-    torch has no hook for this. Weights are averaged and copied through these methods (``AveragedModel``,
-    ``copy.deepcopy``). ``nn.Module.zero_grad`` reads no parameter, and compiled code is left alone.
+    torch has no hook for this. Weights are averaged, copied and saved through these methods (``AveragedModel``,
+    ``copy.deepcopy``, ``torch.save(model)``). ``nn.Module.zero_grad`` reads no parameter; compiled code is left alone.
     """
     parameter: Any = nn.Parameter
-    named_parameters, deepcopy = nn.Module.named_parameters, parameter.__deepcopy__
+    named_parameters, deepcopy, reduce = (
+        nn.Module.named_parameters,
+        parameter.__deepcopy__,
+        parameter.__reduce_ex__,
+    )
     zero_grad = nn.Module.zero_grad.__code__
 
     @wraps(named_parameters)
@@ -78,5 +82,11 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
         call()
         return deepcopy(self, memo)
 
+    @wraps(reduce)
+    def call_and_reduce(self: Any, protocol: int) -> Any:
+        call()
+        return reduce(self, protocol)
+
     nn.Module.named_parameters = call_and_name  # type: ignore[method-assign]
     parameter.__deepcopy__ = call_and_copy
+    parameter.__reduce_ex__ = call_and_reduce
