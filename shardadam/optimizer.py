@@ -279,9 +279,10 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
         """Overlap all-gathers with the next forward of ``model``: from now on ``step`` does not wait for them.
 
         Before its forward, each module waits for its own parameters. The model's ``parameters``, ``named_parameters``,
-        ``state_dict`` and ``load_state_dict``, copies and pickles of it, and the optimizer's methods wait for all. After a
-        step, call ``synchronize`` before anything writes parameters, and before they are read in other ways: from a
-        list made earlier, or without calling their module. Local, but all ranks must call it, before torch.compile.
+        ``state_dict`` and ``load_state_dict``, copies and pickles of it, and the optimizer's methods wait for all.
+        After a step, call ``synchronize`` before anything writes parameters, and before they are read in other ways:
+        from a list made earlier, or without calling their module. Local, but all ranks must call it, before
+        torch.compile.
 
         Raises:
             RuntimeError: ``model`` is compiled already, and would not wait.

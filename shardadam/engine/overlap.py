@@ -9,8 +9,8 @@ Note: parameters used without calling their module
 
 Note: reads between steps
     Weights are averaged (EMA), copied and logged between steps. ``model.parameters()``, ``model.named_parameters()``,
-    ``model.state_dict()``, and copies and pickles of the model, wait for all all-gathers. A list of parameters that was made
-    before is not seen.
+    ``model.state_dict()``, and copies and pickles of the model, wait for all all-gathers. A list of parameters that was
+    made before is not seen.
 """
 
 from __future__ import annotations
