@@ -26,7 +26,7 @@ from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.precision import Precision
-from shardadam.ranks import agreement
+from shardadam.ranks import agreement, desync
 from shardadam.state import local, memory, whole
 from shardadam.state.memory import Memory
 from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_state_dict
@@ -71,6 +71,8 @@ class ShardedAdam(Optimizer):
     Raises:
         ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
         RuntimeError: another rank could not build its optimizer.
+        RankDesyncError: names the ranks that did not come to build theirs within the timeout of the process group, or
+            have ended.
 
     ``skipped_steps`` counts the steps skipped because a gradient was infinite or NaN on some rank: 0-dim int64 on the
     device.
@@ -121,27 +123,33 @@ class ShardedAdam(Optimizer):
             bucket_mb=bucket_mb,
             transport="auto" if isinstance(transport, Transport) else transport,
         )
-        if not isinstance(transport, Transport):
-            exact_sums = getattr(precision, "accumulate", None) == "fp32"
-            transport = connect(process_group, kind=transport, exact_sums=exact_sums)
-        try:
-            with agreed(transport.control) as claims:
-                options.check()
-                super().__init__(params, defaults)
-                named = named_parameters(self.param_groups)
-                arguments.check_parameters(named, options.precision)
-                claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
-        except Exception:
-            transport.close(clean=True)
-            raise
-        except BaseException:
-            transport.abort()
-            raise
-        device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
-        self._engine = StepEngine(transport, options, device)
-        self.skipped_steps = self._engine.skipped_steps
-        self._consolidated: dict[str, Any] | None = None
-        self._add_params(named)
+        with desync.in_call(type(self).__name__):
+            if not isinstance(transport, Transport):
+                exact_sums = getattr(precision, "accumulate", None) == "fp32"
+                transport = connect(process_group, kind=transport, exact_sums=exact_sums)
+            try:
+                with agreed(transport.control) as claims:
+                    options.check()
+                    super().__init__(params, defaults)
+                    named = named_parameters(self.param_groups)
+                    arguments.check_parameters(named, options.precision)
+                    claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
+            except Exception:
+                transport.close(clean=True)
+                raise
+            except BaseException:
+                transport.abort()
+                raise
+            device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
+            self._consolidated: dict[str, Any] | None = None
+            try:
+                with desync.announcing_failure("could not build its optimizer"):
+                    self._engine = StepEngine(transport, options, device)
+                    self.skipped_steps = self._engine.skipped_steps
+                    self._add_params(named)
+            except BaseException:
+                transport.abort()
+                raise
         if gradient_sync != "external":
             warn_about_torch_clipping()
         self._is_built = True

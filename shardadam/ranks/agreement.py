@@ -86,7 +86,8 @@ def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
         texts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(texts, padded, group=group)
     except RuntimeError as error:
-        raise desync.desync_error("An exchange of small objects between ranks", error, group) from error
+        ranks = dist.get_process_group_ranks(group)
+        raise desync.desync_error("An exchange of small objects between ranks", error, ranks) from error
     on_host = [one.cpu() for one in texts]
     return [pickle.loads(ctypes.string_at(one.data_ptr(), int(n))) for one, n in zip(on_host, sizes, strict=True)]
 

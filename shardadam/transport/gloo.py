@@ -116,7 +116,8 @@ class GlooTransport(Transport):
         try:
             yield
         except RuntimeError as error:
-            raise desync.desync_error(f"{what} with the other ranks", error, self._group) from error
+            ranks = dist.get_process_group_ranks(self._group)
+            raise desync.desync_error(f"{what} with the other ranks", error, ranks) from error
 
 
 class _OnHost(Pending):
