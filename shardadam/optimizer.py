@@ -70,7 +70,8 @@ class ShardedAdam(Optimizer):
 
     Raises:
         ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
-        RuntimeError: another rank could not build its optimizer.
+        RuntimeError: another rank could not build its optimizer; or torchrun has started several processes
+            (``WORLD_SIZE``), and torch.distributed is not initialised.
         RankDesyncError: names the ranks that did not come to build theirs within the timeout of the process group, or
             have ended.
 

@@ -28,8 +28,8 @@ class ShardedTrainerMixin:
     those of a plain Trainer with AdamW.
 
     Raises:
-        ValueError: ``TrainingArguments.optim`` is not one of torch's AdamW, or there is another engine (DeepSpeed,
-            FSDP).
+        ValueError: ``TrainingArguments.optim`` is not one of torch's AdamW, there is another engine (DeepSpeed, FSDP),
+            or torchrun has started several processes on CPUs without ``TrainingArguments(use_cpu=True)``.
         TypeError: the optimizer passed is not a ShardedAdam(W), or has ``gradient_sync="external"``.
     """
 

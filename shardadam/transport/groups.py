@@ -17,6 +17,8 @@ Note: groups are cached, not destroyed
 from __future__ import annotations
 
 import json
+import os
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,8 @@ from shardadam.ranks.store import StoreClient, default_store
 from shardadam.ranks.store_barrier import StoreBarrier
 
 _BUILDING = "Building the optimizer"
+_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Set by srun and mpirun, which also start processes that are to train alone (a search over learning rates)."""
 
 
 @dataclass(eq=False)
@@ -138,6 +142,7 @@ def comm_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> CommGro
     Raises:
         ValueError: this rank is not in ``process_group``, or it is a mesh of more dimensions.
         TypeError: ``process_group`` is something else.
+        RuntimeError: torchrun has started several processes, and torch.distributed is not initialised.
         RankDesyncError: names the ranks that did not come within the timeout of the process group.
     """
     user_group = _resolve(process_group)
@@ -248,6 +253,7 @@ def _resolve(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
     """Return the user's group, which this rank is in; None if torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         if process_group is None:
+            _check_is_alone()
             return None
         raise ValueError(
             "process_group: given, but torch.distributed is not initialised. Call init_process_group first, or start "
@@ -274,6 +280,36 @@ def _resolve(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
     if dist.get_rank() not in dist.get_process_group_ranks(process_group):
         raise ValueError(_not_a_member())
     return process_group
+
+
+def launched_processes() -> int:
+    """Return the size of the default group; without one, how many processes torchrun has started (``WORLD_SIZE``)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
+
+
+def _check_is_alone() -> None:
+    """Raise RuntimeError if torchrun has started other processes, which nothing joins; warn if SLURM or MPI has."""
+    count = launched_processes()
+    if count > 1:
+        raise RuntimeError(
+            f"process_group: found WORLD_SIZE={count} in the environment, but torch.distributed is not initialised: "
+            f"each of the {count} processes would train a model of its own. Call torch.distributed.init_process_group "
+            "first; with accelerate, create the Accelerator first (on CPUs with cpu=True). If this process trains "
+            "alone, unset WORLD_SIZE."
+        )
+    for name in _OTHER_LAUNCHERS:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1:
+            warnings.warn(
+                f"Found {name}={text} in the environment, but torch.distributed is not initialised: this process "
+                "trains alone. If the processes are to train one model, call torch.distributed.init_process_group "
+                f"before building the optimizer. If each trains its own, unset {name} to silence this warning.",
+                stacklevel=2,
+            )
+            return
 
 
 def _check_is_in(mesh: DeviceMesh) -> None:
