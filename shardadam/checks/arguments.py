@@ -187,7 +187,18 @@ def claims(
         may_wait: whether to read a learning rate that is a tensor on a device, which waits for the device. If False,
             only its device type is compared.
     """
-    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
+    result = []
+    for position, named in enumerate(parameters):
+        parameter = named.parameter
+        result.append(Claim(f"the name of parameter {position}", "", repr(named.name), is_name=True))
+        subject = f"parameter {named.name!r}"
+        result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
+        result.append(Claim(subject, "dtype", str(parameter.dtype)))
+        result.append(Claim(subject, "strides", str(tuple(parameter.stride()))))
+        result.append(Claim(subject, "device type", parameter.device.type))
+        result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
+    if groups:
+        result.append(Claim("the number of param groups", "", str(len(groups))))
     for index, group in enumerate(groups, first_group):
         for field in _AGREED_HYPERPARAMETERS:
             value = group[field]
@@ -195,13 +206,4 @@ def claims(
                 value = value.item() if may_wait or value.device.type == "cpu" else value.device.type
             result.append(Claim(f"param group {index}", field, repr(value)))
         result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
-    for position, named in enumerate(parameters):
-        parameter = named.parameter
-        result.append(Claim(f"the name of parameter {position}", "", repr(named.name)))
-        subject = f"parameter {named.name!r}"
-        result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
-        result.append(Claim(subject, "dtype", str(parameter.dtype)))
-        result.append(Claim(subject, "strides", str(tuple(parameter.stride()))))
-        result.append(Claim(subject, "device type", parameter.device.type))
-        result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
     return result
