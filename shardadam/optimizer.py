@@ -21,7 +21,7 @@ from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import warn_about_torch_clipping
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
-from shardadam.engine.parameters import agreed, named_parameters
+from shardadam.engine.parameters import agreed, agreed_or_closed, built_or_aborted, named_parameters
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
@@ -69,7 +69,8 @@ class ShardedAdam(Optimizer):
         differentiable: not supported, must be False.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
+        ValueError, TypeError: an argument is not as described, a parameter cannot be trained or broadcast, or ranks
+            disagree (on every rank).
         RuntimeError: another rank could not build its optimizer; or torchrun has started several processes
             (``WORLD_SIZE``), and torch.distributed is not initialised.
         RankDesyncError: names the ranks that did not come to build theirs within the timeout of the process group, or
@@ -128,29 +129,18 @@ class ShardedAdam(Optimizer):
             if not isinstance(transport, Transport):
                 exact_sums = getattr(precision, "accumulate", None) == "fp32"
                 transport = connect(process_group, kind=transport, exact_sums=exact_sums)
-            try:
-                with agreed(transport.control) as claims:
-                    options.check()
-                    super().__init__(params, defaults)
-                    named = named_parameters(self.param_groups)
-                    arguments.check_parameters(named, options.precision)
-                    claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
-            except Exception:
-                transport.close(clean=True)
-                raise
-            except BaseException:
-                transport.abort()
-                raise
+            with agreed_or_closed(transport) as claims:
+                options.check()
+                super().__init__(params, defaults)
+                named = named_parameters(self.param_groups)
+                arguments.check_parameters(named, options.precision, is_alone=transport.control is None)
+                claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
             device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
             self._consolidated: dict[str, Any] | None = None
-            try:
-                with desync.announcing_failure("could not build its optimizer"):
-                    self._engine = StepEngine(transport, options, device)
-                    self.skipped_steps = self._engine.skipped_steps
-                    self._add_params(named)
-            except BaseException:
-                transport.abort()
-                raise
+            with built_or_aborted(transport):
+                self._engine = StepEngine(transport, options, device)
+                self.skipped_steps = self._engine.skipped_steps
+                self._add_params(named)
         if gradient_sync != "external":
             warn_about_torch_clipping()
         self._is_built = True
@@ -246,7 +236,7 @@ class ShardedAdam(Optimizer):
         """
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         return self._engine.clip_grad_norm_(max_norm, self.param_groups)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
@@ -277,7 +267,7 @@ class ShardedAdam(Optimizer):
         """Call ``StepEngine.unscale``, for GradScaler. Collective."""
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         return self._engine.unscale(inverse_scale, self.param_groups, in_place=in_place)
 
     def _refuse_torchs_grad_scaler(self) -> None:
@@ -310,7 +300,7 @@ class ShardedAdam(Optimizer):
                 arguments.check_group(param_group, self.defaults)
                 super().add_param_group(param_group)
                 named = named_parameters(self.param_groups, count)
-                arguments.check_parameters(named, engine.options.precision, taken=engine.parameters.taken())
+                engine.parameters.check(named)
                 claims += arguments.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.engine.storage import NamedParameter, is_dense
@@ -110,14 +111,26 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
         seen[id(parameter)] = index
 
 
-def check_parameters(parameters: Sequence[NamedParameter], precision: Precision, taken: Sequence[Tensor] = ()) -> None:
-    """Raise ValueError or TypeError if a trainable parameter cannot become a view of a flat buffer.
+def check_parameters(
+    parameters: Sequence[NamedParameter], precision: Precision, *, is_alone: bool, taken: Sequence[Tensor] = ()
+) -> None:
+    """Raise if a trainable parameter cannot become a view of a flat buffer, or a frozen one cannot be broadcast.
 
     Args:
         parameters: new ones, trainable or frozen.
         precision: says which dtypes are supported.
+        is_alone: there are no other ranks, so nothing is broadcast.
         taken: trainable parameters that the optimizer already has.
+
+    Raises:
+        ValueError, TypeError: names the parameter.
+        RuntimeError: inference mode is enabled.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Found torch.inference_mode enabled, expected it disabled: tensors that are made under it cannot be "
+            "trained. Build the optimizer outside of it."
+        )
     for named in parameters:
         parameter, name = named.parameter, named.name
         if torch.nn.parameter.is_lazy(parameter):
@@ -130,8 +143,20 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
                 f"Parameter {name!r} is on the meta device, expected one with values. Materialise it first "
                 '(module.to_empty(device="...")), and initialise it.'
             )
+        if isinstance(parameter, FakeTensor):
+            raise ValueError(
+                f"Parameter {name!r} is a FakeTensor, expected one with values. Build the model outside of "
+                "FakeTensorMode; shardadam plan computes memory without values."
+            )
         if not parameter.requires_grad:
+            _check_frozen(parameter, name, is_alone=is_alone)
             continue
+        if parameter.is_inference():
+            raise ValueError(
+                f"Parameter {name!r} was made under torch.inference_mode, expected an ordinary tensor: autograd cannot "
+                "train it. Build or load the model outside of it (torch.no_grad does not have this effect), or give "
+                "the module a copy: nn.Parameter(p.detach().clone())."
+            )
         if is_traceable_wrapper_subclass(parameter):
             raise TypeError(
                 f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism "
@@ -139,8 +164,8 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
             )
         if parameter.layout != torch.strided:
             raise TypeError(
-                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided). Freeze it "
-                "(requires_grad=False), or give the module a dense parameter."
+                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided). Do not "
+                "pass it to the optimizer, or give the module a dense parameter."
             )
         precision.check_parameter(parameter.dtype, name)
         if not is_dense(parameter):
@@ -150,6 +175,24 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
                 "nn.Parameter(p.detach().clone())."
             )
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
+
+
+def _check_frozen(parameter: Tensor, name: str, *, is_alone: bool) -> None:
+    """Raise TypeError if rank 0's values of a frozen parameter cannot be broadcast."""
+    if parameter.layout != torch.strided:
+        kind = f"layout {parameter.layout}"
+    elif is_alone:
+        return
+    elif is_traceable_wrapper_subclass(parameter):
+        kind = f"type {type(parameter).__name__}"
+    elif parameter.is_quantized:
+        kind = f"dtype {parameter.dtype}"
+    else:
+        return
+    raise TypeError(
+        f"Parameter {name!r} is frozen and has {kind}, expected a dense, ordinary tensor: rank 0's values of all "
+        "parameters are broadcast. Do not pass it to the optimizer: [p for p in model.parameters() if p.requires_grad]."
+    )
 
 
 def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shardadam.checks.torch_patches import check_before_clipping
+from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.reduction.base import reducer_of
 
@@ -26,6 +26,7 @@ class MisuseWarnings:
     def __init__(self) -> None:
         self._given: set[str] = set()
         self._skipped_in_a_row = 0
+        check_before_swapping(_check_swapped)
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
         """Warn about a step without gradients, and about many skipped steps in a row.
@@ -86,6 +87,19 @@ def _check_clipped(parameters: Sequence[Tensor]) -> None:
                 stacklevel=_stacklevel(),
             )
             return
+
+
+def _check_swapped(tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for parameters that an optimizer of this package trains."""
+    for tensor in tensors:
+        reducer: Reducer | None = reducer_of(tensor)
+        if reducer is not None and not reducer.is_superseded:
+            raise RuntimeError(
+                f"swap_tensors: found a parameter of shape {tuple(tensor.shape)} that a ShardedAdam or ShardedAdamW "
+                "trains: its hooks and its place in the flat buffer would go to the other tensor. Swap tensors, or "
+                "call module.to(...) under torch.__future__.set_swap_module_params_on_conversion, before building the "
+                "optimizer. To change values only, write to the parameter: p.data.copy_(...)."
+            )
 
 
 def _stacklevel() -> int:

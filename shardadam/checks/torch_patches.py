@@ -34,3 +34,23 @@ def check_before_clipping(check: Callable[[list[Tensor]], None]) -> None:
 
     check_and_scale._checked_by_shardadam = True  # type: ignore[attr-defined]
     module._clip_grads_with_norm_ = check_and_scale
+
+
+def check_before_swapping(check: Callable[[list[Tensor]], None]) -> None:
+    """Make ``torch.utils.swap_tensors`` call ``check(tensors)`` before it swaps two tensors.
+
+    ``module.to`` calls it, too, if ``torch.__future__.set_swap_module_params_on_conversion(True)`` is set. It refuses
+    tensors that others refer to weakly, as this package does, with a message that does not say who refers to them.
+    """
+    module: Any = torch.utils
+    swap: Callable[..., Any] | None = getattr(module, "swap_tensors", None)
+    if swap is None or hasattr(swap, "_checked_by_shardadam"):
+        return
+
+    @wraps(swap)
+    def check_and_swap(t1: Any, t2: Any) -> Any:
+        check([t1, t2])
+        return swap(t1, t2)
+
+    check_and_swap._checked_by_shardadam = True  # type: ignore[attr-defined]
+    module.swap_tensors = check_and_swap

@@ -78,7 +78,9 @@ class ShardedTrainerMixin:
             return
         # The Trainer itself restores random number generators, after it has skipped the data of earlier steps.
         load(Path(checkpoint) / _FOLDER, optimizer=_unwrapped(self.optimizer), random_states=False)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        self.lr_scheduler.load_state_dict(
+            torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        )
 
 
 class ShardedTrainer(ShardedTrainerMixin, Trainer):

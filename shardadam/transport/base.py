@@ -169,7 +169,7 @@ class Transport(ABC):
 
     def fence(self) -> None:
         """Wait until all ranks of the shard group have called it. Collective."""
-        self.all_reduce(torch.zeros(1)).wait()
+        self.all_reduce(torch.zeros(1, device="cpu")).wait()
 
     def poll(self, seconds: float) -> bool:
         """Poll peers for up to ``seconds``; return False immediately where that is unsupported. Local."""

@@ -75,8 +75,10 @@ class Reducer(ABC):
         self.used += [False] * len(params)
 
     def remove_hooks(self) -> None:
-        """Remove the hooks that ``add`` has registered, if any."""
-        return None
+        """Remove what ``add`` has registered: hooks, and this reducer as that of its parameters."""
+        for param in self._params:
+            if reducer_of(param.parameter) in (self, None):
+                _reducers.pop(param.parameter, None)  # type: ignore[no-untyped-call]
 
     def why_not_to_clip(self, parameter: Tensor) -> str | None:
         """Return why clipping ``p.grad`` by its own norm would be wrong; None if it would be right."""
