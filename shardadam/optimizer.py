@@ -133,7 +133,7 @@ class ShardedAdam(Optimizer):
                 options.check()
                 super().__init__(params, defaults)
                 named = named_parameters(self.param_groups)
-                arguments.check_parameters(named, options.precision, is_alone=transport.control is None)
+                arguments.check_parameters(named, options.precision, transport)
                 claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
             device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
             self._consolidated: dict[str, Any] | None = None

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardadam
 from shardadam import GradScaler, Precision, ShardedAdamW
+from shardadam.transport import connect
 from tests.ranks import on_ranks, rank_and_size
 from tests.test_bad_input import parameter, raised, refuse
 
@@ -280,3 +281,36 @@ def swapping_on_conversion() -> Iterator[None]:
         yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+# Devices that the process group has no backend for
+
+
+def build_over_other_devices() -> list[tuple[str, str]]:
+    transport = connect(None, kind="collective")
+    transport.devices = frozenset({"cuda"})  # as with init_process_group("nccl")
+    found = [raised(lambda: ShardedAdamW([("frozen", parameter(2).requires_grad_(False))], transport=transport))]
+    optimizer = ShardedAdamW([parameter(3)])
+    optimizer._engine.transport.devices = frozenset({"cuda"})
+    found.append(raised(lambda: optimizer.add_param_group({"params": [parameter(2)]})))
+    found.append(raised(lambda: optimizer.sync_module(nn.BatchNorm1d(7))))
+    return found
+
+
+def test_refuses_tensors_on_a_device_that_the_process_group_has_no_backend_for() -> None:
+    """A CPU parameter over an NCCL group ended in an error of the broadcast that named nothing."""
+    expected = "is on cpu, expected a device that the process group has a backend for: cuda."
+    for (_, frozen), (_, added), (_, buffer) in on_ranks(2, build_over_other_devices):
+        assert (
+            frozen.startswith(f"Parameter 'frozen' {expected}") and 'init_process_group("cpu:gloo,cuda:nccl")' in frozen
+        )
+        assert added.startswith(f"Parameter \"param_groups[1]['params'][0]\" {expected}")
+        assert buffer.startswith(f"A tensor of shape (7,) {expected}")
+
+
+def test_every_transport_says_which_devices_it_serves() -> None:
+    assert on_ranks(2, devices_of_transports) == [[["cpu", "cuda"]] * 2] * 2
+
+
+def devices_of_transports() -> list[list[str]]:
+    return [sorted(connect(None, kind=kind).devices or ()) for kind in ("collective", "shared_memory")]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from shardadam.engine.storage import NamedParameter, is_dense
 from shardadam.precision import Precision
 from shardadam.ranks.agreement import Claim
+from shardadam.transport import Transport
 
 _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
 _GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes per rank for its full bandwidth
@@ -112,14 +113,14 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
 
 
 def check_parameters(
-    parameters: Sequence[NamedParameter], precision: Precision, *, is_alone: bool, taken: Sequence[Tensor] = ()
+    parameters: Sequence[NamedParameter], precision: Precision, transport: Transport, taken: Sequence[Tensor] = ()
 ) -> None:
     """Raise if a trainable parameter cannot become a view of a flat buffer, or a frozen one cannot be broadcast.
 
     Args:
         parameters: new ones, trainable or frozen.
         precision: says which dtypes are supported.
-        is_alone: there are no other ranks, so nothing is broadcast.
+        transport: broadcasts all of them.
         taken: trainable parameters that the optimizer already has.
 
     Raises:
@@ -148,8 +149,9 @@ def check_parameters(
                 f"Parameter {name!r} is a FakeTensor, expected one with values. Build the model outside of "
                 "FakeTensorMode; shardadam plan computes memory without values."
             )
+        check_device(f"Parameter {name!r}", parameter, transport)
         if not parameter.requires_grad:
-            _check_frozen(parameter, name, is_alone=is_alone)
+            _check_frozen(parameter, name, is_alone=transport.control is None)
             continue
         if parameter.is_inference():
             raise ValueError(
@@ -175,6 +177,16 @@ def check_parameters(
                 "nn.Parameter(p.detach().clone())."
             )
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
+
+
+def check_device(what: str, tensor: Tensor, transport: Transport) -> None:
+    """Raise ValueError if the process group cannot move ``tensor``."""
+    if transport.devices is not None and tensor.device.type not in transport.devices:
+        raise ValueError(
+            f"{what} is on {tensor.device}, expected a device that the process group has a backend for: "
+            f"{', '.join(sorted(transport.devices))}. Move it there, or give the process group a backend for "
+            'both, such as init_process_group("cpu:gloo,cuda:nccl").'
+        )
 
 
 def _check_frozen(parameter: Tensor, name: str, *, is_alone: bool) -> None:

@@ -148,8 +148,7 @@ class ShardedParameters:
 
     def check(self, named: Sequence[NamedParameter]) -> None:
         """Raise ValueError or TypeError if ``named`` cannot be added. Local."""
-        is_alone = self._transport.control is None
-        arguments.check_parameters(named, self._options.precision, is_alone=is_alone, taken=self.taken())
+        arguments.check_parameters(named, self._options.precision, self._transport, taken=self.taken())
 
     def taken(self) -> list[Tensor]:
         return [param.parameter for param in self.params]
@@ -187,10 +186,12 @@ class ShardedParameters:
 
         Raises:
             TypeError: a tensor is sparse, or of another layout that is not ``torch.strided``. Nothing has been sent.
+            ValueError: the process group has no backend for the device of a tensor. Nothing has been sent.
         """
         transfers = []
         tensors = list(tensors)
         for tensor in tensors:
+            arguments.check_device(f"A tensor of shape {tuple(tensor.shape)}", tensor, self._transport)
             if tensor.layout != torch.strided:
                 raise TypeError(
                     f"Found a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} to broadcast from rank "
