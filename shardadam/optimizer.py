@@ -22,12 +22,12 @@ from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
 from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
-from shardadam.engine.parameters import agreed, named_parameters
+from shardadam.engine.parameters import agreed, agreed_or_closed, built_or_aborted, named_parameters
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.precision import Precision
-from shardadam.ranks import agreement
+from shardadam.ranks import agreement, desync
 from shardadam.state import local, memory, whole
 from shardadam.state.memory import Memory
 from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_state_dict
@@ -70,8 +70,12 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
         differentiable: not supported, must be False.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
-        RuntimeError: another rank could not build its optimizer.
+        ValueError, TypeError: an argument is not as described, a parameter cannot be trained or broadcast, or ranks
+            disagree (on every rank).
+        RuntimeError: another rank could not build its optimizer; or torchrun has started several processes
+            (``WORLD_SIZE``), and torch.distributed is not initialised.
+        RankDesyncError: names the ranks that did not come to build theirs within the timeout of the process group, or
+            have ended.
 
     ``skipped_steps`` counts the steps skipped because a gradient was infinite or NaN on some rank: 0-dim int64 on the
     device.
@@ -122,29 +126,24 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
             bucket_mb=bucket_mb,
             transport="auto" if isinstance(transport, Transport) else transport,
         )
-        if not isinstance(transport, Transport):
-            exact_sums = getattr(precision, "accumulate", None) == "fp32"
-            transport = connect(process_group, kind=transport, exact_sums=exact_sums)
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
-        try:
-            with agreed(transport.control) as claims:
+        with desync.in_call(type(self).__name__):
+            if not isinstance(transport, Transport):
+                exact_sums = getattr(precision, "accumulate", None) == "fp32"
+                transport = connect(process_group, kind=transport, exact_sums=exact_sums)
+            with agreed_or_closed(transport) as claims:
                 options.check()
                 Optimizer.__init__(self, params, defaults)
                 named = named_parameters(self.param_groups)
-                arguments.check_parameters(named, options.precision)
+                arguments.check_parameters(named, options.precision, transport)
                 claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
-        except Exception:
-            transport.close(clean=True)
-            raise
-        except BaseException:
-            transport.abort()
-            raise
-        device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
-        self._engine = StepEngine(transport, options, device)
-        self.skipped_steps = self._engine.skipped_steps
-        self._consolidated: dict[str, Any] | None = None
-        self._add_params(named)
+            device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
+            self._consolidated: dict[str, Any] | None = None
+            with built_or_aborted(transport):
+                self._engine = StepEngine(transport, options, device)
+                self.skipped_steps = self._engine.skipped_steps
+                self._add_params(named)
         watch_torch(self._engine.reducer)
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
@@ -305,7 +304,7 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
         """Call ``StepEngine.unscale``, for GradScaler. Collective."""
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         return self._engine.unscale(inverse_scale, self.param_groups, in_place=in_place)
 
     @property
@@ -329,7 +328,7 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
                 arguments.check_group(param_group, self.defaults)
                 super().add_param_group(param_group)
                 named = named_parameters(self.param_groups, count)
-                arguments.check_parameters(named, engine.options.precision, taken=engine.parameters.taken())
+                engine.parameters.check(named)
                 claims += arguments.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]

@@ -215,6 +215,31 @@ def test_setups_that_cannot_work_are_refused_on_all_ranks(what: str, expected: l
         assert all(text in message for text in expected), message
 
 
+def built_without_cpu() -> list[str]:
+    """Build accelerators as a script does under torchrun that forgets ``cpu=True``, on a machine without GPUs."""
+    messages = []
+    with as_launched():
+        os.environ.pop("ACCELERATE_USE_CPU")
+        os.environ["WORLD_SIZE"] = "2"
+        for build in (ShardedAccelerator, lambda: ShardedAccelerator.adopt(accelerate.Accelerator())):
+            with pytest.raises(ValueError) as error:
+                build()
+            messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate uses the GPU")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_processes_that_accelerate_does_not_count_are_refused(world_size: int) -> None:
+    """On CPUs without ``cpu=True``, every process that torchrun starts is the only one for accelerate. With one rank,
+    this process, accelerate has joined nothing; with two, it has initialised torch.distributed all the same.
+    """
+    for messages in on_ranks(world_size, built_without_cpu):
+        for message in messages:
+            assert message.startswith("ShardedAccelerator: found num_processes 1, but 2 processes have been started")
+            assert "cpu=True" in message and "use_cpu=True" in message and "unset WORLD_SIZE" in message
+
+
 def external_under_plain_accelerate() -> tuple[float, str]:
     with as_launched():
         results = []

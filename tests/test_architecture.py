@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 import shardadam
 
@@ -168,3 +169,15 @@ def test_the_search_for_imports_finds_them_in_every_form() -> None:
     assert imported_rooms("from shardadam.update.fused import FusedUpdate") == {"update"}
     assert imported_rooms("from shardadam import ShardedAdamW") == {"__init__"}
     assert imported_rooms("def f():\n    from shardadam.transport import Transport") == {"transport"}
+
+
+CONSTRUCTORS = {function.__name__ for function in _device_constructors()}  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_every_new_tensor_has_a_device(path: str) -> None:
+    """Without one it would be on the device of ``torch.set_default_device``, which may be any."""
+    for node in ast.walk(ast.parse(MODULES[path])):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in CONSTRUCTORS}:
+            has_device = any(keyword.arg == "device" for keyword in node.keywords)
+            assert has_device or any(isinstance(each, ast.Starred) for each in node.args), ast.unparse(node)

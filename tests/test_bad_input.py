@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import shardadam
 from shardadam import Precision, ShardedAdam, ShardedAdamW
+from shardadam.transport import SingleProcessTransport
 from tests.ranks import on_ranks
 
 GRADIENT_SYNCS = pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
@@ -308,6 +313,46 @@ def build_over_dtensor() -> tuple[str, str]:
 def test_refuses_a_process_group_where_nothing_is_initialised() -> None:
     with refuse(ValueError, "process_group: given, but torch.distributed is not initialised", "torchrun"):
         ShardedAdamW([parameter(3)], process_group=object())  # type: ignore[arg-type]
+
+
+def test_refuses_to_train_alone_where_torchrun_has_started_several_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each process trained a model of its own, and nothing said so."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = ("found WORLD_SIZE=2", "each of the 2 processes would train a model of its own", "init_process_group")
+    with refuse(RuntimeError, *expected, "create the Accelerator first", "unset WORLD_SIZE"):
+        ShardedAdamW([parameter(3)])
+    with refuse(RuntimeError, *expected):
+        shardadam.save(tmp_path, step=0, model=nn.Linear(2, 2))
+    ShardedAdamW([parameter(3)], transport=SingleProcessTransport())
+    for alone in ("1", "", "auto"):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        ShardedAdamW([parameter(3)])
+    monkeypatch.delenv("WORLD_SIZE")
+    ShardedAdamW([parameter(3)])
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_warns_where_another_launcher_may_have_started_several_processes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "4")
+    with pytest.warns(UserWarning, match=f"Found {name}=4 in the environment.*init_process_group.*unset {name}"):
+        ShardedAdamW([parameter(3)])
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # also set in a batch script that starts one process
+    ShardedAdamW([parameter(3)])
+
+
+def test_takes_a_group_of_one_rank_where_torchrun_has_started_several_processes() -> None:
+    assert on_ranks(2, build_in_a_world_of_two) == [("nothing", "")] * 2
+
+
+def build_in_a_world_of_two() -> tuple[str, str]:
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+        return raised(lambda: [ShardedAdamW([parameter(3)], process_group=group) for group in (alone, None)])
 
 
 def test_refuses_a_process_group_that_this_rank_is_not_in() -> None:

@@ -274,7 +274,7 @@ class _Source:
             return self._reordered[kind][start:stop]
         dtype = self._spec(kind).dtype
         direct = into is not None and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
-        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype)
+        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype, device="cpu")
         self._reader.read_(self._keys[kind], start, flat)
         return flat
 
@@ -285,7 +285,7 @@ class _Source:
         """Reads whole tensors and reorders them, because the saved parameter had another memory order."""
         raw = {}
         for kind in self._keys:
-            raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype)
+            raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype, device="cpu")
             self._reader.read_(self._keys[kind], 0, raw[kind])
         if formats.MOMENTS[0] in raw:
             raw.update(zip(formats.MOMENTS, formats.read_moments(raw), strict=True))
@@ -332,7 +332,7 @@ def _copy_(target: Tensor, value: Tensor) -> None:
 
 def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
     spec = reader.index.tensors[key].spec
-    flat = torch.empty(spec.numel, dtype=spec.dtype)
+    flat = torch.empty(spec.numel, dtype=spec.dtype, device="cpu")
     reader.read_(key, 0, flat)
     tensor.detach().copy_(in_shape(flat, spec.shape, spec.order))
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shardadam.checks.torch_patches import check_before_clipping
+from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping
 from shardadam.engine.outside import is_averaged
 from shardadam.engine.reduction import ExternalReducer, Reducer
 from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
@@ -51,6 +51,7 @@ class MisuseWarnings:
         self._next_search = 0  # at which step to search for modules
         self.has_no_batches = False
         self.outside: dict[str, Tensor] = {}
+        check_before_swapping(_check_swapped)
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
         """Warn about a step without gradients, about parameters that were replaced in the model, and about many skipped
@@ -258,6 +259,19 @@ def _live_modules() -> list[nn.Module]:
 def _some(names: Sequence[str]) -> str:
     """Return a text of the first three names, and the number of the others."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+def _check_swapped(tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for parameters that an optimizer of this package trains."""
+    for tensor in tensors:
+        reducer: Reducer | None = reducer_of(tensor)
+        if reducer is not None and not reducer.is_superseded:
+            raise RuntimeError(
+                f"swap_tensors: found a parameter of shape {tuple(tensor.shape)} that a ShardedAdam or ShardedAdamW "
+                "trains: its hooks and its place in the flat buffer would go to the other tensor. Swap tensors, or "
+                "call module.to(...) under torch.__future__.set_swap_module_params_on_conversion, before building the "
+                "optimizer. To change values only, write to the parameter: p.data.copy_(...)."
+            )
 
 
 def _stacklevel() -> int:

@@ -168,7 +168,7 @@ def _memory(tensor: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """Return random odd int64 numbers, the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**62), 2**62, (_CHUNK_WORDS,), generator=generator) * 2 + 1).to(device)
+    return (torch.randint(-(2**62), 2**62, (_CHUNK_WORDS,), generator=generator, device="cpu") * 2 + 1).to(device)
 
 
 def _combine(checksums: Sequence[int]) -> int:

@@ -90,3 +90,23 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
     nn.Module.named_parameters = call_and_name  # type: ignore[method-assign]
     parameter.__deepcopy__ = call_and_copy
     parameter.__reduce_ex__ = call_and_reduce
+
+
+def check_before_swapping(check: Callable[[list[Tensor]], None]) -> None:
+    """Make ``torch.utils.swap_tensors`` call ``check(tensors)`` before it swaps two tensors.
+
+    ``module.to`` calls it, too, if ``torch.__future__.set_swap_module_params_on_conversion(True)`` is set. It refuses
+    tensors that others refer to weakly, as this package does, with a message that does not say who refers to them.
+    """
+    module: Any = torch.utils
+    swap: Callable[..., Any] | None = getattr(module, "swap_tensors", None)
+    if swap is None or hasattr(swap, "_checked_by_shardadam"):
+        return
+
+    @wraps(swap)
+    def check_and_swap(t1: Any, t2: Any) -> Any:
+        check([t1, t2])
+        return swap(t1, t2)
+
+    check_and_swap._checked_by_shardadam = True  # type: ignore[attr-defined]
+    module.swap_tensors = check_and_swap

@@ -275,8 +275,8 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
     if segments:
         firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
         lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
-        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype)
-        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths)))
+        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype, device="cpu")
+        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths, device="cpu")))
 
 
 def bind(param: ShardedParam) -> None:

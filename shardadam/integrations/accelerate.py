@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shardadam.checkpoint import load, save
 from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import ShardedAdam
+from shardadam.transport.groups import launched_processes
 
 _FOLDER = "shardadam_{}"
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -31,7 +32,8 @@ class ShardedAccelerator(Accelerator):
     optimizer.
 
     Raises:
-        ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself.
+        ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself; or it has started
+            several processes that accelerate does not join (on CPUs without ``cpu=True``).
     """
 
     scaler: Any
@@ -58,6 +60,14 @@ class ShardedAccelerator(Accelerator):
                 f"{type(self).__name__}: found distributed_type {self.distributed_type.value}, expected plain data "
                 "parallelism (NO, MULTI_CPU or MULTI_GPU). Remove the engine from the accelerate config, or use "
                 "accelerate.Accelerator."
+            )
+        count = launched_processes()
+        if self.num_processes == 1 < count:
+            raise ValueError(
+                f"{type(self).__name__}: found num_processes 1, but {count} processes have been started (WORLD_SIZE): "
+                "each would train on all of the data, and act as the main process. On CPUs, pass "
+                "ShardedAccelerator(cpu=True), or TrainingArguments(use_cpu=True) to a Trainer. If this process trains "
+                "alone, unset WORLD_SIZE, RANK and LOCAL_RANK."
             )
         if self.scaler is not None:
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}

@@ -29,8 +29,8 @@ class ShardedTrainerMixin:
     those of a plain Trainer with AdamW.
 
     Raises:
-        ValueError: ``TrainingArguments.optim`` is not one of torch's AdamW, or there is another engine (DeepSpeed,
-            FSDP).
+        ValueError: ``TrainingArguments.optim`` is not one of torch's AdamW, there is another engine (DeepSpeed, FSDP),
+            or torchrun has started several processes on CPUs without ``TrainingArguments(use_cpu=True)``.
         TypeError: the optimizer passed is not a ShardedAdam(W), or has ``gradient_sync="external"``.
     """
 
@@ -79,7 +79,9 @@ class ShardedTrainerMixin:
             return
         # The Trainer itself restores random number generators, after it has skipped the data of earlier steps.
         load(Path(checkpoint) / _FOLDER, optimizer=_unwrapped(self.optimizer), random_states=False)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        self.lr_scheduler.load_state_dict(
+            torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        )
 
 
 class ShardedTrainer(ShardedTrainerMixin, Trainer):

@@ -105,6 +105,7 @@ class BackwardReducer(Reducer):
         self._hooks.register(params)
 
     def remove_hooks(self) -> None:
+        super().remove_hooks()
         self._hooks.remove()
 
     def why_not_in_grad(self, parameter: Tensor) -> str | None:
@@ -273,7 +274,8 @@ class BackwardReducer(Reducer):
             return
         completed = set(self._completed)
         order = self._completed + [index for index in self.order if index not in completed]
-        agreed = torch.tensor([len(completed), *order], dtype=torch.int64).to(self._buckets[0].parameters.device)
+        device = self._buckets[0].parameters.device
+        agreed = torch.tensor([len(completed), *order], dtype=torch.int64, device="cpu").to(device)
         self._transport.broadcast(agreed).wait()
         completed_count, *self.order = agreed.tolist()
         self._order_is_learned = completed_count > 0

@@ -88,8 +88,10 @@ class Reducer(ABC):
         self.used += [False] * len(params)
 
     def remove_hooks(self) -> None:
-        """Remove the hooks that ``add`` has registered, if any."""
-        return None
+        """Remove what ``add`` has registered: hooks, and this reducer as that of its parameters."""
+        for param in self._params:
+            if reducer_of(param.parameter) in (self, None):
+                _reducers.pop(param.parameter, None)  # type: ignore[no-untyped-call]
 
     def why_not_in_grad(self, parameter: Tensor) -> str | None:
         """Return why ``p.grad`` is not the averaged gradient, as the end of a message; None if it is."""

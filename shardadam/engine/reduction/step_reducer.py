@@ -52,6 +52,7 @@ class StepReducer(Reducer):
         self._hooks.register(viewed)
 
     def remove_hooks(self) -> None:
+        super().remove_hooks()
         self._hooks.remove()
 
     def on_gradient(self, index: int) -> None:
