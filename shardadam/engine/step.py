@@ -28,9 +28,9 @@ from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
 from shardadam.engine.storage import NamedParameter, ShardedParam, rebind_moved
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
-from shardadam.state import whole
+from shardadam.state import masters, whole
 from shardadam.transport import Transport
-from shardadam.update import StepInputs
+from shardadam.update import StepInputs, formats
 
 ParamGroups = Sequence[Mapping[str, Any]]
 
@@ -96,6 +96,9 @@ class StepEngine:
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
         stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
+        arguments.check_before_step(
+            param_groups
+        )  # after the sync: if only some ranks have such a value, all raise there
         if max_norm is not None:
             self._clip(stats, max_norm)
         self.step_sync.step_begins()
@@ -143,6 +146,7 @@ class StepEngine:
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
+        masters.settle_(self.parameters.params)
         used = self._begin_update(stats, param_groups)
         parameters = self.parameters
         for index in reversed(self.reducer.order):
@@ -194,6 +198,7 @@ class StepEngine:
 
     def clip_grad_norm_(self, max_norm: float | Tensor, param_groups: ParamGroups) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
+        arguments.check_max_norm(max_norm)
         return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
 
     def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
@@ -261,6 +266,21 @@ class StepEngine:
     def overlap_gather(self, model: nn.Module) -> None:
         """Make the forward of ``model`` wait for all-gathers, and ``step`` return without waiting for them. Local."""
         self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer))
+
+    def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
+        """Make the stored masters follow parameters that were written from outside, before they are read. Local.
+
+        Args:
+            params: those that are read; None for all.
+
+        Raises:
+            RuntimeError: device, dtype, shape or strides of a parameter have changed.
+        """
+        params = self.parameters.params if params is None else params
+        params = [param for param in params if param.arena.state.keys() & set(formats.MASTERS)]
+        rebind_moved(params)
+        for param in params:
+            masters.refresh_(param)
 
     def state_was_loaded(self, *, parameters: bool = False) -> None:
         """Use the state that a load has written, and drop what was known about the state before.

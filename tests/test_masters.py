@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masters are exact in any order of loading the model and the optimizer, and follow writes to parameters from outside.
+
+Split masters once lost their low bits when the optimizer was loaded before the model, and a float32 master told its old
+value until the next step after a write to its parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import shardadam
+from shardadam import Precision, ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+
+FORMATS = [(torch.bfloat16, "split"), (torch.bfloat16, "fp32"), (torch.float16, "split"), (torch.float16, "fp32")]
+every_format = pytest.mark.parametrize(("dtype", "master"), FORMATS, ids=str)
+
+
+class Net(nn.Module):
+    """Parameters that span several buckets, one in channels_last, one empty."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in {"matrix": (40, 17), "image": (4, 3, 5, 2), "scalar": (), "empty": (0, 3)}.items():
+            value = 1 + torch.rand(shape, generator=generator)
+            self.register_parameter(name, nn.Parameter(value.to(dtype)))
+        self.image.data = self.image.data.to(memory_format=torch.channels_last)
+
+
+def build(dtype: torch.dtype, master: Any, seed: int = 0) -> tuple[Net, ShardedAdamW]:
+    model = Net(dtype, seed)
+    return model, ShardedAdamW(
+        model.named_parameters(), lr=1e-2, bucket_mb=0.0005, precision=Precision(master=master, reduce=torch.float32)
+    )
+
+
+def train(model: Net, optimizer: ShardedAdamW, steps: range) -> None:
+    for step in steps:
+        for index, parameter in enumerate(model.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * step + index))
+            (parameter.float() * noise).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def masters(model: Net, optimizer: ShardedAdamW) -> list[Tensor]:
+    return [optimizer.full_state(p)["master"] for p in model.parameters()]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def values(model: Net) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+# Orders of loading
+
+
+def whole(model: Net, optimizer: ShardedAdamW) -> Any:
+    saved = optimizer.full_state_dict(all_ranks=True)
+    return lambda other: other.load_state_dict(saved)
+
+
+def own_part(model: Net, optimizer: ShardedAdamW) -> Any:
+    saved = copy.deepcopy(optimizer.state_dict())
+    return lambda other: other.load_state_dict(saved)
+
+
+def by_name(model: Net, optimizer: ShardedAdamW) -> Any:
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+
+    def load(other: ShardedAdamW) -> None:
+        fresh = Net(next(model.parameters()).dtype)
+        for name, parameter in fresh.named_parameters():
+            setattr(fresh, name, other.param_groups[0]["params"][list(dict(model.named_parameters())).index(name)])
+        set_optimizer_state_dict(fresh, other, saved)
+
+    return load
+
+
+def assigned(model: Net, optimizer: ShardedAdamW) -> Any:
+    saved = optimizer.full_state_dict(all_ranks=True)["state"]
+
+    def load(other: ShardedAdamW) -> None:
+        for index, parameter in enumerate(other.param_groups[0]["params"]):
+            other.state[parameter] = saved[index]
+
+    return load
+
+
+WAYS = (whole, own_part, by_name, assigned)
+
+
+def load_in_order(dtype: torch.dtype, master: str, way: Callable[..., Any], order: str) -> list[bool]:
+    model, optimizer = build(dtype, master)
+    train(model, optimizer, range(3))
+    load_optimizer, saved_model = way(model, optimizer), copy.deepcopy(get_model_state_dict(model))
+    right = masters(model, optimizer)
+    rounded = all(torch.equal(m, m.to(dtype).float()) for m in right)
+
+    again, other = build(dtype, master, seed=1)
+    train(again, other, range(10, 11))
+    for what in order:
+        if what == "m":
+            set_model_state_dict(again, saved_model)
+        elif what == "o":
+            load_optimizer(other)
+        else:  # a look at the state in between must not settle anything
+            masters(again, other)
+            other.state_dict()
+            [float(other.state[p]["master"].float().sum()) for p in again.parameters()]
+    found = [not rounded, equal(masters(again, other), right)]
+    train(model, optimizer, range(3, 4))
+    train(again, other, range(3, 4))
+    return [*found, equal(masters(again, other), masters(model, optimizer)), equal(values(again), values(model))]
+
+
+@pytest.mark.sweep(12)
+@every_format
+@pytest.mark.parametrize("order", ["mo", "om", "ovm", "mov", "omo"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_masters_are_exact_in_every_order_of_loading(
+    world_size: int, way: Callable[..., Any], order: str, dtype: torch.dtype, master: str
+) -> None:
+    for found in on_ranks(world_size, load_in_order, dtype, master, way, order):
+        assert found == [True] * 4
+
+
+def load_files_without_the_model(directory: str, dtype: torch.dtype, master: str) -> list[bool]:
+    model, optimizer = build(dtype, master)
+    train(model, optimizer, range(3))
+    shardadam.save(directory, step=3, model=model, optimizer=optimizer)
+    right, saved_model = masters(model, optimizer), copy.deepcopy(model.state_dict())
+    again, other = build(dtype, master, seed=1)
+    shardadam.load(directory, optimizer=other)
+    waits = bool(other.memory().master > optimizer.memory().master)
+    again.load_state_dict(saved_model)
+    found = [waits == (master == "split"), equal(masters(again, other), right)]
+    train(again, other, range(3, 4))
+    return [*found, other.memory() == optimizer.memory()]
+
+
+@every_format
+def test_files_of_the_optimizer_may_be_loaded_before_the_model(dtype: torch.dtype, master: str, tmp_path: Path) -> None:
+    for found in on_ranks(2, load_files_without_the_model, str(tmp_path), dtype, master):
+        assert found == [True] * 3
+
+
+def write_after_a_load(dtype: torch.dtype, master: str, look: bool) -> list[bool]:
+    """After both loads, the user writes half of a parameter by hand."""
+    model, optimizer = build(dtype, master)
+    train(model, optimizer, range(3))
+    saved, saved_model, right = whole(model, optimizer), copy.deepcopy(model.state_dict()), masters(model, optimizer)
+    again, other = build(dtype, master, seed=1)
+    saved(other)
+    again.load_state_dict(saved_model)
+    if look:
+        masters(again, other)
+    with torch.no_grad():
+        again.matrix[:20] = -3.25
+    found = masters(again, other)[0]
+    unit = torch.finfo(dtype).eps * 4
+    result = [torch.equal(found[20:], right[0][20:]), bool(((found[:20] + 3.25).abs() <= unit / 2).all())]
+    other.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    train(again, other, range(3, 4))
+    return [*result, equal(masters(again, other)[:1], [found]), bool((again.matrix[:20] == -3.25).all())]
+
+
+@pytest.mark.parametrize("look", [False, True])
+@every_format
+def test_a_write_after_both_loads_is_respected(dtype: torch.dtype, master: str, look: bool) -> None:
+    for found in on_ranks(2, write_after_a_load, dtype, master, look):
+        assert found == [True] * 4
+
+
+# Writes from outside
+
+
+def write(model: Net) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3.0)
+
+
+def replace_data(model: Net) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.full_like(parameter, 3.0)
+
+
+def look_at_written(dtype: torch.dtype, master: str, how: Callable[..., None], directory: str) -> list[list[float]]:
+    """Return, for each way to see the state, how far masters are from what was written, in units of the last place."""
+    model, optimizer = build(dtype, master)
+    train(model, optimizer, range(3))
+    before = masters(model, optimizer)
+    how(model)
+    names = [name for name, _ in model.named_parameters()]
+    seen = {
+        "full_state": masters(model, optimizer),
+        "full_state_dict": [e["master"] for e in optimizer.full_state_dict(all_ranks=True)["state"].values()],
+        "state_dict": [getattr(e["master"], "local", e["master"]) for e in optimizer.state_dict()["state"].values()],
+    }
+    if master == "fp32":  # with split masters, optimizer.state holds remainders
+        states = [optimizer.state[p] for p in model.parameters()]
+        seen["state"] = [state["master"] for state in states]
+        seen["items"] = [dict(state.items())["master"] for state in states]
+        seen["copy"] = [{**state}["master"] for state in states]
+    shardadam.save(directory, step=1, model=model, optimizer=optimizer)
+    again, other = build(dtype, master, seed=1)
+    shardadam.load(directory, model=again, optimizer=other)
+    seen["file"] = masters(again, other)
+    unit = torch.finfo(dtype).eps * 2
+    found = [max([0.0, *(float((t - 3.0).abs().max()) / unit for t in s if t.numel())]) for s in seen.values()]
+    with torch.no_grad():
+        for name, value in zip(names, before, strict=True):
+            model.get_parameter(name).copy_(value.to(dtype) if master == "fp32" else value.to(dtype))
+    return [found, [float(equal(masters(model, optimizer), before))]]
+
+
+@pytest.mark.parametrize("how", [write, replace_data])
+@every_format
+def test_the_state_tells_what_was_written_and_the_old_masters_when_the_values_are_back(
+    dtype: torch.dtype, master: str, how: Callable[..., None], tmp_path: Path
+) -> None:
+    """Averages of weights may be swapped in, saved, and out again."""
+    for found, restored in on_ranks(2, look_at_written, dtype, master, how, str(tmp_path)):
+        assert max(found) <= 0.5, found
+        assert restored == [1.0]
+
+
+def averages_saved(dtype: torch.dtype, master: str, look: str) -> list[bool]:
+    """Swap averages in and out between steps; ``look`` at the state meanwhile."""
+    results = []
+    for swaps in (False, True):
+        model, optimizer = build(dtype, master)
+        for step in range(3):
+            train(model, optimizer, range(step, step + 1))
+            if swaps:
+                kept = values(model)
+                write(model)
+                if look == "state_dict":
+                    optimizer.state_dict()
+                elif look == "state":
+                    [optimizer.state[p]["master"] for p in model.parameters()]
+                with torch.no_grad():
+                    for parameter, value in zip(model.parameters(), kept, strict=True):
+                        parameter.copy_(value)
+        results.append((masters(model, optimizer), values(model), optimizer.memory().master))
+    (exact, weights, size), (other_exact, other_weights, other_size) = results
+    return [equal(exact, other_exact), equal(weights, other_weights), rank_and_size()[1] > 1 or other_size >= size]
+
+
+@pytest.mark.parametrize("look", ["nothing", "state_dict", "state"])
+@every_format
+def test_looking_at_the_state_between_a_swap_and_its_end_changes_nothing(
+    dtype: torch.dtype, master: str, look: str
+) -> None:
+    assert on_ranks(1, averages_saved, dtype, master, look) == [[True, True, True]]
