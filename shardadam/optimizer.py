@@ -150,9 +150,9 @@ class ShardedAdam(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """2-norm of the averaged gradients before clipping at the last ``step``, 0-dim float32 on the device.
+        """2-norm of the averaged gradients before clipping at the last ``step``; None if that step did not clip.
 
-        None if that step did not clip.
+        0-dim on the device, float32 (float64 if any parameter is).
         """
         return self._engine.grad_norm
 
@@ -235,7 +235,7 @@ class ShardedAdam(Optimizer):
         ``step`` are not clipped.
 
         Returns:
-            The norm before clipping, 0-dim float32 on the device.
+            The norm before clipping, 0-dim on the device, float32 (float64 if any parameter is).
         """
         self._add_unfrozen_params()
         if not self._engine.parameters.params:

@@ -550,7 +550,7 @@ def test_refuses_to_clip_to_what_is_no_norm(max_norm: Any) -> None:
     layer = nn.Linear(3, 2)
     optimizer = ShardedAdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()
-    with pytest.raises((TypeError, ValueError), match="max_norm: found .*expected a number"):
+    with pytest.raises((TypeError, ValueError), match=r"max_norm: found .*expected a number"):
         optimizer.clip_grad_norm_(max_norm)
     optimizer.step()
     assert all(bool(p.isfinite().all()) for p in layer.parameters())

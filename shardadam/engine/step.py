@@ -165,10 +165,9 @@ class StepEngine:
             [param.parameter for param in parameters.params if used is None or used[param.index]]
         )
         self.reducer.learn_order()
-        if stats.norm is None or self._inverse_scale is None:
-            self.grad_norm = stats.norm
-        else:
-            self.grad_norm = stats.norm * self._inverse_scale
+        self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
+        if self.grad_norm is not None and self._inverse_scale is not None:
+            self.grad_norm = self.grad_norm * self._inverse_scale
 
     def _begin_update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> list[bool] | None:
         """Pass the inputs of this step to the update of every arena.
@@ -181,6 +180,7 @@ class StepEngine:
         # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
         must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
         used = stats.used.tolist() if must_read else None
+        coefficient = self._coefficient
         for arena in arenas:
             device = arena.parameters.device
             arena.update.begin(
@@ -188,7 +188,7 @@ class StepEngine:
                     found_inf=stats.found_inf.to(device),
                     used=stats.used[arena.indices].to(device),
                     host_used=None if used is None else used[arena.indices],
-                    coefficient=None if self._coefficient is None else self._coefficient.to(device),
+                    coefficient=None if coefficient is None else coefficient.to(device, arena.format.exact_dtype),
                     hyperparameters=param_groups[arena.group_index],
                 )
             )
@@ -203,10 +203,18 @@ class StepEngine:
 
     def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
         assert stats.norm is not None
-        norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
+        norm = self._in_norm_dtype(stats.norm)
+        norm = norm if self._coefficient is None else norm * self._coefficient
         coefficient = clip_coefficient(norm, max_norm)
         self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
         return norm
+
+    def _in_norm_dtype(self, norm: Tensor) -> Tensor:
+        """Return ``norm`` in the dtype of torch.nn.utils.clip_grad_norm_'s: the widest of the gradients', at least
+        float32.
+        """
+        is_wide = any(arena.format.exact_dtype == torch.float64 for arena in self.parameters.arenas)
+        return norm if is_wide else norm.float()
 
     def unscale(self, inverse_scale: Tensor, param_groups: ParamGroups, *, in_place: bool) -> Tensor:
         """Make clipping, ``full_grad`` and ``step`` use the gradients divided by the loss scale. Collective.

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardadam.engine.parameters import ShardedParameters
@@ -115,8 +114,8 @@ def _own_part(param: ShardedParam, name: str, saved: Tensor, shape: Sequence[int
             raise ValueError(
                 f"Parameter {param.name!r}: state_dict has the elements {_describe(saved.spans)} of {name}, expected "
                 f"this rank's {_describe(spans)}. It comes from another rank, number of ranks, bucket_mb or memory "
-                "format, or parameters were unfrozen at other times. To reshard, save to a file and load it: with shardadam.save and shardadam.load, or with "
-                "torch.distributed.checkpoint."
+                "format, or parameters were unfrozen at other times. To reshard, save to a file and load it: with "
+                "shardadam.save and shardadam.load, or with torch.distributed.checkpoint."
             )
         return saved.local
     if name in formats.SCALES:

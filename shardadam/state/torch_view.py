@@ -43,7 +43,7 @@ class ParamState(dict[str, Tensor]):
         return super().__iter__()  # overridden so that dict(state) and {**state} read by __getitem__
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401, as dict.get would not call __getitem__
 
     def items(self) -> Any:
         return {**self}.items()
