@@ -95,7 +95,7 @@ def test_refuses_an_empty_list() -> None:
 
 
 @pytest.mark.parametrize("field", ["lr", "eps", "weight_decay"])
-@pytest.mark.parametrize("value", [-1e-3, math.nan])
+@pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf])
 def test_refuses_negative_hyperparameters(field: str, value: float) -> None:
     with refuse(ValueError, f"{field}: found {value}", "expected 0 or more"):
         ShardedAdamW([parameter(3)], **{field: value})

@@ -196,21 +196,22 @@ def test_state_assigned_to_a_frozen_parameter_is_used_once_it_is_trainable() -> 
         assert "'exp_avg_sq_max' of parameter '1.weight' can be neither added nor removed" in message
 
 
-def before_the_first_step() -> list[Any]:
-    model, optimizer = build("one")
-    entries = optimizer.state_dict()["state"]
+def before_the_first_step(built: str) -> list[Any]:
+    model, optimizer = build(built)
+    entries = sorted(optimizer.state_dict()["state"])
     model.requires_grad_(True)
-    later = optimizer.state_dict()["state"]
-    zeros = all(
-        not bool(t.any()) for e in optimizer.full_state_dict(all_ranks=True)["state"].values() for t in e.values()
-    )
-    return [sorted(entries), sorted(later), zeros]
+    get_optimizer_state_dict(model, optimizer)  # takes a step with zero gradients if the state is empty
+    state = optimizer.full_state_dict(all_ranks=True)["state"]
+    return [entries, sorted(state), any(bool(t.any()) for entry in state.values() for t in entry.values())]
 
 
+@pytest.mark.parametrize(("built", "trainable"), [("one", [0, 1, 3]), ("all", [])])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_before_the_first_step_every_trainable_parameter_has_zeros(world_size: int) -> None:
-    for entries, later, zeros in on_ranks(world_size, before_the_first_step):
-        assert entries == [0, 1, 3] and later == [0, 1, 2, 3] and zeros
+def test_before_the_first_step_every_trainable_parameter_has_zeros(
+    world_size: int, built: str, trainable: list[int]
+) -> None:
+    for entries, later, not_zero in on_ranks(world_size, before_the_first_step, built):
+        assert entries == trainable and later == [0, 1, 2, 3] and not not_zero
 
 
 def whole_on_every_rank() -> tuple[Any, Any, bool]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 
 import shardadam
 from shardadam import Precision, ShardedAdamW
@@ -264,3 +266,23 @@ def test_looking_at_the_state_between_a_swap_and_its_end_changes_nothing(
 ) -> None:
     expected, found = train_with_averages(dtype, master, ""), train_with_averages(dtype, master, look)
     assert equal(expected[0], found[0]) and equal(expected[1], found[1])
+
+
+def look_on_one_replica(dtype: torch.dtype, master: str) -> bool:
+    model = Net(dtype)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replica", "shard"))
+    optimizer = ShardedAdamW(model.parameters(), process_group=mesh, precision=Precision(master=master))  # type: ignore[arg-type]
+    train(model, optimizer, range(2))
+    weights = values(model)
+    write(model)
+    if dist.get_rank() == 0:
+        optimizer.state_dict()
+    optimizer.check_in_sync()
+    copy_back(model, weights)
+    optimizer.check_in_sync()
+    return True
+
+
+@every_format
+def test_replicas_stay_in_sync_where_one_has_looked_at_the_state(dtype: torch.dtype, master: str) -> None:
+    assert on_ranks(2, look_on_one_replica, dtype, master) == [True, True]

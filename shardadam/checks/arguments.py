@@ -132,8 +132,8 @@ def _check_finite(name: str, value: Any) -> None:
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Raise TypeError unless ``value`` is a number, and ValueError unless ``low <= value < high``."""
     _check_kind(name, value)
-    if not bool(low <= value) or not bool(value < high or high == math.inf):
-        expected = f"{low} or more" if high == math.inf else f"at least {low} and less than {high}"
+    if not bool(low <= value) or not bool(value < high):
+        expected = f"{low} or more, and finite" if high == math.inf else f"at least {low} and less than {high}"
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
