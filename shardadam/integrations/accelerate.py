@@ -26,12 +26,13 @@ class ShardedAccelerator(Accelerator):
     """accelerate.Accelerator for models that a ``ShardedAdam`` or ``ShardedAdamW`` trains, with the same interface.
 
     Does not wrap models in DistributedDataParallel: the optimizer averages gradients. ``accumulate``, ``no_sync`` and
-    ``clip_grad_norm_`` call the optimizer's methods, and fp16 uses ``shardadam.GradScaler``. A step that is skipped for
-    a gradient that is not finite counts as skipped: ``optimizer_step_was_skipped`` is True, and schedulers stay; on a
-    GPU without fp16, one step later (see ``SkippedSteps``). ``prepare`` broadcasts
+    ``clip_grad_norm_`` call the optimizer's methods, and fp16 uses ``shardadam.GradScaler``. ``prepare`` broadcasts
     rank 0's buffers and frozen parameters, as DDP's constructor does. ``save_state`` writes the shards of all ranks,
     and ``load_state`` reads them on any number of ranks. Move the model to ``accelerator.device`` before building the
     optimizer.
+
+    If a gradient is not finite on some rank, the step is skipped, ``optimizer_step_was_skipped`` is True, and prepared
+    schedulers stay. On a GPU without fp16 they are told one step later, so that the host need not wait for the device.
 
     Raises:
         ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself.

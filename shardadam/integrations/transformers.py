@@ -106,7 +106,7 @@ class ConsolidateCallback(TrainerCallback):
 
     For ``optimizers=(ShardedAdamW(..., gradient_sync="external"), None)``. Rank 0 holds the state, in float32 on the
     CPU, until the next step; ``ShardedTrainer`` writes shards instead. Also tells the Trainer which steps were skipped
-    for a gradient that is not finite, so that its learning rate stays; on a GPU see ``SkippedSteps``.
+    for a gradient that is not finite, so that its learning rate stays; on a GPU, one step later.
     """
 
     _skipped: SkippedSteps | None = None
