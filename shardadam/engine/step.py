@@ -96,9 +96,8 @@ class StepEngine:
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
         stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
-        arguments.check_before_step(
-            param_groups
-        )  # after the sync: if only some ranks have such a value, all raise there
+        # After the sync: if only some ranks have such a value, all raise there.
+        arguments.check_before_step(param_groups)
         if max_norm is not None:
             self._clip(stats, max_norm)
         self.step_sync.step_begins()
