@@ -28,7 +28,8 @@ from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.precision import Precision
 from shardadam.ranks import agreement, desync
-from shardadam.state import local, memory, whole
+from shardadam.state import memory, whole
+from shardadam.state.loading import load_local
 from shardadam.state.memory import Memory
 from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_state_dict
 from shardadam.state.torch_view import OptimizerState
@@ -150,9 +151,9 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """2-norm of the averaged gradients before clipping at the last ``step``, 0-dim float32 on the device.
+        """2-norm of the averaged gradients before clipping at the last ``step``; None if that step did not clip.
 
-        None if that step did not clip.
+        0-dim on the device, float32 (float64 if any parameter is).
         """
         return self._engine.grad_norm
 
@@ -193,7 +194,8 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
         Raises:
             RuntimeError: a parameter has changed its device, dtype or shape since the optimizer was built, another
                 optimizer was built over it, or an earlier call was interrupted while it wrote.
-            ValueError: on every rank, if ranks make different calls or have different hyperparameters.
+            ValueError, TypeError: on every rank, if ranks make different calls or have different hyperparameters, or if
+                one is not a finite number. Nothing has been written.
         """
         loss = None
         if closure is not None:
@@ -201,7 +203,7 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
                 loss = closure()
         self._add_unfrozen_params()
         if self._engine.parameters.params:
-            refuse_torchs_grad_scaler(self)
+            refuse_torchs_grad_scaler(self.__dict__)
             self._engine.step(self.param_groups)
             self._consolidated = None
         return loss
@@ -247,7 +249,7 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
             parameters: those to clip, by their own norm; the same on all ranks. None: all parameters.
 
         Returns:
-            The norm before clipping, 0-dim float32 on the device.
+            The norm before clipping, 0-dim on the device, float32 (float64 if any parameter is).
 
         Raises:
             ValueError: ``norm_type`` is not positive, or one of ``parameters`` is not this optimizer's.
@@ -336,13 +338,11 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
         self._add_params(named)
 
     def _add_params(self, named: list[NamedParameter]) -> None:
-        for param in self._engine.add_params(named):
-            self._state.bind(param)
+        self._state.bind(self._engine.add_params(named))
 
     def _add_unfrozen_params(self) -> None:
         """Add the parameters that were frozen before and are trainable now. Collective if there are any."""
-        for param in self._engine.add_unfrozen_params():
-            self._state.bind(param)
+        self._state.bind(self._engine.add_unfrozen_params())
 
     @collective
     def sync_module(self, module: torch.nn.Module) -> None:
@@ -408,7 +408,7 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
             A new tensor of the parameter's shape, float32 (float64 for float64 parameters). None if no rank has one.
 
         Raises:
-            ValueError: ``parameter`` is not a trainable parameter of this optimizer.
+            ValueError: ``parameter`` is frozen since the build, or not a parameter of this optimizer.
         """
         self._add_unfrozen_params()
         return self._engine.full_grad(parameter, self.param_groups)
@@ -421,11 +421,13 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
             New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
 
         Raises:
-            ValueError: ``parameter`` is not a trainable parameter of this optimizer.
+            ValueError: ``parameter`` is frozen since the build, or not a parameter of this optimizer.
         """
         self._add_unfrozen_params()
         self._engine.gatherer.synchronize()
-        return whole.of_one(self._engine.parameters.find(parameter), self._engine.transport)
+        param = self._engine.parameters.find(parameter)
+        self._engine.refresh_masters([param])
+        return whole.of_one(param, self._engine.transport)
 
     def memory(self) -> Memory:
         """Return the bytes that the optimizer holds on this rank now, by kind. Local."""
@@ -433,20 +435,27 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
 
     # State
 
+    @collective
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's shard of the state, in torch's form. Local.
+        """Return this rank's shard of the state, in torch's form.
 
         On several ranks, tensors are ``FlatShard``: they have the parameter's shape, hold this rank's elements only,
         and share the optimizer's memory and format. torch.distributed.checkpoint saves them, and loads them on any
         number of ranks; pickling one raises TypeError. On one rank they are ordinary tensors. After
         ``consolidate_state_dict(to)`` and until the next step, rank ``to`` gets the whole state instead.
+
+        Every trainable parameter has an entry, also before the first step, when its step and moments are zeros: torch
+        adds entries in the first step. Local; collective if parameters were unfrozen since the last step.
         """
+        if self._consolidated is None:
+            self._add_unfrozen_params()
         self._engine.gatherer.wait_all()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         if self._consolidated is not None:
             state_dict = shallow_copy(self._consolidated)
         else:
+            self._engine.refresh_masters()
             world_size = self._engine.transport.world_size
             state_dict = local_state_dict(self._engine.parameters, self.param_groups, world_size=world_size)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -454,48 +463,50 @@ class ShardedAdam(Optimizer, JoinableOptimizer):
         return state_dict
 
     @collective
-    def full_state_dict(self) -> dict[str, Any]:
+    def full_state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
         """Return the whole state on rank 0, as torch.optim.Adam/AdamW has it, and an empty dict elsewhere. Collective.
 
-        Tensors are new, on the CPU, of the parameters' shapes, and float32 (float64 for float64 parameters) whatever
-        format they are stored in. Parameters with a master also have ``master``, which torch's optimizers keep and
-        ignore.
+        With ``all_ranks=True``, on every rank. Tensors are new, on the CPU, of the parameters' shapes, and float32
+        (float64 for float64 parameters) whatever format they are stored in. Parameters with a master also have
+        ``master``, which torch's optimizers keep and ignore.
         """
-        return self._whole_state_dict(to=0) or {}
+        return self._whole_state_dict(to=None if all_ranks else 0) or {}
 
     @collective
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
+        """Gather the whole state on rank ``to`` of the process group, as ZeroRedundancyOptimizer does. Collective.
 
-        ``full_state_dict`` under ZeroRedundancyOptimizer's name.
-
-        Args:
-            to: rank in the optimizer's process group.
+        ``state_dict()`` returns it there until the next step.
         """
         self._consolidated = self._whole_state_dict(to=to)
 
-    def _whole_state_dict(self, *, to: int) -> dict[str, Any] | None:
+    def _whole_state_dict(self, *, to: int | None) -> dict[str, Any] | None:
         self._add_unfrozen_params()
         self._engine.gatherer.synchronize()
+        self._engine.refresh_masters()
         return whole_state_dict(self._engine.parameters, self.param_groups, self._engine.transport, to=to)
 
+    @collective
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW. Local.
+        """Load this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW.
 
-        Also loads the hyperparameters of the param groups, as torch does. If ``state_dict`` has no master weights,
-        copies them from the parameters: load the model first.
+        Also loads the hyperparameters of the param groups, as torch does. Load the model before or after it: masters in
+        ``state_dict`` are exact either way; without any, the parameters at the next step are the masters. Local, but
+        all ranks must call it; collective if parameters were unfrozen since the last step.
 
         Raises:
-            ValueError: ``state_dict`` does not fit this optimizer. Nothing has been changed.
+            ValueError: ``state_dict`` does not fit this optimizer, or has state of a parameter that is frozen here.
+                Nothing has been changed.
         """
+        self._add_unfrozen_params()
         self._engine.gatherer.wait_all()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
             arguments.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
-        local.load_local(self.param_groups, self._engine.parameters.params, state_dict)
+        load_local(self.param_groups, self._engine.parameters, state_dict)
         self._state_was_loaded(parameters=False)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
+from shardadam.integrations import accelerate as integration  # noqa: E402
 from shardadam.integrations.accelerate import ShardedAccelerator  # noqa: E402
 from tests import accelerate_run  # noqa: E402
 from tests.accelerate_run import as_launched  # noqa: E402
@@ -168,6 +172,69 @@ def test_norms_under_loss_scaling_equal_those_without() -> None:
     scaled, plain = on_ranks(2, training_with_an_overflow, True)[0], on_ranks(2, training_with_an_overflow, False)[0]
     assert scaled["norms"][:2] == pytest.approx(plain["norms"][:2], rel=1e-5)
     assert plain["norms"][0] > 0.1
+
+
+# Steps that are skipped without loss scaling
+
+
+def training_with_nan(steps: int, nan_at: int, accumulate: int, is_late: bool, two_optimizers: bool) -> dict[str, Any]:
+    """Train with a NaN in the loss of one rank; return what accelerate was told after each step."""
+    late = mock.patch.object(integration, "host_runs_ahead", lambda device: True) if is_late else nullcontext()
+    with as_launched(), late:
+        accelerator = ShardedAccelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        torch.manual_seed(0)
+        models = [nn.Linear(6, 2) for _ in range(1 + two_optimizers)]
+        optimizers = [ShardedAdamW(model.named_parameters(), lr=1.0 / (1 + i)) for i, model in enumerate(models)]
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 0.5**step) for one in optimizers]
+        prepared = accelerator.prepare(*models, *optimizers, *schedulers)
+        count = len(models)
+        models, optimizers, schedulers = prepared[:count], prepared[count : 2 * count], prepared[2 * count :]
+        told, rates, skipped = [], [], []
+        for step in range(steps * accumulate):
+            with accelerator.accumulate(*models):
+                loss = sum(model(torch.ones(4, 6)).square().mean() for model in models[1:])
+                first = models[0](torch.ones(4, 6)).square().mean()
+                if step == nan_at and accelerator.is_main_process:
+                    first = first * float("nan")
+                accelerator.backward(loss + first)
+                for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                told.append(accelerator.optimizer_step_was_skipped)
+                skipped.append([one.step_was_skipped for one in optimizers])
+                rates.append([scheduler.get_last_lr()[0] for scheduler in schedulers])
+        return {"told": told, "rates": rates, "skipped": skipped}
+
+
+def moves_of(rates: list[list[float]]) -> list[list[bool]]:
+    """Return, for each step after the first, whether each schedule has moved."""
+    return [[b < a for a, b in zip(one, other, strict=True)] for one, other in itertools.pairwise(rates)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_skipped_step_without_a_scaler_reaches_accelerate_and_its_schedulers(
+    world_size: int, accumulate: int
+) -> None:
+    """A NaN made all ranks skip the step, but the schedule moved on."""
+    for found in on_ranks(world_size, training_with_nan, 4, 2 * accumulate, accumulate, False, False):
+        assert found["told"] == [False, False, True, False]
+        assert moves_of(found["rates"]) == [[True], [False], [True]]
+
+
+def test_of_two_optimizers_only_the_skipped_ones_schedule_stays() -> None:
+    for found in on_ranks(2, training_with_nan, 4, 2, 1, False, True):
+        assert found["told"] == [False, False, True, False]
+        assert found["skipped"] == [[False, False], [False, False], [True, False], [False, False]]
+        assert moves_of(found["rates"]) == [[True, True], [False, True], [True, True]]
+
+
+def test_a_host_that_must_not_wait_is_told_one_step_later() -> None:
+    for found in on_ranks(2, training_with_nan, 5, 2, 1, True, False):
+        assert found["told"] == [False, False, False, True, False]
+        assert moves_of(found["rates"]) == [[True], [True], [False], [True]]
 
 
 # Refused setups

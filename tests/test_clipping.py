@@ -80,6 +80,61 @@ def test_equals_torchs_clip_grad_norm(world_size: int, how: str, max_norm: float
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def clip_in_float64(how: str, gradient_sync: str, mixed: bool) -> tuple[list[Tensor], float, torch.dtype]:
+    """One rank's gradients on all ranks, so that their mean has their bits."""
+    model = build_model(torch.float64)
+    if mixed:
+        model[2].float()
+    options = {"max_grad_norm": 0.3} if how == "inside step" else {}
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=0.001, gradient_sync=gradient_sync, **options)
+    norms: list[Tensor] = []
+    for step in range(4):
+        gradients_of(model, step)
+        if how == "method":
+            norms.append(optimizer.clip_grad_norm_(0.3))
+        elif how == "full_grad":
+            norms.append(optimizer.clip_grad_norm_(0.3))
+            assert optimizer.full_grad(model[0].weight) is not None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.grad_norm is not None
+    return [p.detach().clone() for p in model.parameters()], float(optimizer.grad_norm), optimizer.grad_norm.dtype
+
+
+def gradients_of(model: nn.Module, step: int) -> None:
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, parameter in enumerate(model.parameters()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + index))
+        loss = loss + (parameter * noise.to(parameter.dtype)).sum()
+    loss.backward()
+
+
+@pytest.mark.sweep(5)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("how", ["inside step", "method", "full_grad"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_float64_gradients_are_clipped_as_exactly_as_in_torch(
+    world_size: int, how: str, gradient_sync: str, mixed: bool
+) -> None:
+    """They were once clipped by a float32 coefficient: wrong by up to 6e-8 of the gradient."""
+    model = build_model(torch.float64)
+    if mixed:
+        model[2].float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    for step in range(4):
+        optimizer.zero_grad()
+        gradients_of(model, step)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+    for parameters, found, dtype in on_ranks(world_size, clip_in_float64, how, gradient_sync, mixed):
+        assert dtype == torch.float64
+        assert found == pytest.approx(float(norm), rel=1e-6 if mixed else 1e-14)
+        for ours, theirs in zip(parameters, model.parameters(), strict=True):
+            exact = {"rtol": 1e-13, "atol": 1e-14} if not mixed else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(ours, theirs, **exact)
+
+
 def everything(model: nn.Module, optimizer: ShardedAdamW) -> list[Tensor]:
     state = [tensor for value in optimizer.state.values() for tensor in value.values()]
     return [tensor.detach().clone() for tensor in [*model.parameters(), *state]]

@@ -34,7 +34,8 @@ from shardadam.engine.storage import ShardedParam, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order, in_shape
-from shardadam.state.local import load_group_
+from shardadam.state.loading import load_group_
+from shardadam.state.masters import write_master_
 from shardadam.update import formats, reference
 
 
@@ -240,6 +241,7 @@ def _read_tensors(contents: Contents, reader: Reader) -> None:
     saved = reader.content.get("optimizer") or {"parameters": {}}
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
+        parameter.param.kept_master = None
         for piece in pieces_of(parameter.param):
             if contents.model is not None and source.dtype("parameter") is not None:
                 _read_parameter(piece, source)
@@ -322,7 +324,7 @@ def _read_state(piece: Piece, source: _Source) -> None:
             master = source.read("master", piece).to(parameter.device)
         elif source.dtype("parameter") == torch.float32:
             master = source.read("parameter", piece).to(parameter.device)
-        formats.write_master_(state, parameter, master)
+        write_master_(piece.param, master, state=state, parameter=parameter, start=piece.state_start)
 
 
 def _copy_(target: Tensor, value: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -91,12 +92,50 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         _check_repeated(parameters)
 
 
+def check_before_step(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TypeError or ValueError if a hyperparameter has become something that would write NaN, or fail, in a step.
+
+    Reads no tensor on a device: the host would wait. Does not check the sign of a learning rate, as schedulers may
+    round below 0.
+    """
+    for index, group in enumerate(groups):
+        try:
+            for name in ("lr", "eps", "weight_decay"):
+                _check_finite(name, group[name])
+            for position, beta in enumerate(group["betas"]):
+                _check_number(f"betas[{position}]", beta, 0, 1)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"step(): param group {index}, {error}. Nothing has been written. Look for what has set it, such as a "
+                "scheduler."
+            ) from None
+
+
+def check_max_norm(max_norm: Any) -> None:
+    """Raise TypeError or ValueError unless ``max_norm`` is a number of 0 or more. Reads no tensor on a device."""
+    _check_kind("max_norm", max_norm)
+    if not (isinstance(max_norm, Tensor) and max_norm.device.type != "cpu") and not bool(max_norm >= 0):
+        raise ValueError(f"max_norm: found {max_norm!r}, expected a number of 0 or more")
+
+
+def _check_kind(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a real number: Python's, NumPy's, or a tensor of one element."""
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not (isinstance(value, (int, float)) or is_tensor or (isinstance(value, Real) and hasattr(value, "dtype"))):
+        raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    _check_kind(name, value)
+    if not (isinstance(value, Tensor) and value.device.type != "cpu") and not math.isfinite(value):
+        raise ValueError(f"{name}: found {value!r}, expected a finite number")
+
+
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Raise TypeError unless ``value`` is a number, and ValueError unless ``low <= value < high``."""
-    if not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
-    if not bool(low <= value) or not bool(value < high or high == math.inf):
-        expected = f"{low} or more" if high == math.inf else f"at least {low} and less than {high}"
+    _check_kind(name, value)
+    if not bool(low <= value) or not bool(value < high):
+        expected = f"{low} or more, and finite" if high == math.inf else f"at least {low} and less than {high}"
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
@@ -258,7 +297,8 @@ def claims(
         for field in AGREED_HYPERPARAMETERS:
             value = group[field]
             if isinstance(value, Tensor):
-                value = value.item() if may_wait or value.device.type == "cpu" else value.device.type
+                may_read = value.numel() == 1 and (may_wait or value.device.type == "cpu")
+                value = value.item() if may_read else (tuple(value.shape), value.device.type)
             result.append(Claim(f"param group {index}", field, repr(value)))
         result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
     return result

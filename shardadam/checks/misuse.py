@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings about mistakes that raise no error but make training wrong or useless. Each is given once.
+"""Warnings about mistakes that raise no error but make training wrong or useless, each given once; and one error.
 
 Runs on the host between steps, never during backward. Must not talk to other ranks, wait for the device, or stop
 training.
@@ -122,14 +122,14 @@ class MisuseWarnings:
             warnings.warn(text, stacklevel=_stacklevel())
 
 
-def refuse_torchs_grad_scaler(optimizer: Optimizer) -> None:
-    """Raise RuntimeError if a GradScaler of torch calls the optimizer's step, around which it sets ``grad_scale``."""
-    if "grad_scale" in optimizer.__dict__:
-        del optimizer.__dict__["grad_scale"], optimizer.__dict__["found_inf"]
+def refuse_torchs_grad_scaler(attributes: dict[str, Any]) -> None:
+    """Raise RuntimeError if a GradScaler of torch has set attributes of an optimizer, around the step; remove them."""
+    if "grad_scale" in attributes:
+        del attributes["grad_scale"], attributes["found_inf"]
         raise RuntimeError(
-            "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see "
-            "gradients that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; "
-            "it takes the same arguments."
+            "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see gradients "
+            "that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; it takes the "
+            "same arguments."
         )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from shardadam.engine.storage import NamedParameter, ShardedParam, is_dense
 from shardadam.ranks.agreement import exchange, name_ranks
 from shardadam.state.local import local_state
+from shardadam.state.masters import refresh_
 from shardadam.transport import Transport
 
 _CHUNK_WORDS = 1 << 17
@@ -57,6 +58,9 @@ def replicated_tensors(
     """
     every: list[ShardedParam | NamedParameter] = [*params, *frozen]
     tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for one in every]
+    if transport.replicas > 1:
+        for param in params:  # some replicas may have looked at the state since the parameters were written
+            refresh_(param)
     states = [(param, local_state(param)) for param in params]
     tensors += [ReplicatedTensor(f"the step of parameter {param.name!r}", state["step"]) for param, state in states]
     tensors.append(ReplicatedTensor("skipped_steps", skipped_steps))

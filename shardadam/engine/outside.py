@@ -74,7 +74,9 @@ def _zeros(parameter: Tensor, sparse_dim: int) -> Tensor:
         return torch.zeros_like(parameter)
     indices = torch.empty(sparse_dim, 0, dtype=torch.int64, device=parameter.device)
     values = parameter.new_empty(0, *parameter.shape[sparse_dim:])
-    return torch.sparse_coo_tensor(indices, values, parameter.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        indices, values, parameter.shape, device=values.device, is_coalesced=True, check_invariants=False
+    )
 
 
 def _chunks(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -157,11 +157,17 @@ class ShardedParameters:
         """Return the ``ShardedParam`` of ``parameter``.
 
         Raises:
-            ValueError: it is not a trainable parameter of this optimizer.
+            ValueError: it is frozen, or not a parameter of this optimizer.
         """
         for param in self.params:
             if param.parameter is parameter:
                 return param
+        for named in self.frozen:
+            if named.parameter is parameter:
+                raise ValueError(
+                    f"Parameter {named.name!r} is frozen, expected a trainable parameter: a frozen one has neither "
+                    "gradient nor state in the optimizer. Set requires_grad on it first, on all ranks."
+                )
         raise ValueError(
             "This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params."
         )

@@ -30,9 +30,9 @@ from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
 from shardadam.engine.storage import NamedParameter, ShardedParam, rebind_moved
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
-from shardadam.state import whole
+from shardadam.state import masters, whole
 from shardadam.transport import Transport
-from shardadam.update import StepInputs
+from shardadam.update import StepInputs, formats
 
 ParamGroups = Sequence[Mapping[str, Any]]
 
@@ -101,6 +101,8 @@ class StepEngine:
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
         stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
+        # After the sync: if only some ranks have such a value, all raise there.
+        arguments.check_before_step(param_groups)
         if max_norm is not None:
             self._clip(stats, max_norm)
         self.step_sync.step_begins()
@@ -150,6 +152,7 @@ class StepEngine:
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
+        masters.settle_(self.parameters.params)
         used = self._begin_update(stats, param_groups)
         parameters = self.parameters
         for index in reversed(self.reducer.order):
@@ -168,10 +171,9 @@ class StepEngine:
             [param.parameter for param in parameters.params if used is None or used[param.index]]
         )
         self.reducer.learn_order()
-        if stats.norm is None or self._inverse_scale is None:
-            self.grad_norm = stats.norm
-        else:
-            self.grad_norm = stats.norm * self._inverse_scale
+        self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
+        if self.grad_norm is not None and self._inverse_scale is not None:
+            self.grad_norm = self.grad_norm * self._inverse_scale
 
     def _begin_update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> list[bool] | None:
         """Pass the inputs of this step to the update of every arena.
@@ -184,6 +186,7 @@ class StepEngine:
         # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
         must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
         used = stats.used.tolist() if must_read else None
+        coefficient = self._coefficient
         for arena in arenas:
             device = arena.parameters.device
             arena.update.begin(
@@ -191,7 +194,7 @@ class StepEngine:
                     found_inf=stats.found_inf.to(device),
                     used=stats.used[arena.indices].to(device),
                     host_used=None if used is None else used[arena.indices],
-                    coefficient=None if self._coefficient is None else self._coefficient.to(device),
+                    coefficient=None if coefficient is None else coefficient.to(device, arena.format.exact_dtype),
                     hyperparameters=param_groups[arena.group_index],
                 )
             )
@@ -222,6 +225,7 @@ class StepEngine:
         parameters: Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
+        arguments.check_max_norm(max_norm)
         norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
@@ -232,16 +236,16 @@ class StepEngine:
         params = self._sum_up_before(f"clip_grad_norm_ with norm_type={norm_type}", param_groups, parameters)
         if not params:
             return torch.zeros((), device=self.skipped_steps.device)
-        norm = clipping.total_norm(params, norm_type, self.transport)
+        norm = self._in_norm_dtype(clipping.total_norm(params, norm_type, self.transport))
         if self._coefficient is not None:
-            norm *= self._coefficient
+            norm = norm * self._coefficient
         coefficient = clip_coefficient(norm, max_norm)
         if parameters is None:
-            self._scale_by(coefficient.float())
+            self._scale_by(coefficient)
         else:
             clipping.scale_(params, coefficient)
             self._gradients_have_changed(params)
-        return norm.float()
+        return norm
 
     def clip_grad_value_(
         self, clip_value: float, param_groups: ParamGroups, *, parameters: Iterable[Tensor] | None = None
@@ -274,9 +278,17 @@ class StepEngine:
 
     def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
         assert stats.norm is not None
-        norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
+        norm = self._in_norm_dtype(stats.norm)
+        norm = norm if self._coefficient is None else norm * self._coefficient
         self._scale_by(clip_coefficient(norm, max_norm))
         return norm
+
+    def _in_norm_dtype(self, norm: Tensor) -> Tensor:
+        """Return ``norm`` in the dtype of torch.nn.utils.clip_grad_norm_'s: the widest of the gradients', at least
+        float32.
+        """
+        is_wide = any(arena.format.exact_dtype == torch.float64 for arena in self.parameters.arenas)
+        return norm if is_wide else norm.float()
 
     def _scale_by(self, coefficient: Tensor) -> None:
         self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
@@ -363,6 +375,21 @@ class StepEngine:
     def overlap_gather(self, model: nn.Module) -> None:
         """Make the forward of ``model`` wait for all-gathers, and ``step`` return without waiting for them. Local."""
         self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer))
+
+    def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
+        """Make the stored masters follow parameters that were written from outside, before they are read. Local.
+
+        Args:
+            params: those that are read; None for all.
+
+        Raises:
+            RuntimeError: device, dtype, shape or strides of a parameter have changed.
+        """
+        params = self.parameters.params if params is None else params
+        params = [param for param in params if param.arena.state.keys() & set(formats.MASTERS)]
+        rebind_moved(params)
+        for param in params:
+            masters.refresh_(param)
 
     def state_was_loaded(self, *, parameters: bool = False) -> None:
         """Use the state that a load has written, and drop what was known about the state before.

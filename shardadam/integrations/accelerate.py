@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from shardadam.checkpoint import load, save
+from shardadam.engine.step_sync import host_runs_ahead
 from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import ShardedAdam
 from shardadam.transport.groups import launched_processes
@@ -30,6 +31,9 @@ class ShardedAccelerator(Accelerator):
     rank 0's buffers and frozen parameters, as DDP's constructor does. ``save_state`` writes the shards of all ranks,
     and ``load_state`` reads them on any number of ranks. Move the model to ``accelerator.device`` before building the
     optimizer.
+
+    If a gradient is not finite on some rank, the step is skipped, ``optimizer_step_was_skipped`` is True, and prepared
+    schedulers stay. On a GPU without fp16 they are told one step later, so that the host need not wait for the device.
 
     Raises:
         ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself; or it has started
@@ -214,20 +218,69 @@ class ShardedAccelerator(Accelerator):
             self._optimizers = optimizers
 
 
-class _PreparedOptimizer(AcceleratedOptimizer):
-    """Tells by the optimizer's ``skipped_steps`` whether a step was skipped: ``GradScaler.step`` does not know it."""
+class SkippedSteps:
+    """Tells whether the last step of a ShardedAdam(W) was skipped, because a gradient was infinite or NaN on some rank.
 
-    _skipped_before: Tensor | None = None
+    Note: skipped steps on a GPU
+        accelerate's schedulers ask after every step, and the device alone knows. So that the host need not wait for the
+        step that it has just launched, it is told of the step before: a schedule still skips once for each skipped
+        step, one step later, and at the same step on all ranks.
+
+    Args:
+        may_wait: wait for the device, and tell of the last step itself. On CPUs, always so.
+    """
+
+    def __init__(self, optimizer: ShardedAdam, *, may_wait: bool) -> None:
+        self._optimizer = optimizer
+        is_late = not may_wait and host_runs_ahead(optimizer.skipped_steps.device)
+        self._flags: list[_HostFlag | bool] = [False] * (1 + is_late)  # of the last steps; the first one is told
+
+    @contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Return a context around a call of ``optimizer.step``."""
+        before = self._optimizer.skipped_steps.clone()
+        yield
+        self._flags = [*self._flags[1:], _HostFlag(self._optimizer.skipped_steps != before)]
+
+    def is_of(self, optimizer: ShardedAdam) -> bool:
+        return self._optimizer is optimizer
+
+    def __bool__(self) -> bool:
+        return bool(self._flags[0])
+
+
+class _HostFlag:
+    """A copy of a 0-dim bool on the host. The copy is asynchronous; reading it waits."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = flag
+        self._event: torch.cuda.Event | None = None
+        if flag.is_cuda:
+            self._flag = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+            self._event = torch.cuda.current_stream(flag.device).record_event()
+
+    def __bool__(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
+class _PreparedOptimizer(AcceleratedOptimizer):
+    """Tells accelerate which steps were skipped, with loss scaling and without."""
+
+    def __init__(self, optimizer: ShardedAdam, device_placement: bool = True, scaler: Any = None) -> None:
+        super().__init__(optimizer, device_placement, scaler)
+        self._skipped = SkippedSteps(optimizer, may_wait=scaler is not None)  # accelerate waits for its scaler, too
 
     def step(self, closure: Any = None) -> None:
-        if self.scaler is not None:
-            self._skipped_before = self.optimizer.skipped_steps.clone()
-        super().step(closure)
+        # While gradients accumulate, accelerate does not call the optimizer: the last step is still the last one.
+        with self._skipped.around_step() if self.gradient_state.sync_gradients else nullcontext():
+            super().step(closure)
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether loss scaling has skipped the last step for a gradient that is not finite. Waits for the device."""
-        return self._skipped_before is not None and bool(self.optimizer.skipped_steps != self._skipped_before)
+        """Whether the last step was skipped for a gradient that is not finite; on a GPU see ``SkippedSteps``."""
+        return bool(self._skipped)
 
 
 def _parameters(optimizer: ShardedAdam) -> Iterator[Tensor]:
