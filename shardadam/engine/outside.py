@@ -144,5 +144,10 @@ def _average_sparse(parameter: Tensor, transport: Transport) -> None:
             _average(chunk, transport)
     indices = rows.nonzero().t()
     parameter.grad = torch.sparse_coo_tensor(
-        indices, dense[tuple(indices)], gradient.shape, is_coalesced=True, check_invariants=False
+        indices,
+        dense[tuple(indices)],
+        gradient.shape,
+        device=dense.device,
+        is_coalesced=True,
+        check_invariants=False,
     )
