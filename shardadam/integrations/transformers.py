@@ -12,7 +12,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from shardadam.checkpoint import load, save
-from shardadam.integrations.accelerate import ShardedAccelerator
+from shardadam.integrations.accelerate import ShardedAccelerator, check_all_are_counted
 from shardadam.optimizer import ShardedAdam, ShardedAdamW
 
 _FOLDER = "shardadam"
@@ -92,7 +92,16 @@ class ConsolidateCallback(TrainerCallback):
 
     For ``optimizers=(ShardedAdamW(..., gradient_sync="external"), None)``. Rank 0 holds the state, in float32 on the
     CPU, until the next step; ``ShardedTrainer`` writes shards instead.
+
+    Raises:
+        ValueError: when training begins: torchrun has started several processes on CPUs without
+            ``TrainingArguments(use_cpu=True)``.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_all_are_counted(type(self).__name__, args.world_size)  # else no rank's gradients are averaged
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
