@@ -23,6 +23,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
     ("adamw", "grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
+    ("state.stateful_optimizer",),
     (
         "engine.checkpoint_seam",
         "engine.collective_method",

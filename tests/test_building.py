@@ -133,6 +133,20 @@ def test_groups_are_built_without_the_device_that_is_bound_to_the_default_group(
         assert seen == [(None, None, True)] * 2 and after == "cuda:0" and connected
 
 
+def build_over_groups_of_other_backends() -> str:
+    rank, _ = rank_and_size()
+    both = [dist.new_group([0, 1], backend=backend) for backend in ("gloo", "cpu:gloo")]
+    message = message_of_build(process_group=both[rank])
+    assert message_of_build(process_group=[both[0], None][rank]) == "built"  # equal members, and equal backends
+    return message
+
+
+def test_groups_of_other_backends_are_a_difference() -> None:
+    expected = "ValueError: process_group: found the backends gloo on rank 0, cpu:gloo on rank 1, expected the same"
+    for message in on_ranks(2, build_over_groups_of_other_backends):
+        assert message.startswith(expected)
+
+
 # Ranks that do not come, die or fail
 
 

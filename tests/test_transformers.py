@@ -293,6 +293,18 @@ def test_setups_that_cannot_work_are_refused_on_all_ranks(
         assert all(text in message for text in expected), message
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the Trainer uses the GPU")
+def test_processes_that_the_trainer_does_not_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs without ``use_cpu=True``, every process that torchrun starts is the only one for a Trainer."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model, expected = torch.nn.Linear(2, 2), "found num_processes 1, but 2 processes have been started .*use_cpu=True"
+    arguments = TrainingArguments(str(tmp_path), report_to=[])
+    with pytest.raises(ValueError, match=f"ShardedAccelerator: {expected}"):
+        ShardedTrainer(model, arguments)
+    with pytest.raises(ValueError, match=f"ConsolidateCallback: {expected}"):
+        ConsolidateCallback().on_train_begin(arguments, TrainerState(), TrainerControl())
+
+
 def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
     """Checkpoints once identified parameters by position, so the state of one layer was loaded into another."""
     runs("sharded", tmp_path, frozen="h.0.", max_steps=1, save_strategy="steps", save_steps=1)

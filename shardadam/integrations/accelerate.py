@@ -23,6 +23,23 @@ _FOLDER = "shardadam_{}"
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
+def check_all_are_counted(what: str, num_processes: int) -> None:
+    """Raise ValueError if several processes have been started, and accelerate takes each for the only one.
+
+    Args:
+        what: begins the message.
+        num_processes: as accelerate counts them.
+    """
+    count = launched_processes()
+    if num_processes == 1 < count:
+        raise ValueError(
+            f"{what}: found num_processes 1, but {count} processes have been started (WORLD_SIZE): each would train on "
+            "all of the data, and act as the main process. On CPUs, pass ShardedAccelerator(cpu=True), or "
+            "TrainingArguments(use_cpu=True) to a Trainer. If this process trains alone, unset WORLD_SIZE, RANK and "
+            "LOCAL_RANK."
+        )
+
+
 class ShardedAccelerator(Accelerator):
     """accelerate.Accelerator for models that a ``ShardedAdam`` or ``ShardedAdamW`` trains, with the same interface.
 
@@ -65,14 +82,7 @@ class ShardedAccelerator(Accelerator):
                 "parallelism (NO, MULTI_CPU or MULTI_GPU). Remove the engine from the accelerate config, or use "
                 "accelerate.Accelerator."
             )
-        count = launched_processes()
-        if self.num_processes == 1 < count:
-            raise ValueError(
-                f"{type(self).__name__}: found num_processes 1, but {count} processes have been started (WORLD_SIZE): "
-                "each would train on all of the data, and act as the main process. On CPUs, pass "
-                "ShardedAccelerator(cpu=True), or TrainingArguments(use_cpu=True) to a Trainer. If this process trains "
-                "alone, unset WORLD_SIZE, RANK and LOCAL_RANK."
-            )
+        check_all_are_counted(type(self).__name__, self.num_processes)
         if self.scaler is not None:
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
             self.scaler = GradScaler(self.device.type, **options)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
-from shardadam.integrations.accelerate import ShardedAccelerator, SkippedSteps
+from shardadam.integrations.accelerate import ShardedAccelerator, SkippedSteps, check_all_are_counted
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Moments, Precision
 
@@ -111,10 +111,19 @@ class ConsolidateCallback(TrainerCallback):
     For ``optimizers=(ShardedAdamW(..., gradient_sync="external"), None)``. Rank 0 holds the state, in float32 on the
     CPU, until the next step; ``ShardedTrainer`` writes shards instead. Also tells the Trainer which steps were skipped
     for a gradient that is not finite, so that its learning rate stays; on a GPU, one step later.
+
+    Raises:
+        ValueError: when training begins: torchrun has started several processes on CPUs without
+            ``TrainingArguments(use_cpu=True)``.
     """
 
     _skipped: SkippedSteps | None = None
     _step: ExitStack | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_all_are_counted(type(self).__name__, args.world_size)  # else no rank's gradients are averaged
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

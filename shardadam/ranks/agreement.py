@@ -68,7 +68,7 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy:
     if len(set(counts)) > 1:
         if any(claim is None or claim.is_name for claim in difference):
             described = _describe_lacking(all_claims, ranks) or described
-        described.append(f"The number of parameters is {_by_value(counts, ranks)}.")
+        described.append(f"The number of parameters is {by_value(counts, ranks)}.")
     raise ValueError(" ".join([*described, remedy]))
 
 
@@ -126,7 +126,7 @@ def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> s
     else:
         what = ":"
         values = ["nothing" if claim is None else f"{claim.subject} ({claim.field} {claim.value})" for claim in row]
-    return f"Ranks disagree{what} {_by_value(values, ranks)}."
+    return f"Ranks disagree{what} {by_value(values, ranks)}."
 
 
 def _describe_lacking(all_claims: Sequence[Sequence[Claim]], ranks: Sequence[int]) -> list[str]:
@@ -145,7 +145,7 @@ def _describe_lacking(all_claims: Sequence[Sequence[Claim]], ranks: Sequence[int
     ]
 
 
-def _by_value(values: Sequence[object], ranks: Sequence[int]) -> str:
+def by_value(values: Sequence[object], ranks: Sequence[int]) -> str:
     """Return a text such as ``3 on ranks 0-1, 2 on rank 2``."""
     holders: dict[object, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam.ranks import desync
-from shardadam.ranks.agreement import exchange
+from shardadam.ranks.agreement import by_value, exchange
 from shardadam.ranks.desync import ProcessInfo, RankDesyncError
 from shardadam.ranks.store import StoreClient, default_store
 from shardadam.ranks.store_barrier import StoreBarrier
@@ -230,8 +230,14 @@ def _meet(members: _Members, name: str | None) -> str:
 
     Raises:
         RankDesyncError: a rank did not come in time.
+        ValueError: on every rank, if the process groups that they have passed have different backends.
     """
-    mine = {"name": name, "new_name": f"shardadam/{uuid4().hex}", "process": asdict(ProcessInfo.here())}
+    mine = {
+        "name": name,
+        "new_name": f"shardadam/{uuid4().hex}",
+        "backend": members.backend,
+        "process": asdict(ProcessInfo.here()),
+    }
     if "fake" in members.backend:  # torch's group for one process that acts as one of many
         answers = [mine] * len(members.ranks)
     else:
@@ -245,6 +251,11 @@ def _meet(members: _Members, name: str | None) -> str:
         answers = [json.loads(text) for text in texts]
     processes = [ProcessInfo(**answer["process"]) for answer in answers]
     desync.register(dict(zip(members.ranks, processes, strict=True)))
+    if len({answer["backend"] for answer in answers}) > 1:
+        found = by_value([answer["backend"] for answer in answers], members.ranks)
+        raise ValueError(
+            f"process_group: found the backends {found}, expected the same on all ranks. Pass the same process group."
+        )
     names = {answer["name"] for answer in answers}
     return names.pop() or answers[0]["new_name"] if len(names) == 1 else answers[0]["new_name"]
 
