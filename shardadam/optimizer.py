@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
@@ -36,7 +36,7 @@ from shardadam.transport import Transport, connect
 GradientSync = Literal["backward", "step", "external"]
 
 
-class ShardedAdam(StatefulOptimizer, Optimizer, JoinableOptimizer):
+class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
     Collective: all ranks must build the same optimizer over the same model. It broadcasts rank 0's parameter values and
@@ -130,7 +130,7 @@ class ShardedAdam(StatefulOptimizer, Optimizer, JoinableOptimizer):
                 transport = connect(process_group, kind=transport, exact_sums=exact_sums)
             with agreed_or_closed(transport) as claims:
                 options.check()
-                Optimizer.__init__(self, params, defaults)
+                super().__init__(params, defaults)
                 named = named_parameters(self.param_groups)
                 arguments.check_parameters(named, options.precision, transport)
                 claims += [*options.claims(), *arguments.claims(self.param_groups, named)]

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from shardadam.checks import arguments
 from shardadam.engine.collective_method import collective
@@ -18,19 +19,13 @@ from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_sta
 from shardadam.state.torch_view import OptimizerState
 
 
-class StatefulOptimizer:
+class StatefulOptimizer(Optimizer):
     """``state``, ``state_dict``, ``load_state_dict`` and their kin, over the engine of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
-    defaults: dict[str, Any]
     _is_built = False
     _engine: StepEngine
     _state: OptimizerState
     _consolidated: dict[str, Any] | None = None
-    _optimizer_state_dict_pre_hooks: dict[int, Callable[..., Any]]
-    _optimizer_state_dict_post_hooks: dict[int, Callable[..., Any]]
-    _optimizer_load_state_dict_pre_hooks: dict[int, Callable[..., Any]]
-    _optimizer_load_state_dict_post_hooks: dict[int, Callable[..., Any]]
 
     @property
     def state(self) -> OptimizerState:
