@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from hashlib import sha256
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -232,7 +233,7 @@ def _meet(members: _Members, name: str | None) -> str:
         RankDesyncError: a rank did not come in time.
         ValueError: on every rank, if the process groups that they have passed have different backends.
     """
-    mine = {
+    mine: dict[str, Any] = {
         "name": name,
         "new_name": f"shardadam/{uuid4().hex}",
         "backend": members.backend,
@@ -256,8 +257,9 @@ def _meet(members: _Members, name: str | None) -> str:
         raise ValueError(
             f"process_group: found the backends {found}, expected the same on all ranks. Pass the same process group."
         )
-    names = {answer["name"] for answer in answers}
-    return names.pop() or answers[0]["new_name"] if len(names) == 1 else answers[0]["new_name"]
+    if name is not None and all(answer["name"] == name for answer in answers):
+        return name
+    return str(answers[0]["new_name"])
 
 
 def _resolve(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
@@ -340,7 +342,7 @@ def _new_group(members: _Members, backend: str, name: str) -> dist.ProcessGroup:
     Raises:
         RankDesyncError: a rank has ended meanwhile.
     """
-    c10d = dist.distributed_c10d
+    c10d: Any = dist.distributed_c10d
     try:
         with _no_bound_device():
             group, _ = c10d._new_process_group_helper(
