@@ -115,7 +115,7 @@ class ConsolidateCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        prepared = kwargs.get("optimizer")
+        prepared: Any = kwargs.get("optimizer")
         sharded = _unwrapped(prepared)
         if isinstance(sharded, ShardedAdam) and type(prepared) is AcceleratedOptimizer and prepared.scaler is None:
             if self._skipped is None or not self._skipped.is_of(sharded):
