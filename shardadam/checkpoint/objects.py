@@ -30,7 +30,7 @@ ARCHIVE_START = b"PK\x03\x04"
 """The first bytes of what torch.save writes."""
 
 _SPARE_BYTES = 64 * 2**20
-_SPARE_VALUES = 2**20
+_SPARE_VALUES = 2**17
 """How much more than its bytes an object may claim: expanded tensors, and lists that appear several times."""
 
 

@@ -332,8 +332,8 @@ def _optimizer_of(found: Mapping[str, Any], index: Index) -> SavedOptimizer:
 
 def _parameter_of(found: Mapping[str, Any], what: str) -> SavedParameter:
     step = _get(found, "step")
-    if type(step) not in (int, float) or not 0 <= step <= MAX_STEP:
-        raise ValueError(f"{what}: found step {shown(step)}, expected a number of 0 or more")
+    if type(step) not in (int, float) or not 0 <= step <= MAX_STEP or step != int(step):
+        raise ValueError(f"{what}: found step {shown(step)}, expected a whole number of 0 or more")
     bound = None
     if "bound" in found:
         try:
