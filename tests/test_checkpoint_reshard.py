@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import shardadam
 from shardadam import CheckpointError, Precision, ShardedAdamW
 from shardadam.checkpoint import loading
-from shardadam.checkpoint.files import Reader
+from shardadam.checkpoint.reader import Reader
 from shardadam.layout import ITEM_BYTES
 from shardadam.transport import connect
 from shardadam.update import formats

@@ -22,7 +22,8 @@ import torch
 import shardadam
 from shardadam import CheckpointError
 from shardadam.checkpoint.directory import newest
-from shardadam.checkpoint.files import MANIFEST, Reader, manifest_text
+from shardadam.checkpoint.files import MANIFEST, manifest_text
+from shardadam.checkpoint.reader import Reader
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import Run, build, differences
 

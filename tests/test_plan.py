@@ -287,6 +287,16 @@ def raises() -> nn.Module:
     raise RuntimeError("no such\nlayer")
 
 
+def raises_from_a_cause() -> nn.Module:
+    try:
+        try:
+            {}["the root"]
+        except KeyError as error:
+            raise ValueError("between") from error
+    except ValueError:
+        raise RuntimeError("the last")  # noqa: B904
+
+
 def frozen() -> nn.Module:
     return nn.Linear(2, 2).requires_grad_(False)
 
@@ -302,6 +312,7 @@ def complex_numbers() -> nn.Module:
     [
         ("tests.test_plan:no_module", "returned a list, expected an nn.Module"),
         ("tests.test_plan:raises", "RuntimeError: no such layer"),
+        ("tests.test_plan:raises_from_a_cause", "caused by KeyError: 'the root'"),
         ("tests.test_plan:frozen", "without trainable parameters"),
         ("tests.test_plan:complex_numbers", "torch.complex64"),
         ("tests.test_plan:MODELS", "found a list, expected a function"),
@@ -337,6 +348,41 @@ def test_an_invalid_config_is_named(content: str, tmp_path: Path, capsys: pytest
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(content)
     assert "transformers can" in refused(capsys, str(tmp_path))
+
+
+def test_code_of_a_configs_author_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asked on the terminal, and ran it when the answer was yes."""
+    pytest.importorskip("transformers")
+    trap = tmp_path / "it ran"
+    (tmp_path / "code.py").write_text(f"open({str(trap)!r}, 'w')")
+    auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for content in ({"model_type": "unheard-of", "auto_map": auto_map}, {**GPT2, "auto_map": auto_map}):
+        (tmp_path / "config.json").write_text(json.dumps({**content, "architectures": None}))
+        if content["model_type"] == "gpt2":  # transformers' own class needs no other code
+            assert main(["plan", str(tmp_path)]) == 0
+        else:
+            text = refused(capsys, str(tmp_path))
+            assert "does not run" in text and "module:function" in text and "trust_remote_code" not in text
+        assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["pipeline", "logging", "GPT2Config", 7])
+def test_a_config_cannot_name_anything_but_a_model(name: Any, tmp_path: Path) -> None:
+    """``transformers.pipeline`` was called, for example."""
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({**GPT2, "architectures": [name]}))
+    assert find_model_source(str(tmp_path)).description == "GPT2Model"
+
+
+def test_a_dtype_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    for dtype in ("int8", "qint8"):
+        (tmp_path / "config.json").write_text(json.dumps({**GPT2, "dtype": dtype}))
+        text = refused(capsys, str(tmp_path))
+        assert dtype in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("name", ["7X", "no-such/model"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shardadam.checkpoint.files import CheckpointError, TensorSpec
+from shardadam.checkpoint.objects import python_state
 from shardadam.engine.storage import ShardedParam, is_dense
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order
@@ -24,8 +25,6 @@ from shardadam.state.local import block_count, local_state
 from shardadam.update import formats
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-PARAM_GROUPS = "optimizer.param_groups"
-SCHEDULER = "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +197,7 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate(python_state(state["python"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     if "numpy" in state and sys.modules.get("numpy") is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardadam.checkpoint.contents import PARAM_GROUPS
-from shardadam.checkpoint.directory import newest
-from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
+from shardadam.checkpoint.directory import has_checkpoint, newest
+from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
+from shardadam.checkpoint.reader import Reader, open_newest
+from shardadam.checkpoint.schema import PARAM_GROUPS
 from shardadam.checkpoint.values import Values
 from shardadam.layout import Span
 from shardadam.state.flat_shard import boxes, in_shape
@@ -55,7 +56,8 @@ class DcpReader(StorageReader):
     0-dimensional float32.
 
     Reading is local; ``torch.distributed.checkpoint.load`` is collective. A rank reads and verifies the items that it
-    needs a part of.
+    needs a part of. If the checkpoint is removed before it is opened (``save(keep=...)`` of another job), the newest
+    one is read. If ranks have then found different ones, all of them raise.
 
     Args:
         directory: as given to ``shardadam.save``, or one checkpoint in it.
@@ -68,7 +70,10 @@ class DcpReader(StorageReader):
         self._set_directory(directory)
 
     def _set_directory(self, directory: str | os.PathLike[str]) -> None:
-        self.checkpoint_id = newest(Path(directory).absolute())
+        self._directory = Path(directory).absolute()
+        self.checkpoint_id = newest(self._directory)
+        self._reader: Reader | None = None
+        self._checksum = ""
         self._tensors: dict[str, _Tensor] = {}
         self._numbers: dict[str, Any] = {}
 
@@ -79,10 +84,11 @@ class DcpReader(StorageReader):
 
     def read_metadata(self) -> Metadata:
         """Returns what the checkpoint contains. Reads no tensors, only objects."""
-        with Reader(self.checkpoint_id) as reader:
-            values = Values(reader)
-            self._tensors = _tensors_of(reader, values)
-            self._numbers = _numbers_of(values) | values.model_objects()
+        reader = self._reader = self._opened()
+        self.checkpoint_id, self._checksum = reader.path, reader.checksum
+        values = Values(reader)
+        self._tensors = _tensors_of(reader, values)
+        self._numbers = _numbers_of(values) | values.model_objects()
         described: dict[str, Any] = {}
         for key, tensor in self._tensors.items():
             chunks = [box for _, box in tensor.boxes.values()]
@@ -100,16 +106,30 @@ class DcpReader(StorageReader):
         """Does nothing."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Returns the plan unchanged."""
-        return plan
+        """Returns the plan with the checkpoint that this rank has found."""
+        return replace(plan, storage_data=(str(self.checkpoint_id), self._checksum))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Returns the plans unchanged."""
+        """Returns the plans unchanged.
+
+        Raises:
+            CheckpointError: ranks have found different checkpoints.
+        """
+        found = sorted({plan.storage_data for plan in plans})
+        if len(found) > 1:
+            paths = " and ".join(sorted({path for path, _ in found}))
+            raise CheckpointError(
+                f"Ranks have found different checkpoints: {paths}. Another job has saved in the meantime. Make a new "
+                "DcpReader, or pass the directory of one checkpoint."
+            )
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads the plan's items, sorted by tensor and position."""
-        with Reader(self.checkpoint_id) as reader:
+        with self._reader or Reader(self.checkpoint_id) as reader:
+            self._reader = None
+            if reader.checksum != self._checksum:
+                raise CheckpointError(f"{reader.path} has been replaced while it was read. Load it again.")
             values = Values(reader)
             wanted: list[tuple[str, int, ReadItem]] = []
             for item in plan.items:
@@ -133,14 +153,16 @@ class DcpReader(StorageReader):
         done.set_result(None)
         return done
 
+    def _opened(self) -> Reader:
+        try:
+            return Reader(self.checkpoint_id)
+        except CheckpointRemovedError:
+            return open_newest(self._directory)
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Returns whether there is a checkpoint."""
-        try:
-            newest(Path(checkpoint_id))
-        except CheckpointError:
-            return False
-        return True
+        return has_checkpoint(checkpoint_id)
 
 
 def _tensors_of(reader: Reader, values: Values) -> dict[str, _Tensor]:

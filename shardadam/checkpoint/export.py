@@ -23,8 +23,10 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from shardadam.checkpoint.directory import newest, sync_directory
-from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec, memory_of
+from shardadam.checkpoint.directory import create_directory, sync_directory
+from shardadam.checkpoint.files import CheckpointError, TensorSpec, create_exclusively, memory_of
+from shardadam.checkpoint.reader import open_newest
+from shardadam.checkpoint.schema import MODEL_PREFIX
 from shardadam.checkpoint.values import Values
 from shardadam.state.flat_shard import in_shape
 
@@ -59,9 +61,8 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format: found {format!r}, expected one of {FORMATS}")
-    path = newest(Path(directory).absolute())
-    output = Path(f"{path.name}-{format}" if output is None else output).absolute()
-    with Reader(path) as reader:
+    with open_newest(Path(directory).absolute()) as reader:
+        output = Path(f"{reader.path.name}-{format}" if output is None else output).absolute()
         values = Values(reader)
         write = _write_torch if format == "torch" else _write_safetensors
         try:
@@ -81,10 +82,17 @@ class _Files:
 
     def new(self, name: str) -> IO[bytes]:
         path = self._output / name
-        if path.exists():
+        if os.path.lexists(path):
             raise CheckpointError(f"{path} exists already. Remove it, or export to another directory.")
+        try:
+            descriptor = create_exclusively(_temporary(path))
+        except FileExistsError as error:
+            raise CheckpointError(
+                f"{_temporary(path)} exists already: another export is writing there, or one was killed. Remove it, or "
+                "export to another directory."
+            ) from error
         self.paths.append(path)
-        return _temporary(path).open("wb")
+        return open(descriptor, "wb")
 
 
 def _temporary(path: Path) -> Path:
@@ -94,11 +102,11 @@ def _temporary(path: Path) -> Path:
 @contextmanager
 def _published(output: Path) -> Iterator[_Files]:
     """Renames all files that the block opened to their own names; if it fails, removes all of them."""
-    created = [path for path in (output, *output.parents) if not path.exists()]
+    created: list[Path] = []
     files = _Files(output)
     published: list[Path] = []
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        created = create_directory(output)
         yield files
         for path in files.paths:
             os.replace(_temporary(path), path)
@@ -171,6 +179,11 @@ class _Pickler(pickle.Pickler):
 
 
 def _record_of(tensor: Tensor) -> _Record:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"An object of the model contains a tensor of layout {tensor.layout} and dtype {tensor.dtype} on "
+            f"{tensor.device}, expected a dense one on the CPU. Its checkpoint cannot be exported."
+        )
     flat = tensor.detach().cpu().contiguous().view(-1)
     return _Record(TensorSpec(tensor.dtype, tuple(tensor.shape), tuple(range(tensor.ndim))), lambda: [flat])
 
@@ -180,14 +193,14 @@ def _strides(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _write_torch(values: Values, files: _Files) -> None:
-    keys = [key for key in values.specs if key.startswith("model.")]
+    keys = [key for key in values.specs if key.startswith(MODEL_PREFIX)]
     objects = values.model_objects()
     if keys or objects:
         records = {key: _stored(values, key) for key in keys}
         aliases = {alias: records[key] for alias, key in values.aliases.items()}
         named = {**records, **aliases, **objects}
         with files.new("model.pt") as file:
-            _save(file, {key.removeprefix("model."): value for key, value in named.items()})
+            _save(file, {key.removeprefix(MODEL_PREFIX): value for key, value in named.items()})
     groups = values.param_groups()
     if groups:
         with files.new("optimizer.pt") as file:
@@ -267,16 +280,19 @@ SAFETENSORS_DTYPES = {
 }
 
 
+_METADATA = "__metadata__"
+
+
 def _write_safetensors(values: Values, files: _Files) -> None:
     objects = list(values.model_objects())
     if objects:
         raise CheckpointError(
             f"{objects[0]} is no tensor; safetensors files contain only tensors. Export with format torch."
         )
-    keys = [key for key in values.specs if key.startswith("model.")]
+    keys = [key for key in values.specs if key.startswith(MODEL_PREFIX)]
     if keys:
-        model = {key.removeprefix("model."): key for key in keys}
-        aliases = {a.removeprefix("model."): key.removeprefix("model.") for a, key in values.aliases.items()}
+        model = {key.removeprefix(MODEL_PREFIX): key for key in keys}
+        aliases = {a.removeprefix(MODEL_PREFIX): key.removeprefix(MODEL_PREFIX) for a, key in values.aliases.items()}
         _write_file(values, files, "model.safetensors", model, {"aliases": aliases} if aliases else {})
     groups = values.param_groups()
     if groups:
@@ -291,8 +307,16 @@ def _write_file(
     values: Values, files: _Files, file_name: str, keys: Mapping[str, str], metadata: Mapping[str, Any]
 ) -> None:
     """Writes one file. ``keys``: keys of the checkpoint, by name in the file."""
-    texts = {name: json.dumps(value, default=_to_json) for name, value in metadata.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **texts}}
+    if _METADATA in keys:
+        raise CheckpointError(
+            f"{keys[_METADATA]} is called {_METADATA}, a name that safetensors files have for something else. Export "
+            "with format torch."
+        )
+    try:
+        texts = {name: json.dumps(value, default=_to_json) for name, value in metadata.items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"A param group contains what JSON lacks: {error}. Export with format torch.") from error
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **texts}}
     end = 0
     # In order of descending element size, every tensor is aligned to its own.
     names = sorted(keys, key=lambda name: -values.specs[keys[name]].dtype.itemsize)
@@ -329,6 +353,4 @@ def _row_major(values: Values, key: str) -> Iterator[Tensor]:
 def _to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    raise CheckpointError(
-        f"A param group contains a {type(value).__name__}, which JSON lacks. Export with format torch."
-    )
+    raise TypeError(f"a {type(value).__name__}")

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The format of a checkpoint: files of plain bytes, ``rank-00000.bin`` and so on, and the manifest ``checkpoint.json``.
 
-Every tensor is cut into items of at most ``ITEM_BYTES``, by positions in memory order; each item has a checksum. Only
-objects are unpickled, by torch.load with ``weights_only=True``, which imports nothing. Knows no optimizers, and ranks
-only as numbers of files.
+Every tensor is cut into items of at most ``ITEM_BYTES``, by positions in memory order; each item has a checksum.
+Describes files, writes them, and opens them; ``schema`` checks what a manifest says, ``reader`` reads. Knows no
+optimizers, and ranks only as numbers of files.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
-import io
 import json
 import os
-import pickle
-import re
+import stat
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +29,32 @@ MANIFEST = "checkpoint.json"
 FORMAT, VERSION = "shardadam checkpoint", 1
 
 
+MAX_MANIFEST_BYTES = 512 * 2**20
+"""Enough for 40 TB of tensors. A larger manifest is not read, so it is not written either."""
+
+
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read, or does not fit what it is loaded into."""
+    """A checkpoint cannot be written or read, or does not fit what it is loaded into.
+
+    Messages quote names that come from files, so all that a terminal might obey in them is escaped.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message), keep="\n"))
+
+
+class CheckpointRemovedError(CheckpointError):
+    """The checkpoint has been removed since it was chosen, as ``save(keep=...)`` of another job does."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Returns ``text`` with everything unprintable escaped as in Python ("\\x1b"), except the characters in ``keep``.
+
+    Escape sequences, line breaks and marks that reorder text could otherwise change what a terminal shows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class Item(NamedTuple):
@@ -100,7 +122,7 @@ class PartWriter:
     def __init__(self, directory: Path, rank: int) -> None:
         self._path = directory / file_name(rank)
         self._rank = rank
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._file = create_exclusively(self._path)
         self._offset = 0
         self._writeback_until = 0
         self.index = Index()
@@ -120,7 +142,7 @@ class PartWriter:
             items.append(Item(low, high - low, self._rank, offset, crc32))
 
     def write_object(self, key: str, pickled: bytes) -> None:
-        """Writes what ``safely_pickled`` returned."""
+        """Writes what ``objects.safely_pickled`` returned."""
         offset, crc32 = self._append(memoryview(pickled))
         self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), crc32)
 
@@ -147,25 +169,6 @@ class PartWriter:
             _start_writeback(self._file, self._writeback_until, self._offset)
             self._writeback_until = self._offset
         return offset, crc32
-
-
-def safely_pickled(key: str, value: Any) -> bytes:
-    """Pickles what ``torch.load`` reads without importing anything: tensors, numbers, texts, and lists, tuples, sets
-    and dicts of them.
-
-    Raises:
-        CheckpointError: ``value`` contains something else.
-    """
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{key} contains something that could only be loaded by running code, so it is not saved: "
-            f"{_unpicklers_reason(error)}. Expected only tensors, numbers, texts, lists, tuples and dicts."
-        ) from error
-    return buffer.getvalue()
 
 
 def _start_writeback(descriptor: int, start: int, stop: int) -> None:
@@ -207,11 +210,12 @@ def merge(parts: Sequence[Index]) -> Index:
             known.items += tensor.items
     for key, tensor in merged.tensors.items():
         tensor.items.sort()
-        _check_whole(key, tensor)
+        check_whole(key, tensor)
     return merged
 
 
-def _check_whole(key: str, tensor: StoredTensor) -> None:
+def check_whole(key: str, tensor: StoredTensor) -> None:
+    """Raises CheckpointError unless the items make up the tensor."""
     end = 0
     for item in tensor.items:
         if item.start != end or item.numel < 1:
@@ -224,7 +228,8 @@ def _check_whole(key: str, tensor: StoredTensor) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replaces the file by one with this text. A crash leaves the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.saving")
-    with temporary.open("w") as file:
+    temporary.unlink(missing_ok=True)  # a crash has left it, or it is a link that leads elsewhere
+    with open(create_exclusively(temporary), "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -232,13 +237,19 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
+    """Raises CheckpointError if the manifest would be larger than what is read."""
     content = json.loads(json.dumps(content))  # as a reader finds it: no tuples, all keys are texts
-    return json.dumps(
-        {"format": FORMAT, "version": VERSION, "sha256": _digest(content), "content": content}, separators=(",", ":")
+    text = json.dumps(
+        {"format": FORMAT, "version": VERSION, "sha256": digest(content), "content": content}, separators=(",", ":")
     )
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"The manifest would have {len(text)} bytes, expected at most {MAX_MANIFEST_BYTES}. Pass less as extra."
+        )
+    return text
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
@@ -258,209 +269,60 @@ def index_to_json(index: Index) -> dict[str, Any]:
     }
 
 
-def index_from_json(found: Any) -> Index:
-    """Raises KeyError, TypeError or ValueError if ``found`` is not what ``index_to_json`` returns."""
-    files = [(_name(name), _count(nbytes)) for name, nbytes in found["files"]]
-    tensors = {}
-    for key, entry in found["tensors"].items():
-        dtype = getattr(torch, entry["dtype"])
-        shape, order = tuple(map(_count, entry["shape"])), tuple(map(_count, entry["order"]))
-        if not isinstance(dtype, torch.dtype) or sorted(order) != list(range(len(shape))):
-            raise ValueError(f"{key}: dtype {entry['dtype']}, shape {shape}, order {order}")
-        items = [Item(*map(_count, item)) for item in entry["items"]]
-        tensors[key] = StoredTensor(TensorSpec(dtype, shape, order), items, [item.start for item in items])
-    objects = {key: StoredObject(*map(_count, entry)) for key, entry in found["objects"].items()}
-    return Index(files, tensors, objects)
+# Opening files
 
 
-def _check_content(content: Mapping[str, Any]) -> None:
-    for name, kind in {"step": int, "world_size": int, "aliases": dict, "extras": list}.items():
-        if not isinstance(content[name], kind):
-            raise ValueError(f"{name}: found {content[name]!r}, expected {kind.__name__}")
-    optimizer = content.get("optimizer")
-    if optimizer is not None:
-        for name, kind in {"groups": list, "skipped_steps": int, "parameters": dict}.items():
-            if not isinstance(optimizer[name], kind):
-                raise ValueError(f"{name}: found {optimizer[name]!r}, expected {kind.__name__}")
+def open_regular(path: Path) -> tuple[int, int]:
+    """Opens a file to read it; returns its descriptor and its size in bytes.
 
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"found {value!r}, expected a whole number of 0 or more")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"rank-\d{5,}\.bin", value):
-        raise ValueError(f"found the file name {value!r}, expected rank-NNNNN.bin")
-    return value
-
-
-# Reading
-
-
-class Reader:
-    """Reads one checkpoint, and verifies what it reads.
-
-    ``content`` is the manifest; ``bytes_read`` counts the bytes of data read so far.
-
-    Args:
-        path: the directory that holds ``checkpoint.json``.
+    Refuses everything but a regular file before it opens it: a FIFO would block, and a device might act.
 
     Raises:
-        CheckpointError: it is no checkpoint, or is incomplete or damaged.
+        OSError: it is no regular file, is missing, or cannot be opened.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes_read = 0
-        self._descriptors: dict[int, int] = {}
-        self._buffer = bytearray()
-        self.content = self._read_manifest()
-        try:
-            self.index = index_from_json(self.content["index"])
-            _check_content(self.content)
-            for key, tensor in self.index.tensors.items():
-                _check_whole(key, tensor)
-                for item in tensor.items:
-                    self._check_extent(key, item.file, item.offset, item.numel * tensor.spec.dtype.itemsize)
-            for key, stored in self.index.objects.items():
-                self._check_extent(key, stored.file, stored.offset, stored.nbytes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path / MANIFEST} is damaged: {error}. {self._remedy()}") from error
-        self._check_files()
-
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def read_(self, key: str, start: int, target: Tensor) -> None:
-        """Fills ``target`` (1-D, contiguous, on the CPU, of the stored dtype) with the elements from ``start`` on."""
-        tensor = self.index.tensors[key]
-        itemsize = tensor.spec.dtype.itemsize
-        memory, stop = memory_of(target), start + target.numel()
-        position = bisect_right(tensor.starts, start) - 1
-        while start < stop:
-            item = tensor.items[position]
-            end = min(stop, item.start + item.numel)
-            into = memory[: (end - start) * itemsize]
-            if end - start == item.numel:
-                self._read_item(key, item, itemsize, into)
-            else:
-                whole = self._scratch(item.numel * itemsize)
-                self._read_item(key, item, itemsize, whole)
-                begin = (start - item.start) * itemsize
-                into[:] = whole[begin : begin + len(into)]
-            memory, start, position = memory[len(into) :], end, position + 1
-
-    def read_object(self, key: str) -> Any:
-        stored = self.index.objects[key]
-        content = memoryview(bytearray(stored.nbytes))
-        self._read_verified(key, stored.file, stored.offset, stored.crc32, content)
-        try:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.path}: {key} contains something that could only be loaded by running code: "
-                f"{_unpicklers_reason(error)}. It is not loaded. Do not load it by other means unless you trust its "
-                "author."
-            ) from error
-
-    def verify(self) -> Iterator[tuple[str, int]]:
-        """Reads everything; yields key and bytes of each item. Raises CheckpointError at the first damage."""
-        for key, tensor in self.index.tensors.items():
-            for item in tensor.items:
-                nbytes = item.numel * tensor.spec.dtype.itemsize
-                self._read_item(key, item, tensor.spec.dtype.itemsize, self._scratch(nbytes))
-                yield key, nbytes
-        for key, stored in self.index.objects.items():
-            self.read_object(key)
-            yield key, stored.nbytes
-
-    def _read_item(self, key: str, item: Item, itemsize: int, into: memoryview) -> None:
-        self._read_verified(f"{key}, from element {item.start}", item.file, item.offset, item.crc32, into)
-
-    def _read_verified(self, what: str, file: int, offset: int, crc32: int, into: memoryview) -> None:
-        name = self.index.files[file][0]
-        done = 0
-        try:
-            if file not in self._descriptors:
-                if len(self._descriptors) >= 64:
-                    self.close()
-                self._descriptors[file] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
-            while done < len(into):
-                count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{self.path / name} is damaged: it ends within {what}. {self._remedy()}")
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path / name} cannot be read: {error.strerror}.") from error
-        self.bytes_read += len(into)
-        if zlib.crc32(into) != crc32:
-            raise CheckpointError(
-                f"{self.path / name} is damaged: the {len(into)} bytes at {offset} ({what}) do not match their "
-                f"checksum. {self._remedy()}"
-            )
-
-    def _scratch(self, nbytes: int) -> memoryview:
-        if len(self._buffer) < nbytes:
-            self._buffer = bytearray(nbytes)
-        return memoryview(self._buffer)[:nbytes]
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.path / MANIFEST
-        try:
-            found = json.loads(path.read_bytes())
-            if found["format"] != FORMAT or found["sha256"] != _digest(found["content"]):
-                raise ValueError("its content does not match its checksum")
-            if found["version"] != VERSION:
-                raise CheckpointError(
-                    f"{path} has format version {found['version']}, expected {VERSION}. Update shardadam."
-                )
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{self.path} is not a whole checkpoint: {MANIFEST} is missing. {self._remedy()}"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}. {self._remedy()}") from error
-        content: dict[str, Any] = found["content"]
-        return content
-
-    def _check_extent(self, key: str, file: int, offset: int, nbytes: int) -> None:
-        if file >= len(self.index.files) or offset + nbytes > self.index.files[file][1]:
-            raise ValueError(f"{key} ends beyond its file")
-
-    def _check_files(self) -> None:
-        for name, nbytes in self.index.files:
-            try:
-                found = os.stat(self.path / name).st_size
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.path} is not whole: {name} cannot be read ({error.strerror}). {self._remedy()}"
-                ) from error
-            if found != nbytes:
-                raise CheckpointError(
-                    f"{self.path / name} is damaged: found {found} bytes, expected {nbytes}. {self._remedy()}"
-                )
-
-    def _remedy(self) -> str:
-        return "Copy it again from an intact source, or load another checkpoint by its own directory."
+    _check_regular(path, os.stat(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        found = os.fstat(descriptor)
+        _check_regular(path, found)  # it may have been replaced in between
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, found.st_size
 
 
-def _unpicklers_reason(error: BaseException) -> str:
-    """Returns why torch.load refused it, without its advice to unpickle without restrictions."""
-    text = str(error)
-    found = re.search(
-        r"Unsupported (?:global|class|operand)[^.\n]*\S*|GLOBAL \S+|[A-Z_]+ \S+ was not an allowed[^.\n]*", text
-    )
-    return found.group(0) if found else next((line for line in text.splitlines() if line.strip()), repr(error))
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(found.st_mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file", str(path))
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Reads a whole file.
+
+    Raises:
+        OSError: as ``open_regular``; or it is larger than ``max_bytes``.
+    """
+    descriptor, nbytes = open_regular(path)
+    with open(descriptor, "rb") as file:
+        if nbytes > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {nbytes} bytes, expected at most {max_bytes}", str(path))
+        return file.read(nbytes)
+
+
+def create_exclusively(path: Path) -> int:
+    """Creates a file that did not exist, not even as a link, and returns its descriptor for writing.
+
+    Raises:
+        OSError: it exists, or cannot be created.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 
 from shardadam.checkpoint.background import wait_for_background_save
 from shardadam.checkpoint.contents import (
-    PARAM_GROUPS,
-    SCHEDULER,
     Contents,
     OwnedParameter,
     contents_of,
@@ -27,9 +26,12 @@ from shardadam.checkpoint.contents import (
     set_random_state,
 )
 from shardadam.checkpoint.directory import newest
-from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
-from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
+from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, store_barrier_for
+from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
+from shardadam.checkpoint.objects import check_fits_scheduler
 from shardadam.checkpoint.pieces import Piece, pieces_of
+from shardadam.checkpoint.reader import MAX_CHOICES, Reader
+from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, SavedOptimizer, random_state_key
 from shardadam.engine.storage import ShardedParam, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
@@ -81,6 +83,8 @@ def load(
         random_states: restore the random number generators too, on ranks below the number of ranks that saved.
         timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
 
+    If another job removes the checkpoint while it is opened (``save(keep=...)``), all ranks load the next newest one.
+
     Raises:
         TimeoutError: names ranks that did not call ``load``.
         CheckpointError: there is no checkpoint, it is damaged, or it does not fit. Nothing has changed unless the
@@ -93,32 +97,68 @@ def load(
     with exchange.phase(ARRIVAL) as arrival:
         if store_barrier.rank == 0:
             arrival.value = str(newest(directory))
-    path = Path(arrival.values[0])
+    paths = [Path(arrival.values[0])]
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
 
-    with ExitStack() as opened:
-        with exchange.phase("checked"):
-            reader = opened.enter_context(Reader(path))
-            contents = contents_of(model, optimizer)
-            if optimizer is not None:
-                optimizer._checkpoint_seam.bind_moved()
-            _check_fit(contents, reader, scheduler)
-            objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
-        with _halfway(path, optimizer):
-            with exchange.phase("read"), torch.no_grad(), store_barrier.heartbeat():
-                _read_tensors(contents, reader)
-            if optimizer is not None:
-                _set_scalars(contents, reader.content["optimizer"])
-                optimizer._checkpoint_seam.after_load(parameters=model is not None)
-            with exchange.phase("done", is_last=True):
-                _set_objects(contents, objects, scheduler)
-                if random_states and f"rng.{store_barrier.rank}" in objects:
-                    set_random_state(objects[f"rng.{store_barrier.rank}"])
-        extras = reader.content["extras"]
+    with ExitStack() as opened, ExitStack() as begun:
+        while True:
+            with exchange.phase("checked") as phase, _removal_in(phase):
+                reader = opened.enter_context(Reader(paths[-1]))
+                contents = contents_of(model, optimizer)
+                if optimizer is not None:
+                    optimizer._checkpoint_seam.bind_moved()
+                _check_fit(contents, reader, scheduler)
+                objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
+            if not any(phase.values):
+                begun.enter_context(_halfway(paths[-1], optimizer))
+                with (
+                    exchange.phase("read") as phase,
+                    _removal_in(phase),
+                    torch.no_grad(),
+                    store_barrier.heartbeat(),
+                ):
+                    _read_tensors(contents, reader)
+                if not any(phase.values):
+                    break
+            opened.close()
+            paths.append(_choose_again(exchange, directory, paths, removed=next(filter(None, phase.values))))
+        if optimizer is not None:
+            assert reader.manifest.optimizer is not None
+            _set_scalars(contents, reader.manifest.optimizer)
+            optimizer._checkpoint_seam.after_load(parameters=model is not None)
+        with exchange.phase("done", is_last=True):
+            _set_objects(contents, objects, scheduler)
+            if random_states and random_state_key(store_barrier.rank) in objects:
+                set_random_state(objects[random_state_key(store_barrier.rank)])
+        extras = reader.manifest.extras
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
-        return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
+        return Checkpoint(reader.path, reader.manifest.step, reader.manifest.world_size, extra, extras)
+
+
+@contextmanager
+def _removal_in(phase: Phase) -> Iterator[None]:
+    """If the block finds that the checkpoint has been removed, says so to all ranks as the phase's value."""
+    try:
+        yield
+    except CheckpointRemovedError as error:
+        phase.value = str(error)
+
+
+def _choose_again(exchange: RankExchange, directory: Path, tried: Sequence[Path], *, removed: str) -> Path:
+    """Returns the checkpoint that is the newest now, the same on all ranks. Collective.
+
+    Raises:
+        CheckpointError: there is none, or it is one of ``tried``, or too many have been.
+    """
+    with exchange.phase("chosen again") as phase:
+        if exchange.store_barrier.rank == 0:
+            path = newest(directory)
+            if path in tried or len(tried) >= MAX_CHOICES:
+                raise CheckpointRemovedError(removed)
+            phase.value = str(path)
+    return Path(phase.values[0])
 
 
 @contextmanager
@@ -142,7 +182,7 @@ def _halfway(path: Path, optimizer: ShardedAdam | None) -> Iterator[None]:
 def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
     """Raises CheckpointError unless names and shapes of everything to be loaded are those of the checkpoint."""
     tensors = reader.index.tensors
-    aliases: Mapping[str, str] = reader.content["aliases"]
+    aliases = reader.manifest.aliases
     if contents.model is not None:
         found = {key for key in tensors if key.startswith("model.")} | aliases.keys()
         objects = {key for key in reader.index.objects if key.startswith("model.")}
@@ -153,19 +193,20 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
         shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
         shapes |= {p.value_key: tuple(p.param.shape) for p in contents.owned}
         _check_shapes(reader, {aliases.get(key, key): shape for key, shape in shapes.items()})
+        _check_dtypes(contents, reader)
     if contents.optimizer is not None:
-        saved = reader.content.get("optimizer")
+        saved = reader.manifest.optimizer
         if saved is None:
             raise CheckpointError(f"{reader.path} was saved without an optimizer. Call load without optimizer.")
-        _check_groups(contents, reader, saved["groups"])
-        frozen = sorted(set(saved["parameters"]) - {parameter.name for parameter in contents.owned})
+        _check_groups(contents, reader, saved.groups)
+        frozen = sorted(set(saved.parameters) - {parameter.name for parameter in contents.owned})
         if frozen:
             raise CheckpointError(
                 f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad on "
                 "them before loading. You may freeze them again afterwards; their state stays."
             )
         for parameter in contents.owned:
-            if parameter.name in saved["parameters"]:
+            if parameter.name in saved.parameters:
                 numel = torch.Size(parameter.param.shape).numel()
                 blocks = (-(-numel // ALIGNMENT_NUMEL),)
                 shapes = {
@@ -207,6 +248,33 @@ def _check_shapes(reader: Reader, expected: Mapping[str, tuple[int, ...]]) -> No
         )
 
 
+def _check_dtypes(contents: Contents, reader: Reader) -> None:
+    """Raises CheckpointError unless torch converts what is stored to the dtypes of the model's tensors."""
+    aliases = reader.manifest.aliases
+    targets = {key: tensor.dtype for key, tensor in contents.replicated.items()}
+    targets |= {p.value_key: p.param.parameter.dtype for p in contents.owned}
+    for key, dtype in targets.items():
+        stored = reader.index.tensors.get(aliases.get(key, key))
+        if stored is not None and not _is_converted(stored.spec.dtype, dtype):
+            raise CheckpointError(
+                f"{reader.path} does not fit: {key} is {stored.spec.dtype}, which is not converted to {dtype}. Build "
+                "the model that was saved."
+            )
+
+
+@cache
+def _is_converted(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    if stored == dtype:
+        return True
+    if stored.is_complex and not dtype.is_complex:  # torch would drop the imaginary parts
+        return False
+    try:
+        torch.zeros(1, dtype=dtype).copy_(torch.zeros(stored.itemsize, dtype=torch.uint8).view(stored))
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[str]]) -> None:
     mine = contents.groups
     found, expected = {name for group in saved for name in group}, {name for group in mine for name in group}
@@ -223,29 +291,35 @@ def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[s
 
 
 def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int) -> dict[str, Any]:
-    wanted = [f"rng.{rank}"]
+    wanted = [random_state_key(rank)]
     if contents.model is not None:
         wanted += contents.objects
     if contents.optimizer is not None:
         wanted.append(PARAM_GROUPS)
     if scheduler is not None:
         wanted.append(SCHEDULER)
-    return {key: reader.read_object(key) for key in wanted if key in reader.index.objects}
+    objects = {key: reader.read_object(key) for key in wanted if key in reader.index.objects}
+    if scheduler is not None:
+        try:
+            check_fits_scheduler(scheduler, objects[SCHEDULER])
+        except ValueError as error:
+            raise CheckpointError(f"{reader.path} does not fit the scheduler: {error}.") from error
+    return objects
 
 
 def _read_tensors(contents: Contents, reader: Reader) -> None:
     """Reads replicated tensors, and this rank's pieces of parameters and their state, in place."""
-    aliases: Mapping[str, str] = reader.content["aliases"]
+    aliases, saved = reader.manifest.aliases, reader.manifest.optimizer
+    trained = saved.parameters if saved is not None else {}
     for key, tensor in contents.replicated.items():
         _read_whole(tensor, reader, aliases.get(key, key))
-    saved = reader.content.get("optimizer") or {"parameters": {}}
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
         parameter.param.kept_master = None
         for piece in pieces_of(parameter.param):
             if contents.model is not None and source.dtype("parameter") is not None:
                 _read_parameter(piece, source)
-            if parameter.name in saved["parameters"]:
+            if parameter.name in trained:
                 _read_state(piece, source)
 
 
@@ -352,12 +426,12 @@ def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any)
 
 
 @torch.no_grad()
-def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
+def _set_scalars(contents: Contents, saved: SavedOptimizer) -> None:
     assert contents.optimizer is not None
-    contents.optimizer.skipped_steps.fill_(saved["skipped_steps"])
+    contents.optimizer.skipped_steps.fill_(saved.skipped_steps)
     groups = contents.optimizer.param_groups
     for parameter in contents.owned:
-        param, entry = parameter.param, saved["parameters"].get(parameter.name)
+        param, entry = parameter.param, saved.parameters.get(parameter.name)
         counters = param.arena.counters
         if entry is None:  # it was frozen when it was saved, so its Adam restarts
             for piece in pieces_of(param):
@@ -366,9 +440,8 @@ def _set_scalars(contents: Contents, saved: Mapping[str, Any]) -> None:
                     if kind in state:
                         state[kind].zero_()
                 formats.write_master_(state, piece.parameter(), piece.parameter())
-        steps = 0.0 if entry is None else entry["step"]
+        steps = 0.0 if entry is None else entry.step
         counters.steps[param.arena_index] = steps
         betas = groups[param.arena.group_index]["betas"]
-        known = entry is not None and "bound" in entry
-        bound = float.fromhex(entry["bound"]) if known else reference.bound_squared_at(steps, betas)
-        counters.bounds[param.arena_index] = bound
+        bound = None if entry is None else entry.bound
+        counters.bounds[param.arena_index] = reference.bound_squared_at(steps, betas) if bound is None else bound

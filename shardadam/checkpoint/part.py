@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from shardadam.checkpoint.contents import (
-    PARAM_GROUPS,
-    SCHEDULER,
     Contents,
     OwnedParameter,
     contents_of,
@@ -22,8 +20,10 @@ from shardadam.checkpoint.contents import (
     spec_of,
     state_specs,
 )
-from shardadam.checkpoint.files import CheckpointError, TensorSpec, safely_pickled
+from shardadam.checkpoint.files import CheckpointError, TensorSpec
+from shardadam.checkpoint.objects import safely_pickled
 from shardadam.checkpoint.pieces import Piece, pieces_of
+from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, random_state_key
 from shardadam.engine.storage import is_dense
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
@@ -91,7 +91,7 @@ def collect_part(
     for parameter in owned:
         for kind, spec in state_specs(parameter.param).items():
             _add_pieces(part, parameter, kind, parameter.state_key(kind), spec)
-    objects: dict[str, Any] = {f"rng.{rank}": random_state()}
+    objects: dict[str, Any] = {random_state_key(rank): random_state()}
     if rank == 0:
         part.description = _description(contents, step, world_size)
         objects |= contents.objects

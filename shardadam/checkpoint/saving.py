@@ -27,13 +27,13 @@ from shardadam.checkpoint.files import (
     MANIFEST,
     CheckpointError,
     PartWriter,
-    index_from_json,
     index_to_json,
     manifest_text,
     merge,
     write_durably,
 )
 from shardadam.checkpoint.part import Part, collect_part
+from shardadam.checkpoint.schema import index_from_json
 from shardadam.optimizer import ShardedAdam
 from shardadam.ranks.store_barrier import StoreBarrier
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.checkpoint.contents import PARAM_GROUPS
-from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
+from shardadam.checkpoint.files import TensorSpec
+from shardadam.checkpoint.reader import Reader
+from shardadam.checkpoint.schema import MODEL_PREFIX, PARAM_GROUPS, STATE_PREFIX
 from shardadam.layout import ALIGNMENT_NUMEL, cut
 from shardadam.update import formats
 
@@ -34,33 +35,30 @@ class Values:
 
     Args:
         reader: must stay open while anything is read.
-
-    Raises:
-        CheckpointError: moments are stored in codes without matching scales.
     """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        tensors = reader.index.tensors
-        optimizer = reader.content.get("optimizer") or {"groups": [], "parameters": {}}
-        self.groups: list[list[str]] = optimizer["groups"]
-        self.parameters: list[str] = [n for group in self.groups for n in group if n in optimizer["parameters"]]
-        self.steps: dict[str, float] = {name: optimizer["parameters"][name]["step"] for name in self.parameters}
-        self.aliases: dict[str, str] = reader.content["aliases"]
+        optimizer = reader.manifest.optimizer
+        self.groups: list[list[str]] = optimizer.groups if optimizer else []
+        saved = optimizer.parameters if optimizer else {}
+        self.parameters: list[str] = [name for group in self.groups for name in group if name in saved]
+        self.steps: dict[str, float] = {name: saved[name].step for name in self.parameters}
+        self.aliases: dict[str, str] = reader.manifest.aliases
         self._scale_of: dict[str, str] = {}
-        self.specs = {key: tensor.spec for key, tensor in tensors.items()}
+        self.specs = {key: tensor.spec for key, tensor in reader.index.tensors.items()}
         for name in self.parameters:
             for kind, scale in zip(formats.MOMENTS, formats.SCALES, strict=True):
-                key, scale_key = f"optimizer.state.{name}.{kind}", f"optimizer.state.{name}.{scale}"
+                key, scale_key = f"{STATE_PREFIX}{name}.{kind}", f"{STATE_PREFIX}{name}.{scale}"
                 spec = self.specs[key]
                 if not spec.dtype.is_floating_point:
-                    self._scale_of[key] = self._checked_scale(key, scale_key)
+                    self._scale_of[key] = scale_key
                 self.specs.pop(scale_key, None)
                 self.specs[key] = TensorSpec(torch.promote_types(spec.dtype, torch.float32), spec.shape, spec.order)
 
     def state_of(self, name: str) -> dict[str, str]:
         """Returns the keys of a parameter's state, by kind (of ``STATE``)."""
-        keys = {kind: f"optimizer.state.{name}.{kind}" for kind in STATE}
+        keys = {kind: f"{STATE_PREFIX}{name}.{kind}" for kind in STATE}
         return {kind: key for kind, key in keys.items() if key in self.specs}
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -73,7 +71,7 @@ class Values:
 
     def model_objects(self) -> dict[str, Any]:
         """Returns the entries of the model's state that are stored as objects, by key."""
-        keys = [key for key in self._reader.index.objects if key.startswith("model.")]
+        keys = [key for key in self._reader.index.objects if key.startswith(MODEL_PREFIX)]
         return {key: self._reader.read_object(key) for key in keys}
 
     def opened(self, key: str) -> ReadFn:
@@ -91,17 +89,6 @@ class Values:
         read = self.opened(key)
         for start, stop in cut(0, self.specs[key].numel, CHUNK_NUMEL):
             yield read(start, stop)
-
-    def _checked_scale(self, key: str, scale_key: str) -> str:
-        blocks = -(-self.specs[key].numel // ALIGNMENT_NUMEL)
-        scale = self.specs.get(scale_key)
-        if scale is None or scale.shape != (blocks,):
-            found = "none" if scale is None else f"shape {scale.shape}"
-            raise CheckpointError(
-                f"{self._reader.path}: {key} is stored in codes; found {found} as {scale_key}, expected scales of "
-                f"shape ({blocks},). Load another checkpoint by its own directory."
-            )
-        return scale_key
 
 
 class _Items:

@@ -193,10 +193,10 @@ def _check_other_optimizer(optimizer: Optimizer, *_: Any) -> None:
         _checked_optimizers.add(optimizer)  # one of this package, or one over the same parameters
     elif any(p.grad is not None for p in parameters):
         _checked_optimizers.add(optimizer)
-        warn_about_outside(_siblings(parameters), f"{type(optimizer).__name__}, not by this optimizer,")
+        warn_about_outside(_siblings(parameters), by=type(optimizer).__name__)
 
 
-def warn_about_outside(named: Mapping[str, Tensor], by: str = "code other than this optimizer,") -> None:
+def warn_about_outside(named: Mapping[str, Tensor], *, by: str = "the code that trains them") -> None:
     """Warn, once per process, if any of the parameters has a gradient that nobody has averaged over ranks.
 
     Args:
@@ -208,9 +208,10 @@ def warn_about_outside(named: Mapping[str, Tensor], by: str = "code other than t
         return
     _warned.add("outside")
     warnings.warn(
-        f"{_some(left)}: trained by {by} and nothing averages their gradients over ranks, so that ranks train "
-        "different values. Call optimizer.average_gradients(parameters) with them after each backward, on all ranks, "
-        "before they are updated.",
+        f"{_some(left)}: parameters of the model that this optimizer does not have, and nothing averages their "
+        f"gradients over ranks. So {by} writes different values on each rank. Call "
+        "optimizer.average_gradients(parameters) with them after each backward, on all ranks; or freeze them "
+        "(requires_grad=False) if nothing trains them.",
         stacklevel=_stacklevel(),
     )
 

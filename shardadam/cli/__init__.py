@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from shardadam.checkpoint.files import CheckpointError
 from shardadam.cli import checkpoints, environment, plan
 from shardadam.cli.errors import CommandError
+from shardadam.cli.text import show
 from shardadam.version import __version__
 
 __all__ = ["main"]
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, CommandError, OSError) as error:
-        print(f"shardadam: {error}", file=sys.stderr)
+        show(f"shardadam: {error}", to="stderr")
         return 1
 
 

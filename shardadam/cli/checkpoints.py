@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.export import FORMATS, export
-from shardadam.checkpoint.files import MANIFEST, CheckpointError, Reader
-from shardadam.cli.text import binary_size, table
+from shardadam.checkpoint.files import MANIFEST, CheckpointError
+from shardadam.checkpoint.reader import Reader, open_newest
+from shardadam.checkpoint.schema import MODEL_PREFIX, STATE_PREFIX
+from shardadam.cli.text import binary_size, show, table
 from shardadam.update import formats
 
 
@@ -49,16 +49,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _export(options: argparse.Namespace) -> int:
     for path in export(options.directory, format=options.format, output=options.output):
-        print(f"{path}  {binary_size(path.stat().st_size)}")
+        show(f"{path}  {binary_size(path.stat().st_size)}")
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {"path": str(options.directory), "whole": False}
     try:
-        path = newest(options.directory.absolute())
-        found["path"] = str(path)
-        with Reader(path) as reader:
+        with open_newest(options.directory.absolute()) as reader:
+            found["path"] = str(reader.path)
             found |= _summary(reader)
             if not options.no_verify:
                 for _ in reader.verify():
@@ -67,30 +66,28 @@ def _inspect(options: argparse.Namespace) -> int:
     except (CheckpointError, OSError) as error:
         found["error"] = str(error)
     if options.json:
-        print(json.dumps(found, indent=2))
+        show(json.dumps(found, indent=2))
     elif "step" in found:
-        print(_text(found))
+        show(_text(found))
     if "error" in found:
-        print(f"shardadam: {found['error']}", file=sys.stderr)
+        show(f"shardadam: {found['error']}", to="stderr")
     return 0 if found["whole"] else 1
 
 
 def _summary(reader: Reader) -> dict[str, Any]:
-    content, index = reader.content, reader.index
+    manifest, index = reader.manifest, reader.index
     kinds: dict[tuple[str, str], list[int]] = {}
     for key, tensor in index.tensors.items():
         dtype = str(tensor.spec.dtype).removeprefix("torch.")
         counts = kinds.setdefault((_kind(key), dtype), [0, 0, 0])
         counts[:] = counts[0] + 1, counts[1] + tensor.spec.numel, counts[2] + tensor.nbytes
-    optimizer = content.get("optimizer")
-    trained = list(optimizer["parameters"]) if optimizer else []
-    numel = sum(index.tensors[f"optimizer.state.{name}.exp_avg"].spec.numel for name in trained)
+    trained = list(manifest.optimizer.parameters) if manifest.optimizer else []
+    numel = sum(index.tensors[f"{STATE_PREFIX}{name}.exp_avg"].spec.numel for name in trained)
     parent = reader.path.parent
     return {
-        "step": content["step"],
-        "world_size": content["world_size"],
-        "shardadam": content["shardadam"],
-        "torch": content["torch"],
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        **manifest.versions,
         "parameters": {"tensors": len(trained), "elements": numel},
         "tensors": [
             {"kind": kind, "dtype": dtype, "tensors": count, "elements": elements, "bytes": nbytes}
@@ -111,7 +108,7 @@ KINDS = ("model", *formats.MOMENTS, "scales", "master")
 
 
 def _kind(key: str) -> str:
-    if key.startswith("model."):
+    if key.startswith(MODEL_PREFIX):
         return "model"
     kind = key.rpartition(".")[2]
     return "scales" if kind in formats.SCALES else kind

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardadam.cli.text import binary_size, table
+from shardadam.cli.text import binary_size, show, table
 from shardadam.transport.unix_sockets import why_unsupported
 from shardadam.version import __version__
 
@@ -52,9 +52,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _run(options: argparse.Namespace) -> int:
     found = environment()
     if options.json:
-        print(json.dumps(found, indent=2))
+        show(json.dumps(found, indent=2))
     else:
-        print("\n\n".join(_section(name, facts) for name, facts in found.items()))
+        show("\n\n".join(_section(name, facts) for name, facts in found.items()))
     return 0
 
 

@@ -26,6 +26,7 @@ from shardadam.cli.errors import CommandError
 from shardadam.planner import PlannedParameter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_MOST_CHARACTERS = 1000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -206,27 +207,51 @@ def _of_hugging_face(what: str, *, download: bool) -> ModelSource:
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(what, local_files_only=not download)
+        # Without trust_remote_code=False, transformers asks on the terminal whether to run code of the config's author.
+        config = transformers.AutoConfig.from_pretrained(what, local_files_only=not download, trust_remote_code=False)
     except Exception as error:
         raise CommandError(_why_no_config(what, error, download=download)) from error
     try:
-        # The class that is trained, with its head, if the config names one.
-        name = (getattr(config, "architectures", None) or [""])[0]
-        build = getattr(transformers, name, None) or transformers.AutoModel.from_config
         with torch.device("meta"):
-            model = build(config)
+            model = _build_config(transformers, config)
     except Exception as error:
-        raise CommandError(f"{what}: transformers cannot build this model: {_text_of(error)}") from error
+        raise CommandError(_why_not_built(what, error)) from error
     source = _of_model(what, "hugging_face", model)
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
-    return _cast(source, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CommandError(f"{what}: the config has dtype {dtype!r}, expected a floating-point one, such as bfloat16")
+    return _cast(source, dtype)
+
+
+def _build_config(transformers: Any, config: Any) -> nn.Module:
+    """Builds the class that is trained, with its head, if the config names one that transformers has."""
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, (list, tuple)) and names else None
+    build = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(build, type) and issubclass(build, nn.Module):
+        model: nn.Module = build(config)
+    else:
+        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _why_not_built(what: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):  # its advice is to run the code
+        return (
+            f"{what}: found a config that needs Python code of its author, which shardadam does not run. Build the "
+            "model in a function of your own, and give module:function."
+        )
+    return f"{what}: transformers cannot build this model: {_text_of(error)}"
 
 
 def _why_no_config(what: str, error: Exception, *, download: bool) -> str:
+    if "trust_remote_code" in str(error):
+        return _why_not_built(what, error)
     if Path(what).exists():
         return f"{what}: not a config that transformers can read: {_text_of(error)}"
     where = f"on the Hugging Face Hub: {_text_of(error)}"
-    if not download:
+    if not download and isinstance(error, OSError):
         where = "in the local Hugging Face cache. Give --download to look it up on the Hub."
     return (
         f"{what}: expected a number of parameters (7B, 350M, 1.3e9), a file or directory, module:function, or the name "
@@ -271,8 +296,20 @@ def _call_on_meta(what: str, module_name: str, function_name: str) -> nn.Module:
     return model
 
 
-def _text_of(error: Exception) -> str:
-    """Returns one line: the type, the message, and the file and line that raised it."""
+def _text_of(error: BaseException) -> str:
+    """Returns one line: the type, the message, and the file and line that raised it; the same of its root cause."""
+    root, seen = error, {id(error)}
+    while (before := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
+        if id(before) in seen:
+            break
+        root = before
+        seen.add(id(root))
+    text = _own_text_of(error)
+    return text if root is error else f"{text}, caused by {_own_text_of(root)}"
+
+
+def _own_text_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     raised_at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{raised_at}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_MOST_CHARACTERS]}{'...' * (len(text) > _MOST_CHARACTERS)}{raised_at}"

@@ -19,6 +19,7 @@ from shardadam.cli.errors import CommandError
 from shardadam.cli.model_source import DTYPES, find_model_source
 from shardadam.cli.plan_plot import plot
 from shardadam.cli.plan_text import as_text
+from shardadam.cli.text import show
 from shardadam.optimizer import GradientSync
 from shardadam.planner import Need, Setting
 from shardadam.precision import Master, Moments, Precision
@@ -138,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     if options.plot is not None:
         plot(found, options.plot)
-    print(json.dumps(as_json(found), indent=2) if options.json else as_text(found))
+    show(json.dumps(as_json(found), indent=2) if options.json else as_text(found))
     return 1 if found.fit is not None and not found.fit.fits else 0
 
 

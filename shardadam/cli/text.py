@@ -3,11 +3,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from shardadam.checkpoint.files import printable
+
+
+def show(text: str, *, to: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Prints text. All output of commands passes here, so that nothing in it controls the terminal.
+
+    What the terminal's encoding lacks is escaped, too.
+    """
+    stream = getattr(sys, to)
+    text = printable(text, keep="\n")
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
-    """Aligns ``rows``, all of one length, in columns; columns with an index in ``right`` are aligned to the right."""
+    """Aligns ``rows``, all of one length, in columns; columns with an index in ``right`` are aligned to the right.
+
+    A line break in a cell is escaped, as it would look like a row of its own.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one checkpoint, and verifies what it reads: the manifest by its schema, everything else by its checksum.
+
+Knows no optimizers. Reads regular files only, and never more at once than an item or an object.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    VERSION,
+    CheckpointError,
+    CheckpointRemovedError,
+    Item,
+    memory_of,
+    open_regular,
+    read_regular,
+)
+from shardadam.checkpoint.objects import ARCHIVE_START, check_object, unpickled
+from shardadam.checkpoint.schema import MODEL_PREFIX, Manifest, checksum_of, manifest_of, parsed, shown
+
+MAX_CHOICES = 10
+"""How often a checkpoint is chosen anew, if the chosen one is removed each time."""
+
+_MAX_OPEN = 64
+_LARGE_OBJECT_BYTES = 2**28
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
+class Reader:
+    """Reads one checkpoint, and verifies what it reads.
+
+    ``manifest`` is checked; ``checksum`` tells manifests apart; ``bytes_read`` counts the bytes of data read so far.
+    Files stay open, up to 64 of them: they can be read to the end even if the checkpoint is removed.
+
+    Args:
+        path: the directory that holds ``checkpoint.json``.
+
+    Raises:
+        CheckpointRemovedError: the directory does not exist (any more).
+        CheckpointError: it is no checkpoint, or is incomplete or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+        self._descriptors: dict[int, int] = {}
+        self._buffer = bytearray()
+        self.checksum, self.manifest = self._read_manifest()
+        self.index = self.manifest.index
+        try:
+            for file in range(len(self.index.files)):
+                self._check_file(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read_(self, key: str, start: int, target: Tensor) -> None:
+        """Fills ``target`` (1-D, contiguous, on the CPU, of the stored dtype) with the elements from ``start`` on."""
+        tensor = self.index.tensors[key]
+        itemsize = tensor.spec.dtype.itemsize
+        memory, stop = memory_of(target), start + target.numel()
+        position = bisect_right(tensor.starts, start) - 1
+        while start < stop:
+            item = tensor.items[position]
+            end = min(stop, item.start + item.numel)
+            into = memory[: (end - start) * itemsize]
+            if end - start == item.numel:
+                self._read_item(key, item, itemsize, into)
+            else:
+                whole = self._scratch(item.numel * itemsize)
+                self._read_item(key, item, itemsize, whole)
+                begin = (start - item.start) * itemsize
+                into[:] = whole[begin : begin + len(into)]
+            memory, start, position = memory[len(into) :], end, position + 1
+
+    def read_object(self, key: str) -> Any:
+        """Returns an object, of which ``objects.check_object`` approves."""
+        stored = self.index.objects[key]
+        if stored.nbytes > _LARGE_OBJECT_BYTES:  # the model's own may be: the rest is small
+            start = bytearray(len(ARCHIVE_START))
+            self._read(key, stored.file, stored.offset, memoryview(start))
+            if start != ARCHIVE_START or not key.startswith(MODEL_PREFIX):
+                raise CheckpointError(
+                    f"{self.path} is damaged: {key} has {stored.nbytes} bytes, expected what torch.save wrote, or at "
+                    f"most {_LARGE_OBJECT_BYTES} bytes. {self._remedy()}"
+                )
+        try:
+            content = bytearray(stored.nbytes)
+            self._read_verified(key, stored.file, stored.offset, stored.crc32, memoryview(content))
+            value = unpickled(f"{self.path}: {key}", content)
+        except MemoryError as error:
+            raise CheckpointError(f"{self.path}: {key} ({stored.nbytes} bytes) does not fit in memory.") from error
+        optimizer = self.manifest.optimizer
+        try:
+            check_object(key, value, groups=len(optimizer.groups) if optimizer else 0)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path} is damaged: {key}: {error}. {self._remedy()}") from error
+        return value
+
+    def verify(self) -> Iterator[tuple[str, int]]:
+        """Reads everything; yields key and bytes of each item. Raises CheckpointError at the first damage."""
+        for key, tensor in self.index.tensors.items():
+            for item in tensor.items:
+                nbytes = item.numel * tensor.spec.dtype.itemsize
+                self._read_item(key, item, tensor.spec.dtype.itemsize, self._scratch(nbytes))
+                yield key, nbytes
+        for key, stored in self.index.objects.items():
+            self.read_object(key)
+            yield key, stored.nbytes
+
+    def _read_item(self, key: str, item: Item, itemsize: int, into: memoryview) -> None:
+        self._read_verified(f"{key}, from element {item.start}", item.file, item.offset, item.crc32, into)
+
+    def _read_verified(self, what: str, file: int, offset: int, crc32: int, into: memoryview) -> None:
+        self._read(what, file, offset, into)
+        if zlib.crc32(into) != crc32:
+            path = self.path / self.index.files[file][0]
+            raise CheckpointError(
+                f"{path} is damaged: the {len(into)} bytes at {offset} ({what}) do not match their checksum. "
+                f"{self._remedy()}"
+            )
+
+    def _read(self, what: str, file: int, offset: int, into: memoryview) -> None:
+        path = self.path / self.index.files[file][0]
+        done = 0
+        if file not in self._descriptors:
+            if len(self._descriptors) >= _MAX_OPEN:
+                self.close()
+            self._check_file(file)
+        try:
+            while done < len(into):
+                count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{path} is damaged: it ends within {what}. {self._remedy()}")
+                done += count
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        self.bytes_read += len(into)
+
+    def _scratch(self, nbytes: int) -> memoryview:
+        if len(self._buffer) < nbytes:
+            self._buffer = bytearray(nbytes)
+        return memoryview(self._buffer)[:nbytes]
+
+    def _read_manifest(self) -> tuple[str, Manifest]:
+        path = self.path / MANIFEST
+        try:
+            text = read_regular(path, max_bytes=MAX_MANIFEST_BYTES)
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        try:
+            found = parsed(text)
+            if type(found) is not dict or found.get("format") != FORMAT or "content" not in found:
+                raise ValueError("it is no manifest of a checkpoint")
+            checksum = checksum_of(found["content"])
+            if found.get("sha256") != checksum:
+                raise ValueError("its content does not match its checksum")
+            manifest = manifest_of(found["content"]) if found.get("version") == VERSION else None
+        except MemoryError as error:
+            raise CheckpointError(f"{path} ({len(text)} bytes) does not fit in memory.") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}. {self._remedy()}") from error
+        if manifest is None:
+            version = shown(found.get("version"))
+            raise CheckpointError(f"{path} has format version {version}, expected {VERSION}. Update shardadam.")
+        return checksum, manifest
+
+    def _check_file(self, file: int) -> None:
+        """Opens a file, and checks its size. Keeps it open unless too many are."""
+        name, expected = self.index.files[file]
+        path = self.path / name
+        try:
+            descriptor, found = open_regular(path)
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        if len(self._descriptors) < _MAX_OPEN:
+            self._descriptors[file] = descriptor
+        else:
+            os.close(descriptor)
+        if found != expected:
+            raise CheckpointError(f"{path} is damaged: found {found} bytes, expected {expected}. {self._remedy()}")
+
+    def _unreadable(self, path: Path, error: OSError) -> CheckpointError:
+        if error.errno in _GONE and not os.path.isdir(self.path):
+            return CheckpointRemovedError(
+                f"{self.path} does not exist, or has been removed since it was chosen. A job that saves with keep=... "
+                "removes older checkpoints. Load again, or raise keep in that job."
+            )
+        if error.errno == errno.ENOENT and path.name == MANIFEST:
+            return CheckpointError(f"{self.path} is not a whole checkpoint: {MANIFEST} is missing. {self._remedy()}")
+        if error.errno in _GONE:
+            return CheckpointError(
+                f"{self.path} is not whole: {path.name} cannot be read ({error.strerror}). {self._remedy()}"
+            )
+        return CheckpointError(f"{path} cannot be read: {error.strerror}. {self._remedy()}")
+
+    def _remedy(self) -> str:
+        return "Copy it again from an intact source, or load another checkpoint by its own directory."
+
+
+def open_newest(directory: Path) -> Reader:
+    """Opens the newest checkpoint in ``directory``, or ``directory`` itself if it is one. Local.
+
+    If the chosen one is removed before it is open, the one that is the newest then.
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete or damaged.
+    """
+    chosen: list[Path] = []
+    while True:
+        path = newest(directory)
+        try:
+            return Reader(path)
+        except CheckpointRemovedError:
+            if path in chosen or len(chosen) >= MAX_CHOICES:
+                raise
+            chosen.append(path)
