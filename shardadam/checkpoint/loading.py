@@ -269,7 +269,9 @@ def _is_converted(stored: torch.dtype, dtype: torch.dtype) -> bool:
     if stored.is_complex and not dtype.is_complex:  # torch would drop the imaginary parts
         return False
     try:
-        torch.zeros(1, dtype=dtype).copy_(torch.zeros(stored.itemsize, dtype=torch.uint8).view(stored))
+        torch.zeros(1, dtype=dtype, device="cpu").copy_(
+            torch.zeros(stored.itemsize, dtype=torch.uint8, device="cpu").view(stored)
+        )
     except (RuntimeError, TypeError):
         return False
     return True
