@@ -214,7 +214,8 @@ class StepEngine:
     def rescale(self, factor: float) -> None:
         """Multiply the mean of gradients over all ranks by ``factor``, until the next step. Before any clipping."""
         self._factor = factor
-        self._inverse_scale = self._coefficient = torch.tensor(factor, device=self.skipped_steps.device)
+        exact = torch.tensor(factor, dtype=torch.float64, device=self.skipped_steps.device)
+        self._inverse_scale = self._coefficient = self._in_norm_dtype(exact)
 
     def clip_grad_norm_(
         self,
@@ -306,7 +307,9 @@ class StepEngine:
         if in_place and self.options.gradient_sync != "backward":
             self._unscale_in_place(inverse_scale)
         else:
-            self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float() * self._factor
+            self._inverse_scale = self._coefficient = (
+                self._in_norm_dtype(inverse_scale.reshape(()).double()) * self._factor
+            )
         with_norm = self.options.max_grad_norm is not None
         return self.sync_before("GradScaler.unscale_", param_groups, with_norm=with_norm).found_inf
 
