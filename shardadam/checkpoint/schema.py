@@ -204,7 +204,7 @@ def _numbers(value: Any, what: str, length: int | None = None) -> list[int]:
 
 
 def _name(value: Any, what: str) -> str:
-    if type(value) is not str or any("\ud800" <= character <= "\udfff" for character in value):
+    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{what}: found {shown(value)}, expected a text")
     return value
 
