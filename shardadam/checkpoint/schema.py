@@ -210,9 +210,10 @@ def _name(value: Any, what: str) -> str:
 
 
 def _text(value: Any, what: str) -> str:
-    if len(_name(value, what)) > 200:
-        raise ValueError(f"{what}: found {shown(value)}, expected a short text")
-    return value
+    text = _name(value, what)
+    if len(text) > 200:
+        raise ValueError(f"{what}: found {shown(text)}, expected a short text")
+    return text
 
 
 # Tensors and files
