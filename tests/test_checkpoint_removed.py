@@ -129,6 +129,27 @@ def test_choosing_again_ends_with_a_message_on_all_ranks(tmp_path: Path, specifi
         assert "does not exist, or has been removed since it was chosen" in said and "keep" in said
 
 
+def load_where_it_is_not_shared(directory: str) -> str:
+    """Rank 1 sees another directory under this path, without the checkpoint."""
+    rank, _ = rank_and_size()
+    run = build(width=40)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            real = loading.Reader
+            patch.setattr(loading, "Reader", lambda path: real(path / "of another host"))
+        try:
+            shardadam.load(directory, model=run.model, optimizer=run.optimizer)
+        except CheckpointError as error:
+            return str(error)
+    return "loaded"
+
+
+def test_ranks_that_do_not_see_the_checkpoint_are_named(tmp_path: Path) -> None:
+    save_steps(str(tmp_path), 1)
+    for said in on_ranks(2, load_where_it_is_not_shared, str(tmp_path)):
+        assert "exists on rank 0, but not on ranks [1]. Load from a directory that all hosts share" in said
+
+
 def while_reading(directory: Path, use: Callable[[], Any]) -> Any:
     """Run ``use``; at the first Reader, step 2 is published and step 1 removed."""
     real = Reader._read_manifest

@@ -115,7 +115,7 @@ class DcpReader(StorageReader):
         Raises:
             CheckpointError: ranks have found different checkpoints.
         """
-        found = sorted({plan.storage_data for plan in plans})
+        found = sorted({plan.storage_data for plan in plans if plan.storage_data is not None})
         if len(found) > 1:
             paths = " and ".join(sorted({path for path, _ in found}))
             raise CheckpointError(

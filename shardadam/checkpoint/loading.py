@@ -123,7 +123,7 @@ def load(
                 if not any(phase.values):
                     break
             opened.close()
-            paths.append(_choose_again(exchange, directory, paths, removed=next(filter(None, phase.values))))
+            paths.append(_choose_again(exchange, directory, paths, phase.values))
         if optimizer is not None:
             assert reader.manifest.optimizer is not None
             _set_scalars(contents, reader.manifest.optimizer)
@@ -146,8 +146,13 @@ def _removal_in(phase: Phase) -> Iterator[None]:
         phase.value = str(error)
 
 
-def _choose_again(exchange: RankExchange, directory: Path, tried: Sequence[Path], *, removed: str) -> Path:
+def _choose_again(
+    exchange: RankExchange, directory: Path, tried: Sequence[Path], removals: Sequence[str | None]
+) -> Path:
     """Returns the checkpoint that is the newest now, the same on all ranks. Collective.
+
+    Args:
+        removals: of each rank, the message about a checkpoint that it did not find.
 
     Raises:
         CheckpointError: there is none, or it is one of ``tried``, or too many have been.
@@ -155,8 +160,16 @@ def _choose_again(exchange: RankExchange, directory: Path, tried: Sequence[Path]
     with exchange.phase("chosen again") as phase:
         if exchange.store_barrier.rank == 0:
             path = newest(directory)
+            if path.is_dir() and path in tried:
+                lacking = [
+                    rank for rank, removed in zip(exchange.store_barrier.ranks, removals, strict=True) if removed
+                ]
+                raise CheckpointError(
+                    f"{path} exists on rank {exchange.store_barrier.ranks[0]}, but not on ranks {lacking}. Load from a "
+                    "directory that all hosts share."
+                )
             if path in tried or len(tried) >= MAX_CHOICES:
-                raise CheckpointRemovedError(removed)
+                raise CheckpointRemovedError(next(filter(None, removals)))
             phase.value = str(path)
     return Path(phase.values[0])
 

@@ -204,15 +204,16 @@ def _numbers(value: Any, what: str, length: int | None = None) -> list[int]:
 
 
 def _name(value: Any, what: str) -> str:
-    if type(value) is not str or any("\ud800" <= character <= "\udfff" for character in value):
+    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{what}: found {shown(value)}, expected a text")
     return value
 
 
 def _text(value: Any, what: str) -> str:
-    if len(_name(value, what)) > 200:
-        raise ValueError(f"{what}: found {shown(value)}, expected a short text")
-    return value
+    text = _name(value, what)
+    if len(text) > 200:
+        raise ValueError(f"{what}: found {shown(text)}, expected a short text")
+    return text
 
 
 # Tensors and files

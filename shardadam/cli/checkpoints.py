@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,19 @@ def _summary(reader: Reader) -> dict[str, Any]:
         "objects": {"number": len(index.objects), "bytes": sum(stored.nbytes for stored in index.objects.values())},
         "bytes": sum(nbytes for _, nbytes in index.files),
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in index.files],
-        "others": sorted(other.name for other in parent.iterdir() if other != reader.path and _is_checkpoint(other)),
+        "others": sorted(name for name in _checkpoints_in(parent) if name != reader.path.name),
     }
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return not path.name.startswith(".") and (path / MANIFEST).exists()
+def _checkpoints_in(directory: Path) -> list[str]:
+    """Returns the names of checkpoints, as far as they can be read."""
+    found = []
+    with suppress(OSError):
+        for path in directory.iterdir():
+            with suppress(OSError):
+                if not path.name.startswith(".") and (path / MANIFEST).exists():
+                    found.append(path.name)
+    return found
 
 
 KINDS = ("model", *formats.MOMENTS, "scales", "master")
