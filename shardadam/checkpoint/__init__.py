@@ -2,8 +2,8 @@
 """Checkpoints: N ranks write them whole or not at all, any number of ranks reads them. Loading never runs their code.
 
 ``saving`` and ``loading`` are the entry points. ``contents`` names what is saved, ``part`` is what one rank writes,
-``pieces`` what it owns of a parameter. ``files`` is the format, ``directory`` publishes, ``exchange`` lets ranks agree,
-``background`` writes in a thread. ``values`` decodes moments for ``export`` and ``dcp``. Tensors are named by parameter
+``pieces`` what it owns of a parameter. ``files`` is the format, ``unpublished`` is a checkpoint until ``directory``
+publishes it, ``exchange`` lets ranks agree, ``background`` writes in a thread. ``values`` decodes moments for ``export`` and ``dcp``. Tensors are named by parameter
 and cut by positions in it, never by bucket, rank or number of ranks.
 """
 

@@ -221,14 +221,17 @@ def _check_whole(key: str, tensor: StoredTensor) -> None:
         raise CheckpointError(f"{key}: found items up to element {end}, expected {tensor.spec.numel}")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces the file by one with this text. A crash leaves the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.saving")
-    with temporary.open("w") as file:
+def write_durably(path: Path, text: str, *, through: Path) -> None:
+    """Replaces the file by one with this text. A crash leaves the old file or the new one, whole.
+
+    Args:
+        through: a new file on the same file system, which becomes ``path``.
+    """
+    with through.open("x") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(through, path)
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:

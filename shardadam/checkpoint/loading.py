@@ -26,7 +26,7 @@ from shardadam.checkpoint.contents import (
     load_objects,
     set_random_state,
 )
-from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.directory import forget, newest
 from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.checkpoint.pieces import Piece, pieces_of
@@ -115,6 +115,7 @@ def load(
                 _set_objects(contents, objects, scheduler)
                 if random_states and f"rng.{store_barrier.rank}" in objects:
                     set_random_state(objects[f"rng.{store_barrier.rank}"])
+        forget(path.parent)
         extras = reader.content["extras"]
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.content["step"], reader.content["world_size"], extra, extras)
