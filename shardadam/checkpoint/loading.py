@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.checkpoint.background import wait_for_background_save
+from shardadam.checkpoint.background import raise_failure, wait_for_background_save
 from shardadam.checkpoint.contents import (
     PARAM_GROUPS,
     SCHEDULER,
@@ -85,14 +85,16 @@ def load(
         CheckpointError: there is no checkpoint, it is damaged, or it does not fit. Nothing has changed unless the
             message says so: damage inside a file is found only when it is read.
     """
-    wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
     exchange = RankExchange(store_barrier, call="load", what=f"load from {directory}", timeout_s=timeout_s)
     with exchange.phase(ARRIVAL) as arrival:
+        with store_barrier.heartbeat():
+            arrival.value = wait_for_background_save()
         if store_barrier.rank == 0:
-            arrival.value = str(newest(directory))
-    path = Path(arrival.values[0])
+            arrival.value["path"] = str(newest(directory))
+    raise_failure(arrival.values)
+    path = Path(arrival.values[0]["path"])
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()

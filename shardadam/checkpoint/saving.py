@@ -14,7 +14,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from shardadam.checkpoint.background import copied_to_cpu, start_background_save, wait_for_background_save
+from shardadam.checkpoint.background import (
+    copied_to_cpu,
+    raise_failure,
+    start_background_save,
+    wait_for_background_save,
+)
 from shardadam.checkpoint.directory import create_unpublished, publish, remove_older
 from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import (
@@ -93,8 +98,9 @@ def save(
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
         keep: number of checkpoints to keep in ``directory``; None: all.
         asynchronous: return when everything has been copied into memory of the CPU, and write while training continues.
-            The next ``save`` or ``load`` waits for it, and raises its error. The copy is as large as this rank's part;
-            its memory is kept for the next save.
+            The next ``save`` or ``load`` waits for it; if it failed and no rank has asked its future, that call raises
+            the error on all ranks. If there is no next one, the program says so at its end, with exit status 120. The
+            copy is as large as this rank's part; its memory is kept for the next save.
         timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
 
     Returns:
@@ -106,13 +112,14 @@ def save(
             unchanged.
         RuntimeError: a step was interrupted on a rank while it wrote.
     """
-    wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
     exchange = RankExchange(store_barrier, call="save", what=f"save to {directory}", timeout_s=timeout_s)
     unpublished: Unpublished | None = None
     try:
         with exchange.phase(ARRIVAL) as arrival:
+            with store_barrier.heartbeat():
+                previous = wait_for_background_save()
             _check_arguments(step, keep)
             if isinstance(optimizer, ShardedAdam):
                 optimizer._checkpoint_seam.before_save()
@@ -128,7 +135,8 @@ def save(
             if store_barrier.rank == 0:
                 with store_barrier.heartbeat():  # removing what crashed saves left behind may take long
                     unpublished = create_unpublished(directory, step)
-            arrival.value = {"step": step} | (unpublished.to_json() if unpublished else {})
+            arrival.value = {"step": step, **previous, **(unpublished.to_json() if unpublished else {})}
+        raise_failure(arrival.values)
         steps = sorted({answer["step"] for answer in arrival.values})
         if len(steps) > 1:
             raise CheckpointError(
