@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from shardadam.checkpoint.disk import on_disk
 from shardadam.checkpoint.files import MANIFEST, CheckpointError, write_durably
 from shardadam.checkpoint.unpublished import DELETING, Unpublished, create_alone
 
@@ -91,6 +92,15 @@ def create_unpublished(directory: Path, step: int) -> Unpublished:
     Raises:
         CheckpointError: another job saves into the directory.
     """
+    name = on_disk(f"looking into {directory}", _new_name, directory, step)
+    unpublished = create_alone(directory, name)
+    with suppress(OSError):  # they stay until the next save
+        for path in on_disk(f"looking into {directory}", lambda: list(directory.glob(f"{DELETING}*"))):
+            _remove(path)
+    return unpublished
+
+
+def _new_name(directory: Path, step: int) -> str:
     if not directory.exists():
         directory.mkdir(parents=True, exist_ok=True)
         sync_directory(directory.parent)
@@ -99,11 +109,7 @@ def create_unpublished(directory: Path, step: int) -> Unpublished:
     while (directory / name).exists():
         count += 1
         name = f"step-{step:08d}-{count}"
-    unpublished = create_alone(directory, name)
-    for path in list(directory.glob(f"{DELETING}*")):
-        with suppress(OSError):  # it stays until the next save
-            _remove(path)
-    return unpublished
+    return name
 
 
 def publish(unpublished: Unpublished) -> list[str]:
@@ -115,6 +121,10 @@ def publish(unpublished: Unpublished) -> list[str]:
     Raises:
         CheckpointError: another job has published one in the meantime.
     """
+    return on_disk(f"publishing {unpublished.directory / unpublished.name}", _publish, unpublished)
+
+
+def _publish(unpublished: Unpublished) -> list[str]:
     directory, name = unpublished.directory, unpublished.name
     _refuse_another_jobs(directory)
     history = [older for older in read_history(directory) if (directory / older).is_dir()]
@@ -132,9 +142,10 @@ def publish(unpublished: Unpublished) -> list[str]:
 
 def remove_older(directory: Path, listed: Sequence[str], keep: int) -> None:
     """Removes the checkpoints that ``publish`` returned, except the ``keep`` newest that exist."""
-    existing = [name for name in listed if (directory / name).is_dir()]
+    what = f"looking into {directory}"
+    existing = on_disk(what, lambda: [name for name in listed if (directory / name).is_dir()])
     for older in existing[keep:]:
-        os.rename(directory / older, directory / (DELETING + older))
+        on_disk(f"renaming {directory / older}", os.rename, directory / older, directory / (DELETING + older))
         _remove(directory / (DELETING + older))
 
 
@@ -169,12 +180,12 @@ def _remove(path: Path) -> None:
     Another process may remove it at the same time.
     """
     with suppress(FileNotFoundError):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
+        if on_disk(f"looking into {path}", lambda: path.is_symlink() or not path.is_dir()):
+            on_disk(f"removing {path}", path.unlink)
         else:
-            for entry in list(path.iterdir()):
+            for entry in on_disk(f"looking into {path}", lambda: list(path.iterdir())):
                 _remove(entry)
-            path.rmdir()
+            on_disk(f"removing {path}", path.rmdir)
 
 
 def sync_directory(path: Path) -> None:

@@ -9,6 +9,7 @@ only as numbers of files.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shardadam.checkpoint.disk import on_disk
 from shardadam.layout import ITEM_BYTES, cut
 
 MANIFEST = "checkpoint.json"
@@ -100,7 +103,8 @@ class PartWriter:
     def __init__(self, directory: Path, rank: int) -> None:
         self._path = directory / file_name(rank)
         self._rank = rank
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._file = on_disk(f"creating {self._path}", os.open, self._path, flags, 0o666)
         self._offset = 0
         self._writeback_until = 0
         self.index = Index()
@@ -116,37 +120,47 @@ class PartWriter:
         self.add_tensor(key, spec)
         items = self.index.tensors[key].items
         for low, high in cut(start, start + flat.numel(), ITEM_BYTES // spec.dtype.itemsize):
-            offset, crc32 = self._append(memory_of(flat[low - start : high - start]))
+            offset, crc32 = self._append(memory_of(flat[low - start : high - start]), flat)
             items.append(Item(low, high - low, self._rank, offset, crc32))
 
     def write_object(self, key: str, pickled: bytes) -> None:
         """Writes what ``safely_pickled`` returned."""
-        offset, crc32 = self._append(memoryview(pickled))
+        offset, crc32 = self._append(memoryview(pickled), pickled)
         self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), crc32)
 
     def close(self) -> Index:
         """Returns the index once everything is on the disk."""
-        os.fsync(self._file)
-        os.close(self._file)
+        for low, high in cut(0, self._offset, _WAIT_BYTES):  # one call for all would look as if the disk hung
+            if not on_disk(f"writing {self._path}", _wait_for_writeback, self._file, low, high):
+                break
+        on_disk(f"fsync of {self._path}", os.fsync, self._file)
+        on_disk(f"closing {self._path}", os.close, self._file)
         self._file = -1
         self.index.files = [(self._path.name, self._offset)]
         return self.index
 
     def abandon(self) -> None:
         if self._file >= 0:
-            os.close(self._file)
+            with suppress(OSError):
+                on_disk(f"closing {self._path}", os.close, self._file)
             self._file = -1
 
-    def _append(self, content: memoryview) -> tuple[int, int]:
+    def _append(self, content: memoryview, owner: object) -> tuple[int, int]:
+        """Appends ``content``, which is memory of ``owner``; returns its offset and checksum."""
         offset, crc32 = self._offset, zlib.crc32(content)
-        written = 0
-        while written < len(content):
-            written += os.write(self._file, content[written:])
+        on_disk(f"writing {self._path}", _write_all, self._file, content, owner)
         self._offset += len(content)
         if self._offset - self._writeback_until >= ITEM_BYTES:
             _start_writeback(self._file, self._writeback_until, self._offset)
             self._writeback_until = self._offset
         return offset, crc32
+
+
+def _write_all(descriptor: int, content: memoryview, owner: object) -> None:
+    """``owner`` is an argument so that a call that hangs keeps the memory."""
+    written = 0
+    while written < len(content):
+        written += os.write(descriptor, content[written:])
 
 
 def safely_pickled(key: str, value: Any) -> bytes:
@@ -176,8 +190,27 @@ def _start_writeback(descriptor: int, start: int, stop: int) -> None:
         _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WRITE)
 
 
-_sync_file_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+def _wait_for_writeback(descriptor: int, start: int, stop: int) -> bool:
+    """Waits until Linux has written these bytes; returns False where it cannot. Guarantees nothing; fsync does.
+
+    Raises:
+        OSError: they could not be written. The fsync would not tell it again.
+    """
+    if _sync_file_range is None:
+        return False
+    size, flags = ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WAIT
+    if _sync_file_range(descriptor, ctypes.c_int64(start), size, flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        raise OSError(number, os.strerror(number))
+    return False
+
+
+_sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
 _SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WAIT = 7  # WAIT_BEFORE | WRITE | WAIT_AFTER
+_WAIT_BYTES = 16 * ITEM_BYTES
 
 
 def memory_of(flat: Tensor) -> memoryview:
@@ -227,11 +260,15 @@ def write_durably(path: Path, text: str, *, through: Path) -> None:
     Args:
         through: a new file on the same file system, which becomes ``path``.
     """
-    with through.open("x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(through, path)
+
+    def write() -> None:
+        with through.open("x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(through, path)
+
+    on_disk(f"writing {path}", write)
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
@@ -319,6 +356,7 @@ class Reader:
         self.bytes_read = 0
         self._descriptors: dict[int, int] = {}
         self._buffer = bytearray()
+        self._landing = memoryview(bytearray(ITEM_BYTES))
         self.content = self._read_manifest()
         try:
             self.index = index_from_json(self.content["index"])
@@ -396,11 +434,17 @@ class Reader:
             if file not in self._descriptors:
                 if len(self._descriptors) >= 64:
                     self.close()
-                self._descriptors[file] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+                flags = os.O_RDONLY | os.O_CLOEXEC
+                self._descriptors[file] = on_disk(f"opening {self.path / name}", os.open, self.path / name, flags)
             while done < len(into):
-                count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
+                # Not into ``into``: a call that hangs may go on when others use that memory again.
+                landing = self._landing[: len(into) - done]
+                count = on_disk(
+                    f"reading {self.path / name}", os.preadv, self._descriptors[file], [landing], offset + done
+                )
                 if count == 0:
                     raise CheckpointError(f"{self.path / name} is damaged: it ends within {what}. {self._remedy()}")
+                into[done : done + count] = landing[:count]
                 done += count
         except OSError as error:
             raise CheckpointError(f"{self.path / name} cannot be read: {error.strerror}.") from error

@@ -27,6 +27,7 @@ from shardadam.checkpoint.contents import (
     set_random_state,
 )
 from shardadam.checkpoint.directory import forget, newest
+from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, Reader, TensorSpec
 from shardadam.checkpoint.pieces import Piece, pieces_of
@@ -78,7 +79,8 @@ def load(
         optimizer: the same.
         scheduler: the same.
         random_states: restore the random number generators too, on ranks below the number of ranks that saved.
-        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
+        timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system may take
+            twice as long.
 
     Raises:
         TimeoutError: names ranks that did not call ``load``.
@@ -92,7 +94,8 @@ def load(
         with store_barrier.heartbeat():
             arrival.value = wait_for_background_save()
         if store_barrier.rank == 0:
-            arrival.value["path"] = str(newest(directory))
+            with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
+                arrival.value["path"] = str(on_disk(f"looking into {directory}", newest, directory))
     raise_failure(arrival.values)
     path = Path(arrival.values[0]["path"])
     if isinstance(optimizer, ShardedAdam):
@@ -100,15 +103,16 @@ def load(
         optimizer._checkpoint_seam.before_load()
 
     with ExitStack() as opened:
-        with exchange.phase("checked"):
-            reader = opened.enter_context(Reader(path))
+        disk = opened.enter_context(disk_time_limit(timeout_s))
+        with exchange.phase("checked"), store_barrier.heartbeat(disk.status):
+            reader = opened.enter_context(on_disk(f"opening {path}", Reader, path))
             contents = contents_of(model, optimizer)
             if optimizer is not None:
                 optimizer._checkpoint_seam.bind_moved()
             _check_fit(contents, reader, scheduler)
             objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
         with _halfway(path, optimizer):
-            with exchange.phase("read"), torch.no_grad(), store_barrier.heartbeat():
+            with exchange.phase("read"), torch.no_grad(), store_barrier.heartbeat(disk.status):
                 _read_tensors(contents, reader)
             if optimizer is not None:
                 _set_scalars(contents, reader.content["optimizer"])

@@ -21,6 +21,7 @@ from shardadam.checkpoint.background import (
     wait_for_background_save,
 )
 from shardadam.checkpoint.directory import create_unpublished, publish, remove_older
+from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import (
     MANIFEST,
@@ -101,7 +102,8 @@ def save(
             The next ``save`` or ``load`` waits for it; if it failed and no rank has asked its future, that call raises
             the error on all ranks. If there is no next one, the program says so at its end, with exit status 120. The
             copy is as large as this rank's part; its memory is kept for the next save.
-        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
+        timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system (at most
+            64 MiB are written in one) may take twice as long.
 
     Returns:
         The directory of the checkpoint, or a future of it.
@@ -133,7 +135,7 @@ def save(
                 world_size=len(store_barrier.ranks),
             )
             if store_barrier.rank == 0:
-                with store_barrier.heartbeat():  # removing what crashed saves left behind may take long
+                with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
                     unpublished = create_unpublished(directory, step)
             arrival.value = {"step": step, **previous, **(unpublished.to_json() if unpublished else {})}
         raise_failure(arrival.values)
@@ -155,7 +157,8 @@ def save(
             )
     except BaseException:
         if unpublished is not None and store_barrier.rank == 0:
-            unpublished.discard()
+            with disk_time_limit(timeout_s):
+                unpublished.discard()
         raise
     return _write(unpublished, part, store_barrier, keep=keep, timeout_s=timeout_s)
 
@@ -184,26 +187,27 @@ def _write(
     path = unpublished.directory / unpublished.name
     is_first, world_size = store_barrier.rank == 0, len(store_barrier.ranks)
     exchange = RankExchange(store_barrier, call=unpublished.token, what=f"save to {path}", timeout_s=timeout_s)
-    listed: list[str] = []
-    try:
-        with exchange.phase("written"), store_barrier.heartbeat():
-            if isinstance(part, Exception):
-                raise part
-            _write_part(unpublished, part, store_barrier.rank)
-        with exchange.phase("published", is_last=True):
-            if is_first:
-                with store_barrier.heartbeat():
-                    _write_manifest(unpublished, part.description, world_size)
-                    listed = publish(unpublished)
-    except BaseException:
-        if is_first:
-            unpublished.discard()
-        raise
-    if is_first and keep is not None:
+    with disk_time_limit(timeout_s) as disk:
+        listed: list[str] = []
         try:
-            remove_older(unpublished.directory, listed, keep)
-        except OSError as error:
-            warnings.warn(f"Checkpoints older than {path} could not be removed: {error}", stacklevel=1)
+            with exchange.phase("written"), store_barrier.heartbeat(disk.status):
+                if isinstance(part, Exception):
+                    raise part
+                _write_part(unpublished, part, store_barrier.rank)
+            with exchange.phase("published", is_last=True):
+                if is_first:
+                    with store_barrier.heartbeat(disk.status):
+                        _write_manifest(unpublished, part.description, world_size)
+                        listed = publish(unpublished)
+        except BaseException:
+            if is_first:
+                unpublished.discard()
+            raise
+        if is_first and keep is not None:
+            try:
+                remove_older(unpublished.directory, listed, keep)
+            except OSError as error:
+                warnings.warn(f"Checkpoints older than {path} could not be removed: {error}", stacklevel=1)
     return path
 
 
@@ -225,8 +229,8 @@ def _write_part(unpublished: Unpublished, part: Part, rank: int) -> None:
         finally:
             writer.abandon()
         content = {"token": unpublished.token, "index": index_to_json(index), "extra": part.extra}
-        with (unpublished.path / _part_name(rank)).open("x") as file:
-            file.write(json.dumps(content, separators=(",", ":")))
+        path = unpublished.path / _part_name(rank)
+        on_disk(f"writing {path}", _write_new, path, json.dumps(content, separators=(",", ":")))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"found no directory {unpublished.path}, which rank 0 has created. Save to a directory that all hosts "
@@ -234,12 +238,17 @@ def _write_part(unpublished: Unpublished, part: Part, rank: int) -> None:
         ) from error
 
 
+def _write_new(path: Path, text: str) -> None:
+    with path.open("x") as file:
+        file.write(text)
+
+
 def _write_manifest(unpublished: Unpublished, description: Mapping[str, Any], world_size: int) -> None:
     indices, extras = [], []
     for rank in range(world_size):
         path = unpublished.path / _part_name(rank)
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(on_disk(f"reading {path}", path.read_text))
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"Rank 0 does not see {path}, which rank {rank} wrote. Save to a directory that all hosts share. If "
@@ -255,4 +264,5 @@ def _write_manifest(unpublished: Unpublished, description: Mapping[str, Any], wo
     content = {**description, "extras": extras, "index": index_to_json(merge(indices))}
     write_durably(unpublished.path / MANIFEST, manifest_text(content), through=unpublished.path / f".{MANIFEST}.saving")
     for rank in range(world_size):
-        (unpublished.path / _part_name(rank)).unlink()
+        path = unpublished.path / _part_name(rank)
+        on_disk(f"removing {path}", path.unlink)

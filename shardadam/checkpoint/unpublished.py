@@ -20,13 +20,14 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+from shardadam.checkpoint.disk import on_disk
 from shardadam.checkpoint.files import CheckpointError
 
 SAVING, DELETING = ".saving-", ".deleting-"
@@ -63,23 +64,28 @@ class Unpublished:
         """Creates the directory, and shows signs of life until ``end`` is called, or this process ends."""
         _going_on.add(self.token)
         try:
-            self.path.mkdir()
-            (self.path / ALIVE).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            on_disk(f"creating {self.path}", self._create)
         except BaseException:
             self.discard()
             raise
         threading.Thread(target=self._show_life, name="shardadam.alive", daemon=True).start()
+
+    def _create(self) -> None:
+        self.path.mkdir()
+        (self.path / ALIVE).write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def end(self) -> None:
         """Shows no more signs of life."""
         self._ended.set()
         _going_on.discard(self.token)
         with suppress(OSError):
-            (self.path / ALIVE).unlink()
+            on_disk(f"removing {self.path / ALIVE}", (self.path / ALIVE).unlink)
 
     def discard(self) -> None:
+        """Removes the directory. If that fails, the next save does it."""
         self.end()
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            on_disk(f"removing {self.path}", shutil.rmtree, self.path, True)
 
     def _show_life(self) -> None:
         while not self._ended.wait(BEAT_S):
@@ -114,9 +120,10 @@ def create_alone(directory: Path, name: str) -> Unpublished:
         # Two jobs that begin at the same moment see each other: both withdraw, and try again at different moments.
         mine.discard()
     assert other is not None
+    writer = on_disk(f"reading {other / ALIVE}", _writer_of, other)
     raise CheckpointError(
-        f"another job saves into {directory}: {_writer_of(other)}. Two jobs must not save into one directory. End one "
-        "of them, or give each a directory of its own."
+        f"another job saves into {directory}: {writer}. Two jobs must not save into one directory. End one of them, or "
+        "give each a directory of its own."
     )
 
 
@@ -126,32 +133,33 @@ def _other_saves(directory: Path, *, known: Collection[Path]) -> tuple[Path | No
     Returns:
         One that goes on, or None; those that show no sign of life while they are watched, and their last sign.
     """
-    silent: dict[Path, int] = {}
-    for path in list(directory.glob(f"{SAVING}*")):
-        sign = _last_sign(path)
-        if path in known or sign is None:
-            continue
-        if _is_gone(path):
-            _set_aside(path)
-        else:
-            silent[path] = sign
+    found = on_disk(f"looking into {directory}", lambda: list(directory.glob(f"{SAVING}*")))
+    silent = _signs_of(path for path in found if path not in known)
+    for path in [path for path in silent if _is_gone(path)]:
+        _set_aside(path)
+        del silent[path]
     until = time.monotonic() + WATCH_S
     while silent and time.monotonic() < until:
         time.sleep(0.02)
-        for path, before in list(silent.items()):
-            sign = _last_sign(path)
-            if sign is None:  # it has been published, or given up
-                del silent[path]
-            elif sign != before:
+        before, silent = silent, _signs_of(silent)
+        for path, sign in silent.items():
+            if sign != before[path]:
                 return path, {}
     return None, silent
 
 
+def _signs_of(paths: Iterable[Path]) -> dict[Path, int]:
+    """Returns the last signs of life of saves, without those that have been published, or given up."""
+    signs = ((path, on_disk(f"reading {path / ALIVE}", _last_sign, path)) for path in paths)
+    return {path: sign for path, sign in signs if sign is not None}
+
+
 def _set_long_silent_aside(silent: Mapping[Path, int], mine: Unpublished) -> None:
-    now = _last_sign(mine.path)
-    for path, sign in silent.items():
-        if now is not None and now - sign > DEAD_S * 1e9 and _is_gone(path) is None:
-            _set_aside(path)
+    if silent:
+        now = _signs_of([mine.path])[mine.path]
+        for path, sign in silent.items():
+            if now - sign > DEAD_S * 1e9 and _is_gone(path) is None:
+                _set_aside(path)
 
 
 def _writer_of(path: Path) -> str:
@@ -180,7 +188,7 @@ def _last_sign(path: Path) -> int | None:
 
 def _set_aside(path: Path) -> None:
     with suppress(OSError):  # another job has done it, or it stays
-        os.rename(path, path.with_name(DELETING + path.name.removeprefix(SAVING)))
+        on_disk(f"renaming {path}", os.rename, path, path.with_name(DELETING + path.name.removeprefix(SAVING)))
 
 
 # Processes
