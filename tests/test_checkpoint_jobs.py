@@ -237,6 +237,8 @@ def test_a_process_of_this_machine_tells_whether_its_save_is_dead(tmp_path: Path
     stopped = leave(tmp_path, f"{pid}-{started}-{machine}-00000000", seconds_ago=1e6)
     assert said(lambda: shardadam.save(tmp_path, step=1, model=model_of(1.0))) == "step-00000001"
     assert not any(path.exists() for path in dead) and stopped.exists()
+    leave(tmp_path, f"{pid}-{started}-{machine}-11111111")  # so busy that it shows no sign of life while it is watched
+    assert "process 7 on elsewhere is writing" in said(lambda: shardadam.save(tmp_path, step=2, model=model_of(1.0)))
 
 
 def test_what_others_planted_keeps_no_save(tmp_path: Path) -> None:

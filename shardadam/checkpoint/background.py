@@ -171,7 +171,7 @@ def _fail_at_exit() -> None:
     message = _untold()
     if message is not None and sys.stderr is not None:
         _log.error("%s Exit status: %d.", message, EXIT_STATUS)
-        sys.stderr = _Unflushable(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = _Unflushable(sys.stderr)
 
 
 def _fail_at_exit_of_child() -> None:

@@ -137,4 +137,4 @@ def on_disk(what: str, function: Callable[..., _R], *arguments: Any) -> _R:
         TimeoutError: it has not returned within the limit.
     """
     thread = _thread.get()
-    return function(*arguments) if thread is None else thread.call(what, function, arguments)  # type: ignore[no-any-return]
+    return function(*arguments) if thread is None else thread.call(what, function, arguments)

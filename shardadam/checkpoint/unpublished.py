@@ -35,6 +35,8 @@ ALIVE = "alive"
 BEAT_S = 1.0
 WATCH_S = 5.0
 """How long to watch for a sign of life. Longer than a file system may keep it from other machines."""
+RECENT_S = 30.0
+"""How new a sign of life of a process of this machine must be to be believed without a further one."""
 DEAD_S = 300.0
 """How long a save on another machine must have shown no sign of life before what it wrote is removed."""
 _TRIES = 3
@@ -135,9 +137,13 @@ def _other_saves(directory: Path, *, known: Collection[Path]) -> tuple[Path | No
     """
     found = on_disk(f"looking into {directory}", lambda: list(directory.glob(f"{SAVING}*")))
     silent = _signs_of(path for path in found if path not in known)
-    for path in [path for path in silent if _is_gone(path)]:
-        _set_aside(path)
-        del silent[path]
+    for path, sign in list(silent.items()):
+        gone = _is_gone(path)
+        if gone:
+            _set_aside(path)
+            del silent[path]
+        elif gone is False and abs(time.time() - sign / 1e9) < RECENT_S:
+            return path, {}
     until = time.monotonic() + WATCH_S
     while silent and time.monotonic() < until:
         time.sleep(0.02)
