@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.checkpoint.background import wait_for_background_save
+from shardadam.checkpoint.background import raise_failure, wait_for_background_save
 from shardadam.checkpoint.contents import (
     Contents,
     OwnedParameter,
@@ -25,7 +25,8 @@ from shardadam.checkpoint.contents import (
     load_objects,
     set_random_state,
 )
-from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.directory import forget, newest
+from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
 from shardadam.checkpoint.objects import check_fits_scheduler
@@ -81,7 +82,8 @@ def load(
         optimizer: the same.
         scheduler: the same.
         random_states: restore the random number generators too, on ranks below the number of ranks that saved.
-        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
+        timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system may take
+            twice as long.
 
     If another job removes the checkpoint while it is opened (``save(keep=...)``), all ranks load the next newest one.
 
@@ -90,21 +92,25 @@ def load(
         CheckpointError: there is no checkpoint, it is damaged, or it does not fit. Nothing has changed unless the
             message says so: damage inside a file is found only when it is read.
     """
-    wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
     exchange = RankExchange(store_barrier, call="load", what=f"load from {directory}", timeout_s=timeout_s)
     with exchange.phase(ARRIVAL) as arrival:
+        with store_barrier.heartbeat():
+            arrival.value = wait_for_background_save()
         if store_barrier.rank == 0:
-            arrival.value = str(newest(directory))
-    paths = [Path(arrival.values[0])]
+            with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
+                arrival.value["path"] = str(on_disk(f"looking into {directory}", newest, directory))
+    raise_failure(arrival.values)
+    paths = [Path(arrival.values[0]["path"])]
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
 
     with ExitStack() as opened, ExitStack() as begun:
+        disk = begun.enter_context(disk_time_limit(timeout_s))
         while True:
-            with exchange.phase("checked") as phase, _removal_in(phase):
+            with exchange.phase("checked") as phase, _removal_in(phase), store_barrier.heartbeat(disk.status):
                 reader = opened.enter_context(Reader(paths[-1]))
                 contents = contents_of(model, optimizer)
                 if optimizer is not None:
@@ -117,7 +123,7 @@ def load(
                     exchange.phase("read") as phase,
                     _removal_in(phase),
                     torch.no_grad(),
-                    store_barrier.heartbeat(),
+                    store_barrier.heartbeat(disk.status),
                 ):
                     _read_tensors(contents, reader)
                 if not any(phase.values):
@@ -132,6 +138,7 @@ def load(
             _set_objects(contents, objects, scheduler)
             if random_states and random_state_key(store_barrier.rank) in objects:
                 set_random_state(objects[random_state_key(store_barrier.rank)])
+        forget(reader.path.parent)
         extras = reader.manifest.extras
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.manifest.step, reader.manifest.world_size, extra, extras)
@@ -159,7 +166,7 @@ def _choose_again(
     """
     with exchange.phase("chosen again") as phase:
         if exchange.store_barrier.rank == 0:
-            path = newest(directory)
+            path = on_disk(f"looking into {directory}", newest, directory)
             if path.is_dir() and path in tried:
                 lacking = [
                     rank for rank, removed in zip(exchange.store_barrier.ranks, removals, strict=True) if removed
