@@ -92,13 +92,16 @@ class StoreBarrier:
             return
 
         def beat() -> None:
+            is_told = False
             with suppress(dist.DistError):
                 while not done.wait(_HEARTBEAT_S):
                     doing = status()
                     if doing is not None:
                         store.set(f"doing/{self.rank}", doing)
                         store.add(f"beats/{self.rank}", 1)
-                store.delete(f"doing/{self.rank}")
+                        is_told = True
+                if is_told:
+                    store.delete(f"doing/{self.rank}")
 
         thread = threading.Thread(target=beat, name="shardadam.heartbeat", daemon=True)
         thread.start()
