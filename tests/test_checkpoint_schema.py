@@ -28,6 +28,7 @@ from shardadam.checkpoint.export import export
 from shardadam.checkpoint.files import MANIFEST, manifest_text
 from shardadam.checkpoint.reader import Reader
 from shardadam.cli import main
+from shardadam.cli.text import show
 from tests.runs import differences
 from tests.test_checkpoint_safety import replace_object, rewrite_manifest
 
@@ -388,6 +389,21 @@ def test_what_a_manifest_says_does_not_control_a_terminal(checkpoint: Path) -> N
     shutil.rmtree(checkpoint)
     message = load(checkpoint.parent / f"\x1b[2J{control}", None)
     assert message is not None and "\x1b" not in message and "\\x1b[2J" in message
+
+
+def test_what_commands_print_does_not_control_a_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "\x1b[2Jout"
+    assert run_command("export", str(checkpoint), "--format", "torch", "--output", str(output)) is None
+    assert (output / "model.pt").exists()
+    message = run_command("plan", "./\x1b[2Jmodel.json")
+    assert message is not None and "\\x1b[2Jmodel.json: no such file" in message
+
+
+def test_what_a_terminals_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    show("größe")
+    assert printed.getvalue() == b"gr\\xf6\\xdfe\n"
 
 
 # Objects
