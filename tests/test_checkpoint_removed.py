@@ -150,6 +150,29 @@ def test_ranks_that_do_not_see_the_checkpoint_are_named(tmp_path: Path) -> None:
         assert "exists on rank 0, but not on ranks [1]. Load from a directory that all hosts share" in said
 
 
+def load_another_on_rank_1(directory: str) -> str:
+    """Between the ranks' opening it, another job replaces the checkpoint."""
+    rank, _ = rank_and_size()
+    run = build(width=40)
+    before = run.everything()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            real = loading.Reader
+            patch.setattr(loading, "Reader", lambda path: real(path.with_name("step-00000001")))
+        try:
+            shardadam.load(directory, model=run.model, optimizer=run.optimizer)
+        except CheckpointError as error:
+            assert differences(before, run.everything()) == []
+            return str(error)
+    return "loaded a mixture"
+
+
+def test_ranks_that_read_different_manifests_all_raise(tmp_path: Path) -> None:
+    save_steps(str(tmp_path), 1, 2)
+    for said in on_ranks(2, load_another_on_rank_1, str(tmp_path)):
+        assert "step-00000002 has been replaced while ranks opened it" in said
+
+
 def while_reading(directory: Path, use: Callable[[], Any]) -> Any:
     """Run ``use``; at the first Reader, step 2 is published and step 1 removed."""
     real = Reader._read_manifest

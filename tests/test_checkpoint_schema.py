@@ -28,6 +28,7 @@ from shardadam.checkpoint.export import export
 from shardadam.checkpoint.files import MANIFEST, manifest_text
 from shardadam.checkpoint.reader import Reader
 from shardadam.cli import main
+from shardadam.cli.text import show
 from tests.runs import differences
 from tests.test_checkpoint_safety import replace_object, rewrite_manifest
 
@@ -281,9 +282,6 @@ WRONG_TOGETHER: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an alias of an alias": lambda c: c["aliases"].update({"model.more": "model.tied"}),
     "an alias elsewhere": lambda c: c["aliases"].update({"model.tied": "optimizer.state.narrow.master"}),
     "a file twice": lambda c: c["index"]["files"].append(c["index"]["files"][0]),
-    "everything in the same bytes": lambda c: [
-        item.__setitem__(3, 0) for tensor in c["index"]["tensors"].values() for item in tensor["items"]
-    ],
     "an overflowing shape": set_tensor("model.frozen", shape=[2**40, 2**40], order=[0, 1]),
     "an overflowing empty shape": set_tensor("model.frozen", shape=[0, 2**62, 2**62], order=[0, 1, 2], items=[]),
     "a thousand dimensions": set_tensor("model.frozen", shape=[1] * 1000, order=list(range(1000))),
@@ -299,6 +297,17 @@ WRONG_TOGETHER: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_what_does_not_fit_the_rest_of_a_manifest_is_refused(checkpoint: Path, how: str) -> None:
     rewrite_manifest(checkpoint, WRONG_TOGETHER[how])
     assert "is damaged" in refused_by_all(checkpoint)
+
+
+def test_a_checkpoint_has_no_more_data_than_its_files(checkpoint: Path) -> None:
+    """Many tensors over the same bytes, with right checksums: a small file would export to terabytes."""
+
+    def change(content: dict[str, Any]) -> None:
+        tensors = content["index"]["tensors"]
+        tensors |= {f"model.copy{i}": copy.deepcopy(tensors["model.frozen"]) for i in range(10)}
+
+    rewrite_manifest(checkpoint, change)
+    assert "lies over something else" in refused_by_all(checkpoint)
 
 
 def test_an_item_is_never_larger_than_what_save_writes(checkpoint: Path) -> None:
@@ -380,6 +389,21 @@ def test_what_a_manifest_says_does_not_control_a_terminal(checkpoint: Path) -> N
     shutil.rmtree(checkpoint)
     message = load(checkpoint.parent / f"\x1b[2J{control}", None)
     assert message is not None and "\x1b" not in message and "\\x1b[2J" in message
+
+
+def test_what_commands_print_does_not_control_a_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "\x1b[2Jout"
+    assert run_command("export", str(checkpoint), "--format", "torch", "--output", str(output)) is None
+    assert (output / "model.pt").exists()
+    message = run_command("plan", "./\x1b[2Jmodel.json")
+    assert message is not None and "\\x1b[2Jmodel.json: no such file" in message
+
+
+def test_what_a_terminals_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    show("größe")
+    assert printed.getvalue() == b"gr\\xf6\\xdfe\n"
 
 
 # Objects
@@ -488,7 +512,7 @@ def test_a_compressed_archive_is_refused(checkpoint: Path) -> None:
         for name in plain.namelist():
             archive.writestr(name, plain.read(name))
     replace_object(checkpoint, "optimizer.param_groups", buffer.getvalue())
-    assert "compressed" in refused_by_all(checkpoint)
+    assert "found a compressed archive" in refused_by_all(checkpoint)
 
 
 def test_what_save_accepts_load_accepts(tmp_path: Path) -> None:
@@ -559,6 +583,22 @@ def test_only_regular_files_of_bounded_size_are_read(
     (checkpoint / name).unlink()
     plant(checkpoint / name)
     assert name in refused_by_all(checkpoint)
+
+
+def test_a_fifo_is_not_even_opened(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening one wakes a writer, and opening a device may do anything."""
+    (checkpoint / MANIFEST).unlink()
+    fifo(checkpoint / MANIFEST)
+    opened, real = [], os.open
+
+    def record(path: Any, *arguments: Any, **options: Any) -> int:
+        opened.append(path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", record)
+    with pytest.raises(CheckpointError, match="expected a regular file"):
+        Reader(checkpoint)
+    assert opened == []
 
 
 @pytest.mark.parametrize("plant", ODD_FILES)

@@ -117,7 +117,10 @@ def load(
                     optimizer._checkpoint_seam.bind_moved()
                 _check_fit(contents, reader, scheduler)
                 objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
-            if not any(phase.values):
+                phase.value = {"checksum": reader.checksum}
+            if not any(removals := _removals(phase)):
+                _check_same(paths[-1], phase)
+                begun.pop_all()  # of a checkpoint that was removed while it was read
                 begun.enter_context(_halfway(paths[-1], optimizer))
                 with (
                     exchange.phase("read") as phase,
@@ -126,10 +129,10 @@ def load(
                     store_barrier.heartbeat(disk.status),
                 ):
                     _read_tensors(contents, reader)
-                if not any(phase.values):
+                if not any(removals := _removals(phase)):
                     break
             opened.close()
-            paths.append(_choose_again(exchange, directory, paths, phase.values))
+            paths.append(_choose_again(exchange, directory, paths, removals))
         if optimizer is not None:
             assert reader.manifest.optimizer is not None
             _set_scalars(contents, reader.manifest.optimizer)
@@ -150,7 +153,21 @@ def _removal_in(phase: Phase) -> Iterator[None]:
     try:
         yield
     except CheckpointRemovedError as error:
-        phase.value = str(error)
+        phase.value = {"removed": str(error)}
+
+
+def _removals(phase: Phase) -> list[str | None]:
+    """Returns the message of each rank that found the checkpoint removed."""
+    return [(value or {}).get("removed") for value in phase.values]
+
+
+def _check_same(path: Path, phase: Phase) -> None:
+    """Raises CheckpointError on all ranks unless all have read the same manifest."""
+    if len({value["checksum"] for value in phase.values}) > 1:
+        raise CheckpointError(
+            f"{path} has been replaced while ranks opened it, or is not the same on all hosts. Load it again, from a "
+            "directory that all hosts share."
+        )
 
 
 def _choose_again(
