@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import shardadam
@@ -324,6 +325,7 @@ class SilentStore:
         def ask(*_: Any) -> None:
             self.asked.set()
             time.sleep(60)
+            raise dist.DistNetworkError("at last")
 
         if name == "clone":
             raise AttributeError
