@@ -96,7 +96,7 @@ def load(
     with exchange.phase(ARRIVAL) as arrival:
         if store_barrier.rank == 0:
             arrival.value = str(newest(directory))
-    paths = [Path(arrival.values[0])]
+    paths, is_begun = [Path(arrival.values[0])], False
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
@@ -113,8 +113,9 @@ def load(
                 phase.value = {"checksum": reader.checksum}
             if not any(removals := _removals(phase)):
                 _check_same(paths[-1], phase)
-                begun.pop_all()  # of a checkpoint that was removed while it was read
-                begun.enter_context(_halfway(paths[-1], optimizer))
+                if not is_begun:
+                    begun.enter_context(_halfway(paths[-1], optimizer))
+                    is_begun = True
                 with (
                     exchange.phase("read") as phase,
                     _removal_in(phase),
