@@ -102,7 +102,7 @@ def load(
             with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
                 arrival.value["path"] = str(on_disk(f"looking into {directory}", newest, directory))
     raise_failure(arrival.values)
-    paths = [Path(arrival.values[0]["path"])]
+    paths, is_begun = [Path(arrival.values[0]["path"])], False
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
@@ -120,8 +120,9 @@ def load(
                 phase.value = {"checksum": reader.checksum}
             if not any(removals := _removals(phase)):
                 _check_same(paths[-1], phase)
-                begun.pop_all()  # of a checkpoint that was removed while it was read
-                begun.enter_context(_halfway(paths[-1], optimizer))
+                if not is_begun:
+                    begun.enter_context(_halfway(paths[-1], optimizer))
+                    is_begun = True
                 with (
                     exchange.phase("read") as phase,
                     _removal_in(phase),
