@@ -6,7 +6,13 @@
 
 Trains every combination with pretrain.py's defaults and reports the validation loss and the largest single-weight
 update of the run: the farthest that any weight moved in one step, without its decay, in units of that step's learning
-rate. The seed sets the model, the order of the data and the stochastic rounding.
+rate. The seed sets the model, the order of the data and the stochastic rounding. Of fp32 runs it also reports which
+share of the elements of v is how far below the largest of its block of 128, which share one 8-bit scale.
+
+    OMP_NUM_THREADS=1 python benchmarks/moments.py --decades 4 6 8 10
+
+Trains nothing: gives every block gradients of random sign and normal size whose v spans that many decades, and reports
+v and the updates in 8 bits, relative to fp32's, for each eighth of the block from the largest to the smallest.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from shardadam import Precision, ShardedAdamW
+from shardadam.layout import ALIGNMENT_NUMEL
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 import data
@@ -63,6 +70,7 @@ def train(corpus: data.Corpus, moments: str, beta2: float, seed: int, args: argp
         "seed": seed,
         "validation_loss": validation_loss(model, corpus.validation, settings, ranks, torch.device("cpu")),
         "largest_update": largest,
+        "share_below": shares_below(optimizer) if moments == "fp32" else None,
         "seconds": time.perf_counter() - started,
     }
 
@@ -85,6 +93,60 @@ def largest_update(optimizer: ShardedAdamW, before: list[torch.Tensor]) -> float
             if group["lr"] > 0:
                 largest = max(largest, moved.abs().max().item() / group["lr"])
     return largest
+
+
+def shares_below(optimizer: ShardedAdamW) -> dict[str, float]:
+    """Return the share of the elements of v, other than 0, that are below a fraction of the largest of their block."""
+    ratios = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            v = optimizer.full_state(parameter)["exp_avg_sq"].flatten()
+            blocks = torch.nn.functional.pad(v, (0, -v.numel() % ALIGNMENT_NUMEL)).view(-1, ALIGNMENT_NUMEL)
+            ratios.append((blocks / blocks.amax(dim=1, keepdim=True).clamp(min=1e-38))[blocks > 0])
+    every = torch.cat(ratios)
+    return {f"{below:g}": (every < below).float().mean().item() for below in (1e-2, 1e-4, 1e-6, 1e-8)}
+
+
+def updates_of_blocks(
+    moments: str, beta2: float, decades: float, steps: int, rows: int = 32
+) -> dict[str, torch.Tensor]:
+    """Return means over the last half of the steps and over ``rows`` blocks, for each position in a block."""
+    size = torch.logspace(0, -decades / 2, ALIGNMENT_NUMEL).repeat(rows)  # of gradients
+    parameter = torch.nn.Parameter(torch.zeros_like(size))
+    optimizer = ShardedAdamW(
+        [parameter],
+        lr=LR,
+        betas=(0.9, beta2),
+        eps=1e-30,
+        weight_decay=0.0,
+        gradient_sync="external",
+        precision=Precision(moments=moments),
+    )
+    generator = torch.Generator().manual_seed(1)
+    sums = {"v": torch.zeros_like(size), "squared update": torch.zeros_like(size), "|update|": torch.zeros_like(size)}
+    for step in range(steps):
+        parameter.grad = torch.randn(size.shape, generator=generator) * size
+        before = parameter.detach().clone()
+        optimizer.step()
+        if step >= steps // 2:
+            update = (parameter.detach() - before) / LR
+            sums["v"] += optimizer.full_state(parameter)["exp_avg_sq"] / size.square()
+            sums["squared update"] += update.square()
+            sums["|update|"] += update.abs()
+    means = {name: total.view(rows, -1).mean(dim=0) / (steps - steps // 2) for name, total in sums.items()}
+    return {"v": means["v"], "rms update": means["squared update"].sqrt(), "mean |update|": means["|update|"]}
+
+
+def report_blocks(args: argparse.Namespace) -> None:
+    for beta2 in args.beta2:
+        for decades in args.decades:
+            exact, coded = (updates_of_blocks(moments, beta2, decades, args.steps) for moments in ("fp32", "int8"))
+            print(f"\nb2 = {beta2}, v spans {decades:g} decades; int8 relative to fp32")
+            for name in exact:
+                parts = zip(coded[name].chunk(8), exact[name].chunk(8), strict=True)
+                eighths = " ".join(f"{float(one.mean() / other.mean()):6.3f}" for one, other in parts)
+                whole = float(coded[name].mean() / exact[name].mean())
+                print(f"{name:>14} | {eighths} | all {whole:.3f}", flush=True)
 
 
 def report(runs: list[dict]) -> None:
@@ -110,9 +172,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of parameters")
     parser.add_argument("--master", choices=("auto", "split", "fp32", "none"), default="auto")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--decades", nargs="+", type=float, default=None, help="of v in a block; trains nothing")
     parser.add_argument("--json", default=None, metavar="PATH", help="a file for the numbers of every run")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.decades is not None:
+        report_blocks(args)
+        return
     corpus = data.load([], CONTEXT)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {args.steps} steps, {args.dtype} parameters")
     runs = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ShardedAdam and ShardedAdamW, the public optimizers: torch.optim's interface over ``engine/step.py``.
+"""ShardedAdam, the public optimizer: torch.optim's interface over ``engine/step.py``.
 
 Does no arithmetic and calls no collectives.
 """
@@ -7,7 +7,7 @@ Does no arithmetic and calls no collectives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -15,28 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from shardadam.checks import arguments, replicas
-from shardadam.checks.misuse import warn_about_torch_clipping
+from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
-from shardadam.engine.parameters import agreed, named_parameters
+from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
+from shardadam.engine.parameters import agreed, agreed_or_closed, built_or_aborted, named_parameters
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.precision import Precision
-from shardadam.ranks import agreement
-from shardadam.state import local, memory, whole
+from shardadam.ranks import agreement, desync
+from shardadam.state import memory
 from shardadam.state.memory import Memory
-from shardadam.state.state_dict import local_state_dict, shallow_copy, whole_state_dict
-from shardadam.state.torch_view import OptimizerState
+from shardadam.state.stateful_optimizer import StatefulOptimizer
 from shardadam.transport import Transport, connect
 
 GradientSync = Literal["backward", "step", "external"]
 
 
-class ShardedAdam(Optimizer):
+class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
     Collective: all ranks must build the same optimizer over the same model. It broadcasts rank 0's parameter values and
@@ -69,15 +69,16 @@ class ShardedAdam(Optimizer):
         differentiable: not supported, must be False.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, or ranks disagree (on every rank).
-        RuntimeError: another rank could not build its optimizer.
+        ValueError, TypeError: an argument is not as described, a parameter cannot be trained or broadcast, or ranks
+            disagree (on every rank).
+        RuntimeError: another rank could not build its optimizer; or torchrun has started several processes
+            (``WORLD_SIZE``), and torch.distributed is not initialised.
+        RankDesyncError: names the ranks that did not come to build theirs within the timeout of the process group, or
+            have ended.
 
     ``skipped_steps`` counts the steps skipped because a gradient was infinite or NaN on some rank: 0-dim int64 on the
     device.
     """
-
-    _is_built = False
-    _state: OptimizerState
 
     def __init__(
         self,
@@ -121,37 +122,32 @@ class ShardedAdam(Optimizer):
             bucket_mb=bucket_mb,
             transport="auto" if isinstance(transport, Transport) else transport,
         )
-        if not isinstance(transport, Transport):
-            exact_sums = getattr(precision, "accumulate", None) == "fp32"
-            transport = connect(process_group, kind=transport, exact_sums=exact_sums)
-        try:
-            with agreed(transport.control) as claims:
+        JoinableOptimizer.__init__(self)
+        self._join_group = process_group
+        with desync.in_call(type(self).__name__):
+            if not isinstance(transport, Transport):
+                exact_sums = getattr(precision, "accumulate", None) == "fp32"
+                transport = connect(process_group, kind=transport, exact_sums=exact_sums)
+            with agreed_or_closed(transport) as claims:
                 options.check()
                 super().__init__(params, defaults)
                 named = named_parameters(self.param_groups)
-                arguments.check_parameters(named, options.precision)
+                arguments.check_parameters(named, options.precision, transport)
                 claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
-        except Exception:
-            transport.close(clean=True)
-            raise
-        except BaseException:
-            transport.abort()
-            raise
-        device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
-        self._engine = StepEngine(transport, options, device)
-        self.skipped_steps = self._engine.skipped_steps
-        self._consolidated: dict[str, Any] | None = None
-        self._add_params(named)
-        if gradient_sync != "external":
-            warn_about_torch_clipping()
+            device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
+            with built_or_aborted(transport):
+                self._engine = StepEngine(transport, options, device)
+                self.skipped_steps = self._engine.skipped_steps
+                self._add_params(named)
+        watch_torch(self._engine.reducer)
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """2-norm of the averaged gradients before clipping at the last ``step``, 0-dim float32 on the device.
+        """2-norm of the averaged gradients before clipping at the last ``step``; None if that step did not clip.
 
-        None if that step did not clip.
+        0-dim on the device, float32 (float64 if any parameter is).
         """
         return self._engine.grad_norm
 
@@ -160,21 +156,10 @@ class ShardedAdam(Optimizer):
         """``"backward"``, ``"step"`` or ``"external"``, as passed to the constructor."""
         return self._engine.options.gradient_sync
 
-    @property
-    def state(self) -> OptimizerState:
-        """This rank's shards of the state, by parameter, as views. Writes change them; make the same on all ranks."""
-        return self._state
-
-    @state.setter
-    def state(self, entries: Mapping[Tensor, Any]) -> None:
-        if self._is_built:
-            self._state.replace(entries)
-        else:  # torch.optim.Optimizer.__init__
-            self._state = OptimizerState()
-
     # The step
 
     @collective
+    @repeated_by_joined_ranks
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters with the gradients since the last step, averaged over ranks. Collective.
@@ -191,7 +176,8 @@ class ShardedAdam(Optimizer):
         Raises:
             RuntimeError: a parameter has changed its device, dtype or shape since the optimizer was built, another
                 optimizer was built over it, or an earlier call was interrupted while it wrote.
-            ValueError: on every rank, if ranks make different calls or have different hyperparameters.
+            ValueError, TypeError: on every rank, if ranks make different calls or have different hyperparameters, or if
+                one is not a finite number. Nothing has been written.
         """
         loss = None
         if closure is not None:
@@ -199,7 +185,7 @@ class ShardedAdam(Optimizer):
                 loss = closure()
         self._add_unfrozen_params()
         if self._engine.parameters.params:
-            self._refuse_torchs_grad_scaler()
+            refuse_torchs_grad_scaler(self.__dict__)
             self._engine.step(self.param_groups)
             self._consolidated = None
         return loss
@@ -225,28 +211,61 @@ class ShardedAdam(Optimizer):
         return self._engine.reducer.no_sync()
 
     @collective
-    def clip_grad_norm_(self, max_norm: float | Tensor) -> Tensor:
-        """Clip the 2-norm of all averaged gradients together to ``max_norm``. Collective.
+    @repeated_by_joined_ranks
+    def clip_grad_norm_(
+        self,
+        max_norm: float | Tensor,
+        norm_type: float = 2.0,
+        *,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> Tensor:
+        """Clip the norm of averaged gradients to ``max_norm``, as torch.nn.utils.clip_grad_norm_ would. Collective.
 
-        Computes the scale from the present gradients; ``step`` applies it. If backward runs again before ``step``, its
-        gradients get the same scale. With ``gradient_sync`` "step" and "external", gradients that change before
-        ``step`` are not clipped.
+        Computes the scale from the present gradients; ``step`` applies it. If backward runs again before ``step``, and
+        all parameters are clipped together, its gradients get the same scale. With ``gradient_sync`` "step" and
+        "external", gradients that change before ``step`` are not clipped.
+
+        Args:
+            max_norm: the largest norm.
+            norm_type: p of the p-norm, positive; ``float("inf")`` for the largest absolute value.
+            parameters: those to clip, by their own norm; the same on all ranks. None: all parameters.
 
         Returns:
-            The norm before clipping, 0-dim float32 on the device.
+            The norm before clipping, 0-dim on the device, float32 (float64 if any parameter is).
+
+        Raises:
+            ValueError: ``norm_type`` is not positive, or one of ``parameters`` is not this optimizer's.
         """
         self._add_unfrozen_params()
-        if not self._engine.parameters.params:
-            return torch.zeros(())
-        return self._engine.clip_grad_norm_(max_norm, self.param_groups)
+        return self._engine.clip_grad_norm_(max_norm, self.param_groups, norm_type=norm_type, parameters=parameters)
+
+    @collective
+    @repeated_by_joined_ranks
+    def clip_grad_value_(self, clip_value: float, *, parameters: Iterable[Tensor] | None = None) -> None:
+        """Clamp every element of the averaged gradients to [-clip_value, clip_value]. Collective.
+
+        As torch.nn.utils.clip_grad_value_ on averaged gradients, except that a step with an infinite gradient is still
+        skipped. Gradients that backward adds later are not clipped; with ``gradient_sync`` "step" and "external",
+        those that change before ``step`` are not, either.
+
+        Args:
+            clip_value: the largest absolute value, a number.
+            parameters: those to clip; the same on all ranks. None: all parameters.
+
+        Raises:
+            ValueError: ``clip_value`` is negative or NaN, or one of ``parameters`` is not this optimizer's.
+        """
+        self._add_unfrozen_params()
+        self._engine.clip_grad_value_(clip_value, self.param_groups, parameters=parameters)
 
     def overlap_gather(self, model: torch.nn.Module) -> None:
         """Overlap all-gathers with the next forward of ``model``: from now on ``step`` does not wait for them.
 
-        Before its forward, each module waits for its own parameters. The model's ``state_dict`` and ``load_state_dict``
-        and the optimizer's methods wait for all. After a step, call ``synchronize`` before anything else reads or
-        writes parameters: copies, averages, writes by hand, parameters used without calling their module. Local, but
-        all ranks must call it, before torch.compile.
+        Before its forward, each module waits for its own parameters. The model's ``parameters``, ``named_parameters``,
+        ``state_dict`` and ``load_state_dict``, copies and pickles of it, and the optimizer's methods wait for all.
+        After a step, call ``synchronize`` before anything writes parameters, and before they are read in other ways:
+        from a list made earlier, or without calling their module. Local, but all ranks must call it, before
+        torch.compile.
 
         Raises:
             RuntimeError: ``model`` is compiled already, and would not wait.
@@ -263,22 +282,14 @@ class ShardedAdam(Optimizer):
         self._engine.gatherer.synchronize()
 
     @collective
+    @repeated_by_joined_ranks
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """Call ``StepEngine.unscale``, for GradScaler. Collective."""
         self._add_unfrozen_params()
         if not self._engine.parameters.params:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         return self._engine.unscale(inverse_scale, self.param_groups, in_place=in_place)
-
-    def _refuse_torchs_grad_scaler(self) -> None:
-        if "grad_scale" in self.__dict__:  # set by a GradScaler of torch, around the step
-            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
-            raise RuntimeError(
-                "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see "
-                "gradients that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; "
-                "it takes the same arguments."
-            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -301,7 +312,7 @@ class ShardedAdam(Optimizer):
                 arguments.check_group(param_group, self.defaults)
                 super().add_param_group(param_group)
                 named = named_parameters(self.param_groups, count)
-                arguments.check_parameters(named, engine.options.precision, taken=engine.parameters.taken())
+                engine.parameters.check(named)
                 claims += arguments.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]
@@ -309,34 +320,45 @@ class ShardedAdam(Optimizer):
         self._add_params(named)
 
     def _add_params(self, named: list[NamedParameter]) -> None:
-        for param in self._engine.add_params(named):
-            self._state.bind(param)
-
-    def _add_unfrozen_params(self) -> None:
-        """Add the parameters that were frozen before and are trainable now. Collective if there are any."""
-        for param in self._engine.add_unfrozen_params():
-            self._state.bind(param)
+        self._state.bind(self._engine.add_params(named))
 
     @collective
     def sync_module(self, module: torch.nn.Module) -> None:
         """Broadcast rank 0's buffers of ``module``, and its parameters that this optimizer does not have. Collective.
 
-        DDP's constructor does the same.
+        DDP's constructor does the same. From then on, ``step`` warns once if nobody averages those parameters'
+        gradients.
         """
         self._engine.gatherer.synchronize()
-        seen = {id(p) for group in self.param_groups for p in group["params"]}
-        tensors = [*module.parameters(), *module.buffers()]
-        self._engine.parameters.broadcast(tensor for tensor in tensors if id(tensor) not in seen)
+        self._engine.parameters.broadcast([*self._engine.outside(module).values(), *module.buffers()])
+
+    @collective
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average ``p.grad`` of parameters that another optimizer trains over all ranks, in place. Collective.
+
+        Call it on all ranks between backward and the other optimizer's step. If a parameter has a gradient on some
+        ranks only, the others count as zeros and get one. Sums in float32, or in float64 for float64.
+
+        Args:
+            parameters: the same on all ranks, none of this optimizer's. Gradients may be sparse (COO).
+
+        Raises:
+            ValueError: one of them is this optimizer's, which averages its own.
+        """
+        self._engine.average_gradients(parameters)
 
     # Inspection
 
     @collective
-    def check_in_sync(self) -> None:
+    def check_in_sync(self, model: torch.nn.Module | None = None) -> None:
         """Check by checksums that all ranks hold equal bits. Collective.
 
         Compares trainable and frozen parameters, step counters, ``skipped_steps`` and hyperparameters; with hybrid
         sharding, also the state over each replica group. Without it, each shard of the state exists once and is not
         compared. Reads everything once, sends a few bytes per rank, and changes nothing.
+
+        Args:
+            model: also compare its parameters that this optimizer does not have.
 
         Raises:
             ValueError: hyperparameters differ, or a parameter's shape, dtype, strides or ``requires_grad``.
@@ -352,6 +374,8 @@ class ShardedAdam(Optimizer):
         tensors = replicas.replicated_tensors(
             parameters.params, parameters.frozen, engine.skipped_steps, engine.transport
         )
+        if model is not None:
+            tensors += replicas.outside_tensors(engine.outside(model))
         replicas.check(tensors, engine.transport.rank, engine.transport.control)
 
     @collective
@@ -362,101 +386,14 @@ class ShardedAdam(Optimizer):
             A new tensor of the parameter's shape, float32 (float64 for float64 parameters). None if no rank has one.
 
         Raises:
-            ValueError: ``parameter`` is not a trainable parameter of this optimizer.
+            ValueError: ``parameter`` is frozen since the build, or not a parameter of this optimizer.
         """
         self._add_unfrozen_params()
         return self._engine.full_grad(parameter, self.param_groups)
 
-    @collective
-    def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the parameter's whole state: step, exp_avg, exp_avg_sq and, where there is one, master. Collective.
-
-        Returns:
-            New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
-
-        Raises:
-            ValueError: ``parameter`` is not a trainable parameter of this optimizer.
-        """
-        self._add_unfrozen_params()
-        self._engine.gatherer.synchronize()
-        return whole.of_one(self._engine.parameters.find(parameter), self._engine.transport)
-
     def memory(self) -> Memory:
         """Return the bytes that the optimizer holds on this rank now, by kind. Local."""
         return memory.held_by(self._engine.parameters.arenas, self._engine.reducer)
-
-    # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's shard of the state, in torch's form. Local.
-
-        On several ranks, tensors are ``FlatShard``: they have the parameter's shape, hold this rank's elements only,
-        and share the optimizer's memory and format. torch.distributed.checkpoint saves them, and loads them on any
-        number of ranks; pickling one raises TypeError. On one rank they are ordinary tensors. After
-        ``consolidate_state_dict(to)`` and until the next step, rank ``to`` gets the whole state instead.
-        """
-        self._engine.gatherer.wait_all()
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        if self._consolidated is not None:
-            state_dict = shallow_copy(self._consolidated)
-        else:
-            world_size = self._engine.transport.world_size
-            state_dict = local_state_dict(self._engine.parameters, self.param_groups, world_size=world_size)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
-
-    @collective
-    def full_state_dict(self) -> dict[str, Any]:
-        """Return the whole state on rank 0, as torch.optim.Adam/AdamW has it, and an empty dict elsewhere. Collective.
-
-        Tensors are new, on the CPU, of the parameters' shapes, and float32 (float64 for float64 parameters) whatever
-        format they are stored in. Parameters with a master also have ``master``, which torch's optimizers keep and
-        ignore.
-        """
-        return self._whole_state_dict(to=0) or {}
-
-    @collective
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather the whole state on one rank, where ``state_dict()`` returns it until the next step. Collective.
-
-        ``full_state_dict`` under ZeroRedundancyOptimizer's name.
-
-        Args:
-            to: rank in the optimizer's process group.
-        """
-        self._consolidated = self._whole_state_dict(to=to)
-
-    def _whole_state_dict(self, *, to: int) -> dict[str, Any] | None:
-        self._add_unfrozen_params()
-        self._engine.gatherer.synchronize()
-        return whole_state_dict(self._engine.parameters, self.param_groups, self._engine.transport, to=to)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW. Local.
-
-        Also loads the hyperparameters of the param groups, as torch does. If ``state_dict`` has no master weights,
-        copies them from the parameters: load the model first.
-
-        Raises:
-            ValueError: ``state_dict`` does not fit this optimizer. Nothing has been changed.
-        """
-        self._engine.gatherer.wait_all()
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        for group in state_dict["param_groups"]:
-            arguments.check_group({key: value for key, value in group.items() if key != "params"}, self.defaults)
-        local.load_local(self.param_groups, self._engine.parameters.params, state_dict)
-        self._state_was_loaded(parameters=False)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _state_was_loaded(self, *, parameters: bool) -> None:
-        self._consolidated = None
-        self._engine.state_was_loaded(parameters=parameters)
 
     @property
     def _checkpoint_seam(self) -> CheckpointSeam:
@@ -466,53 +403,4 @@ class ShardedAdam(Optimizer):
         raise TypeError(
             f"A {type(self).__name__} holds buffers and process groups and cannot be copied or pickled. Build a new "
             "one and load state_dict() into it."
-        )
-
-
-class ShardedAdamW(ShardedAdam):
-    """torch.optim.AdamW with its state split over the ranks of a process group.
-
-    ``ShardedAdam`` with decoupled weight decay: the same arguments, without ``decoupled_weight_decay``.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        amsgrad: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        process_group: dist.ProcessGroup | DeviceMesh | None = None,
-        gradient_sync: GradientSync = "backward",
-        max_grad_norm: float | None = None,
-        precision: Precision | None = None,
-        bucket_mb: float | None = None,
-        transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad=amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            process_group=process_group,
-            gradient_sync=gradient_sync,
-            max_grad_norm=max_grad_norm,
-            precision=precision,
-            bucket_mb=bucket_mb,
-            transport=transport,
         )

@@ -32,8 +32,8 @@ def nccl_of_one() -> NcclTransport:
             device_id=torch.device("cuda", 0),
         )
         atexit.register(dist.destroy_process_group)
-    cache = GroupCache(dist.new_group(backend="gloo"), StoreBarrier(None, 0, [0]))
-    cache.training.append(dist.new_group(backend="nccl"))
+    cache = GroupCache("shardadam", dist.new_group(backend="gloo"), StoreBarrier(None, 0, [0]))
+    cache.training[0] = dist.new_group(backend="nccl")
     return NcclTransport(CommGroups(cache.control, cache.training[0], cache, 0))
 
 

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
+from shardadam.integrations import accelerate as integration  # noqa: E402
 from shardadam.integrations.accelerate import ShardedAccelerator  # noqa: E402
 from tests import accelerate_run  # noqa: E402
 from tests.accelerate_run import as_launched  # noqa: E402
@@ -170,6 +174,69 @@ def test_norms_under_loss_scaling_equal_those_without() -> None:
     assert plain["norms"][0] > 0.1
 
 
+# Steps that are skipped without loss scaling
+
+
+def training_with_nan(steps: int, nan_at: int, accumulate: int, is_late: bool, two_optimizers: bool) -> dict[str, Any]:
+    """Train with a NaN in the loss of one rank; return what accelerate was told after each step."""
+    late = mock.patch.object(integration, "host_runs_ahead", lambda device: True) if is_late else nullcontext()
+    with as_launched(), late:
+        accelerator = ShardedAccelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        torch.manual_seed(0)
+        models = [nn.Linear(6, 2) for _ in range(1 + two_optimizers)]
+        optimizers = [ShardedAdamW(model.named_parameters(), lr=1.0 / (1 + i)) for i, model in enumerate(models)]
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 0.5**step) for one in optimizers]
+        prepared = accelerator.prepare(*models, *optimizers, *schedulers)
+        count = len(models)
+        models, optimizers, schedulers = prepared[:count], prepared[count : 2 * count], prepared[2 * count :]
+        told, rates, skipped = [], [], []
+        for step in range(steps * accumulate):
+            with accelerator.accumulate(*models):
+                loss = sum(model(torch.ones(4, 6)).square().mean() for model in models[1:])
+                first = models[0](torch.ones(4, 6)).square().mean()
+                if step == nan_at and accelerator.is_main_process:
+                    first = first * float("nan")
+                accelerator.backward(loss + first)
+                for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                told.append(accelerator.optimizer_step_was_skipped)
+                skipped.append([one.step_was_skipped for one in optimizers])
+                rates.append([scheduler.get_last_lr()[0] for scheduler in schedulers])
+        return {"told": told, "rates": rates, "skipped": skipped}
+
+
+def moves_of(rates: list[list[float]]) -> list[list[bool]]:
+    """Return, for each step after the first, whether each schedule has moved."""
+    return [[b < a for a, b in zip(one, other, strict=True)] for one, other in itertools.pairwise(rates)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_skipped_step_without_a_scaler_reaches_accelerate_and_its_schedulers(
+    world_size: int, accumulate: int
+) -> None:
+    """A NaN made all ranks skip the step, but the schedule moved on."""
+    for found in on_ranks(world_size, training_with_nan, 4, 2 * accumulate, accumulate, False, False):
+        assert found["told"] == [False, False, True, False]
+        assert moves_of(found["rates"]) == [[True], [False], [True]]
+
+
+def test_of_two_optimizers_only_the_skipped_ones_schedule_stays() -> None:
+    for found in on_ranks(2, training_with_nan, 4, 2, 1, False, True):
+        assert found["told"] == [False, False, True, False]
+        assert found["skipped"] == [[False, False], [False, False], [True, False], [False, False]]
+        assert moves_of(found["rates"]) == [[True, True], [False, True], [True, True]]
+
+
+def test_a_host_that_must_not_wait_is_told_one_step_later() -> None:
+    for found in on_ranks(2, training_with_nan, 5, 2, 1, True, False):
+        assert found["told"] == [False, False, False, True, False]
+        assert moves_of(found["rates"]) == [[True], [True], [False], [True]]
+
+
 # Refused setups
 
 
@@ -186,15 +253,10 @@ def refused(what: str) -> str:
             sharded = ShardedAdamW(model.parameters(), gradient_sync="external" if what == "external" else "backward")
             if what == "clip":
                 accelerator.prepare(model, sharded)
-                call = lambda: accelerator.clip_grad_norm_([model.weight], 1.0)  # noqa: E731
-            elif what == "inf norm":
-                accelerator.prepare(model, sharded)
-                call = lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0, float("inf"))  # noqa: E731
+                call = lambda: accelerator.clip_grad_norm_([model.weight, torch.nn.Parameter(torch.ones(1))], 1.0)  # noqa: E731
             elif what == "device":
                 accelerator.state.device = torch.device("meta")
                 call = lambda: accelerator.prepare(model, sharded)  # noqa: E731
-            elif what == "value":
-                call = lambda: accelerator.clip_grad_value_(model.parameters(), 1.0)  # noqa: E731
             else:
                 other = sharded if what == "external" else torch.optim.AdamW(model.parameters())
                 call = lambda: accelerator.prepare(model, other)  # noqa: E731
@@ -211,15 +273,38 @@ def refused(what: str) -> str:
         ("plain accelerate", ["RuntimeError", "DistributedDataParallel", "ShardedAccelerator", '"external"']),
         ("external", ["TypeError", 'gradient_sync="external"', "accelerate.Accelerator"]),
         ("another optimizer", ["TypeError", "AdamW", "expected a ShardedAdam"]),
-        ("clip", ["ValueError", "found 1 parameters of 1 optimizers", "all trainable parameters"]),
-        ("inf norm", ["ValueError", "norm_type inf"]),
-        ("value", ["NotImplementedError", "clip_grad_norm_"]),
+        ("clip", ["ValueError", "found 2 parameters of 1 optimizers", "Call it once for each optimizer"]),
         ("device", ["ValueError", "meta", "model.to(accelerator.device) before"]),
     ],
 )
 def test_setups_that_cannot_work_are_refused_on_all_ranks(what: str, expected: list[str]) -> None:
     for message in on_ranks(2, refused, what):
         assert all(text in message for text in expected), message
+
+
+def built_without_cpu() -> list[str]:
+    """Build accelerators as a script does under torchrun that forgets ``cpu=True``, on a machine without GPUs."""
+    messages = []
+    with as_launched():
+        os.environ.pop("ACCELERATE_USE_CPU")
+        os.environ["WORLD_SIZE"] = "2"
+        for build in (ShardedAccelerator, lambda: ShardedAccelerator.adopt(accelerate.Accelerator())):
+            with pytest.raises(ValueError) as error:
+                build()
+            messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate uses the GPU")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_processes_that_accelerate_does_not_count_are_refused(world_size: int) -> None:
+    """On CPUs without ``cpu=True``, every process that torchrun starts is the only one for accelerate. With one rank,
+    this process, accelerate has joined nothing; with two, it has initialised torch.distributed all the same.
+    """
+    for messages in on_ranks(world_size, built_without_cpu):
+        for message in messages:
+            assert message.startswith("ShardedAccelerator: found num_processes 1, but 2 processes have been started")
+            assert "cpu=True" in message and "use_cpu=True" in message and "unset WORLD_SIZE" in message
 
 
 def external_under_plain_accelerate() -> tuple[float, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import shardadam
@@ -34,7 +35,6 @@ DIFFERENCES = {
     "requires_grad": ("parameter 'second': requires_grad", "True", "False"),
     "name": ("the name of parameter 1", "'second'", "'renamed'"),
     "order": ("the name of parameter 0", "'first'", "'second'"),
-    "number of parameters": ("param group 0: number of parameters", "3", "2"),
     "lr": ("param group 0: lr", "0.1", "0.2"),
     "tensor lr": ("param group 0: lr", "0.1", "0.25"),
     "betas": ("param group 0: betas", "(0.9, 0.999)", "(0.9, 0.99)"),
@@ -78,8 +78,8 @@ def build_group(difference: str) -> dict[str, Any]:
         named[1][1].requires_grad_(False)
     elif difference == "order":
         named[:2] = named[1::-1]
-    elif difference == "number of parameters":
-        named.pop()
+    elif difference.startswith("without "):
+        named = [(name, parameter) for name, parameter in named if name != difference.removeprefix("without ")]
     options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False}
     changed = {"lr": 0.2, "tensor lr": torch.tensor(0.25), "betas": (0.9, 0.99), "eps": 1e-6}
     changed |= {"weight_decay": 0.02, "maximize": True, "negative lr": -1.0}
@@ -92,7 +92,7 @@ def build_group(difference: str) -> dict[str, Any]:
 def build_optimizer(difference: str) -> ShardedAdamW:
     groups = [build_group(difference)]
     if difference == "number of groups":
-        groups.append({"params": [("fourth", nn.Parameter(torch.ones(6)))]})
+        groups.append({"params": [groups[0]["params"].pop()]})
     options: dict[str, Any] = {"gradient_sync": "step", "bucket_mb": 1, "max_grad_norm": 1.0}
     return ShardedAdamW(groups, **({difference: options[difference]} if difference in options else {}))
 
@@ -116,6 +116,47 @@ def test_a_difference_at_construction_is_named_on_every_rank(difference: str, wo
     expected = message_of((DIFFERENCES | AT_CONSTRUCTION_ONLY)[difference], world_size)
     results = on_ranks(world_size, construct, difference, ODD_RANK, deadline_s=DEADLINE_S)
     assert results == [("ValueError", expected)] * world_size
+
+
+@pytest.mark.parametrize("lacked", ["first", "second", "third"])
+def test_the_first_parameter_that_a_rank_lacks_is_named(lacked: str) -> None:
+    """The message gave two numbers of parameters."""
+    expected = (
+        f"Ranks disagree on which parameters there are: rank 1 lacks '{lacked}' of ranks 0, 2. "
+        f"The number of parameters is 3 on ranks 0, 2, 2 on rank 1. {REMEDY}"
+    )
+    assert on_ranks(3, construct, f"without {lacked}", ODD_RANK) == [("ValueError", expected)] * 3
+    for result in on_ranks(3, add_and_train, f"without {lacked}", ODD_RANK):
+        assert result["refusal"] == ("ValueError", expected)
+
+
+def test_a_parameter_without_a_name_that_a_rank_lacks_is_told_by_position_or_shape() -> None:
+    last, first = on_ranks(2, construct_without_names)[0]
+    counts = f"The number of parameters is 2 on rank 0, 1 on rank 1. {REMEDY}"
+    lacked = "\"param_groups[0]['params'][1]\""
+    assert last == f"Ranks disagree on which parameters there are: rank 1 lacks {lacked} of rank 0. {counts}"
+    assert "params'][0]" in first and "shape (2,) on rank 0, (3,) on rank 1." in first and first.endswith(counts)
+
+
+def construct_without_names() -> tuple[str, str]:
+    rank, _ = rank_and_size()
+    both = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    last = raised(lambda: ShardedAdamW(both if rank == 0 else both[:1]))
+    first = raised(lambda: ShardedAdamW(both if rank == 0 else both[1:]))
+    return last[1], first[1]
+
+
+def test_parameters_in_other_param_groups_are_a_difference() -> None:
+    for kind, message in on_ranks(2, construct_in_other_groups):
+        assert kind == "ValueError"
+        assert "param group 0: number of parameters 1 on rank 0, 2 on rank 1." in message
+
+
+def construct_in_other_groups() -> tuple[str, str]:
+    rank, _ = rank_and_size()
+    named = [(name, nn.Parameter(torch.ones(2))) for name in "abc"]
+    cut = 1 + rank
+    return raised(lambda: ShardedAdamW([{"params": named[:cut]}, {"params": named[cut:]}]))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -284,6 +325,7 @@ class SilentStore:
         def ask(*_: Any) -> None:
             self.asked.set()
             time.sleep(60)
+            raise dist.DistNetworkError("at last")
 
         if name == "clone":
             raise AttributeError

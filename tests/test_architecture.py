@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 import shardadam
 
@@ -20,13 +21,22 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 # files are listed one by one.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
-    ("grad_scaler", "checkpoint", "planner"),
+    ("adamw", "grad_scaler", "checkpoint", "planner"),
     ("optimizer",),
-    ("engine.checkpoint_seam", "engine.collective_method", "state.state_dict", "state.torch_view"),
+    ("state.stateful_optimizer",),
+    (
+        "engine.checkpoint_seam",
+        "engine.collective_method",
+        "engine.joining",
+        "state.loading",
+        "state.state_dict",
+        "state.torch_view",
+    ),
     ("engine.step",),
-    ("engine.step_sync", "engine.parameters"),
+    ("engine.step_sync", "engine.parameters", "engine.clipping"),
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
-    ("engine.reduction", "engine.gathering", "state.local", "checks.arguments"),
+    ("state.masters",),
+    ("engine.reduction", "engine.gathering", "engine.outside", "state.local", "checks.arguments"),
     ("engine.storage", "engine.grad_stats", "engine.profiling"),
     ("update", "transport"),
     ("ranks", "state.flat_shard"),
@@ -168,3 +178,15 @@ def test_the_search_for_imports_finds_them_in_every_form() -> None:
     assert imported_rooms("from shardadam.update.fused import FusedUpdate") == {"update"}
     assert imported_rooms("from shardadam import ShardedAdamW") == {"__init__"}
     assert imported_rooms("def f():\n    from shardadam.transport import Transport") == {"transport"}
+
+
+CONSTRUCTORS = {function.__name__ for function in _device_constructors()}  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_every_new_tensor_has_a_device(path: str) -> None:
+    """Without one it would be on the device of ``torch.set_default_device``, which may be any."""
+    for node in ast.walk(ast.parse(MODULES[path])):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in CONSTRUCTORS}:
+            has_device = any(keyword.arg == "device" for keyword in node.keywords)
+            assert has_device or any(isinstance(each, ast.Starred) for each in node.args), ast.unparse(node)

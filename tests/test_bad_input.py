@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import shardadam
 from shardadam import Precision, ShardedAdam, ShardedAdamW
+from shardadam.transport import SingleProcessTransport
 from tests.ranks import on_ranks
 
 GRADIENT_SYNCS = pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
@@ -95,7 +100,7 @@ def test_refuses_an_empty_list() -> None:
 
 
 @pytest.mark.parametrize("field", ["lr", "eps", "weight_decay"])
-@pytest.mark.parametrize("value", [-1e-3, math.nan])
+@pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf])
 def test_refuses_negative_hyperparameters(field: str, value: float) -> None:
     with refuse(ValueError, f"{field}: found {value}", "expected 0 or more"):
         ShardedAdamW([parameter(3)], **{field: value})
@@ -310,6 +315,46 @@ def test_refuses_a_process_group_where_nothing_is_initialised() -> None:
         ShardedAdamW([parameter(3)], process_group=object())  # type: ignore[arg-type]
 
 
+def test_refuses_to_train_alone_where_torchrun_has_started_several_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each process trained a model of its own, and nothing said so."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = ("found WORLD_SIZE=2", "each of the 2 processes would train a model of its own", "init_process_group")
+    with refuse(RuntimeError, *expected, "create the Accelerator first", "unset WORLD_SIZE"):
+        ShardedAdamW([parameter(3)])
+    with refuse(RuntimeError, *expected):
+        shardadam.save(tmp_path, step=0, model=nn.Linear(2, 2))
+    ShardedAdamW([parameter(3)], transport=SingleProcessTransport())
+    for alone in ("1", "", "auto"):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        ShardedAdamW([parameter(3)])
+    monkeypatch.delenv("WORLD_SIZE")
+    ShardedAdamW([parameter(3)])
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_warns_where_another_launcher_may_have_started_several_processes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "4")
+    with pytest.warns(UserWarning, match=f"Found {name}=4 in the environment.*init_process_group.*unset {name}"):
+        ShardedAdamW([parameter(3)])
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # also set in a batch script that starts one process
+    ShardedAdamW([parameter(3)])
+
+
+def test_takes_a_group_of_one_rank_where_torchrun_has_started_several_processes() -> None:
+    assert on_ranks(2, build_in_a_world_of_two) == [("nothing", "")] * 2
+
+
+def build_in_a_world_of_two() -> tuple[str, str]:
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+        return raised(lambda: [ShardedAdamW([parameter(3)], process_group=group) for group in (alone, None)])
+
+
 def test_refuses_a_process_group_that_this_rank_is_not_in() -> None:
     member, outsider = on_ranks(2, build_on_a_group_of_rank_0)
     assert member == ("nothing", "")
@@ -465,6 +510,92 @@ def test_refuses_to_be_copied(copied: Callable[[Any], Any]) -> None:
 def test_refuses_to_gather_for_a_tensor_that_it_does_not_have(method: str) -> None:
     frozen = parameter(3).requires_grad_(False)
     optimizer = ShardedAdamW([parameter(3), frozen])
-    for foreign in (parameter(3), frozen, torch.ones(3)):
+    with refuse(ValueError, "Parameter \"param_groups[0]['params'][1]\" is frozen", "Set requires_grad on it first"):
+        getattr(optimizer, method)(frozen)
+    for foreign in (parameter(3), torch.ones(3)):
         with refuse(ValueError, "not a trainable parameter of the optimizer", "Pass one of its param_groups' params"):
             getattr(optimizer, method)(foreign)
+
+
+# Hyperparameters that change after it was built
+
+NOT_NUMBERS = {
+    "NaN": (math.nan, ValueError),
+    "infinity": (math.inf, ValueError),
+    "None": (None, TypeError),
+    "text": ("1e-3", TypeError),
+    "complex": (1e-3 + 0j, TypeError),
+    "tensor of NaN": (torch.tensor(math.nan), ValueError),
+    "complex tensor": (torch.tensor(1e-3 + 0j), TypeError),
+    "two elements": (torch.tensor([0.1, 0.2]), TypeError),
+}
+
+
+def step_with(field: str, value: Any) -> list[Any]:
+    """Return the error of a step with ``value``, whether it changed nothing, and whether a right value steps after."""
+    layer = nn.Linear(3, 2)
+    optimizer = ShardedAdamW(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    before = [p.detach().clone() for p in layer.parameters()]
+    group = optimizer.param_groups[0]
+    right, group[field] = group[field], value
+    answer = raised(optimizer.step)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+    unchanged &= all(not tensor.any() for entry in optimizer.state.values() for tensor in entry.values())
+    group[field] = right
+    optimizer.step()
+    moved = all(not torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+    return [*answer, unchanged, moved]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize(("world_size", "field"), [(1, "lr"), (1, "weight_decay"), (1, "eps"), (2, "lr")])
+def test_a_step_refuses_a_hyperparameter_that_is_no_number_and_writes_nothing(
+    world_size: int, field: str, value: str
+) -> None:
+    """A scheduler that divides by zero once wrote NaN into every parameter, or failed in the middle of the update."""
+    for kind, message, unchanged, moved in on_ranks(world_size, step_with, field, NOT_NUMBERS[value][0]):
+        assert kind == NOT_NUMBERS[value][1].__name__ and unchanged and moved
+        assert f"step(): param group 0, {field}: found " in message and "Nothing has been written" in message
+
+
+@pytest.mark.parametrize("betas", [(math.nan, 0.9), (0.9, 1.0), (0.9, None), (0.9, torch.tensor([0.9, 0.9]))])
+def test_a_step_refuses_such_betas(betas: Any) -> None:
+    kind, message, unchanged, moved = step_with("betas", betas)
+    assert kind in ("ValueError", "TypeError") and "param group 0, betas[" in message and unchanged and moved
+
+
+def step_with_nan_on_rank_1() -> tuple[str, str]:
+    layer = nn.Linear(3, 2)
+    optimizer = ShardedAdamW(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["lr"] = math.nan
+    return raised(optimizer.step)
+
+
+def test_a_number_on_one_rank_alone_that_is_none_raises_on_all() -> None:
+    for kind, message in on_ranks(2, step_with_nan_on_rank_1):
+        assert kind == "ValueError" and "lr 0.1 on rank 0, nan on rank 1" in message
+
+
+@pytest.mark.parametrize("value", [-1e-20, 0, True, torch.tensor(0.1), torch.tensor([0.1])])
+def test_a_step_takes_what_torch_takes(value: Any) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = ShardedAdamW(layer.parameters())
+    optimizer.param_groups[0]["lr"] = value
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("max_norm", [math.nan, -1.0, None, "1", 1j, torch.tensor(math.nan), torch.ones(2)])
+def test_refuses_to_clip_to_what_is_no_norm(max_norm: Any) -> None:
+    """NaN once went into every parameter."""
+    layer = nn.Linear(3, 2)
+    optimizer = ShardedAdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    with pytest.raises((TypeError, ValueError), match=r"max_norm: found .*expected a number"):
+        optimizer.clip_grad_norm_(max_norm)
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in layer.parameters())

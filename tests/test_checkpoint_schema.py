@@ -544,7 +544,8 @@ def bound_socket(path: Path) -> None:
     here = os.open(".", os.O_RDONLY)
     os.chdir(path.parent)  # the path of a socket must be short
     try:
-        socket.socket(socket.AF_UNIX).bind(path.name)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
     finally:
         os.chdir(here)
         os.close(here)

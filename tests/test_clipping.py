@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from shardadam import ShardedAdamW
+from shardadam import GradScaler, ShardedAdamW
 from tests.ranks import on_ranks, rank_and_size
 
 LR = 1e-2
@@ -77,6 +78,61 @@ def test_equals_torchs_clip_grad_norm(world_size: int, how: str, max_norm: float
             assert returned == pytest.approx(norms, rel=1e-5)
         for a, b in zip(parameters, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def clip_in_float64(how: str, gradient_sync: str, mixed: bool) -> tuple[list[Tensor], float, torch.dtype]:
+    """One rank's gradients on all ranks, so that their mean has their bits."""
+    model = build_model(torch.float64)
+    if mixed:
+        model[2].float()
+    options = {"max_grad_norm": 0.3} if how == "inside step" else {}
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, bucket_mb=0.001, gradient_sync=gradient_sync, **options)
+    norms: list[Tensor] = []
+    for step in range(4):
+        gradients_of(model, step)
+        if how == "method":
+            norms.append(optimizer.clip_grad_norm_(0.3))
+        elif how == "full_grad":
+            norms.append(optimizer.clip_grad_norm_(0.3))
+            assert optimizer.full_grad(model[0].weight) is not None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.grad_norm is not None
+    return [p.detach().clone() for p in model.parameters()], float(optimizer.grad_norm), optimizer.grad_norm.dtype
+
+
+def gradients_of(model: nn.Module, step: int) -> None:
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, parameter in enumerate(model.parameters()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + index))
+        loss = loss + (parameter * noise.to(parameter.dtype)).sum()
+    loss.backward()
+
+
+@pytest.mark.sweep(5)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("how", ["inside step", "method", "full_grad"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_float64_gradients_are_clipped_as_exactly_as_in_torch(
+    world_size: int, how: str, gradient_sync: str, mixed: bool
+) -> None:
+    """They were once clipped by a float32 coefficient: wrong by up to 6e-8 of the gradient."""
+    model = build_model(torch.float64)
+    if mixed:
+        model[2].float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    for step in range(4):
+        optimizer.zero_grad()
+        gradients_of(model, step)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+    for parameters, found, dtype in on_ranks(world_size, clip_in_float64, how, gradient_sync, mixed):
+        assert dtype == torch.float64
+        assert found == pytest.approx(float(norm), rel=1e-6 if mixed else 1e-14)
+        for ours, theirs in zip(parameters, model.parameters(), strict=True):
+            exact = {"rtol": 1e-13, "atol": 1e-14} if not mixed else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(ours, theirs, **exact)
 
 
 def everything(model: nn.Module, optimizer: ShardedAdamW) -> list[Tensor]:
@@ -194,3 +250,129 @@ def test_full_grad_and_full_state_return_whole_tensors(world_size: int, dtype: t
             assert ("master" in state) == (dtype == torch.bfloat16)
         assert result["nothing"] is None
         assert float(result["last"]["step"]) == 0.0 and not result["last"]["exp_avg"].any()
+
+
+# Other ways to clip
+
+CLIPS = {
+    "1-norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, 5.0, norm_type=1.0),
+    "3-norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.1, norm_type=3),
+    "inf-norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.01, norm_type=math.inf),
+    "some": lambda parameters: nn.utils.clip_grad_norm_(parameters[2:5], 0.05),
+    "some, inf-norm": lambda parameters: nn.utils.clip_grad_norm_(parameters[2:4], 0.01, norm_type=math.inf),
+    "value": lambda parameters: nn.utils.clip_grad_value_(parameters, 0.003),
+    "some by value": lambda parameters: nn.utils.clip_grad_value_(parameters[:2], 0.003),
+}
+OUR_CLIPS = {
+    "1-norm": lambda optimizer, parameters: optimizer.clip_grad_norm_(5.0, 1.0),
+    "3-norm": lambda optimizer, parameters: optimizer.clip_grad_norm_(torch.tensor(0.1), norm_type=3),
+    "inf-norm": lambda optimizer, parameters: optimizer.clip_grad_norm_(0.01, math.inf),
+    "some": lambda optimizer, parameters: optimizer.clip_grad_norm_(0.05, parameters=parameters[2:5]),
+    "some, inf-norm": lambda optimizer, parameters: optimizer.clip_grad_norm_(
+        0.01, float("inf"), parameters=iter(parameters[2:4])
+    ),
+    "value": lambda optimizer, parameters: optimizer.clip_grad_value_(0.003),
+    "some by value": lambda optimizer, parameters: optimizer.clip_grad_value_(0.003, parameters=parameters[:2]),
+}
+
+
+def train_with(how: list[str], options: dict[str, Any]) -> tuple[list[float], list[Tensor]]:
+    rank, world_size = rank_and_size()
+    model = build_model()
+    parameters = list(model.parameters())
+    if mesh := options.get("process_group"):
+        options = {**options, "process_group": init_device_mesh("cpu", mesh)}
+    optimizer = ShardedAdamW(parameters, lr=LR, bucket_mb=0.001, **options)
+    scaler = GradScaler("cpu", init_scale=128.0, enabled=options.get("gradient_sync") == "backward")
+    returned = []
+    for step in range(6):
+        if options.get("gradient_sync") == "external":
+            (sum(loss_of(model, step, r) for r in range(world_size)) / world_size).backward()
+        else:
+            scaler.scale(loss_of(model, step, rank)).backward()
+        scaler.unscale_(optimizer)
+        returned += [float(OUR_CLIPS[one](optimizer, parameters) or 0.0) for one in how]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return returned, [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.sweep(14)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_sync": "backward"},
+        {"gradient_sync": "step"},
+        {"gradient_sync": "external"},
+        {"gradient_sync": "backward", "max_grad_norm": 0.04},
+        {"gradient_sync": "step", "transport": "collective"},
+        {"gradient_sync": "backward", "process_group": (2, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("how", [*([one] for one in CLIPS), ["value", "some", "1-norm", "some by value"]], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_torchs_other_ways_to_clip(world_size: int, how: list[str], options: dict[str, Any]) -> None:
+    if "process_group" in options:
+        world_size = 4
+    model = build_model()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LR)
+    norms = []
+    for step in range(6):
+        (sum(loss_of(model, step, rank) for rank in range(world_size)) / world_size).backward()
+        norms += [float(CLIPS[one](parameters) or 0.0) for one in how]
+        if "max_grad_norm" in options:
+            nn.utils.clip_grad_norm_(parameters, options["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+    for returned, ours in on_ranks(world_size, train_with, how, options):
+        assert returned == pytest.approx(norms, rel=1e-4)  # torch sums in float32
+        for a, b in zip(ours, parameters, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+
+
+def clip_an_infinite_gradient() -> tuple[int, bool]:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), lr=LR)
+    before = everything(model, optimizer)
+    (loss_of(model, 0, 0) * (math.inf if rank_and_size()[0] == 0 else 1.0)).backward()
+    optimizer.clip_grad_value_(0.1)
+    optimizer.clip_grad_norm_(0.1, 1.0, parameters=[model[0].weight])
+    optimizer.step()
+    after = everything(model, optimizer)
+    return int(optimizer.skipped_steps), all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_clipping_does_not_hide_a_non_finite_gradient(world_size: int) -> None:
+    assert on_ranks(world_size, clip_an_infinite_gradient) == [(1, True)] * world_size
+
+
+def test_what_cannot_be_clipped_is_refused_by_name() -> None:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"norm_type: found 0\.0, expected a positive number"):
+        optimizer.clip_grad_norm_(1.0, 0)
+    with pytest.raises(ValueError, match=r"clip_value: found -1\.0, expected a number of 0 or more"):
+        optimizer.clip_grad_value_(-1.0)
+    with pytest.raises(ValueError, match=r"Tensor 1 of \(3,\) is not a parameter of the optimizer"):
+        optimizer.clip_grad_norm_(1.0, parameters=[model[0].weight, torch.zeros(3)])
+
+
+def clip_different_parameters() -> str:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    loss_of(model, 0, 0).backward()
+    some = list(model.parameters())[: 1 + rank_and_size()[0]]
+    try:
+        optimizer.clip_grad_norm_(1.0, parameters=some)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_clip_different_parameters_are_told() -> None:
+    for message in on_ranks(2, clip_different_parameters):
+        assert "of 1 parameters on rank 0" in message and "of 2 parameters on rank 1" in message

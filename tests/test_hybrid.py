@@ -346,6 +346,7 @@ def broadcast_between_sums(transport: str) -> list[list[Tensor]]:
     rank, _ = rank_and_size()
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)), nn.BatchNorm1d(16))
     trained = list(model[:8].parameters())
+    model[8].requires_grad_(False)
     optimizer = ShardedAdamW(
         trained, lr=0.1, process_group=mesh_of((2, 2)), bucket_mb=1088 / 2**20, transport=transport  # type: ignore[arg-type]
     )  # fmt: skip

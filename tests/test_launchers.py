@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
-DEADLINE_S = 60.0
+DEADLINE_S = 110.0
 
 
 def bash(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

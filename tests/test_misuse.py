@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_  # before shardadam is imported
+from torch.nn.utils import (  # before shardadam is imported
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
 
 from shardadam import GradScaler, ShardedAdamW
 from shardadam.checks import misuse
@@ -38,17 +44,25 @@ def warned(act: Callable[[], Any]) -> list[str]:
     return [f"{one.filename}: {one.message}" for one in caught if issubclass(one.category, UserWarning)]
 
 
-# torch.nn.utils.clip_grad_norm_
+# Clipping and measuring by torch.nn.utils
+
+TORCHS_CLIPPING = {
+    "clip_grad_norm_": lambda parameters: clip_grad_norm_(parameters, 1.0),
+    "clip_grad_value_": lambda parameters: clip_grad_value_(parameters, 1.0),
+    "clip_grads_with_norm_": lambda parameters: clip_grads_with_norm_(parameters, 1.0, torch.ones(())),
+    "get_total_norm": lambda parameters: get_total_norm([p.grad for p in parameters if p.grad is not None]),
+}
 
 
-def clip_with_torch(gradient_sync: str) -> tuple[list[str], list[str]]:
-    misuse._has_warned_of_clipping = False
+def clip_with_torch(gradient_sync: str, function: str) -> tuple[list[str], list[str]]:
+    misuse._warned.clear()
     model = build_model()
     optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
 
     def step() -> None:
         backward(model)
-        clip_grad_norm_(model.parameters(), 1.0)
+        with contextlib.suppress(RuntimeError):  # of torch's clip_grad_value_ without gradients
+            TORCHS_CLIPPING[function](list(model.parameters()))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -56,25 +70,32 @@ def clip_with_torch(gradient_sync: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("function", TORCHS_CLIPPING)
 @pytest.mark.parametrize("gradient_sync", SYNCS)
-def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, world_size: int) -> None:
+def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, function: str, world_size: int) -> None:
     is_wrong = gradient_sync == "backward" or (gradient_sync == "step" and world_size > 1)
-    for first, second in on_ranks(world_size, clip_with_torch, gradient_sync):
+    for first, second in on_ranks(world_size, clip_with_torch, gradient_sync, function):
         assert len(first) == is_wrong and second == []
         if is_wrong:
-            assert "clip_grad_norm_" in first[0] and "max_grad_norm" in first[0] and __file__ in first[0]
+            assert f"torch.nn.utils.{function}: gradients" in first[0].replace("the ", "") and __file__ in first[0]
+            assert "optimizer.clip_grad_value_" in first[0] or "optimizer.clip_grad_norm_" in first[0]
 
 
 def test_torchs_clipping_of_other_parameters_is_unchanged() -> None:
-    misuse._has_warned_of_clipping = False
-    ShardedAdamW(build_model().parameters())
+    misuse._warned.clear()
+    optimizer = ShardedAdamW(build_model().parameters())
     model, reference = build_model(), build_model()
     backward(model)
     backward(reference)
+    for clip in TORCHS_CLIPPING.values():
+        assert warned(lambda clip=clip: clip(list(model.parameters()))) == []
     assert warned(lambda: clip_grad_norm_(model.parameters(), 0.01)) == []
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in reference.parameters()]))
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad * 0.01 / (norm + 1e-6))
+    with pytest.warns(UserWarning, match="empty generator"):
+        clip_grad_norm_((p for p in []), 1.0)
+    optimizer.zero_grad()
 
 
 # Missing gradients
@@ -212,3 +233,57 @@ def test_a_loss_scale_that_collapses_raises_on_every_rank(world_size: int) -> No
         results = on_ranks(world_size, collapse)
     for step, message, unchanged in results:
         assert step == 32 and "loss scale has fallen" in message and unchanged  # 2^8 to 2^-25
+
+
+# Parts of the model that were replaced after the build
+
+
+class Tagger(nn.Module):
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(words, 4)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.never_used = nn.Linear(2, 2)
+
+    def forward(self) -> Any:
+        return self.body(self.words(torch.tensor([1, 2, 3])))
+
+
+def resize(model: Tagger) -> None:
+    model.words = nn.Embedding(30, 4)
+
+
+def swap(model: Tagger) -> None:
+    model.body[0].weight = nn.Parameter(torch.ones(8, 4))
+
+
+def replace_part(replace: Callable[[Tagger], None] | None, gradient_sync: str, steps_before: int) -> list[list[str]]:
+    model = Tagger(20)
+    optimizer = ShardedAdamW(model.named_parameters(), gradient_sync=gradient_sync)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            model().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(steps_before)
+    if replace is not None:
+        replace(model)
+    return [warned(partial(steps, count)) for count in (2, 30)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("steps_before", "gradient_sync"), [(0, "backward"), (4, "step")])
+@pytest.mark.parametrize(("replace", "name"), [(resize, "words.weight"), (swap, "body.0.weight")])
+def test_one_warning_of_a_parameter_that_was_replaced_in_the_model(
+    replace: Callable[[Tagger], None], name: str, steps_before: int, gradient_sync: str, world_size: int
+) -> None:
+    for first, later in on_ranks(world_size, replace_part, replace, gradient_sync, steps_before):
+        assert first == [] and len(later) == 1 and __file__ in later[0]
+        assert f"in the last 3 steps: {name!r}. They" in later[0] and f"The model has {name!r} instead" in later[0]
+
+
+def test_no_warning_of_a_parameter_that_is_never_used() -> None:
+    assert replace_part(None, "backward", 5) == [[], []]

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import shardadam
 from shardadam import Precision, ShardedAdamW
@@ -232,3 +233,48 @@ def test_the_model_works_after_its_optimizer_is_deleted() -> None:
     del optimizer
     model(torch.zeros(1, 3, dtype=torch.int64), 0).sum().backward()
     model.state_dict()
+
+
+# Reads between steps
+
+READERS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "named_parameters": lambda model: torch.cat([p.detach().flatten() for _, p in model.named_parameters()]),
+    "parameters_to_vector": lambda model: torch.nn.utils.parameters_to_vector(model.parameters()).detach(),
+    "of a submodule": lambda model: torch.cat([p.detach().flatten() for p in model[2].parameters()]),
+    "deepcopy": lambda model: torch.cat([p.detach().flatten() for p in copy.deepcopy(model).parameters()]),
+    "pickle": lambda model: torch.cat([p.detach().flatten() for p in pickle.loads(pickle.dumps(model)).parameters()]),
+    "state_dict": lambda model: torch.cat([p.flatten() for p in model.state_dict().values()]),
+}
+
+
+def read_between_steps(reader: str | None, overlap: bool) -> tuple[list[Tensor], bool]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    transport = AdversarialTransport(connect(None, kind="collective"))
+    optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2, bucket_mb=BUCKET_MB, transport=transport)
+    if overlap:
+        optimizer.overlap_gather(model)
+    read, stayed_pending = [], True
+    for step in range(4):
+        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(10 * step + rank_and_size()[0]))
+        model(x).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()  # must not wait
+        stayed_pending &= optimizer._engine.gatherer.has_pending
+        if reader is None:
+            average.update_parameters(model)
+            read += [p.detach().clone() for p in average.module.parameters()]
+        else:
+            read.append(READERS[reader](model).clone())
+    optimizer.synchronize()
+    return read, stayed_pending
+
+
+@pytest.mark.parametrize("reader", [None, *READERS])
+def test_reads_between_steps_wait(reader: str | None) -> None:
+    plain = on_ranks(2, read_between_steps, reader, False)[0][0]
+    for read, stayed_pending in on_ranks(2, read_between_steps, reader, True):
+        assert stayed_pending
+        for a, b in zip(read, plain, strict=True):
+            assert torch.equal(a, b)

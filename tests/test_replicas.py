@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from shardadam import Precision, ShardedAdamW
 from shardadam.checks.replicas import checksum
-from tests.ranks import on_ranks, rank_and_size, restart
+from tests.ranks import on_ranks, rank_and_size
 
 FORMATS: dict[str, tuple[torch.dtype, Precision]] = {
     "fp32": (torch.float32, Precision()),
@@ -70,14 +70,6 @@ def error_message(optimizer: ShardedAdamW) -> str:
         return ""
     except (RuntimeError, ValueError) as error:
         return str(error)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _new_workers() -> None:
-    """torch names the process groups of a 2x2 mesh by how many groups a rank is in, and hangs where ranks differ
-    in that. Earlier files may have built groups on some ranks only.
-    """
-    restart(4)
 
 
 # Equal ranks

@@ -6,6 +6,7 @@ checkpoints; so does a plain Trainer with external gradients and one callback.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from unittest import mock
 import pytest
 import torch
 
-from shardadam import ShardedAdam, ShardedAdamW
+from shardadam import Precision, ShardedAdam, ShardedAdamW
 from tests.ranks import on_ranks
 
 transformers = pytest.importorskip("transformers")
 
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
+from transformers.training_args import OptimizerNames  # noqa: E402
 
+from shardadam.integrations import transformers as integration  # noqa: E402
 from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer, ShardedTrainerMixin  # noqa: E402
 from tests import trainer_run  # noqa: E402
 
@@ -65,6 +68,7 @@ def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], l
     ],
     ids=["accumulation", "checkpointing, evaluation", "bf16, no clipping", "reentrant checkpointing"],
 )
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # its new name is newer than some versions
 def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     ours, stock = runs("sharded", tmp_path / "ours", **options), runs("stock", tmp_path / "stock", **options)
     assert (ours[0]["wrapped"], stock[0]["wrapped"]) == ("GPT2LMHeadModel", "DistributedDataParallel")
@@ -73,6 +77,53 @@ def test_training_equals_the_stock_trainer(options: dict[str, Any], tmp_path: Pa
     assert largest_difference(ours[0]["model"], ours[1]["model"]) == 0.0
     assert ours[0]["losses"][-1] < ours[0]["losses"][0]
     assert max(ours[0]["norms"]) > 1.0  # some steps clip
+
+
+@pytest.mark.parametrize(
+    ("optim", "moments", "optim_args"),
+    [
+        ("adamw_torch", "fp32", None),
+        ("adamw_torch_fused", "fp32", None),
+        ("paged_adamw_32bit", "fp32", None),
+        ("adamw_8bit", "int8", None),
+        ("adamw_bnb_8bit", "int8", None),
+        ("adamw_torch_8bit", "int8", None),
+        ("paged_adamw_8bit", "int8", None),
+        ("adamw_anyprecision", "fp32", None),
+        ("adamw_anyprecision", "bf16", "use_kahan_summation=True, momentum_dtype=bfloat16, variance_dtype=bfloat16"),
+    ],
+)
+def test_names_of_adamw_choose_the_precision(optim: str, moments: Any, optim_args: str | None, tmp_path: Path) -> None:
+    """The Trainer would ask for bitsandbytes, torchao or torchdistx."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, optim=optim, optim_args=optim_args, learning_rate=3e-4)
+    cls, options = ShardedTrainer.get_optimizer_cls_and_kwargs(arguments)
+    assert cls is ShardedAdamW and options["lr"] == 3e-4 and options["betas"] == (0.9, 0.999)
+    assert options["precision"] == Precision(moments=moments)
+
+
+def test_training_by_the_name_of_an_8_bit_adamw(tmp_path: Path) -> None:
+    named = runs("sharded", tmp_path / "named", max_steps=3, optim="adamw_bnb_8bit")
+    options = {"lr": 1e-3, "eps": trainer_run.EPS, "precision": Precision(moments="int8")}
+    passed = runs("sharded", tmp_path / "passed", max_steps=3, optimizer_class=(ShardedAdamW, options))
+    exact = runs("sharded", tmp_path / "exact", max_steps=3)
+    assert largest_difference(named[0]["model"], passed[0]["model"]) == 0.0
+    assert largest_difference(named[0]["model"], exact[0]["model"]) > 0.0
+
+
+@pytest.mark.parametrize(
+    "optim", sorted({one.value for one in OptimizerNames} - {*integration._MOMENTS, "adamw_anyprecision"})
+)
+def test_names_of_other_optimizers_are_refused(optim: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, optim=optim)
+    with pytest.raises(ValueError, match=rf'optim: found "{optim}", expected one of "adamw_torch", .*Leave optim out'):
+        ShardedTrainer.get_optimizer_cls_and_kwargs(arguments)
+
+
+@pytest.mark.parametrize("optim_args", ["momentum_dtype=bfloat16", "momentum_dtype=float16, variance_dtype=float16"])
+def test_moments_of_other_dtypes_are_refused(optim_args: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, optim="adamw_anyprecision", optim_args=optim_args)
+    with pytest.raises(ValueError, match=r"optim_args: found .*expected momentum_dtype and variance_dtype equal"):
+        ShardedTrainer.get_optimizer_cls_and_kwargs(arguments)
 
 
 ONE_GROUP: dict[str, Any] = {"weight_decay": 0.01, "warmup_steps": 0}  # for a passed optimizer
@@ -100,13 +151,15 @@ def test_training_with_a_passed_optimizer_class(tmp_path: Path) -> None:
     assert_equal_runs(ours, runs("stock", tmp_path, optimizer_class=(torch.optim.Adam, options)))
 
 
-@pytest.mark.parametrize("gradient_sync", ["backward", pytest.param("step", marks=pytest.mark.long)])
+@pytest.mark.parametrize("gradient_sync", ["backward", "external", pytest.param("step", marks=pytest.mark.long)])
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(gradient_sync: str, tmp_path: Path) -> None:
     options = {"optimizer": {"gradient_sync": gradient_sync}, "warmup_steps": 0, "max_steps": 5}
-    results = runs("sharded", tmp_path, **options, poisoned=2)
+    results = runs("external" if gradient_sync == "external" else "sharded", tmp_path, **options, poisoned=2)
     for result in results:
         assert [move > 0 for move in result["moves"]] == [True, True, False, True, True]
         assert [math.isfinite(norm) for norm in result["norms"]] == [True, True, False, True, True]
+        rates = result["rates"]  # of each step; the skipped one does not move the schedule
+        assert [later < rate for rate, later in itertools.pairwise(rates)] == [True, True, False, True]
     assert largest_difference(results[0]["model"], results[1]["model"]) == 0.0
 
 
@@ -238,6 +291,18 @@ def test_setups_that_cannot_work_are_refused_on_all_ranks(
 ) -> None:
     for message in on_ranks(2, refused, str(tmp_path), options):
         assert all(text in message for text in expected), message
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the Trainer uses the GPU")
+def test_processes_that_the_trainer_does_not_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs without ``use_cpu=True``, every process that torchrun starts is the only one for a Trainer."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model, expected = torch.nn.Linear(2, 2), "found num_processes 1, but 2 processes have been started .*use_cpu=True"
+    arguments = TrainingArguments(str(tmp_path), report_to=[])
+    with pytest.raises(ValueError, match=f"ShardedAccelerator: {expected}"):
+        ShardedTrainer(model, arguments)
+    with pytest.raises(ValueError, match=f"ConsolidateCallback: {expected}"):
+        ConsolidateCallback().on_train_begin(arguments, TrainerState(), TrainerControl())
 
 
 def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:

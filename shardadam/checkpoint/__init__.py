@@ -3,9 +3,9 @@
 
 ``saving`` and ``loading`` are the entry points. ``contents`` names what is saved, ``part`` is what one rank writes,
 ``pieces`` what it owns of a parameter. ``files`` is the format; ``schema`` and ``objects`` check what ``reader`` reads.
-``directory`` publishes, ``exchange`` lets ranks agree, ``background`` writes in a thread. ``values`` decodes moments
-for ``export`` and ``dcp``. Tensors are named by parameter and cut by positions in it, never by bucket, rank or number
-of ranks.
+``unpublished`` is a checkpoint until ``directory`` publishes it, ``exchange`` lets ranks agree, ``background`` writes
+in a thread, ``disk`` limits how long a call may take. ``values`` decodes moments for ``export`` and ``dcp``. Tensors
+are named by parameter and cut by positions in it, never by bucket, rank or number of ranks.
 """
 
 from shardadam.checkpoint.dcp import DcpReader

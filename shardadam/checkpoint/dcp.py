@@ -198,7 +198,7 @@ def _numbers_of(values: Values) -> dict[str, Any]:
         other_names.setdefault(name, []).append(alias)
     for name, step in values.steps.items():
         for each in (name, *other_names.get(name, ())):
-            found[f"optimizer.state.{each}.step"] = torch.tensor(step, dtype=torch.float32)
+            found[f"optimizer.state.{each}.step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
     for number, (names, group) in enumerate(zip(values.groups, values.param_groups(), strict=True)):
         found[f"{PARAM_GROUPS}.{number}.params"] = names
         for option, value in (*group.items(), ("param_names", names)):

@@ -2,26 +2,33 @@
 """A directory of checkpoints: ``step-00000020`` and so on, and ``latest``, a file that lists them, newest first.
 
 Note: publishing
-    A checkpoint is written to ``.saving-NAME`` and then renamed to ``NAME``: one atomic operation, after everything is
-    on the disk, manifest included. ``latest`` lists the new name, followed by the older ones, before the rename. So at
-    every moment the first name in ``latest`` that exists is the newest checkpoint. To remove a checkpoint, it is
-    renamed to ``.deleting-NAME`` first.
+    A checkpoint is written to ``.saving-NAME.TOKEN`` and then renamed to ``NAME``: one atomic operation, after
+    everything is on the disk, manifest included. ``latest`` lists the new name, followed by the older ones, before the
+    rename. So at every moment the first name in ``latest`` that exists is the newest checkpoint. To remove a
+    checkpoint, it is renamed to ``.deleting-NAME`` first.
+
+Note: two jobs
+    If two jobs saved into one directory in turn, each would remove the other's checkpoints, and ``load`` would find now
+    one's, now the other's. So a process remembers what it has saved, and refuses to save if ``latest`` begins with
+    another name, unless it has loaded since: the job that came last goes on. For two that save at the same time, see
+    ``unpublished``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from shardadam.checkpoint.disk import on_disk
 from shardadam.checkpoint.files import MANIFEST, CheckpointError, read_regular, write_durably
+from shardadam.checkpoint.unpublished import DELETING, Unpublished, create_alone
 
 LATEST = "latest"
-_SAVING, _DELETING = ".saving-", ".deleting-"
 _NAME = re.compile(r"step-([0-9]{8,})(?:-([0-9]+))?")
 _MAX_LATEST_BYTES = 64 * 2**20
 _MAX_SEARCHED = 1000
@@ -131,60 +138,104 @@ def _checksum(names: list[str]) -> str:
     return f"crc32 {zlib.crc32(chr(10).join(names).encode()):08x}"
 
 
-def create_unpublished(directory: Path, step: int) -> str:
-    """Creates an empty, unpublished checkpoint; removes what crashed saves left behind.
+def create_unpublished(directory: Path, step: int) -> Unpublished:
+    """Creates an empty, unpublished checkpoint with a name that no other has; removes what crashed saves left behind.
 
-    Returns:
-        Its name, which no other checkpoint has.
+    Raises:
+        CheckpointError: another job saves into the directory.
     """
-    create_directory(directory)
-    for path in directory.iterdir():
-        if path.name.startswith((_SAVING, _DELETING)):
+    name = on_disk(f"looking into {directory}", _new_name, directory, step)
+    unpublished = create_alone(directory, name)
+    with suppress(OSError):  # they stay until the next save
+        for path in on_disk(f"looking into {directory}", lambda: list(directory.glob(f"{DELETING}*"))):
             _remove(path)
-    (directory / f".{LATEST}.saving").unlink(missing_ok=True)
+    return unpublished
+
+
+def _new_name(directory: Path, step: int) -> str:
+    create_directory(directory)
+    _refuse_another_jobs(directory)
     name, count = f"step-{step:08d}", 1
     while (directory / name).exists():
         count += 1
         name = f"step-{step:08d}-{count}"
-    unpublished_path(directory, name).mkdir()
     return name
 
 
-def unpublished_path(directory: Path, name: str) -> Path:
-    """Returns where a checkpoint lies until it is published."""
-    return directory / (_SAVING + name)
+def publish(unpublished: Unpublished) -> list[str]:
+    """Publishes a checkpoint; see the note on publishing.
+
+    Returns:
+        The names in ``latest``, newest first.
+
+    Raises:
+        CheckpointError: another job has published one in the meantime.
+    """
+    return on_disk(f"publishing {unpublished.directory / unpublished.name}", _publish, unpublished)
 
 
-def discard_unpublished(directory: Path, name: str) -> None:
-    shutil.rmtree(unpublished_path(directory, name), ignore_errors=True)
-
-
-def publish(directory: Path, name: str) -> None:
-    """Publishes a checkpoint; see the note on publishing."""
+def _publish(unpublished: Unpublished) -> list[str]:
+    directory, name = unpublished.directory, unpublished.name
+    _refuse_another_jobs(directory)
     history = [older for older in read_history(directory) if (directory / older).is_dir()]
     unlisted = [p.name for p in directory.iterdir() if _NAME.fullmatch(p.name) and p.name not in history]
     history = history or sorted(unlisted, key=_age, reverse=True)
     listed = [name, *history]
-    sync_directory(unpublished_path(directory, name))
-    write_durably(directory / LATEST, "\n".join([*listed, _checksum(listed)]) + "\n")
-    os.rename(unpublished_path(directory, name), directory / name)
+    _own_names[_key(directory)].add(name)
+    unpublished.end()
+    sync_directory(unpublished.path)
+    write_durably(directory / LATEST, "\n".join([*listed, _checksum(listed)]) + "\n", through=unpublished.path / LATEST)
+    os.rename(unpublished.path, directory / name)
     sync_directory(directory)
+    return listed
 
 
-def remove_older(directory: Path, keep: int) -> None:
-    """Removes the checkpoints that ``latest`` lists, except the ``keep`` newest."""
-    existing = [name for name in read_history(directory) if (directory / name).is_dir()]
+def remove_older(directory: Path, listed: Sequence[str], keep: int) -> None:
+    """Removes the checkpoints that ``publish`` returned, except the ``keep`` newest that exist."""
+    what = f"looking into {directory}"
+    existing = on_disk(what, lambda: [name for name in listed if (directory / name).is_dir()])
     for older in existing[keep:]:
-        os.rename(directory / older, directory / (_DELETING + older))
-        _remove(directory / (_DELETING + older))
+        on_disk(f"renaming {directory / older}", os.rename, directory / older, directory / (DELETING + older))
+        _remove(directory / (DELETING + older))
+
+
+_own_names: dict[str, set[str]] = {}
+"""Checkpoints that this process has saved, by directory, and the one that was the newest before."""
+
+
+def _key(directory: Path) -> str:
+    return os.path.realpath(directory)
+
+
+def _refuse_another_jobs(directory: Path) -> None:
+    """Raises CheckpointError if another job has saved into ``directory`` since this process has. See the note above."""
+    newest_names = read_history(directory)[:1]
+    own = _own_names.setdefault(_key(directory), set(newest_names))
+    if not own.issuperset(newest_names):
+        raise CheckpointError(
+            f"another job saves into {directory}: it has saved {newest_names[0]} there since this one has saved. Two "
+            "jobs must not save into one directory. End one of them, or give each a directory of its own. To continue "
+            "from the other's checkpoint, load it first."
+        )
+
+
+def forget(directory: Path) -> None:
+    """Lets this process save after checkpoints of another job, because it has loaded one."""
+    _own_names.pop(_key(directory), None)
 
 
 def _remove(path: Path) -> None:
-    """Removes a directory, or a link to one: users move checkpoints elsewhere and leave links."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+    """Removes a directory, or a link to one: users move checkpoints elsewhere and leave links.
+
+    Another process may remove it at the same time.
+    """
+    with suppress(FileNotFoundError):
+        if on_disk(f"looking into {path}", lambda: path.is_symlink() or not path.is_dir()):
+            on_disk(f"removing {path}", path.unlink)
+        else:
+            for entry in on_disk(f"looking into {path}", lambda: list(path.iterdir())):
+                _remove(entry)
+            on_disk(f"removing {path}", path.rmdir)
 
 
 def create_directory(directory: Path) -> list[Path]:
@@ -194,7 +245,8 @@ def create_directory(directory: Path) -> list[Path]:
         What it created, from the innermost on.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    if missing:
+        directory.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync_directory(path.parent)
     return missing

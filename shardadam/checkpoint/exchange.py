@@ -95,7 +95,7 @@ class RankExchange:
                 raise CheckpointError(
                     f"{self.what}: this rank arrived after the others had given up waiting for it. Call it again on "
                     "all ranks."
-                )
+                ) from failure
             if phases == {ARRIVAL}:
                 raise CheckpointError(
                     f"{self.what}: ranks are in different calls, found {' and '.join(calls)}, expected the same one."

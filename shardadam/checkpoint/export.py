@@ -218,7 +218,7 @@ def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]
         packed.append({**group, "params": list(range(position, position + len(names)))})
         for index, name in enumerate(names, position):
             if name in values.steps:
-                state[index] = {"step": torch.tensor(values.steps[name], dtype=torch.float32)}
+                state[index] = {"step": torch.tensor(values.steps[name], dtype=torch.float32, device="cpu")}
                 state[index] |= {kind: _stored(values, key) for kind, key in values.state_of(name).items()}
         position += len(names)
     return {"state": state, "param_groups": packed}
@@ -342,7 +342,7 @@ def _row_major(values: Values, key: str) -> Iterator[Tensor]:
     if spec.order == tuple(range(len(spec.shape))):
         yield from values.chunks(key)
     else:
-        flat = torch.empty(math.prod(spec.shape), dtype=spec.dtype)
+        flat = torch.empty(math.prod(spec.shape), dtype=spec.dtype, device="cpu")
         start = 0
         for chunk in values.chunks(key):
             flat[start : start + chunk.numel()] = chunk

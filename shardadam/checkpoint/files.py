@@ -16,6 +16,7 @@ import os
 import stat
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shardadam.checkpoint.disk import on_disk
 from shardadam.layout import ITEM_BYTES, cut
 
 MANIFEST = "checkpoint.json"
@@ -122,7 +124,7 @@ class PartWriter:
     def __init__(self, directory: Path, rank: int) -> None:
         self._path = directory / file_name(rank)
         self._rank = rank
-        self._file = create_exclusively(self._path)
+        self._file = on_disk(f"creating {self._path}", create_exclusively, self._path)
         self._offset = 0
         self._writeback_until = 0
         self.index = Index()
@@ -138,37 +140,47 @@ class PartWriter:
         self.add_tensor(key, spec)
         items = self.index.tensors[key].items
         for low, high in cut(start, start + flat.numel(), ITEM_BYTES // spec.dtype.itemsize):
-            offset, crc32 = self._append(memory_of(flat[low - start : high - start]))
+            offset, crc32 = self._append(memory_of(flat[low - start : high - start]), flat)
             items.append(Item(low, high - low, self._rank, offset, crc32))
 
     def write_object(self, key: str, pickled: bytes) -> None:
         """Writes what ``objects.safely_pickled`` returned."""
-        offset, crc32 = self._append(memoryview(pickled))
+        offset, crc32 = self._append(memoryview(pickled), pickled)
         self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), crc32)
 
     def close(self) -> Index:
         """Returns the index once everything is on the disk."""
-        os.fsync(self._file)
-        os.close(self._file)
+        for low, high in cut(0, self._offset, _WAIT_BYTES):  # one call for all would look as if the disk hung
+            if not on_disk(f"writing {self._path}", _wait_for_writeback, self._file, low, high):
+                break
+        on_disk(f"fsync of {self._path}", os.fsync, self._file)
+        on_disk(f"closing {self._path}", os.close, self._file)
         self._file = -1
         self.index.files = [(self._path.name, self._offset)]
         return self.index
 
     def abandon(self) -> None:
         if self._file >= 0:
-            os.close(self._file)
+            with suppress(OSError):
+                on_disk(f"closing {self._path}", os.close, self._file)
             self._file = -1
 
-    def _append(self, content: memoryview) -> tuple[int, int]:
+    def _append(self, content: memoryview, owner: object) -> tuple[int, int]:
+        """Appends ``content``, which is memory of ``owner``; returns its offset and checksum."""
         offset, crc32 = self._offset, zlib.crc32(content)
-        written = 0
-        while written < len(content):
-            written += os.write(self._file, content[written:])
+        on_disk(f"writing {self._path}", _write_all, self._file, content, owner)
         self._offset += len(content)
         if self._offset - self._writeback_until >= ITEM_BYTES:
             _start_writeback(self._file, self._writeback_until, self._offset)
             self._writeback_until = self._offset
         return offset, crc32
+
+
+def _write_all(descriptor: int, content: memoryview, owner: object) -> None:
+    """``owner`` is an argument so that a call that hangs keeps the memory."""
+    written = 0
+    while written < len(content):
+        written += os.write(descriptor, content[written:])
 
 
 def _start_writeback(descriptor: int, start: int, stop: int) -> None:
@@ -179,8 +191,27 @@ def _start_writeback(descriptor: int, start: int, stop: int) -> None:
         _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WRITE)
 
 
-_sync_file_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+def _wait_for_writeback(descriptor: int, start: int, stop: int) -> bool:
+    """Waits until Linux has written these bytes; returns False where it cannot. Guarantees nothing; fsync does.
+
+    Raises:
+        OSError: they could not be written. The fsync would not tell it again.
+    """
+    if _sync_file_range is None:
+        return False
+    size, flags = ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WAIT
+    if _sync_file_range(descriptor, ctypes.c_int64(start), size, flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        raise OSError(number, os.strerror(number))
+    return False
+
+
+_sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
 _SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WAIT = 7  # WAIT_BEFORE | WRITE | WAIT_AFTER
+_WAIT_BYTES = 16 * ITEM_BYTES
 
 
 def memory_of(flat: Tensor) -> memoryview:
@@ -225,15 +256,21 @@ def check_whole(key: str, tensor: StoredTensor) -> None:
         raise CheckpointError(f"{key}: found items up to element {end}, expected {tensor.spec.numel}")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces the file by one with this text. A crash leaves the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.saving")
-    temporary.unlink(missing_ok=True)  # a crash has left it, or it is a link that leads elsewhere
-    with open(create_exclusively(temporary), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_durably(path: Path, text: str, *, through: Path) -> None:
+    """Replaces the file by one with this text. A crash leaves the old file or the new one, whole.
+
+    Args:
+        through: a new file on the same file system, which becomes ``path``.
+    """
+
+    def write() -> None:
+        with open(create_exclusively(through), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(through, path)
+
+    on_disk(f"writing {path}", write)
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardadam.checkpoint.background import wait_for_background_save
+from shardadam.checkpoint.background import raise_failure, wait_for_background_save
 from shardadam.checkpoint.contents import (
     Contents,
     OwnedParameter,
@@ -25,7 +25,8 @@ from shardadam.checkpoint.contents import (
     load_objects,
     set_random_state,
 )
-from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.directory import forget, newest
+from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
 from shardadam.checkpoint.objects import check_fits_scheduler
@@ -36,7 +37,8 @@ from shardadam.engine.storage import ShardedParam, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order, in_shape
-from shardadam.state.local import load_group_
+from shardadam.state.loading import load_group_
+from shardadam.state.masters import write_master_
 from shardadam.update import formats, reference
 
 
@@ -80,7 +82,8 @@ def load(
         optimizer: the same.
         scheduler: the same.
         random_states: restore the random number generators too, on ranks below the number of ranks that saved.
-        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
+        timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system may take
+            twice as long.
 
     If another job removes the checkpoint while it is opened (``save(keep=...)``), all ranks load the next newest one.
 
@@ -89,21 +92,25 @@ def load(
         CheckpointError: there is no checkpoint, it is damaged, or it does not fit. Nothing has changed unless the
             message says so: damage inside a file is found only when it is read.
     """
-    wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
     exchange = RankExchange(store_barrier, call="load", what=f"load from {directory}", timeout_s=timeout_s)
     with exchange.phase(ARRIVAL) as arrival:
+        with store_barrier.heartbeat():
+            arrival.value = wait_for_background_save()
         if store_barrier.rank == 0:
-            arrival.value = str(newest(directory))
-    paths, is_begun = [Path(arrival.values[0])], False
+            with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
+                arrival.value["path"] = str(on_disk(f"looking into {directory}", newest, directory))
+    raise_failure(arrival.values)
+    paths, is_begun = [Path(arrival.values[0]["path"])], False
     if isinstance(optimizer, ShardedAdam):
         optimizer.synchronize()
         optimizer._checkpoint_seam.before_load()
 
     with ExitStack() as opened, ExitStack() as begun:
+        disk = begun.enter_context(disk_time_limit(timeout_s))
         while True:
-            with exchange.phase("checked") as phase, _removal_in(phase):
+            with exchange.phase("checked") as phase, _removal_in(phase), store_barrier.heartbeat(disk.status):
                 reader = opened.enter_context(Reader(paths[-1]))
                 contents = contents_of(model, optimizer)
                 if optimizer is not None:
@@ -120,7 +127,7 @@ def load(
                     exchange.phase("read") as phase,
                     _removal_in(phase),
                     torch.no_grad(),
-                    store_barrier.heartbeat(),
+                    store_barrier.heartbeat(disk.status),
                 ):
                     _read_tensors(contents, reader)
                 if not any(removals := _removals(phase)):
@@ -135,6 +142,7 @@ def load(
             _set_objects(contents, objects, scheduler)
             if random_states and random_state_key(store_barrier.rank) in objects:
                 set_random_state(objects[random_state_key(store_barrier.rank)])
+        forget(reader.path.parent)
         extras = reader.manifest.extras
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.manifest.step, reader.manifest.world_size, extra, extras)
@@ -176,7 +184,7 @@ def _choose_again(
     """
     with exchange.phase("chosen again") as phase:
         if exchange.store_barrier.rank == 0:
-            path = newest(directory)
+            path = on_disk(f"looking into {directory}", newest, directory)
             if path.is_dir() and path in tried:
                 lacking = [
                     rank for rank, removed in zip(exchange.store_barrier.ranks, removals, strict=True) if removed
@@ -299,7 +307,9 @@ def _is_converted(stored: torch.dtype, dtype: torch.dtype) -> bool:
     if stored.is_complex and not dtype.is_complex:  # torch would drop the imaginary parts
         return False
     try:
-        torch.zeros(1, dtype=dtype).copy_(torch.zeros(stored.itemsize, dtype=torch.uint8).view(stored))
+        torch.zeros(1, dtype=dtype, device="cpu").copy_(
+            torch.zeros(stored.itemsize, dtype=torch.uint8, device="cpu").view(stored)
+        )
     except (RuntimeError, TypeError):
         return False
     return True
@@ -345,6 +355,7 @@ def _read_tensors(contents: Contents, reader: Reader) -> None:
         _read_whole(tensor, reader, aliases.get(key, key))
     for parameter in contents.owned:
         source = _Source(reader, parameter, aliases)
+        parameter.param.kept_master = None
         for piece in pieces_of(parameter.param):
             if contents.model is not None and source.dtype("parameter") is not None:
                 _read_parameter(piece, source)
@@ -379,7 +390,7 @@ class _Source:
             return self._reordered[kind][start:stop]
         dtype = self._spec(kind).dtype
         direct = into is not None and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
-        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype)
+        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype, device="cpu")
         self._reader.read_(self._keys[kind], start, flat)
         return flat
 
@@ -390,7 +401,7 @@ class _Source:
         """Reads whole tensors and reorders them, because the saved parameter had another memory order."""
         raw = {}
         for kind in self._keys:
-            raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype)
+            raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype, device="cpu")
             self._reader.read_(self._keys[kind], 0, raw[kind])
         if formats.MOMENTS[0] in raw:
             raw.update(zip(formats.MOMENTS, formats.read_moments(raw), strict=True))
@@ -427,7 +438,7 @@ def _read_state(piece: Piece, source: _Source) -> None:
             master = source.read("master", piece).to(parameter.device)
         elif source.dtype("parameter") == torch.float32:
             master = source.read("parameter", piece).to(parameter.device)
-        formats.write_master_(state, parameter, master)
+        write_master_(piece.param, master, state=state, parameter=parameter, start=piece.state_start)
 
 
 def _copy_(target: Tensor, value: Tensor) -> None:
@@ -437,7 +448,7 @@ def _copy_(target: Tensor, value: Tensor) -> None:
 
 def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
     spec = reader.index.tensors[key].spec
-    flat = torch.empty(spec.numel, dtype=spec.dtype)
+    flat = torch.empty(spec.numel, dtype=spec.dtype, device="cpu")
     reader.read_(key, 0, flat)
     tensor.detach().copy_(in_shape(flat, spec.shape, spec.order))
 

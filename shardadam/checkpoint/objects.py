@@ -210,7 +210,7 @@ def _check_random_state(state: Any) -> None:
     try:
         torch.Generator().set_state(state["torch"])
         random.Random().setstate(python_state(state["python"]))
-        cuda = state.get("cuda", torch.zeros(0, dtype=torch.uint8))
+        cuda = state.get("cuda", torch.zeros(0, dtype=torch.uint8, device="cpu"))
         if not isinstance(cuda, Tensor) or cuda.dtype != torch.uint8 or cuda.ndim != 1:
             raise ValueError(f"cuda is {shown(cuda)}, expected a tensor of bytes")
         if "numpy" in state and sys.modules.get("numpy") is not None:

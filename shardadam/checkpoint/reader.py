@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from shardadam.checkpoint.directory import newest
+from shardadam.checkpoint.disk import on_disk
 from shardadam.checkpoint.files import (
     FORMAT,
     MANIFEST,
@@ -31,6 +32,7 @@ from shardadam.checkpoint.files import (
 )
 from shardadam.checkpoint.objects import ARCHIVE_START, check_object, unpickled
 from shardadam.checkpoint.schema import MODEL_PREFIX, Manifest, checksum_of, manifest_of, parsed, shown
+from shardadam.layout import ITEM_BYTES
 
 MAX_CHOICES = 10
 """How often a checkpoint is chosen anew, if the chosen one is removed each time."""
@@ -59,6 +61,7 @@ class Reader:
         self.bytes_read = 0
         self._descriptors: dict[int, int] = {}
         self._buffer = bytearray()
+        self._landing = memoryview(bytearray(ITEM_BYTES))
         self.checksum, self.manifest = self._read_manifest()
         self.index = self.manifest.index
         try:
@@ -156,9 +159,12 @@ class Reader:
             self._check_file(file)
         try:
             while done < len(into):
-                count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
+                # Not into ``into``: a call that hangs may go on when others use that memory again.
+                landing = self._landing[: len(into) - done]
+                count = on_disk(f"reading {path}", os.preadv, self._descriptors[file], [landing], offset + done)
                 if count == 0:
                     raise CheckpointError(f"{path} is damaged: it ends within {what}. {self._remedy()}")
+                into[done : done + count] = landing[:count]
                 done += count
         except OSError as error:
             raise self._unreadable(path, error) from error
@@ -172,7 +178,7 @@ class Reader:
     def _read_manifest(self) -> tuple[str, Manifest]:
         path = self.path / MANIFEST
         try:
-            text = read_regular(path, max_bytes=MAX_MANIFEST_BYTES)
+            text = on_disk(f"reading {path}", lambda: read_regular(path, max_bytes=MAX_MANIFEST_BYTES))
         except OSError as error:
             raise self._unreadable(path, error) from error
         try:
@@ -197,7 +203,7 @@ class Reader:
         name, expected = self.index.files[file]
         path = self.path / name
         try:
-            descriptor, found = open_regular(path)
+            descriptor, found = on_disk(f"opening {path}", open_regular, path)
         except OSError as error:
             raise self._unreadable(path, error) from error
         if len(self._descriptors) < _MAX_OPEN:
@@ -219,7 +225,8 @@ class Reader:
             return CheckpointError(
                 f"{self.path} is not whole: {path.name} cannot be read ({error.strerror}). {self._remedy()}"
             )
-        return CheckpointError(f"{path} cannot be read: {error.strerror}. {self._remedy()}")
+        remedy = "" if isinstance(error, TimeoutError) else f" {self._remedy()}"
+        return CheckpointError(f"{path} cannot be read: {error.strerror}.{remedy}")
 
     def _remedy(self) -> str:
         return "Copy it again from an intact source, or load another checkpoint by its own directory."

@@ -14,14 +14,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from shardadam.checkpoint.background import copied_to_cpu, start_background_save, wait_for_background_save
-from shardadam.checkpoint.directory import (
-    create_unpublished,
-    discard_unpublished,
-    publish,
-    remove_older,
-    unpublished_path,
+from shardadam.checkpoint.background import (
+    copied_to_cpu,
+    raise_failure,
+    start_background_save,
+    wait_for_background_save,
 )
+from shardadam.checkpoint.directory import create_unpublished, publish, remove_older
+from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import (
     MANIFEST,
@@ -34,6 +34,7 @@ from shardadam.checkpoint.files import (
 )
 from shardadam.checkpoint.part import Part, collect_part
 from shardadam.checkpoint.schema import index_from_json
+from shardadam.checkpoint.unpublished import Unpublished
 from shardadam.optimizer import ShardedAdam
 from shardadam.ranks.store_barrier import StoreBarrier
 
@@ -89,7 +90,8 @@ def save(
     saved: save between steps.
 
     Args:
-        directory: created if missing; all ranks must see the same one (a shared file system).
+        directory: created if missing; all ranks must see the same one (a shared file system). No other job may save
+            into it.
         step: number of steps taken; names the checkpoint.
         model: its ``state_dict()`` is saved.
         optimizer: its moments, masters, steps and hyperparameters are saved.
@@ -97,25 +99,29 @@ def save(
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
         keep: number of checkpoints to keep in ``directory``; None: all.
         asynchronous: return when everything has been copied into memory of the CPU, and write while training continues.
-            The next ``save`` or ``load`` waits for it, and raises its error. The copy is as large as this rank's part;
-            its memory is kept for the next save.
-        timeout_s: how long to wait for a rank that shows no sign of life, in seconds.
+            The next ``save`` or ``load`` waits for it; if it failed and no rank has asked its future, that call raises
+            the error on all ranks. If there is no next one, the program says so at its end, with exit status 120. The
+            copy is as large as this rank's part; its memory is kept for the next save.
+        timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system (at most
+            64 MiB are written in one) may take twice as long.
 
     Returns:
         The directory of the checkpoint, or a future of it.
 
     Raises:
         TimeoutError: names ranks that did not call ``save``, or died in it.
-        CheckpointError: a rank could not write; earlier checkpoints are unchanged.
+        CheckpointError: a rank could not write, or another job saves into ``directory``; earlier checkpoints are
+            unchanged.
         RuntimeError: a step was interrupted on a rank while it wrote.
     """
-    wait_for_background_save()
     directory = Path(directory).absolute()
     store_barrier = store_barrier_for(optimizer)
     exchange = RankExchange(store_barrier, call="save", what=f"save to {directory}", timeout_s=timeout_s)
-    name = ""
+    unpublished: Unpublished | None = None
     try:
         with exchange.phase(ARRIVAL) as arrival:
+            with store_barrier.heartbeat():
+                previous = wait_for_background_save()
             _check_arguments(step, keep)
             if isinstance(optimizer, ShardedAdam):
                 optimizer._checkpoint_seam.before_save()
@@ -129,27 +135,32 @@ def save(
                 world_size=len(store_barrier.ranks),
             )
             if store_barrier.rank == 0:
-                with store_barrier.heartbeat():  # removing what crashed saves left behind may take long
-                    name = create_unpublished(directory, step)
-            arrival.value = {"step": step, "name": name}
+                with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
+                    unpublished = create_unpublished(directory, step)
+            arrival.value = {"step": step, **previous, **(unpublished.to_json() if unpublished else {})}
+        raise_failure(arrival.values)
         steps = sorted({answer["step"] for answer in arrival.values})
         if len(steps) > 1:
             raise CheckpointError(
                 f"{exchange.what}: ranks disagree on the step, found {steps}. Pass the same step on all ranks."
             )
+        if unpublished is None:
+            unpublished = Unpublished(directory, arrival.values[0]["name"], arrival.values[0]["token"])
+        part: Part | Exception = collected
+        if asynchronous:
+            try:
+                part = copied_to_cpu(collected)
+            except Exception as error:  # out of memory, for example; the thread tells the other ranks
+                part = error
+            return start_background_save(
+                lambda: _write(unpublished, part, store_barrier, keep=keep, timeout_s=timeout_s)
+            )
     except BaseException:
-        if name:
-            discard_unpublished(directory, name)
+        if unpublished is not None and store_barrier.rank == 0:
+            with disk_time_limit(timeout_s):
+                unpublished.discard()
         raise
-    name = arrival.values[0]["name"]
-    if not asynchronous:
-        return _write(directory, name, collected, store_barrier, keep=keep, timeout_s=timeout_s)
-    part: Part | Exception
-    try:
-        part = copied_to_cpu(collected)
-    except Exception as error:  # out of memory, for example; the thread tells the other ranks
-        part = error
-    return start_background_save(lambda: _write(directory, name, part, store_barrier, keep=keep, timeout_s=timeout_s))
+    return _write(unpublished, part, store_barrier, keep=keep, timeout_s=timeout_s)
 
 
 def _check_arguments(step: int, keep: int | None) -> None:
@@ -161,8 +172,7 @@ def _check_arguments(step: int, keep: int | None) -> None:
 
 @torch.no_grad()
 def _write(
-    directory: Path,
-    name: str,
+    unpublished: Unpublished,
     part: Part | Exception,
     store_barrier: StoreBarrier,
     *,
@@ -174,28 +184,30 @@ def _write(
     Args:
         part: an error where this rank could not copy its part; all ranks raise then.
     """
-    path, unpublished = directory / name, unpublished_path(directory, name)
+    path = unpublished.directory / unpublished.name
     is_first, world_size = store_barrier.rank == 0, len(store_barrier.ranks)
-    exchange = RankExchange(store_barrier, call=name, what=f"save to {path}", timeout_s=timeout_s)
-    try:
-        with exchange.phase("written"), store_barrier.heartbeat():
-            if isinstance(part, Exception):
-                raise part
-            _write_part(unpublished, part, store_barrier.rank)
-        with exchange.phase("published", is_last=True):
-            if is_first:
-                with store_barrier.heartbeat():
-                    _write_manifest(unpublished, part.description, world_size)
-                    publish(directory, name)
-    except BaseException:
-        if is_first:
-            discard_unpublished(directory, name)
-        raise
-    if is_first and keep is not None:
+    exchange = RankExchange(store_barrier, call=unpublished.token, what=f"save to {path}", timeout_s=timeout_s)
+    with disk_time_limit(timeout_s) as disk:
+        listed: list[str] = []
         try:
-            remove_older(directory, keep)
-        except OSError as error:
-            warnings.warn(f"Checkpoints older than {path} could not be removed: {error}", stacklevel=1)
+            with exchange.phase("written"), store_barrier.heartbeat(disk.status):
+                if isinstance(part, Exception):
+                    raise part
+                _write_part(unpublished, part, store_barrier.rank)
+            with exchange.phase("published", is_last=True):
+                if is_first:
+                    with store_barrier.heartbeat(disk.status):
+                        _write_manifest(unpublished, part.description, world_size)
+                        listed = publish(unpublished)
+        except BaseException:
+            if is_first:
+                unpublished.discard()
+            raise
+        if is_first and keep is not None:
+            try:
+                remove_older(unpublished.directory, listed, keep)
+            except OSError as error:
+                warnings.warn(f"Checkpoints older than {path} could not be removed: {error}", stacklevel=1)
     return path
 
 
@@ -203,35 +215,54 @@ def _part_name(rank: int) -> str:
     return f"part-{rank:05d}.json"
 
 
-def _write_part(unpublished: Path, part: Part, rank: int) -> None:
-    writer = PartWriter(unpublished, rank)
+def _write_part(unpublished: Unpublished, part: Part, rank: int) -> None:
     try:
-        for key, spec in part.specs.items():
-            writer.add_tensor(key, spec)
-        for write in part.writes:
-            writer.write(write.key, write.spec, write.start, write.read().cpu().contiguous())
-        for key, value in part.objects.items():
-            writer.write_object(key, value)
-        index = writer.close()
-    finally:
-        writer.abandon()
-    content = {"index": index_to_json(index), "extra": part.extra}
-    (unpublished / _part_name(rank)).write_text(json.dumps(content, separators=(",", ":")))
+        writer = PartWriter(unpublished.path, rank)
+        try:
+            for key, spec in part.specs.items():
+                writer.add_tensor(key, spec)
+            for write in part.writes:
+                writer.write(write.key, write.spec, write.start, write.read().cpu().contiguous())
+            for key, value in part.objects.items():
+                writer.write_object(key, value)
+            index = writer.close()
+        finally:
+            writer.abandon()
+        content = {"token": unpublished.token, "index": index_to_json(index), "extra": part.extra}
+        path = unpublished.path / _part_name(rank)
+        on_disk(f"writing {path}", _write_new, path, json.dumps(content, separators=(",", ":")))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"found no directory {unpublished.path}, which rank 0 has created. Save to a directory that all hosts "
+            "share. If they do, another job has removed it: give each job a directory of its own."
+        ) from error
 
 
-def _write_manifest(unpublished: Path, description: Mapping[str, Any], world_size: int) -> None:
+def _write_new(path: Path, text: str) -> None:
+    with path.open("x") as file:
+        file.write(text)
+
+
+def _write_manifest(unpublished: Unpublished, description: Mapping[str, Any], world_size: int) -> None:
     indices, extras = [], []
     for rank in range(world_size):
-        path = unpublished / _part_name(rank)
+        path = unpublished.path / _part_name(rank)
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(on_disk(f"reading {path}", path.read_text))
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"Rank 0 does not see {path}, which rank {rank} wrote. Save to a directory that all hosts share."
+                f"Rank 0 does not see {path}, which rank {rank} wrote. Save to a directory that all hosts share. If "
+                "they do, another job has removed it: give each job a directory of its own."
             ) from error
+        if found["token"] != unpublished.token:
+            raise CheckpointError(
+                f"another job saves into {unpublished.directory}: it has written {path}. Two jobs must not save into "
+                "one directory. End one of them, or give each a directory of its own."
+            )
         indices.append(index_from_json(found["index"]))
         extras.append(found["extra"])
     content = {**description, "extras": extras, "index": index_to_json(merge(indices))}
-    write_durably(unpublished / MANIFEST, manifest_text(content))
+    write_durably(unpublished.path / MANIFEST, manifest_text(content), through=unpublished.path / f".{MANIFEST}.saving")
     for rank in range(world_size):
-        (unpublished / _part_name(rank)).unlink()
+        path = unpublished.path / _part_name(rank)
+        on_disk(f"removing {path}", path.unlink)

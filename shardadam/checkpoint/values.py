@@ -99,7 +99,7 @@ class _Items:
         self._key = key
         self._stored = reader.index.tensors[key]
         self._position = -1
-        self._held = torch.empty(0)
+        self._held = torch.empty(0, device="cpu")
 
     def read(self, start: int, stop: int) -> Tensor:
         parts = []
@@ -107,7 +107,7 @@ class _Items:
         while start < stop:
             item = self._stored.items[position]
             if position != self._position:
-                self._held = torch.empty(item.numel, dtype=self._stored.spec.dtype)
+                self._held = torch.empty(item.numel, dtype=self._stored.spec.dtype, device="cpu")
                 self._reader.read_(self._key, item.start, self._held)
                 self._position = position
             end = min(stop, item.start + item.numel)
@@ -123,7 +123,7 @@ def _decoding(key: str, numel: int, codes: ReadFn, scales: ReadFn) -> ReadFn:
     def read(start: int, stop: int) -> Tensor:
         low = start // ALIGNMENT_NUMEL * ALIGNMENT_NUMEL
         high = min(-(-stop // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL, numel)
-        zeros = torch.zeros(high - low, dtype=torch.int8)
+        zeros = torch.zeros(high - low, dtype=torch.int8, device="cpu")
         own_scales = scales(low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL))
         state = dict.fromkeys(formats.MOMENTS, zeros) | dict.fromkeys(
             formats.SCALES, own_scales

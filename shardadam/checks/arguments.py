@@ -7,19 +7,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.engine.storage import NamedParameter, is_dense
 from shardadam.precision import Precision
 from shardadam.ranks.agreement import Claim
+from shardadam.transport import Transport
 
 _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
 _GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes per rank for its full bandwidth
-_AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,50 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         _check_repeated(parameters)
 
 
+def check_before_step(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TypeError or ValueError if a hyperparameter has become something that would write NaN, or fail, in a step.
+
+    Reads no tensor on a device: the host would wait. Does not check the sign of a learning rate, as schedulers may
+    round below 0.
+    """
+    for index, group in enumerate(groups):
+        try:
+            for name in ("lr", "eps", "weight_decay"):
+                _check_finite(name, group[name])
+            for position, beta in enumerate(group["betas"]):
+                _check_number(f"betas[{position}]", beta, 0, 1)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"step(): param group {index}, {error}. Nothing has been written. Look for what has set it, such as a "
+                "scheduler."
+            ) from None
+
+
+def check_max_norm(max_norm: Any) -> None:
+    """Raise TypeError or ValueError unless ``max_norm`` is a number of 0 or more. Reads no tensor on a device."""
+    _check_kind("max_norm", max_norm)
+    if not (isinstance(max_norm, Tensor) and max_norm.device.type != "cpu") and not bool(max_norm >= 0):
+        raise ValueError(f"max_norm: found {max_norm!r}, expected a number of 0 or more")
+
+
+def _check_kind(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a real number: Python's, NumPy's, or a tensor of one element."""
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not (isinstance(value, (int, float)) or is_tensor or (isinstance(value, Real) and hasattr(value, "dtype"))):
+        raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    _check_kind(name, value)
+    if not (isinstance(value, Tensor) and value.device.type != "cpu") and not math.isfinite(value):
+        raise ValueError(f"{name}: found {value!r}, expected a finite number")
+
+
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Raise TypeError unless ``value`` is a number, and ValueError unless ``low <= value < high``."""
-    if not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
-    if not bool(low <= value) or not bool(value < high or high == math.inf):
-        expected = f"{low} or more" if high == math.inf else f"at least {low} and less than {high}"
+    _check_kind(name, value)
+    if not bool(low <= value) or not bool(value < high):
+        expected = f"{low} or more, and finite" if high == math.inf else f"at least {low} and less than {high}"
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
@@ -110,14 +151,26 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
         seen[id(parameter)] = index
 
 
-def check_parameters(parameters: Sequence[NamedParameter], precision: Precision, taken: Sequence[Tensor] = ()) -> None:
-    """Raise ValueError or TypeError if a trainable parameter cannot become a view of a flat buffer.
+def check_parameters(
+    parameters: Sequence[NamedParameter], precision: Precision, transport: Transport, taken: Sequence[Tensor] = ()
+) -> None:
+    """Raise if a trainable parameter cannot become a view of a flat buffer, or a frozen one cannot be broadcast.
 
     Args:
         parameters: new ones, trainable or frozen.
         precision: says which dtypes are supported.
+        transport: broadcasts all of them.
         taken: trainable parameters that the optimizer already has.
+
+    Raises:
+        ValueError, TypeError: names the parameter.
+        RuntimeError: inference mode is enabled.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Found torch.inference_mode enabled, expected it disabled: tensors that are made under it cannot be "
+            "trained. Build the optimizer outside of it."
+        )
     for named in parameters:
         parameter, name = named.parameter, named.name
         if torch.nn.parameter.is_lazy(parameter):
@@ -130,8 +183,21 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
                 f"Parameter {name!r} is on the meta device, expected one with values. Materialise it first "
                 '(module.to_empty(device="...")), and initialise it.'
             )
+        if isinstance(parameter, FakeTensor):
+            raise ValueError(
+                f"Parameter {name!r} is a FakeTensor, expected one with values. Build the model outside of "
+                "FakeTensorMode; shardadam plan computes memory without values."
+            )
+        check_device(f"Parameter {name!r}", parameter, transport)
         if not parameter.requires_grad:
+            _check_frozen(parameter, name, is_alone=transport.control is None)
             continue
+        if parameter.is_inference():
+            raise ValueError(
+                f"Parameter {name!r} was made under torch.inference_mode, expected an ordinary tensor: autograd cannot "
+                "train it. Build or load the model outside of it (torch.no_grad does not have this effect), or give "
+                "the module a copy: nn.Parameter(p.detach().clone())."
+            )
         if is_traceable_wrapper_subclass(parameter):
             raise TypeError(
                 f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism "
@@ -139,8 +205,8 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
             )
         if parameter.layout != torch.strided:
             raise TypeError(
-                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided). Freeze it "
-                "(requires_grad=False), or give the module a dense parameter."
+                f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided). Do not "
+                "pass it to the optimizer, or give the module a dense parameter."
             )
         precision.check_parameter(parameter.dtype, name)
         if not is_dense(parameter):
@@ -150,6 +216,34 @@ def check_parameters(parameters: Sequence[NamedParameter], precision: Precision,
                 "nn.Parameter(p.detach().clone())."
             )
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
+
+
+def check_device(what: str, tensor: Tensor, transport: Transport) -> None:
+    """Raise ValueError if the process group cannot move ``tensor``."""
+    if transport.devices is not None and tensor.device.type not in transport.devices:
+        raise ValueError(
+            f"{what} is on {tensor.device}, expected a device that the process group has a backend for: "
+            f"{', '.join(sorted(transport.devices))}. Move it there, or give the process group a backend for "
+            'both, such as init_process_group("cpu:gloo,cuda:nccl").'
+        )
+
+
+def _check_frozen(parameter: Tensor, name: str, *, is_alone: bool) -> None:
+    """Raise TypeError if rank 0's values of a frozen parameter cannot be broadcast."""
+    if parameter.layout != torch.strided:
+        kind = f"layout {parameter.layout}"
+    elif is_alone:
+        return
+    elif is_traceable_wrapper_subclass(parameter):
+        kind = f"type {type(parameter).__name__}"
+    elif parameter.is_quantized:
+        kind = f"dtype {parameter.dtype}"
+    else:
+        return
+    raise TypeError(
+        f"Parameter {name!r} is frozen and has {kind}, expected a dense, ordinary tensor: rank 0's values of all "
+        "parameters are broadcast. Do not pass it to the optimizer: [p for p in model.parameters() if p.requires_grad]."
+    )
 
 
 def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
@@ -187,21 +281,24 @@ def claims(
         may_wait: whether to read a learning rate that is a tensor on a device, which waits for the device. If False,
             only its device type is compared.
     """
-    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
-    for index, group in enumerate(groups, first_group):
-        for field in _AGREED_HYPERPARAMETERS:
-            value = group[field]
-            if isinstance(value, Tensor):
-                value = value.item() if may_wait or value.device.type == "cpu" else value.device.type
-            result.append(Claim(f"param group {index}", field, repr(value)))
-        result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
+    result = []
     for position, named in enumerate(parameters):
         parameter = named.parameter
-        result.append(Claim(f"the name of parameter {position}", "", repr(named.name)))
+        result.append(Claim(f"the name of parameter {position}", "", repr(named.name), is_name=True))
         subject = f"parameter {named.name!r}"
         result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
         result.append(Claim(subject, "dtype", str(parameter.dtype)))
         result.append(Claim(subject, "strides", str(tuple(parameter.stride()))))
         result.append(Claim(subject, "device type", parameter.device.type))
         result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
+    if groups:
+        result.append(Claim("the number of param groups", "", str(len(groups))))
+    for index, group in enumerate(groups, first_group):
+        for field in AGREED_HYPERPARAMETERS:
+            value = group[field]
+            if isinstance(value, Tensor):
+                may_read = value.numel() == 1 and (may_wait or value.device.type == "cpu")
+                value = value.item() if may_read else (tuple(value.shape), value.device.type)
+            result.append(Claim(f"param group {index}", field, repr(value)))
+        result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
     return result

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings about mistakes that raise no error but make training wrong or useless. Each is given once.
+"""Warnings about mistakes that raise no error but make training wrong or useless, each given once; and one error.
 
 Runs on the host between steps, never during backward. Must not talk to other ranks, wait for the device, or stop
 training.
@@ -7,41 +7,70 @@ training.
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shardadam.checks.torch_patches import check_before_clipping
-from shardadam.engine.reduction import Reducer
-from shardadam.engine.reduction.base import reducer_of
+from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping
+from shardadam.engine.outside import is_averaged
+from shardadam.engine.reduction import ExternalReducer, Reducer
+from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
+from shardadam.engine.storage import ShardedParam
 
 _MAX_SKIPPED_STEPS = 10
+_MAX_IDLE_STEPS = 3
 
 
 class MisuseWarnings:
-    """Checks the steps of one optimizer. Local: ranks may get different warnings."""
+    """Checks the steps of one optimizer. Local: ranks may get different warnings.
 
-    def __init__(self) -> None:
+    Attributes:
+        has_no_batches: this rank has joined (torch.distributed.algorithms.Join), and takes steps without gradients.
+        outside: parameters of the user's model that the optimizer does not have, by name.
+
+    Args:
+        params: of the optimizer; may grow.
+    """
+
+    def __init__(self, params: Sequence[ShardedParam]) -> None:
+        self._params = params
         self._given: set[str] = set()
         self._skipped_in_a_row = 0
+        self._idle_steps = torch.zeros(0, dtype=torch.int64, device="cpu")  # in a row without gradient, by param index
+        self._steps = 0
+        self._next_search = 0  # at which step to search for modules
+        self.has_no_batches = False
+        self.outside: dict[str, Tensor] = {}
+        check_before_swapping(_check_swapped)
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
-        """Warn about a step without gradients, and about many skipped steps in a row.
+        """Warn about a step without gradients, about parameters that were replaced in the model, and about many skipped
+        steps in a row.
 
         Args:
             used: for each parameter, whether any rank has had a gradient since the last step; 1-D, bool, on the CPU.
             used_here: the same for this rank alone.
             found_inf: whether a gradient was infinite or NaN on any rank.
         """
+        if not bool(used.all()) or self._idle_steps.numel() > 0:
+            self._check_replaced(used)
         if not bool(used.any()):
             self._warn_once(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "
                 "Expected a backward through the optimizer's parameters before each step. Check that the model was not "
                 "copied, and its parameters were not replaced, after the optimizer was built."
             )
-        elif not any(used_here):
+        elif not any(used_here) and not self.has_no_batches:
             self._warn_once(
                 "step(): this rank has had no gradient since the last step, and other ranks have, so it counts as "
                 "zeros in the average. Expected a backward on every rank before each step. If its batch was not "
@@ -55,37 +84,195 @@ class MisuseWarnings:
                 "the loss and the inputs for NaN and infinity."
             )
 
+    def _check_replaced(self, used: Tensor) -> None:
+        """Warn about parameters that have had no gradient for some steps, and that no module holds.
+
+        Searches all live modules; if it finds nothing, the next search is after twice as many steps.
+        """
+        before = self._idle_steps.new_zeros(used.numel())
+        before[: self._idle_steps.numel()] = self._idle_steps
+        self._idle_steps = (before + 1) * used.logical_not()
+        self._steps += 1
+        idle = (self._idle_steps >= _MAX_IDLE_STEPS).nonzero().flatten().tolist()
+        if not idle or self._steps < self._next_search:
+            return
+        self._next_search = 2 * self._steps
+        modules = _live_modules()
+        held = {id(p) for module in modules for p in module._parameters.values()}
+        left = [self._params[i].name for i in idle if id(self._params[i].parameter) not in held]
+        if not left or not any(id(param.parameter) in held for param in self._params):
+            return
+        new = {
+            name
+            for model in _models_with(self._params, modules)
+            for name, p in model.items()
+            if p.requires_grad and reducer_of(p) is None
+        }
+        instead = f" The model has {_some(sorted(new))} instead, which this optimizer does not have." if new else ""
+        self._warn_once(
+            f"Parameters that no module holds, and without a gradient in the last {_MAX_IDLE_STEPS} steps: "
+            f"{_some(left)}. They were probably replaced in the model after the optimizer was built.{instead} Replace "
+            "layers and resize embeddings before building the optimizer, or add the new parameters with "
+            "add_param_group."
+        )
+
     def _warn_once(self, text: str) -> None:
         if text not in self._given:
             self._given.add(text)
             warnings.warn(text, stacklevel=_stacklevel())
 
 
-_has_warned_of_clipping = False
+def refuse_torchs_grad_scaler(attributes: dict[str, Any]) -> None:
+    """Raise RuntimeError if a GradScaler of torch has set attributes of an optimizer, around the step; remove them."""
+    if "grad_scale" in attributes:
+        del attributes["grad_scale"], attributes["found_inf"]
+        raise RuntimeError(
+            "Found a torch.amp.GradScaler, expected a shardadam.GradScaler: torch.amp.GradScaler cannot see gradients "
+            "that are not averaged yet, and ranks would skip different steps. Use shardadam.GradScaler; it takes the "
+            "same arguments."
+        )
 
 
-def warn_about_torch_clipping() -> None:
-    """Warn, once per process, when ``torch.nn.utils.clip_grad_norm_`` clips gradients that this package averages.
+_CLIP_NORM = "Call optimizer.clip_grad_norm_(max_norm), or build the optimizer with max_grad_norm."
+_INSTEAD = {
+    "clip_grad_norm_": _CLIP_NORM,
+    "clip_grads_with_norm_": _CLIP_NORM,
+    "clip_grad_value_": "Call optimizer.clip_grad_value_(clip_value).",
+    "get_total_norm": (
+        "optimizer.clip_grad_norm_(max_norm) returns the norm of the averaged gradients; with an infinite max_norm, it "
+        "clips nothing."
+    ),
+}
+_warned: set[str] = set()
 
-    It would find ``p.grad`` None, or this rank's own gradient, and raise nothing.
+
+def watch_torch(reducer: Reducer) -> None:
+    """Warn, once per process, when torch is used in a way that goes wrong beside an optimizer with this reducer.
+
+    A function of ``torch.nn.utils`` that clips gradients which this package averages would find ``p.grad`` None, or
+    this rank's own gradient. Another optimizer may step with gradients that nobody has averaged.
     """
-    check_before_clipping(_check_clipped)
+    if not isinstance(reducer, ExternalReducer):
+        check_before_clipping(_check_clipped)
+    if reducer.averages:
+        _watch_other_optimizers()
 
 
-def _check_clipped(parameters: Sequence[Tensor]) -> None:
-    global _has_warned_of_clipping
-    if _has_warned_of_clipping:
+def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
+    """Warn if ``function`` does not see averaged gradients.
+
+    Args:
+        tensors: its first argument: parameters; for ``get_total_norm``, gradients.
+    """
+    if function in _warned:
         return
-    for parameter in parameters:
+    for parameter in parameters_of_gradients(tensors) if function == "get_total_norm" else tensors:
         reducer: Reducer | None = reducer_of(parameter)
-        if reducer is not None and (why := reducer.why_not_to_clip(parameter)) is not None:
-            _has_warned_of_clipping = True
-            warnings.warn(
-                f"torch.nn.utils.clip_grad_norm_: {why} Call optimizer.clip_grad_norm_(max_norm), or build the "
-                "optimizer with max_grad_norm.",
-                stacklevel=_stacklevel(),
-            )
+        if reducer is not None and (why := reducer.why_not_in_grad(parameter)) is not None:
+            _warned.add(function)
+            warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
             return
+
+
+@cache
+def _watch_other_optimizers() -> None:
+    register_optimizer_step_pre_hook(_check_other_optimizer)
+
+
+_checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def _check_other_optimizer(optimizer: Optimizer, *_: Any) -> None:
+    """Look at the first step of an optimizer with gradients, if it has parameters of a model of which this package
+    reduces others.
+    """
+    if "outside" in _warned or optimizer in _checked_optimizers:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(reducer_of(p) is not None for p in parameters):
+        _checked_optimizers.add(optimizer)  # one of this package, or one over the same parameters
+    elif any(p.grad is not None for p in parameters):
+        _checked_optimizers.add(optimizer)
+        warn_about_outside(_siblings(parameters), by=type(optimizer).__name__)
+
+
+def warn_about_outside(named: Mapping[str, Tensor], *, by: str = "the code that trains them") -> None:
+    """Warn, once per process, if any of the parameters has a gradient that nobody has averaged over ranks.
+
+    Args:
+        named: parameters of a model that this optimizer does not have, by name.
+        by: who trains them, for the message.
+    """
+    left = [name for name, p in named.items() if p.requires_grad and p.grad is not None and not _has_averages(p)]
+    if not left or "outside" in _warned:
+        return
+    _warned.add("outside")
+    warnings.warn(
+        f"{_some(left)}: parameters of the model that this optimizer does not have, and nothing averages their "
+        f"gradients over ranks. So {by} writes different values on each rank. Call "
+        "optimizer.average_gradients(parameters) with them after each backward, on all ranks; or freeze them "
+        "(requires_grad=False) if nothing trains them.",
+        stacklevel=_stacklevel(),
+    )
+
+
+def _has_averages(parameter: Tensor) -> bool:
+    """Return whether somebody averages the gradients of ``parameter``: this package, the user's call, or FSDP."""
+    return (
+        reducer_of(parameter) is not None
+        or is_averaged(parameter)
+        or is_traceable_wrapper_subclass(parameter)
+        or hasattr(parameter, "_is_flat_param")
+    )
+
+
+def _siblings(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return those of ``parameters`` that are in a model of which this package reduces other parameters, by name.
+
+    Searches all live modules, so it is slow: about 0.1 s. Leaves out models in DistributedDataParallel.
+    """
+    wanted = {id(p) for p in parameters}
+    found: dict[str, Tensor] = {}
+    for named in _models(_live_modules()):
+        reducers = {reducer_of(p) for p in named.values()}
+        if any(reducer is not None and reducer.averages for reducer in reducers):
+            found |= {name: p for name, p in named.items() if id(p) in wanted}
+    return found
+
+
+def _models_with(params: Sequence[ShardedParam], modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """Return the parameters, by name, of each model that has any of the params."""
+    wanted = {id(param.parameter) for param in params}
+    return [model for model in _models(modules) if any(id(p) in wanted for p in model.values())]
+
+
+def _models(modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """Return the parameters, by name, of each module that is not part of another one and is not in DDP."""
+    children = {id(child) for module in modules for child in module._modules.values()}
+    roots = [module for module in modules if id(module) not in children]
+    return [dict(root.named_parameters()) for root in roots if not isinstance(root, DistributedDataParallel)]
+
+
+def _live_modules() -> list[nn.Module]:
+    return [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return a text of the first three names, and the number of the others."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+def _check_swapped(tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for parameters that an optimizer of this package trains."""
+    for tensor in tensors:
+        reducer: Reducer | None = reducer_of(tensor)
+        if reducer is not None and not reducer.is_superseded:
+            raise RuntimeError(
+                f"swap_tensors: found a parameter of shape {tuple(tensor.shape)} that a ShardedAdam or ShardedAdamW "
+                "trains: its hooks and its place in the flat buffer would go to the other tensor. Swap tensors, or "
+                "call module.to(...) under torch.__future__.set_swap_module_params_on_conversion, before building the "
+                "optimizer. To change values only, write to the parameter: p.data.copy_(...)."
+            )
 
 
 def _stacklevel() -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from shardadam.engine.storage import NamedParameter, ShardedParam, is_dense
 from shardadam.ranks.agreement import exchange, name_ranks
 from shardadam.state.local import local_state
+from shardadam.state.masters import refresh_
 from shardadam.transport import Transport
 
 _CHUNK_WORDS = 1 << 17
@@ -57,6 +58,9 @@ def replicated_tensors(
     """
     every: list[ShardedParam | NamedParameter] = [*params, *frozen]
     tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for one in every]
+    if transport.replicas > 1:
+        for param in params:  # some replicas may have looked at the state since the parameters were written
+            refresh_(param)
     states = [(param, local_state(param)) for param in params]
     tensors += [ReplicatedTensor(f"the step of parameter {param.name!r}", state["step"]) for param, state in states]
     tensors.append(ReplicatedTensor("skipped_steps", skipped_steps))
@@ -67,6 +71,14 @@ def replicated_tensors(
             for kind, value in state.items()
         ]
     return tensors
+
+
+def outside_tensors(parameters: Mapping[str, Tensor]) -> list[ReplicatedTensor]:
+    """Return parameters that the optimizer does not have, in the order of the mapping."""
+    return [
+        ReplicatedTensor(f"parameter {name!r}, which this optimizer does not have (see average_gradients)", p.detach())
+        for name, p in parameters.items()
+    ]
 
 
 @torch.no_grad()
@@ -160,7 +172,7 @@ def _memory(tensor: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """Return random odd int64 numbers, the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**62), 2**62, (_CHUNK_WORDS,), generator=generator) * 2 + 1).to(device)
+    return (torch.randint(-(2**62), 2**62, (_CHUNK_WORDS,), generator=generator, device="cpu") * 2 + 1).to(device)
 
 
 def _combine(checksums: Sequence[int]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All patches of torch's private functions, and why each is needed.
+"""All patches of torch's functions, and why each is needed.
 
 A patch is applied once per process, calls the original with the same arguments, and is left out if torch no longer has
 the function. It must not change a result.
@@ -7,30 +7,106 @@ the function. It must not change a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from types import GeneratorType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def check_before_clipping(check: Callable[[list[Tensor]], None]) -> None:
-    """Make ``torch.nn.utils.clip_grad_norm_`` call ``check(parameters)`` before it scales their gradients.
+def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
+    """Make the functions of ``torch.nn.utils`` that clip or measure gradients call ``check(name, tensors)`` first.
 
-    torch has no hook for this. Scripts may have imported the public function by name already, so the patch replaces
-    ``_clip_grads_with_norm_``, which it calls.
+    ``tensors`` is the function's first argument, as a list. A function that another of them calls is not checked again.
+    torch has no hook for this. Scripts may have imported a function by name already, so the patch replaces what its
+    ``torch.no_grad`` wrapper calls.
     """
-    module: Any = torch.nn.utils.clip_grad
-    scale: Callable[..., Any] | None = getattr(module, "_clip_grads_with_norm_", None)
-    if scale is None or hasattr(scale, "_checked_by_shardadam"):
+    is_inside = False
+
+    def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def check_and_call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal is_inside
+            if is_inside:
+                return function(tensors, *args, **kwargs)
+            if isinstance(tensors, GeneratorType):
+                listed = list(tensors)
+                tensors = (one for one in listed)  # torch warns about empty generators
+            else:
+                listed = tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            check(name, listed)
+            is_inside = True
+            try:
+                return function(tensors, *args, **kwargs)
+            finally:
+                is_inside = False
+
+        return check_and_call
+
+    for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"):
+        wrapper = getattr(torch.nn.utils, name, None)
+        original = getattr(wrapper, "__wrapped__", None)
+        for cell in getattr(wrapper, "__closure__", None) or ():
+            if original is not None and cell.cell_contents is original:
+                cell.cell_contents = checked(name, original)
+
+
+@cache
+def call_before_parameters_are_read(call: Callable[[], None]) -> None:
+    """Make ``nn.Module.parameters()`` and ``named_parameters()``, and copying and pickling a parameter, run ``call()``.
+
+    torch has no hook for this. Weights are averaged, copied and saved through these methods (``AveragedModel``,
+    ``copy.deepcopy``, ``torch.save(model)``). ``nn.Module.zero_grad`` reads no parameter; compiled code is left alone.
+    """
+    parameter: Any = nn.Parameter
+    named_parameters, deepcopy, reduce = (
+        nn.Module.named_parameters,
+        parameter.__deepcopy__,
+        parameter.__reduce_ex__,
+    )
+    zero_grad = nn.Module.zero_grad.__code__
+
+    @wraps(named_parameters)
+    def call_and_name(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1).f_back
+            if caller is None or caller.f_code is not zero_grad:
+                call()
+        return named_parameters(self, *args, **kwargs)
+
+    @wraps(deepcopy)
+    def call_and_copy(self: Any, memo: dict[int, Any]) -> Any:
+        call()
+        return deepcopy(self, memo)
+
+    @wraps(reduce)
+    def call_and_reduce(self: Any, protocol: int) -> Any:
+        call()
+        return reduce(self, protocol)
+
+    nn.Module.named_parameters = call_and_name  # type: ignore[method-assign]
+    parameter.__deepcopy__ = call_and_copy
+    parameter.__reduce_ex__ = call_and_reduce
+
+
+def check_before_swapping(check: Callable[[list[Tensor]], None]) -> None:
+    """Make ``torch.utils.swap_tensors`` call ``check(tensors)`` before it swaps two tensors.
+
+    ``module.to`` calls it, too, if ``torch.__future__.set_swap_module_params_on_conversion(True)`` is set. It refuses
+    tensors that others refer to weakly, as this package does, with a message that does not say who refers to them.
+    """
+    module: Any = torch.utils
+    swap: Callable[..., Any] | None = getattr(module, "swap_tensors", None)
+    if swap is None or hasattr(swap, "_checked_by_shardadam"):
         return
 
-    @wraps(scale)
-    def check_and_scale(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        check(parameters)
-        return scale(parameters, *args, **kwargs)
+    @wraps(swap)
+    def check_and_swap(t1: Any, t2: Any) -> Any:
+        check([t1, t2])
+        return swap(t1, t2)
 
-    check_and_scale._checked_by_shardadam = True  # type: ignore[attr-defined]
-    module._clip_grads_with_norm_ = check_and_scale
+    check_and_swap._checked_by_shardadam = True  # type: ignore[attr-defined]
+    module.swap_tensors = check_and_swap

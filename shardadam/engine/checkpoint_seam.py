@@ -61,6 +61,7 @@ class CheckpointSeam:
         self._engine.poison.check("be saved")
         self._engine.gatherer.wait_all()
         rebind_moved(self.params)
+        self._engine.refresh_masters()
 
     def bind_moved(self) -> None:
         """Copies parameters whose ``data`` was replaced back into the flat storage. Local.

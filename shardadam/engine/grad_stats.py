@@ -42,7 +42,7 @@ class GradStats:
 
     def mark_nonfinite(self) -> None:
         """Make ``are_finite`` return False for these statistics."""
-        self.extremes.append(torch.tensor(torch.inf))
+        self.extremes.append(torch.tensor(torch.inf, device="cpu"))
 
 
 def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:

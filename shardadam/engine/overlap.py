@@ -6,6 +6,11 @@ Note: parameters used without calling their module
     ``out_proj``; a tied matrix). So the first forward waits for all all-gathers, and records which modules are called.
     Every later forward first waits for the parameters of the modules that were not called. If a parameter is still
     used too early, backward raises when it computes the gradient of that parameter.
+
+Note: reads between steps
+    Weights are averaged (EMA), copied and logged between steps. ``model.parameters()``, ``model.named_parameters()``,
+    ``model.state_dict()``, and copies and pickles of the model, wait for all all-gathers. A list of parameters that was
+    made before is not seen.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardadam.checks.torch_patches import call_before_parameters_are_read
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.storage import FlatBucket, ShardedParam
 
@@ -37,6 +43,8 @@ class OverlappedForward:
 
     def __init__(self, model: nn.Module, params: dict[int, ShardedParam], gatherer: ParameterGatherer) -> None:
         _check_not_compiled(model)
+        call_before_parameters_are_read(_wait_for_all_gatherers)
+        _gatherers.add(gatherer)
         self._gatherer = weakref.ref(gatherer)
         self._is_recording = True  # until the first forward is complete
         self._called: set[nn.Module] = set()
@@ -99,6 +107,15 @@ class OverlappedForward:
         gatherer = self._gatherer()
         if gatherer is not None:
             gatherer.wait_all()
+
+
+_gatherers: weakref.WeakSet[ParameterGatherer] = weakref.WeakSet()
+"""Those of all optimizers that overlap all-gathers."""
+
+
+def _wait_for_all_gatherers() -> None:
+    for gatherer in list(_gatherers):
+        gatherer.wait_all()
 
 
 def _check_not_compiled(model: nn.Module) -> None:

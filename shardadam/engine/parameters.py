@@ -26,7 +26,7 @@ from shardadam.engine.storage import (
     is_dense,
     unrepeated,
 )
-from shardadam.ranks import agreement
+from shardadam.ranks import agreement, desync
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import Transport
 
@@ -60,6 +60,31 @@ def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim]]:
         agreement.announce_failure(error, control)
         raise
     agreement.require(claims, control)
+
+
+@contextmanager
+def agreed_or_closed(transport: Transport) -> Iterator[list[Claim]]:
+    """Context manager: ``agreed`` between the ranks of a new transport, which is closed if it raises. Collective."""
+    try:
+        with agreed(transport.control) as claims:
+            yield claims
+    except Exception:
+        transport.close(clean=True)
+        raise
+    except BaseException:
+        transport.abort()
+        raise
+
+
+@contextmanager
+def built_or_aborted(transport: Transport) -> Iterator[None]:
+    """Context manager: if the block raises, tell the other ranks why, and abort the new transport. Local."""
+    try:
+        with desync.announcing_failure("could not build its optimizer"):
+            yield
+    except BaseException:
+        transport.abort()
+        raise
 
 
 class ShardedParameters:
@@ -116,10 +141,14 @@ class ShardedParameters:
         unfrozen = [p for p in self.frozen if p.parameter.requires_grad]
         if unfrozen:
             with agreed(self._transport.control) as claims:
-                arguments.check_parameters(unfrozen, self._options.precision, taken=self.taken())
+                self.check(unfrozen)
                 claims += arguments.claims([], unfrozen)
             self.frozen = [p for p in self.frozen if not p.parameter.requires_grad]
         return unfrozen
+
+    def check(self, named: Sequence[NamedParameter]) -> None:
+        """Raise ValueError or TypeError if ``named`` cannot be added. Local."""
+        arguments.check_parameters(named, self._options.precision, self._transport, taken=self.taken())
 
     def taken(self) -> list[Tensor]:
         return [param.parameter for param in self.params]
@@ -128,14 +157,43 @@ class ShardedParameters:
         """Return the ``ShardedParam`` of ``parameter``.
 
         Raises:
-            ValueError: it is not a trainable parameter of this optimizer.
+            ValueError: it is frozen, or not a parameter of this optimizer.
         """
         for param in self.params:
             if param.parameter is parameter:
                 return param
+        for named in self.frozen:
+            if named.parameter is parameter:
+                raise ValueError(
+                    f"Parameter {named.name!r} is frozen, expected a trainable parameter: a frozen one has neither "
+                    "gradient nor state in the optimizer. Set requires_grad on it first, on all ranks."
+                )
         raise ValueError(
             "This tensor is not a trainable parameter of the optimizer. Pass one of its param_groups' params."
         )
+
+    def outside(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """Return the module's parameters that this optimizer does not have, by name."""
+        mine = {id(named.parameter) for named in self.frozen} | self.by_id().keys()
+        return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in mine}
+
+    def trainable(self, parameters: Iterable[Tensor]) -> list[ShardedParam]:
+        """Return the ``ShardedParam`` of each of the parameters that is trainable, each once.
+
+        Raises:
+            ValueError: one is not a parameter of this optimizer.
+        """
+        by_id, frozen = self.by_id(), {id(named.parameter) for named in self.frozen}
+        found: dict[int, ShardedParam] = {}
+        for position, parameter in enumerate(parameters):
+            if id(parameter) in by_id:
+                found[id(parameter)] = by_id[id(parameter)]
+            elif id(parameter) not in frozen:
+                raise ValueError(
+                    f"Tensor {position} of {tuple(parameter.shape)} is not a parameter of the optimizer. Pass some of "
+                    "its param_groups' params."
+                )
+        return list(found.values())
 
     def by_id(self) -> dict[int, ShardedParam]:
         """Return all params by the ``id`` of their parameter."""
@@ -153,13 +211,27 @@ class ShardedParameters:
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Broadcast rank 0's values of ``tensors``, of any dtype and strides. Collective."""
+        """Broadcast rank 0's values of ``tensors``, of any dtype and strides. Collective.
+
+        Raises:
+            TypeError: a tensor is sparse, or of another layout that is not ``torch.strided``. Nothing has been sent.
+            ValueError: the process group has no backend for the device of a tensor. Nothing has been sent.
+        """
         transfers = []
+        tensors = list(tensors)
+        for tensor in tensors:
+            arguments.check_device(f"A tensor of shape {tuple(tensor.shape)}", tensor, self._transport)
+            if tensor.layout != torch.strided:
+                raise TypeError(
+                    f"Found a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} to broadcast from rank "
+                    "0, expected dense ones (torch.strided). Keep it out of the module's parameters and buffers, and "
+                    "build it alike on every rank."
+                )
         for tensor in tensors:
             if tensor.numel() == 0:
                 continue
             whole = unrepeated(tensor.detach())
-            dense = whole if is_dense(whole) else whole.contiguous()
+            dense = (whole if is_dense(whole) else whole.contiguous()).resolve_conj().resolve_neg()
             transfers.append((self._transport.broadcast(dense), whole, dense))
         for pending, whole, dense in transfers:
             pending.wait()

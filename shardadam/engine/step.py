@@ -7,7 +7,8 @@ as arguments, and knows nothing else about torch.optim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options
-from shardadam.checks.misuse import MisuseWarnings
+from shardadam.checks.misuse import MisuseWarnings, warn_about_outside
+from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.grad_stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
@@ -28,9 +30,9 @@ from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
 from shardadam.engine.storage import NamedParameter, ShardedParam, rebind_moved
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
-from shardadam.state import whole
+from shardadam.state import masters, whole
 from shardadam.transport import Transport
-from shardadam.update import StepInputs
+from shardadam.update import StepInputs, formats
 
 ParamGroups = Sequence[Mapping[str, Any]]
 
@@ -57,15 +59,17 @@ class StepEngine:
             kind = BackwardReducer if options.gradient_sync == "backward" else StepReducer
             self.reducer = kind(transport, with_squares=options.max_grad_norm is not None)
         self.gatherer = ParameterGatherer(transport)
-        self.warnings = MisuseWarnings()
+        self.warnings = MisuseWarnings(self.parameters.params)
         self.poison = Poison()
         self.step_sync = StepSync(transport, self.reducer, self.warnings, self.poison)
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._is_joining = False
         self._overlaps: list[OverlappedForward] = []
         # The update multiplies gradients by the first: clip coefficient / loss scale. The second is 1 / loss scale.
         self._coefficient: Tensor | None = None
         self._inverse_scale: Tensor | None = None
+        self._factor = 1.0  # multiplies the mean over ranks
         # At the first zero_grad after a step, all ranks have run equally many rounds. Before a second one, forward or
         # backward may have raised on a rank, which has run fewer rounds than its peers.
         self._peers_may_be_ahead = options.gradient_sync == "backward"
@@ -92,10 +96,13 @@ class StepEngine:
     def step(self, param_groups: ParamGroups) -> None:
         """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
+        warn_about_outside(self.warnings.outside)
         self.gatherer.synchronize()
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
         stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
+        # After the sync: if only some ranks have such a value, all raise there.
+        arguments.check_before_step(param_groups)
         if max_norm is not None:
             self._clip(stats, max_norm)
         self.step_sync.step_begins()
@@ -118,6 +125,8 @@ class StepEngine:
                 different hyperparameters. Nothing has been written. On a GPU the device skips the step, and the next
                 call raises.
         """
+        if self._is_joining:
+            self.reducer.catch_up(agreement.largest(self.reducer.rounds_after_close, self.transport.control))
         self.reducer.close()
         if self.reducer.rounds != self.step_sync.rounds and self.options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # the gradients have changed since they were clipped
@@ -143,6 +152,7 @@ class StepEngine:
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
+        masters.settle_(self.parameters.params)
         used = self._begin_update(stats, param_groups)
         parameters = self.parameters
         for index in reversed(self.reducer.order):
@@ -161,10 +171,9 @@ class StepEngine:
             [param.parameter for param in parameters.params if used is None or used[param.index]]
         )
         self.reducer.learn_order()
-        if stats.norm is None or self._inverse_scale is None:
-            self.grad_norm = stats.norm
-        else:
-            self.grad_norm = stats.norm * self._inverse_scale
+        self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
+        if self.grad_norm is not None and self._inverse_scale is not None:
+            self.grad_norm = self.grad_norm * self._inverse_scale
 
     def _begin_update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> list[bool] | None:
         """Pass the inputs of this step to the update of every arena.
@@ -177,6 +186,7 @@ class StepEngine:
         # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
         must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
         used = stats.used.tolist() if must_read else None
+        coefficient = self._coefficient
         for arena in arenas:
             device = arena.parameters.device
             arena.update.begin(
@@ -184,7 +194,7 @@ class StepEngine:
                     found_inf=stats.found_inf.to(device),
                     used=stats.used[arena.indices].to(device),
                     host_used=None if used is None else used[arena.indices],
-                    coefficient=None if self._coefficient is None else self._coefficient.to(device),
+                    coefficient=None if coefficient is None else coefficient.to(device, arena.format.exact_dtype),
                     hyperparameters=param_groups[arena.group_index],
                 )
             )
@@ -192,16 +202,97 @@ class StepEngine:
 
     # Before the step
 
-    def clip_grad_norm_(self, max_norm: float | Tensor, param_groups: ParamGroups) -> Tensor:
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """Context manager for calls that ranks without batches repeat (``joining.py``): all run equally many rounds."""
+        before, self._is_joining = self._is_joining, True
+        try:
+            yield
+        finally:
+            self._is_joining = before
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the mean of gradients over all ranks by ``factor``, until the next step. Before any clipping."""
+        self._factor = factor
+        exact = torch.tensor(factor, dtype=torch.float64, device=self.skipped_steps.device)
+        self._inverse_scale = self._coefficient = self._in_norm_dtype(exact)
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float | Tensor,
+        param_groups: ParamGroups,
+        *,
+        norm_type: float = 2.0,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
-        return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
+        arguments.check_max_norm(max_norm)
+        norm_type = float(norm_type)
+        if not norm_type > 0:
+            raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
+        if not self.parameters.params:
+            return torch.zeros((), device=self.skipped_steps.device)
+        if parameters is None and norm_type == 2.0:
+            return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
+        params = self._sum_up_before(f"clip_grad_norm_ with norm_type={norm_type}", param_groups, parameters)
+        if not params:
+            return torch.zeros((), device=self.skipped_steps.device)
+        norm = self._in_norm_dtype(clipping.total_norm(params, norm_type, self.transport))
+        if self._coefficient is not None:
+            norm = norm * self._coefficient
+        coefficient = clip_coefficient(norm, max_norm)
+        if parameters is None:
+            self._scale_by(coefficient)
+        else:
+            clipping.scale_(params, coefficient)
+            self._gradients_have_changed(params)
+        return norm
+
+    def clip_grad_value_(
+        self, clip_value: float, param_groups: ParamGroups, *, parameters: Iterable[Tensor] | None = None
+    ) -> None:
+        """Clamp every element of the averaged gradients. Collective."""
+        if not clip_value >= 0:
+            raise ValueError(f"clip_value: found {clip_value!r}, expected a number of 0 or more")
+        if not self.parameters.params:
+            return
+        params = self._sum_up_before("clip_grad_value_", param_groups, parameters)
+        # The shards hold gradients before the coefficient: limit them so that the product is within clip_value.
+        limit = clip_value if self._coefficient is None else clip_value / self._coefficient
+        clipping.clamp_(params, limit)
+        self._gradients_have_changed(params)
+
+    def _sum_up_before(
+        self, call: str, param_groups: ParamGroups, parameters: Iterable[Tensor] | None
+    ) -> list[ShardedParam]:
+        """Write the means to all gradient shards; return the params of ``parameters``, or all. Collective."""
+        params = self.parameters.params if parameters is None else self.parameters.trainable(parameters)
+        self.sync_before(f"{call} of {len(params)} parameters", param_groups, with_norm=False)
+        self.reducer.sum_up()
+        return params
+
+    def _gradients_have_changed(self, params: Sequence[ShardedParam]) -> None:
+        """Make the next sync measure the gradient shards of these params again."""
+        for bucket in clipping.buckets_of(params):
+            self.reducer.measure_again(bucket)
+        self.step_sync.forget()
 
     def _clip(self, stats: GlobalGradStats, max_norm: float | Tensor) -> Tensor:
         assert stats.norm is not None
-        norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
-        coefficient = clip_coefficient(norm, max_norm)
-        self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
+        norm = self._in_norm_dtype(stats.norm)
+        norm = norm if self._coefficient is None else norm * self._coefficient
+        self._scale_by(clip_coefficient(norm, max_norm))
         return norm
+
+    def _in_norm_dtype(self, norm: Tensor) -> Tensor:
+        """Return ``norm`` in the dtype of torch.nn.utils.clip_grad_norm_'s: the widest of the gradients', at least
+        float32.
+        """
+        is_wide = any(arena.format.exact_dtype == torch.float64 for arena in self.parameters.arenas)
+        return norm if is_wide else norm.float()
+
+    def _scale_by(self, coefficient: Tensor) -> None:
+        self._coefficient = coefficient if self._coefficient is None else self._coefficient * coefficient
 
     def unscale(self, inverse_scale: Tensor, param_groups: ParamGroups, *, in_place: bool) -> Tensor:
         """Make clipping, ``full_grad`` and ``step`` use the gradients divided by the loss scale. Collective.
@@ -216,7 +307,9 @@ class StepEngine:
         if in_place and self.options.gradient_sync != "backward":
             self._unscale_in_place(inverse_scale)
         else:
-            self._inverse_scale = self._coefficient = inverse_scale.reshape(()).float()
+            self._inverse_scale = self._coefficient = (
+                self._in_norm_dtype(inverse_scale.reshape(()).double()) * self._factor
+            )
         with_norm = self.options.max_grad_norm is not None
         return self.sync_before("GradScaler.unscale_", param_groups, with_norm=with_norm).found_inf
 
@@ -257,10 +350,49 @@ class StepEngine:
         self.reducer.reset()
         self.step_sync.forget()
         self._coefficient = self._inverse_scale = None
+        self._factor = 1.0
+
+    def outside(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the model's parameters that this optimizer does not have, by name; warn if nobody averages them."""
+        outside = self.parameters.outside(model)
+        if self.reducer.averages:
+            self.warnings.outside |= outside
+        return outside
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average ``p.grad`` of parameters that this optimizer does not train. Collective."""
+        mine = self.parameters.by_id() if self.reducer.averages else {}
+        given = []
+        for parameter in parameters:
+            if id(parameter) in mine:
+                name = mine[id(parameter)].name
+                raise ValueError(
+                    f"average_gradients: found parameter {name!r} of this optimizer, expected parameters that it does "
+                    "not have. Leave its own out: it averages their gradients itself."
+                )
+            if parameter.requires_grad:
+                given.append(parameter)
+        self.reducer.close_open_round()
+        outside.average_gradients(given, self.transport)
 
     def overlap_gather(self, model: nn.Module) -> None:
         """Make the forward of ``model`` wait for all-gathers, and ``step`` return without waiting for them. Local."""
         self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer))
+
+    def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
+        """Make the stored masters follow parameters that were written from outside, before they are read. Local.
+
+        Args:
+            params: those that are read; None for all.
+
+        Raises:
+            RuntimeError: device, dtype, shape or strides of a parameter have changed.
+        """
+        params = self.parameters.params if params is None else params
+        params = [param for param in params if param.arena.state.keys() & set(formats.MASTERS)]
+        rebind_moved(params)
+        for param in params:
+            masters.refresh_(param)
 
     def state_was_loaded(self, *, parameters: bool = False) -> None:
         """Use the state that a load has written, and drop what was known about the state before.

@@ -58,7 +58,7 @@ class GlobalGradStats:
     """Statistics of the gradients of all ranks.
 
     Attributes:
-        norm: 2-norm of all averaged gradients, 0-dim float32; None if it was not requested.
+        norm: 2-norm of all averaged gradients, 0-dim float64; None if it was not requested.
         found_inf: 1 if a gradient is infinite or NaN, or if fingerprints differ, else 0; 0-dim float32.
         used: which parameters had a gradient on any rank; bool, by ``ShardedParam.index``.
         all_used: the host knows, without reading the device, that all parameters had a gradient.
@@ -72,7 +72,7 @@ class GlobalGradStats:
     def __init__(self, block: Tensor, ranks: int, *, with_norm: bool, compares: bool, all_used: bool) -> None:
         self._block = block
         self._ranks = ranks
-        self.norm = block[0].sqrt().float() if with_norm else None
+        self.norm = block[0].sqrt() if with_norm else None
         is_skipped = block[1] > 0
         if compares:
             total, squares = block[2:_HEADER].long().unbind()

@@ -38,6 +38,8 @@ class ShardedParam:
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
             state, in ``state_slice``.
         state_start: start of ``state_slice``.
+        kept_master: this rank's elements of an exact master that the parameter does not round to everywhere, in
+            float32; see ``state/masters.py``. None between most steps.
     """
 
     parameter: Tensor
@@ -53,6 +55,7 @@ class ShardedParam:
     buckets: list[FlatBucket] = field(default_factory=list)
     shard_segments: list[layout.Segment] = field(default_factory=list)
     state_start: int = 0
+    kept_master: Tensor | None = None
 
     @property
     def state_slice(self) -> slice:
@@ -275,8 +278,8 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
     if segments:
         firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
         lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
-        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype)
-        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths)))
+        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype, device="cpu")
+        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths, device="cpu")))
 
 
 def bind(param: ShardedParam) -> None:

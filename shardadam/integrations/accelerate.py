@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,30 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from shardadam.checkpoint import load, save
+from shardadam.engine.step_sync import host_runs_ahead
 from shardadam.grad_scaler import GradScaler
 from shardadam.optimizer import ShardedAdam
+from shardadam.transport.groups import launched_processes
 
 _FOLDER = "shardadam_{}"
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def check_all_are_counted(what: str, num_processes: int) -> None:
+    """Raise ValueError if several processes have been started, and accelerate takes each for the only one.
+
+    Args:
+        what: begins the message.
+        num_processes: as accelerate counts them.
+    """
+    count = launched_processes()
+    if num_processes == 1 < count:
+        raise ValueError(
+            f"{what}: found num_processes 1, but {count} processes have been started (WORLD_SIZE): each would train on "
+            "all of the data, and act as the main process. On CPUs, pass ShardedAccelerator(cpu=True), or "
+            "TrainingArguments(use_cpu=True) to a Trainer. If this process trains alone, unset WORLD_SIZE, RANK and "
+            "LOCAL_RANK."
+        )
 
 
 class ShardedAccelerator(Accelerator):
@@ -30,8 +49,12 @@ class ShardedAccelerator(Accelerator):
     and ``load_state`` reads them on any number of ranks. Move the model to ``accelerator.device`` before building the
     optimizer.
 
+    If a gradient is not finite on some rank, the step is skipped, ``optimizer_step_was_skipped`` is True, and prepared
+    schedulers stay. On a GPU without fp16 they are told one step later, so that the host need not wait for the device.
+
     Raises:
-        ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself.
+        ValueError: the launcher has set up DeepSpeed, FSDP or another engine that shards by itself; or it has started
+            several processes that accelerate does not join (on CPUs without ``cpu=True``).
     """
 
     scaler: Any
@@ -59,6 +82,7 @@ class ShardedAccelerator(Accelerator):
                 "parallelism (NO, MULTI_CPU or MULTI_GPU). Remove the engine from the accelerate config, or use "
                 "accelerate.Accelerator."
             )
+        check_all_are_counted(type(self).__name__, self.num_processes)
         if self.scaler is not None:
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
             self.scaler = GradScaler(self.device.type, **options)
@@ -136,12 +160,12 @@ class ShardedAccelerator(Accelerator):
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float | Tensor, norm_type: float = 2
     ) -> Tensor:
-        """Clip the 2-norm of all gradients of the optimizer that has ``parameters``. Collective.
+        """Clip the norm of the gradients of ``parameters``. Collective.
 
         Args:
-            parameters: all trainable parameters of one optimizer.
+            parameters: of one prepared optimizer; the same on all ranks.
             max_norm: the largest norm.
-            norm_type: must be 2.
+            norm_type: p of the p-norm, positive; ``float("inf")`` for the largest absolute value.
 
         Returns:
             The norm before clipping, 0-dim float32 on the device.
@@ -149,21 +173,29 @@ class ShardedAccelerator(Accelerator):
         Raises:
             ValueError: ``parameters`` or ``norm_type`` is not as described.
         """
+        optimizer, some = self._before_clipping("clip_grad_norm_", parameters)
+        return optimizer.clip_grad_norm_(max_norm, norm_type, parameters=some)
+
+    def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+        """Clamp every element of the gradients of ``parameters``. Collective. Arguments as ``clip_grad_norm_``."""
+        optimizer, some = self._before_clipping("clip_grad_value_", parameters)
+        optimizer.clip_grad_value_(clip_value, parameters=some)
+
+    def _before_clipping(
+        self, call: str, parameters: Tensor | Iterable[Tensor]
+    ) -> tuple[ShardedAdam, list[Tensor] | None]:
+        """Unscale gradients; return the optimizer that has ``parameters``, and those, or None for all of its own."""
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         optimizers = self._optimizers_of(given)
-        expected = {id(p) for optimizer in optimizers for p in _parameters(optimizer) if p.requires_grad}
-        if len(optimizers) != 1 or expected != {id(p) for p in given if p.requires_grad} or norm_type != 2:
+        trainable = {id(p) for p in given if p.requires_grad}
+        if len(optimizers) != 1 or not trainable <= {id(p) for p in _parameters(optimizers[0])}:
             raise ValueError(
-                f"clip_grad_norm_: found {len(given)} parameters of {len(optimizers)} optimizers and norm_type "
-                f"{norm_type}, expected all trainable parameters of one ShardedAdam(W), and norm_type 2. Pass "
-                "model.parameters()."
+                f"{call}: found {len(given)} parameters of {len(optimizers)} optimizers, or of none, expected "
+                "parameters of one ShardedAdam(W). Call it once for each optimizer."
             )
         self.unscale_gradients()
-        return optimizers[0].clip_grad_norm_(max_norm)
-
-    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
-        """Raise NotImplementedError: gradients are sharded, and can only be clipped by norm."""
-        raise NotImplementedError("clip_grad_value_: not supported for sharded gradients. Use clip_grad_norm_.")
+        everything = trainable == {id(p) for p in _parameters(optimizers[0]) if p.requires_grad}
+        return optimizers[0], None if everything else [p for p in given if p.requires_grad]
 
     # Checkpoints
 
@@ -196,20 +228,69 @@ class ShardedAccelerator(Accelerator):
             self._optimizers = optimizers
 
 
-class _PreparedOptimizer(AcceleratedOptimizer):
-    """Tells by the optimizer's ``skipped_steps`` whether a step was skipped: ``GradScaler.step`` does not know it."""
+class SkippedSteps:
+    """Tells whether the last step of a ShardedAdam(W) was skipped, because a gradient was infinite or NaN on some rank.
 
-    _skipped_before: Tensor | None = None
+    Note: skipped steps on a GPU
+        accelerate's schedulers ask after every step, and the device alone knows. So that the host need not wait for the
+        step that it has just launched, it is told of the step before: a schedule still skips once for each skipped
+        step, one step later, and at the same step on all ranks.
+
+    Args:
+        may_wait: wait for the device, and tell of the last step itself. On CPUs, always so.
+    """
+
+    def __init__(self, optimizer: ShardedAdam, *, may_wait: bool) -> None:
+        self._optimizer = optimizer
+        is_late = not may_wait and host_runs_ahead(optimizer.skipped_steps.device)
+        self._flags: list[_HostFlag | bool] = [False] * (1 + is_late)  # of the last steps; the first one is told
+
+    @contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Return a context around a call of ``optimizer.step``."""
+        before = self._optimizer.skipped_steps.clone()
+        yield
+        self._flags = [*self._flags[1:], _HostFlag(self._optimizer.skipped_steps != before)]
+
+    def is_of(self, optimizer: ShardedAdam) -> bool:
+        return self._optimizer is optimizer
+
+    def __bool__(self) -> bool:
+        return bool(self._flags[0])
+
+
+class _HostFlag:
+    """A copy of a 0-dim bool on the host. The copy is asynchronous; reading it waits."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = flag
+        self._event: torch.cuda.Event | None = None
+        if flag.is_cuda:
+            self._flag = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+            self._event = torch.cuda.current_stream(flag.device).record_event()
+
+    def __bool__(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
+class _PreparedOptimizer(AcceleratedOptimizer):
+    """Tells accelerate which steps were skipped, with loss scaling and without."""
+
+    def __init__(self, optimizer: ShardedAdam, device_placement: bool = True, scaler: Any = None) -> None:
+        super().__init__(optimizer, device_placement, scaler)
+        self._skipped = SkippedSteps(optimizer, may_wait=scaler is not None)  # accelerate waits for its scaler, too
 
     def step(self, closure: Any = None) -> None:
-        if self.scaler is not None:
-            self._skipped_before = self.optimizer.skipped_steps.clone()
-        super().step(closure)
+        # While gradients accumulate, accelerate does not call the optimizer: the last step is still the last one.
+        with self._skipped.around_step() if self.gradient_state.sync_gradients else nullcontext():
+            super().step(closure)
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether loss scaling has skipped the last step for a gradient that is not finite. Waits for the device."""
-        return self._skipped_before is not None and bool(self.optimizer.skipped_steps != self._skipped_before)
+        """Whether the last step was skipped for a gradient that is not finite; on a GPU see ``SkippedSteps``."""
+        return bool(self._skipped)
 
 
 def _parameters(optimizer: ShardedAdam) -> Iterator[Tensor]:

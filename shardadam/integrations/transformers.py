@@ -3,33 +3,52 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
-from shardadam.integrations.accelerate import ShardedAccelerator
-from shardadam.optimizer import ShardedAdam, ShardedAdamW
+from shardadam.integrations.accelerate import ShardedAccelerator, SkippedSteps, check_all_are_counted
+from shardadam.optimizer import ShardedAdam
+from shardadam.precision import Moments, Precision
 
 _FOLDER = "shardadam"
+_MOMENTS: dict[str, Moments] = {
+    "adamw_torch": "fp32",
+    "adamw_torch_fused": "fp32",
+    "adamw_hf": "fp32",
+    "paged_adamw_32bit": "fp32",
+    "adamw_8bit": "int8",
+    "adamw_bnb_8bit": "int8",
+    "adamw_torch_8bit": "int8",
+    "paged_adamw_8bit": "int8",
+}
+"""The format of the moments for each name of AdamW in ``TrainingArguments.optim``."""
 
 
 class ShardedTrainerMixin:
     """Makes a Trainer, or a subclass of it, sharded: ``class MyTrainer(ShardedTrainerMixin, Trainer)``.
 
-    The optimizer is a ``ShardedAdamW`` with the learning rate, betas, eps and weight decay of the TrainingArguments. Or
-    pass one as ``optimizers=(optimizer, scheduler)`` or ``optimizer_cls_and_kwargs=(ShardedAdamW, {"lr": ...,
-    "precision": ...})``. The model is not wrapped in DistributedDataParallel: the optimizer averages gradients.
-    Checkpoints hold the shards of all ranks. Training resumes on any number of ranks, from these checkpoints or from
-    those of a plain Trainer with AdamW.
+    The optimizer is a ``ShardedAdamW`` with the learning rate, betas, eps and weight decay of the TrainingArguments.
+    ``TrainingArguments.optim`` chooses its ``Precision``: with "adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit" and
+    "paged_adamw_8bit" moments are stored in 8 bits, with "adamw_anyprecision" in the dtype that ``optim_args`` names,
+    and with "adamw_torch", "adamw_torch_fused" and "paged_adamw_32bit" in float32. None of these needs the package that
+    the name stands for; nothing is paged. Or pass one as ``optimizers=(optimizer, scheduler)`` or
+    ``optimizer_cls_and_kwargs=(ShardedAdamW, {"lr": ..., "precision": ...})``. The model is not wrapped in
+    DistributedDataParallel: the optimizer averages gradients. Checkpoints hold the shards of all ranks. Training
+    resumes on any number of ranks, from these checkpoints or from those of a plain Trainer with AdamW.
 
     Raises:
-        ValueError: ``TrainingArguments.optim`` is not one of torch's AdamW, or there is another engine (DeepSpeed,
-            FSDP).
+        ValueError: ``TrainingArguments.optim`` is another optimizer, or "adamw_anyprecision" with other dtypes than
+            float32 and bfloat16; there is another engine (DeepSpeed, FSDP); or torchrun has started several processes
+            on CPUs without ``TrainingArguments(use_cpu=True)``.
         TypeError: the optimizer passed is not a ShardedAdam(W), or has ``gradient_sync="external"``.
     """
 
@@ -48,13 +67,12 @@ class ShardedTrainerMixin:
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: Any = None
     ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if found is not torch.optim.AdamW:
-            raise ValueError(
-                f'TrainingArguments.optim: found "{getattr(args.optim, "value", args.optim)}", expected "adamw_torch" '
-                "or another of torch's AdamW. Leave optim out. For other formats of the state, pass "
-                "optimizer_cls_and_kwargs=(ShardedAdamW, {...}) to the Trainer."
-            )
+        options = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "precision": Precision(moments=_moments(args)),
+        }
         return ShardedAdamW, options
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -78,7 +96,9 @@ class ShardedTrainerMixin:
             return
         # The Trainer itself restores random number generators, after it has skipped the data of earlier steps.
         load(Path(checkpoint) / _FOLDER, optimizer=_unwrapped(self.optimizer), random_states=False)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        self.lr_scheduler.load_state_dict(
+            torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        )
 
 
 class ShardedTrainer(ShardedTrainerMixin, Trainer):
@@ -89,8 +109,40 @@ class ConsolidateCallback(TrainerCallback):
     """Gathers the whole state on rank 0 before each checkpoint of a plain Trainer, which saves rank 0's state only.
 
     For ``optimizers=(ShardedAdamW(..., gradient_sync="external"), None)``. Rank 0 holds the state, in float32 on the
-    CPU, until the next step; ``ShardedTrainer`` writes shards instead.
+    CPU, until the next step; ``ShardedTrainer`` writes shards instead. Also tells the Trainer which steps were skipped
+    for a gradient that is not finite, so that its learning rate stays; on a GPU, one step later.
+
+    Raises:
+        ValueError: when training begins: torchrun has started several processes on CPUs without
+            ``TrainingArguments(use_cpu=True)``.
     """
+
+    _skipped: SkippedSteps | None = None
+    _step: ExitStack | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_all_are_counted(type(self).__name__, args.world_size)  # else no rank's gradients are averaged
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        prepared: Any = kwargs.get("optimizer")
+        sharded = _unwrapped(prepared)
+        if isinstance(sharded, ShardedAdam) and type(prepared) is AcceleratedOptimizer and prepared.scaler is None:
+            if self._skipped is None or not self._skipped.is_of(sharded):
+                self._skipped = SkippedSteps(sharded, may_wait=False)
+            self._step = ExitStack()
+            self._step.enter_context(self._skipped.around_step())
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._step is not None:
+            self._step.close()
+            self._step = None
+            kwargs["optimizer"]._is_overflow = bool(self._skipped)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
@@ -112,6 +164,39 @@ class ConsolidateCallback(TrainerCallback):
         sharded = _unwrapped(optimizer)
         if isinstance(sharded, ShardedAdam) and not args.save_only_model:
             sharded.consolidate_state_dict()
+
+
+def _moments(args: TrainingArguments) -> Moments:
+    """Return the format of the moments that ``TrainingArguments.optim`` stands for."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name == "adamw_anyprecision":
+        return _anyprecision_moments(args.optim_args or "")
+    if name not in _MOMENTS:
+        expected = ", ".join(f'"{one}"' for one in (*_MOMENTS, "adamw_anyprecision"))
+        raise ValueError(
+            f'TrainingArguments.optim: found "{name}", expected one of {expected}: ShardedTrainer trains with AdamW. '
+            "Leave optim out. For other formats of the state, pass optimizer_cls_and_kwargs=(ShardedAdamW, {...}) to "
+            "the Trainer; for other optimizers, use transformers.Trainer."
+        )
+    return _MOMENTS[name]
+
+
+def _anyprecision_moments(optim_args: str) -> Moments:
+    """Return the format for AnyPrecisionAdamW's ``optim_args``.
+
+    Masters behind low-precision parameters, which it has with ``use_kahan_summation`` only, are always kept.
+    """
+    pairs = (one.partition("=") for one in optim_args.replace(" ", "").split(",") if one)
+    given = {key: value for key, _, value in pairs}
+    dtypes = {given.get(key, "float32") for key in ("momentum_dtype", "variance_dtype")}
+    formats: dict[str, Moments] = {"float32": "fp32", "bfloat16": "bf16"}
+    if len(dtypes) != 1 or not dtypes <= formats.keys():
+        raise ValueError(
+            f'TrainingArguments.optim_args: found "{optim_args}", expected momentum_dtype and variance_dtype equal, '
+            "float32 or bfloat16. Set both alike, or pass optimizer_cls_and_kwargs=(ShardedAdamW, {...}) to the "
+            "Trainer."
+        )
+    return formats[dtypes.pop()]
 
 
 def _name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:

@@ -22,11 +22,17 @@ from shardadam.ranks import desync
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A value that must be equal on all ranks, as text: ``field`` of ``subject`` is ``value``."""
+    """A value that must be equal on all ranks, as text: ``field`` of ``subject`` is ``value``.
+
+    Args:
+        is_name: ``value`` is the name of a parameter. If ranks have different numbers of parameters, the message names
+            the first one that a rank lacks.
+    """
 
     subject: str
     field: str
     value: str
+    is_name: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,16 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy:
     _raise_failure_of_another(digests, group)
     if len(set(digests)) == 1:
         return
-    for row in zip_longest(*exchange(list(claims), group)):
-        if len(set(row)) > 1:
-            raise ValueError(f"{_describe_difference(row, dist.get_process_group_ranks(group))} {remedy}")
+    all_claims = exchange(list(claims), group)
+    ranks = dist.get_process_group_ranks(group)
+    difference = next(row for row in zip_longest(*all_claims) if len(set(row)) > 1)
+    described = [_describe_difference(difference, ranks)]
+    counts = [sum(claim.is_name for claim in claims) for claims in all_claims]
+    if len(set(counts)) > 1:
+        if any(claim is None or claim.is_name for claim in difference):
+            described = _describe_lacking(all_claims, ranks) or described
+        described.append(f"The number of parameters is {by_value(counts, ranks)}.")
+    raise ValueError(" ".join([*described, remedy]))
 
 
 def largest(value: int, group: dist.ProcessGroup | None) -> int:
@@ -86,7 +99,8 @@ def exchange(mine: Any, group: dist.ProcessGroup) -> list[Any]:
         texts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(texts, padded, group=group)
     except RuntimeError as error:
-        raise desync.desync_error("An exchange of small objects between ranks", error, group) from error
+        ranks = dist.get_process_group_ranks(group)
+        raise desync.desync_error("An exchange of small objects between ranks", error, ranks) from error
     on_host = [one.cpu() for one in texts]
     return [pickle.loads(ctypes.string_at(one.data_ptr(), int(n))) for one, n in zip(on_host, sizes, strict=True)]
 
@@ -112,11 +126,31 @@ def _describe_difference(row: Sequence[Claim | None], ranks: Sequence[int]) -> s
     else:
         what = ":"
         values = ["nothing" if claim is None else f"{claim.subject} ({claim.field} {claim.value})" for claim in row]
-    holders: dict[str, list[int]] = {}
+    return f"Ranks disagree{what} {by_value(values, ranks)}."
+
+
+def _describe_lacking(all_claims: Sequence[Sequence[Claim]], ranks: Sequence[int]) -> list[str]:
+    """Return a sentence that names the first parameter that some ranks lack; an empty list if there is none."""
+    names = [[claim.value for claim in claims if claim.is_name] for claims in all_claims]
+    everywhere = set.intersection(*map(set, names))
+    lacked = [(position, name) for own in names for position, name in enumerate(own) if name not in everywhere]
+    if not lacked:
+        return []
+    _, name = min(lacked)
+    having = [rank for rank, own in zip(ranks, names, strict=True) if name in own]
+    lacking = [rank for rank in ranks if rank not in having]
+    verb = "lacks" if len(lacking) == 1 else "lack"
+    return [
+        f"Ranks disagree on which parameters there are: {name_ranks(lacking)} {verb} {name} of {name_ranks(having)}."
+    ]
+
+
+def by_value(values: Sequence[object], ranks: Sequence[int]) -> str:
+    """Return a text such as ``3 on ranks 0-1, 2 on rank 2``."""
+    holders: dict[object, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):
         holders.setdefault(value, []).append(rank)
-    differing = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
-    return f"Ranks disagree{what} {differing}."
+    return ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

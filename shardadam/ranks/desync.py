@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,9 @@ _LIBRARIES = tuple(
     for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
 )
 _ENDED = "has ended"
+_QUESTION = "?"
 _SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
+_ABSENT = "has not come to build its optimizer, or has ended"
 
 
 class RankDesyncError(RuntimeError):
@@ -86,10 +88,14 @@ def _pid_namespace() -> str:
 class DesyncReporter:
     """Asks the ranks of the default process group for their status, and answers when another rank asks.
 
+    Attributes:
+        processes: by rank, of the ranks that have built an optimizer together with this one.
+
     Note: status requests
         A request is a number in the store. A thread of every rank checks for a new number four times a second (less
         often with thousands of ranks) and writes its status under a key of its own. It has its own connection, as the
-        main thread may block the default one.
+        main thread may block the default one. A rank that fails writes why in place of a request; its answers tell it
+        that the others have read that, even if its process then ends and takes the store with it.
 
     Args:
         store: must not share the connection of the default store.
@@ -97,15 +103,29 @@ class DesyncReporter:
     """
 
     def __init__(self, store: StoreClient, rank: int, world_size: int) -> None:
-        self.processes: dict[int, ProcessInfo] = {}  # by rank, where known
+        self.processes: dict[int, ProcessInfo] = {}
         self._rank = rank
+        self._failures: dict[int, str] = {}  # by rank: why it has failed, as it has announced
         self._store: StoreClient | None = store
         try:
             store.connect()
         except dist.DistError:
             self._store = None
             return
-        _answer_in_background(store, rank, _PERIOD_S * max(1.0, world_size / 1000))
+        _answer_in_background(store, rank, _PERIOD_S * max(1.0, world_size / 1000), self._failures)
+
+    def add_processes(self, processes: Mapping[int, ProcessInfo]) -> None:
+        """Add processes that are alive now, by rank."""
+        self.processes.update(processes)
+        for rank in processes:
+            self._failures.pop(rank, None)
+
+    def announce(self, failure: str) -> None:
+        """Tell the other ranks why this one fails; wait up to 2 s until those in ``processes`` have read it."""
+        store = self._store
+        if store is not None:
+            with suppress(RuntimeError):  # dist.DistError is one
+                store.run_with_limit(lambda: self._status_of(list(self.processes), store, f"{self._rank} {failure}"))
 
     def report(self, ranks: Sequence[int]) -> str:
         """Return the status of ``ranks``, one line each, silent ranks first. Takes up to 2 s if one does not answer."""
@@ -120,7 +140,9 @@ class DesyncReporter:
                 "cannot reach the store of the process group; the process that hosts it (rank 0, or torchrun's agent) "
                 "has ended, or its host is cut off",
             )
-        silent = [rank for rank in ranks if status.setdefault(rank, _SILENT) in (_SILENT, _ENDED)]
+        missing = {rank: _SILENT if rank in self.processes else _ABSENT for rank in ranks}
+        status = {**missing, **status, **{rank: text for rank, text in self._failures.items() if rank in missing}}
+        silent = [rank for rank in ranks if rank in self._failures or status[rank] in (_SILENT, _ABSENT, _ENDED)]
         shown = sorted(status, key=lambda rank: (rank not in silent, rank != self._rank, rank))
         lines = [f"  {self._name(rank)}: {status[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
@@ -134,28 +156,29 @@ class DesyncReporter:
 
     def _unknown(self, ranks: Sequence[int], why: str) -> str:
         names = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
-        return f"Status of the ranks unknown: {why}. The ranks are: {names}."
+        failures = [f"  {self._name(rank)}: {self._failures[rank]}" for rank in ranks if rank in self._failures]
+        return "\n".join([f"Status of the ranks unknown: {why}. The ranks are: {names}.", *failures])
 
     def _name(self, rank: int) -> str:
         hosts = {process.host for process in self.processes.values()}
         host = f" on {self.processes[rank].host}" if len(hosts) > 1 and rank in self.processes else ""
         return f"rank {rank}{host}{' (this one)' if rank == self._rank else ''}"
 
-    def _status_of(self, ranks: Sequence[int], store: StoreClient) -> dict[int, str]:
-        """Return the status by rank, without ranks that have not answered in time."""
+    def _status_of(self, ranks: Sequence[int], store: StoreClient, text: str = _QUESTION) -> dict[int, str]:
+        """Write the request ``text``; return the status by rank, without ranks that have not answered in time."""
         status = {self._rank: _calls.describe()}
         request = store.add("requests", 1)
-        store.set(f"request/{request}", "?")
+        store.set(f"request/{request}", text)
         deadline = time.monotonic() + _REPORT_S
         while True:
             for rank in ranks:
                 if rank in status:
                     continue
-                if (text := _answer_of(store, rank, request)) is not None:
-                    status[rank] = text
+                if (answer := _answer_of(store, rank, request)) is not None:
+                    status[rank] = answer
                 elif rank in self.processes and self.processes[rank].has_ended():
                     status[rank] = _ENDED
-            if len(status) == len(ranks) or time.monotonic() > deadline:
+            if all(rank in status for rank in ranks) or time.monotonic() > deadline:
                 return status
             time.sleep(0.05)
 
@@ -178,17 +201,37 @@ def register(processes: Mapping[int, ProcessInfo]) -> None:
     """Make this rank answer status requests from now on. Local; torch.distributed must be initialised.
 
     Args:
-        processes: of some ranks, by rank.
+        processes: of some ranks, alive now, by rank.
     """
     world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
     if world not in _reporters:
         store = StoreClient(default_store("desync"), answer_s=_ANSWER_S, may_share_connection=False)
         _reporters[world] = DesyncReporter(store, dist.get_rank(), dist.get_world_size())
-    _reporters[world].processes.update(processes)
+    _reporters[world].add_processes(processes)
 
 
-def desync_error(what: str, error: RuntimeError, group: dist.ProcessGroup) -> RankDesyncError:
-    """Return the error to raise after a failed transfer, with the status of the ranks of ``group``. Local.
+@contextmanager
+def announcing_failure(what: str) -> Iterator[None]:
+    """Context manager: if the block raises, tell the other ranks why, as they may wait for this one. Local.
+
+    Their next report quotes the error, even if this process has ended and hosted the store.
+
+    Args:
+        what: says what this rank could not do, such as ``could not build its optimizer``.
+    """
+    try:
+        yield
+    except RankDesyncError:  # the others have the same one, or caused it
+        raise
+    except Exception as error:
+        world = dist.group.WORLD if dist.is_initialized() else None
+        if world is not None and world in _reporters:
+            _reporters[world].announce(f"{what}: {type(error).__name__}: {error}")
+        raise
+
+
+def desync_error(what: str, error: RuntimeError, ranks: Sequence[int]) -> RankDesyncError:
+    """Return the error to raise after a failed transfer, with the status of ``ranks``. Local.
 
     Args:
         what: what failed; begins the message.
@@ -196,14 +239,16 @@ def desync_error(what: str, error: RuntimeError, group: dist.ProcessGroup) -> Ra
     """
     how = re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", str(error))  # paths in Gloo's sources
     limit = " (the limit is the timeout of init_process_group)" if "imed out" in how else ""
-    return RankDesyncError(f"{what} failed: {how}{limit}\n{report(dist.get_process_group_ranks(group))}")
+    return RankDesyncError(f"{what} failed: {how}{limit}\n{report(ranks)}")
 
 
 def report(ranks: Sequence[int]) -> str:
     """Return the status of ``ranks``, one line each. Takes up to 2 s if a rank does not answer. Local."""
     world = dist.group.WORLD if dist.is_initialized() else None
-    if world is None or world not in _reporters:
+    if world is None:
         return "Status of the ranks unknown: torch.distributed is no longer initialised."
+    if world not in _reporters:
+        return f"Status of the ranks unknown: this rank has built no optimizer yet. The ranks are: {list(ranks)}."
     return _reporters[world].report(ranks)
 
 
@@ -262,7 +307,8 @@ def _line_in_users_code() -> str | None:
 _threads: list[tuple[threading.Thread, threading.Event]] = []
 
 
-def _answer_in_background(store: StoreClient, rank: int, period_s: float) -> None:
+def _answer_in_background(store: StoreClient, rank: int, period_s: float, failures: dict[int, str]) -> None:
+    """Start a thread that answers requests, and writes what ranks announce to ``failures``."""
     done = threading.Event()
 
     def answer() -> None:
@@ -272,6 +318,10 @@ def _answer_in_background(store: StoreClient, rank: int, period_s: float) -> Non
                 before = seen
                 while store.check([f"request/{seen + 1}"]):
                     seen += 1
+                    text = store.get(f"request/{seen}")
+                    if text != _QUESTION:
+                        failed, _, failure = text.partition(" ")
+                        failures[int(failed)] = failure
                 if seen > before:
                     store.set(f"status/{rank}", f"{seen} {_calls.describe()}")
             except RuntimeError:

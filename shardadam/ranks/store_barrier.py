@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from shardadam.ranks.store import StoreClient
 
 _LINGER_S = 5.0
 _HEARTBEAT_S = 0.5
+_LOG_S = 30.0
+_log = logging.getLogger("shardadam")
 
 
 class StoreBarrier:
@@ -77,19 +80,28 @@ class StoreBarrier:
         return texts
 
     @contextmanager
-    def heartbeat(self) -> Iterator[None]:
-        """Context manager: make the other ranks wait for this one, past their time limits, while the block runs."""
+    def heartbeat(self, status: Callable[[], str | None] = lambda: "busy") -> Iterator[None]:
+        """Context manager: make the other ranks wait for this one, past their time limits, while the block advances.
+
+        Args:
+            status: returns what the block is doing, for messages on other ranks; None if it does not advance.
+        """
         store, done = self._store, threading.Event()
         if store is None:
             yield
             return
 
         def beat() -> None:
-            while not done.wait(_HEARTBEAT_S):
-                try:
-                    store.add(f"beats/{self.rank}", 1)
-                except dist.DistError:
-                    return
+            is_told = False
+            with suppress(dist.DistError):
+                while not done.wait(_HEARTBEAT_S):
+                    doing = status()
+                    if doing is not None:
+                        store.set(f"doing/{self.rank}", doing)
+                        store.add(f"beats/{self.rank}", 1)
+                        is_told = True
+                if is_told:
+                    store.delete(f"doing/{self.rank}")
 
         thread = threading.Thread(target=beat, name="shardadam.heartbeat", daemon=True)
         thread.start()
@@ -104,15 +116,16 @@ class StoreBarrier:
             self._round += 1
         keys = [self._key(rank) for rank in range(len(self.ranks))]
         store.set(keys[self.rank], "=" + text)
-        verdict = self._wait_for_verdict(store, keys, timeout_s)
+        verdict = self._wait_for_verdict(store, keys, what, timeout_s)
         this_round, self._round = self._round, self._round + 1
         if verdict != "complete":
             missing = [int(rank) for rank in verdict.split()]
             if self.rank in missing:  # another rank closed the round while this one wrote its text
                 return self._exchange(store, text, what, timeout_s)
             raise TimeoutError(
-                f"{what}: {name_ranks([self.ranks[rank] for rank in missing])} did not arrive within {timeout_s:g} s. "
-                "All ranks of the optimizer's process group must make this call; check the logs of the missing ranks."
+                f"{what}: {name_ranks([self.ranks[rank] for rank in missing])} did not arrive within {timeout_s:g} s"
+                f"{self._doing(store, missing)}. All ranks of the optimizer's process group must make this call; check "
+                "the logs of the missing ranks."
             )
         texts = store.get_all(keys)
         if this_round > 0:  # all ranks in this round have read the one before
@@ -122,11 +135,11 @@ class StoreBarrier:
                 store.delete(self._key("read", this_round - 1))
         return [text[1:] for text in texts]
 
-    def _wait_for_verdict(self, store: StoreClient, keys: Sequence[str], timeout_s: float) -> str:
+    def _wait_for_verdict(self, store: StoreClient, keys: Sequence[str], what: str, timeout_s: float) -> str:
         """Return ``complete``, or the positions of the missing ranks."""
         verdict_key = self._key("verdict")
         beats: list[int] = []
-        alive_at = checked_at = time.monotonic()
+        start = alive_at = checked_at = logged_at = time.monotonic()
         pause = 0.001
         while not store.check([verdict_key]):
             if store.check(keys):
@@ -138,11 +151,26 @@ class StoreBarrier:
                 beats = [store.add(f"beats/{rank}", 0) for rank in missing]
                 if before and len(before) == len(beats) and before != beats:
                     alive_at = now
+                if missing and now - logged_at >= min(_LOG_S, timeout_s / 2):
+                    logged_at = now
+                    if self.rank == min(set(range(len(keys))) - set(missing)):  # one of those that wait
+                        names = name_ranks([self.ranks[rank] for rank in missing])
+                        doing = self._doing(store, missing)
+                        _log.warning("%s: waiting for %s, for %.0f s%s.", what, names, now - start, doing)
                 if missing and now - alive_at >= timeout_s:
                     return store.set_if_missing(verdict_key, " ".join(map(str, missing)))
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
         return store.get(verdict_key)
+
+    def _doing(self, store: StoreClient, missing: Sequence[int]) -> str:
+        """Return what missing ranks are doing, as far as they tell, to be appended to a message."""
+        texts = []
+        for rank in missing[:3]:
+            with suppress(dist.DistError):
+                if store.check([f"doing/{rank}"]):
+                    texts.append(f"rank {self.ranks[rank]}: {store.get(f'doing/{rank}')}")
+        return f" ({'; '.join(texts)})" if texts else ""
 
     def _key(self, what: object, round: int | None = None) -> str:
         return f"{self._round if round is None else round}/{what}"

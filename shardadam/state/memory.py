@@ -23,7 +23,8 @@ class Memory:
         staging: the current buffers for buckets of gradients that are being reduced. They grow while backward is ahead
             of the peers.
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
-        master: this rank's shard of the exact values behind low-precision parameters, or of their remainders.
+        master: this rank's shard of the exact values behind low-precision parameters, or of their remainders. Until the
+            next step, also a float32 copy of masters whose parameters were written from outside, or not loaded yet.
         scalars: each parameter's step counter and bound on its update.
         tables: which parameter each block of 128 elements belongs to, and each parameter's inputs for the kernel.
     """
@@ -55,7 +56,7 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
         gradient_shard=sum(arena.gradient_shard.untyped_storage().nbytes() for arena in arenas),
         staging=reducer.staging_bytes(),
         moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
-        master=_nbytes(arenas, formats.MASTERS),
+        master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),
         scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
         tables=sum(
             arena.blocks.nbytes + counters.param_ids.nbytes + counters.first_blocks.nbytes + arena.update.nbytes
@@ -67,3 +68,8 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
 
 def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
     return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
+
+
+def _kept_nbytes(arenas: Sequence[FlatArena]) -> int:
+    kept = (param.kept_master for arena in arenas for param in arena.params)
+    return sum(master.nbytes for master in kept if master is not None)

@@ -27,17 +27,17 @@ def local_state_dict(parameters: ShardedParameters, param_groups: ParamGroups, *
 
 
 def whole_state_dict(
-    parameters: ShardedParameters, param_groups: ParamGroups, transport: Transport, *, to: int
+    parameters: ShardedParameters, param_groups: ParamGroups, transport: Transport, *, to: int | None
 ) -> StateDict | None:
-    """Returns new, whole tensors on the CPU on rank ``to``; None on the others. Collective.
+    """Returns new, whole tensors on the CPU on rank ``to``, or on all if it is None; None on the others. Collective.
 
     Raises:
         ValueError: ``to`` is not a rank of the optimizer's process group.
     """
     barrier = transport.store_barrier
-    if not 0 <= to < len(barrier.ranks):
+    if to is not None and not 0 <= to < len(barrier.ranks):
         raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(barrier.ranks) - 1}")
-    is_here = barrier.rank == to
+    is_here = to is None or barrier.rank == to
     found = whole.of_all(parameters.arenas, transport, keep=is_here)
     if not is_here:
         return None

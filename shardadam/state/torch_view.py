@@ -7,7 +7,7 @@ Holds views only; the moments live in the arenas. Local: all ranks must make the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardadam.engine.storage import ShardedParam
 from shardadam.state import local
-from shardadam.update import formats
+from shardadam.state.masters import refresh_, write_master_
 
 _SCALARS = ("step", "bound")
 _MASTER = "master"
@@ -33,6 +33,26 @@ class ParamState(dict[str, Tensor]):
     def __init__(self, param: ShardedParam) -> None:
         super().__init__(local.torch_state(param))
         self._param = param
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == _MASTER:
+            refresh_(self._param)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # overridden so that dict(state) and {**state} read by __getitem__
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401, as dict.get would not call __getitem__
+
+    def items(self) -> Any:
+        return {**self}.items()
+
+    def values(self) -> Any:
+        return {**self}.values()
+
+    def copy(self) -> dict[str, Tensor]:
+        return {**self}
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._write(name, self._checked(name, value))
@@ -105,10 +125,12 @@ class ParamState(dict[str, Tensor]):
 
     @torch.no_grad()
     def _write(self, name: str, value: Tensor) -> None:
-        target = self[name]
+        target = super().__getitem__(name)
+        if name == _MASTER:
+            self._param.kept_master = None
         if name == _MASTER and value.dtype != target.dtype:
             parameter = local.own_elements(self._param, self._param.parameter.detach())
-            formats.write_master_(local.local_state(self._param), parameter, value)
+            write_master_(self._param, value, state=local.local_state(self._param), parameter=parameter)
         else:
             target.copy_(value)
 
@@ -119,8 +141,22 @@ class OptimizerState(defaultdict[Tensor, Any]):
     def __init__(self) -> None:
         super().__init__(dict)
 
-    def bind(self, param: ShardedParam) -> None:
-        super().__setitem__(param.parameter, ParamState(param))
+    def __bool__(self) -> bool:
+        """True, even without entries: torch's get_optimizer_state_dict would add them by a step with zero gradients."""
+        return True
+
+    def bind(self, params: Iterable[ShardedParam]) -> None:
+        """Gives parameters that have become trainable their state: what users assigned while they were frozen.
+
+        Raises:
+            ValueError: what they assigned does not fit.
+        """
+        given = [(param, self.get(param.parameter)) for param in params]
+        for param, _ in given:
+            super().__setitem__(param.parameter, ParamState(param))
+        for param, entry in given:
+            if entry:
+                self[param.parameter].replace(entry)
 
     def replace(self, entries: Mapping[Tensor, Any]) -> None:
         """Implements ``optimizer.state = entries``: parameters that are not in it restart."""

@@ -109,6 +109,7 @@ class Transport(ABC):
         replica, replicas: index of this shard group, and the number of shard groups; they hold equal state.
         control: group over all ranks for small Python objects; None for one rank.
         store_barrier: over all ranks.
+        devices: the types of the devices whose tensors it moves; None for all.
     """
 
     rank: int
@@ -117,6 +118,7 @@ class Transport(ABC):
     replicas: int = 1
     control: dist.ProcessGroup | None = None
     store_barrier: StoreBarrier = StoreBarrier(None, 0, [0])
+    devices: frozenset[str] | None = None
 
     def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a zeroed flat buffer for parameters. Collective: all ranks must call it with the same arguments."""
@@ -169,7 +171,7 @@ class Transport(ABC):
 
     def fence(self) -> None:
         """Wait until all ranks of the shard group have called it. Collective."""
-        self.all_reduce(torch.zeros(1)).wait()
+        self.all_reduce(torch.zeros(1, device="cpu")).wait()
 
     def poll(self, seconds: float) -> bool:
         """Poll peers for up to ``seconds``; return False immediately where that is unsupported. Local."""

@@ -21,6 +21,7 @@ class ByDeviceTransport(Transport):
         self.world_size = host.world_size
         self.control = host.control
         self.store_barrier = host.store_barrier
+        self.devices = host.devices
         self._host = host
         self._stream = stream
 

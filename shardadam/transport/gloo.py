@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shardadam.ranks import desync
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
-from shardadam.transport.groups import CommGroups
+from shardadam.transport.groups import CommGroups, backend_of_device
 
 _TAGS = 1 << 15  # every backend supports at least this many
 _POLL_S = 0.0002
@@ -38,6 +38,7 @@ class GlooTransport(Transport):
     def __init__(self, groups: CommGroups) -> None:
         self.control = groups.control
         self.store_barrier = groups.cache.store_barrier
+        self.devices = frozenset(backend_of_device(groups.training))
         self.rank = dist.get_rank(groups.training)
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups
@@ -116,7 +117,8 @@ class GlooTransport(Transport):
         try:
             yield
         except RuntimeError as error:
-            raise desync.desync_error(f"{what} with the other ranks", error, self._group) from error
+            ranks = dist.get_process_group_ranks(self._group)
+            raise desync.desync_error(f"{what} with the other ranks", error, ranks) from error
 
 
 class _OnHost(Pending):

@@ -46,6 +46,7 @@ class HybridTransport(Transport):
         self.replicas = replica.world_size
         self.control = control
         self.store_barrier = store_barrier
+        self.devices = replica.devices if shard.devices is None else shard.devices
         self._shard = shard
         self._replica = replica
         self._unsummed: deque[_TwoStageSum] = deque()  # in order; their all-reduces have not been started

@@ -43,6 +43,7 @@ class NcclTransport(Transport):
     def __init__(self, groups: CommGroups, *, exact_sums: bool = False) -> None:
         self.control = groups.control
         self.store_barrier = groups.cache.store_barrier
+        self.devices = frozenset({"cuda"})
         self.rank = dist.get_rank(groups.training)
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups

@@ -109,6 +109,7 @@ class SharedMemoryTransport(Transport):
         self.world_size = inner.world_size
         self.control = inner.control
         self.store_barrier = inner.store_barrier
+        self.devices = inner.devices
         self._inner = inner
         self._sockets = sockets
         sockets.on_record = self._on_record

@@ -35,7 +35,7 @@ class Watchdog:
         self._limit_s = limit_s
         self._report = report
         self._on_device = torch.zeros((), dtype=torch.int64, device=device)
-        self._on_host: Tensor = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._on_host: Tensor = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._expected = 0  # the count once the device has done all work that was enqueued
         self._done = threading.Event()
         threading.Thread(target=self._watch, name="shardadam.watchdog", daemon=True).start()

@@ -96,6 +96,11 @@ def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor
         state["master"].copy_(master)
 
 
+def is_written(parameter: Tensor, master: Tensor) -> Tensor:
+    """Return where ``parameter`` was written since ``master`` was: where ``master`` does not round to it."""
+    return reference.round_half_away(master, parameter.dtype) != parameter
+
+
 def _pad(flat: Tensor) -> Tensor:
     """Return ``flat``, padded with zeros to whole blocks."""
     missing = -flat.numel() % ALIGNMENT_NUMEL

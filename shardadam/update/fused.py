@@ -116,6 +116,9 @@ class FusedUpdate:
     ) -> None:
         group = self._hyperparameters
         beta1, beta2 = group["betas"]
+        if self._coefficient is not None and self._coefficient.dtype == torch.float64 and not is_scaled:
+            torch._foreach_mul_(gradients, self._coefficient)  # torch's kernel takes a float32 scale only
+            is_scaled = True
         kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         kernel(
             weights,

@@ -323,10 +323,11 @@ def bound_squared_at(step: float, betas: tuple[float, float]) -> float:
 
 
 def _worked_example() -> None:
-    parameter, exp_avg, exp_avg_sq = torch.tensor([2.0]), torch.zeros(1), torch.zeros(1)
+    parameter, gradient = torch.tensor([2.0], device="cpu"), torch.tensor([3.0], device="cpu")
+    exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
     print("lr 1e-3, betas (0.9, 0.999), eps 1e-8, no decay; p = 2, g = 3 twice")
     for step in (1, 2):
-        adam_(parameter, torch.tensor([3.0]), exp_avg, exp_avg_sq, step=step, lr=1e-3)
+        adam_(parameter, gradient, exp_avg, exp_avg_sq, step=step, lr=1e-3)
         print(f"t = {step}:  m = {exp_avg.item():.6g}  v = {exp_avg_sq.item():.6g}  p = {parameter.item():.6g}")
 
 

@@ -119,7 +119,7 @@ class StepInputs:
         found_inf: 0-dim float32: 1 if a gradient on any rank is not finite, and then nothing is written; else 0.
         used: bool, one for each parameter of the arena: whether it takes part in this step.
         host_used: ``used`` on the host; None if all parameters take part, or if the update reads ``used`` alone.
-        coefficient: what gradients are multiplied by, 0-dim float32; None for 1.
+        coefficient: what gradients are multiplied by, 0-dim float32 (float64 for float64 parameters); None for 1.
         hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
     """
 

@@ -79,6 +79,7 @@ class BackwardReducer(Reducer):
 
     def __init__(self, transport: Transport, *, with_squares: bool) -> None:
         super().__init__()
+        self.averages = transport.world_size * transport.replicas > 1
         self._transport = transport
         self._with_squares = with_squares
         self._pool = StagingPool(transport)
@@ -104,11 +105,12 @@ class BackwardReducer(Reducer):
         self._hooks.register(params)
 
     def remove_hooks(self) -> None:
+        super().remove_hooks()
         self._hooks.remove()
 
-    def why_not_to_clip(self, parameter: Tensor) -> str | None:
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
         if parameter.grad is None and any(self._launches):
-            return "the gradients have been reduced and freed during backward, so that it clips nothing."
+            return "the gradients have been reduced and freed during backward, so that it finds none."
         return None
 
     # While backward runs
@@ -248,6 +250,10 @@ class BackwardReducer(Reducer):
         # Every round launches the last bucket once; an open round may not have done so yet.
         return self._launches[self.order[-1]] + int(self._round is not None and not self._round.is_launched)
 
+    @property
+    def rounds_after_close(self) -> int:
+        return max(1, self.rounds_since_reset + int(self._has_local and self._round is None))
+
     def catch_up(self, count: int) -> None:
         with self._lock:
             self._close_round(may_wait=True)
@@ -268,7 +274,8 @@ class BackwardReducer(Reducer):
             return
         completed = set(self._completed)
         order = self._completed + [index for index in self.order if index not in completed]
-        agreed = torch.tensor([len(completed), *order], dtype=torch.int64).to(self._buckets[0].parameters.device)
+        device = self._buckets[0].parameters.device
+        agreed = torch.tensor([len(completed), *order], dtype=torch.int64, device="cpu").to(device)
         self._transport.broadcast(agreed).wait()
         completed_count, *self.order = agreed.tolist()
         self._order_is_learned = completed_count > 0

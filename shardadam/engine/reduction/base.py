@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,6 +31,15 @@ def reducer_of(parameter: Tensor) -> Reducer | None:
     return None if newest is None else newest()
 
 
+def parameters_of_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters that have a reducer and whose ``p.grad`` is one of ``gradients``.
+
+    Without gradients, which "backward" frees, return all parameters that have a reducer and no ``p.grad``.
+    """
+    wanted = {id(gradient) for gradient in gradients} or {id(None)}
+    return [parameter for parameter in _reducers if id(parameter.grad) in wanted]
+
+
 def _supersede_older(params: list[ShardedParam], reducer: Reducer) -> None:
     for param in params:
         older = reducer_of(param.parameter)
@@ -48,8 +58,11 @@ class Reducer(ABC):
         order: the indices of all buckets in the order in which they are reduced, the same on all ranks.
         rounds: number of rounds since the reducer was built. If it has not changed, neither have the gradient shards.
         local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
+        averages: whether it averages gradients over several ranks.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
+
+    averages = False
 
     def __init__(self) -> None:
         self.used: list[bool] = []
@@ -75,11 +88,13 @@ class Reducer(ABC):
         self.used += [False] * len(params)
 
     def remove_hooks(self) -> None:
-        """Remove the hooks that ``add`` has registered, if any."""
-        return None
+        """Remove what ``add`` has registered: hooks, and this reducer as that of its parameters."""
+        for param in self._params:
+            if reducer_of(param.parameter) in (self, None):
+                _reducers.pop(param.parameter, None)  # type: ignore[no-untyped-call]
 
-    def why_not_to_clip(self, parameter: Tensor) -> str | None:
-        """Return why clipping ``p.grad`` by its own norm would be wrong; None if it would be right."""
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
+        """Return why ``p.grad`` is not the averaged gradient, as the end of a message; None if it is."""
         return None
 
     @abstractmethod
@@ -100,6 +115,11 @@ class Reducer(ABC):
     @property
     def rounds_since_reset(self) -> int:
         """Number of rounds that this rank has opened since ``reset``; 0 if no rank can run ahead of another."""
+        return 0
+
+    @property
+    def rounds_after_close(self) -> int:
+        """What ``rounds_since_reset`` will be after ``close``."""
         return 0
 
     def catch_up(self, count: int) -> None:
@@ -140,6 +160,13 @@ class Reducer(ABC):
                 stats = self._grad_stats[bucket.index] = GradStats(with_squares=with_squares)
                 stats.update(bucket.shard.gradient)
         return list(self._grad_stats.values())
+
+    def measure_again(self, bucket: FlatBucket) -> None:
+        """Replace the statistics of a bucket whose gradient shard has been written; non-finite ones stay non-finite."""
+        before = self._grad_stats[bucket.index]
+        after = self._grad_stats[bucket.index] = GradStats(with_squares=before.with_squares)
+        after.update(bucket.shard.gradient)
+        after.extremes += before.extremes
 
     def learn_order(self) -> None:
         """Set ``order`` to that in which rank 0's last backward completed the buckets, if reduction runs in backward.

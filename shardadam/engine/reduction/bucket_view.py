@@ -72,10 +72,15 @@ class BucketViews:
 
     @torch.no_grad()
     def take(self, param: ShardedParam) -> None:
-        """Copy the gradient that autograd has just written into its view, unless it is there already; check it."""
+        """Copy the gradient that autograd has just written into its view, unless it is there already; check it.
+
+        Leaves a gradient of another dtype (``p.grad_dtype``) in ``p.grad``, where it accumulates; ``write`` copies it.
+        """
         parameter, view = param.parameter, self._views[param.index]
         if parameter.grad is not None and parameter.grad is not view:
             check_gradient(param)
+            if parameter.grad.dtype != view.dtype:
+                return
             view.copy_(parameter.grad)
             parameter.grad = view
         self._check(param.index, view)

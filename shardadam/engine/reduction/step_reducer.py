@@ -33,6 +33,7 @@ class StepReducer(Reducer):
 
     def __init__(self, transport: Transport, *, with_squares: bool) -> None:
         super().__init__()
+        self.averages = transport.world_size * transport.replicas > 1
         self._transport = transport
         self._with_squares = with_squares
         self._pool = StagingPool(transport)
@@ -51,15 +52,16 @@ class StepReducer(Reducer):
         self._hooks.register(viewed)
 
     def remove_hooks(self) -> None:
+        super().remove_hooks()
         self._hooks.remove()
 
     def on_gradient(self, index: int) -> None:
         """Move a gradient into its bucket view."""
         self._bucket_views.take(self._params[index])
 
-    def why_not_to_clip(self, parameter: Tensor) -> str | None:
-        if self._transport.world_size * self._transport.replicas > 1:
-            return "gradients are averaged over ranks in step() only, so that every rank clips by a norm of its own."
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
+        if self.averages and parameter.grad is not None:
+            return "gradients are averaged over ranks in step() only, so that it finds this rank's own."
         return None
 
     def close(self) -> None:

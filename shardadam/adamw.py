@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ShardedAdamW: ``ShardedAdam`` with torch.optim.AdamW's decoupled weight decay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import ParamsT
+
+from shardadam.optimizer import GradientSync, ShardedAdam
+from shardadam.precision import Precision
+from shardadam.transport import Transport
+
+
+class ShardedAdamW(ShardedAdam):
+    """torch.optim.AdamW with its state split over the ranks of a process group.
+
+    ``ShardedAdam`` with decoupled weight decay: the same arguments, without ``decoupled_weight_decay``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        gradient_sync: GradientSync = "backward",
+        max_grad_norm: float | None = None,
+        precision: Precision | None = None,
+        bucket_mb: float | None = None,
+        transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            process_group=process_group,
+            gradient_sync=gradient_sync,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            bucket_mb=bucket_mb,
+            transport=transport,
+        )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clipping that one coefficient for all gradients cannot express: by value, by other norms, or of some parameters only.
+
+Works on this rank's gradient shards, after the reducer has summed them up. Does not wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.transport import Transport
+
+
+def buckets_of(params: Sequence[ShardedParam]) -> list[FlatBucket]:
+    """Return all buckets that hold a part of any of the params, by index."""
+    buckets = {bucket.index: bucket for param in params for bucket in param.buckets}
+    return [buckets[index] for index in sorted(buckets)]
+
+
+@torch.no_grad()
+def total_norm(params: Sequence[ShardedParam], norm_type: float, transport: Transport) -> Tensor:
+    """Return the norm of the gradients of all params together, as torch.nn.utils.get_total_norm does. Collective.
+
+    Args:
+        params: at least one.
+        norm_type: p of the p-norm, positive; ``math.inf`` for the largest absolute value.
+
+    Returns:
+        0-dim float64 on the device of the first param.
+    """
+    device = params[0].parameter.device
+    is_max = norm_type == math.inf
+    # The transport only sums. To get the largest value, each rank of the shard group has an element of its own.
+    block = torch.zeros(transport.world_size if is_max else 1, dtype=torch.float64, device=device)
+    mine = block[transport.rank] if is_max else block[0]
+    for gradient in _gradients(params):
+        # By rows, then in float64, as in grad_stats.py.
+        norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), norm_type, dim=1).double().to(device)
+        if is_max:
+            torch.maximum(mine, norms.max(), out=mine)
+        else:
+            mine += norms.pow(norm_type).sum()
+    transport.all_reduce(block).wait()
+    block /= transport.replicas  # every replica has added the same
+    return block.max() if is_max else block[0].pow(1 / norm_type)
+
+
+@torch.no_grad()
+def scale_(params: Sequence[ShardedParam], coefficient: Tensor) -> None:
+    """Multiply this rank's shards of the gradients of ``params`` by ``coefficient``, of one element."""
+    for gradient in _gradients(params):
+        gradient.mul_(coefficient.to(gradient))
+
+
+@torch.no_grad()
+def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
+    """Clamp this rank's shards of the gradients of ``params`` to [-limit, limit]; NaN stays NaN."""
+    for gradient in _gradients(params):
+        bound = torch.as_tensor(limit, dtype=gradient.dtype, device=gradient.device)
+        torch.clamp(gradient, -bound, bound, out=gradient)
+
+
+def _gradients(params: Sequence[ShardedParam]) -> Iterator[Tensor]:
+    """Yield the parts of the gradients in this rank's shards, each with the zeros that pad it to whole blocks."""
+    wanted = {param.index for param in params}
+    for bucket in buckets_of(params):
+        for param, segment in bucket.shard_segments:
+            if param.index in wanted:
+                numel = -(-segment.numel // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
+                yield bucket.shard.gradient[segment.offset : segment.offset + numel]
