@@ -250,7 +250,7 @@ def _models(modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
     """Return the parameters, by name, of each module that is not part of another one and is not in DDP."""
     children = {id(child) for module in modules for child in module._modules.values()}
     roots = [module for module in modules if id(module) not in children]
-    return [dict(root.named_parameters()) for root in roots if not isinstance(root, DistributedDataParallel)]
+    return [dict(nn.Module.named_parameters(root)) for root in roots if not isinstance(root, DistributedDataParallel)]
 
 
 def _live_modules() -> list[nn.Module]:
