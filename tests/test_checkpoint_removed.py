@@ -114,7 +114,7 @@ def remove_for_ever(directory: str, specific: bool) -> str:
         return given if specific else name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "newest", chosen)
+        patch.setattr(loading.directories, "newest", chosen)
         try:
             shardadam.load(directory, model=run.model, optimizer=run.optimizer, timeout_s=10)
         except CheckpointError as error:

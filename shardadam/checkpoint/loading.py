@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.background import raise_failure, wait_for_background_save
 from shardadam.checkpoint.contents import (
     Contents,
@@ -25,7 +26,6 @@ from shardadam.checkpoint.contents import (
     load_objects,
     set_random_state,
 )
-from shardadam.checkpoint.directory import forget, newest
 from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
@@ -100,7 +100,7 @@ def load(
             arrival.value = wait_for_background_save()
         if store_barrier.rank == 0:
             with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
-                arrival.value["path"] = str(on_disk(f"looking into {directory}", newest, directory))
+                arrival.value["path"] = str(on_disk(f"looking into {directory}", directories.newest, directory))
     raise_failure(arrival.values)
     paths, is_begun = [Path(arrival.values[0]["path"])], False
     if isinstance(optimizer, ShardedAdam):
@@ -142,7 +142,7 @@ def load(
             _set_objects(contents, objects, scheduler)
             if random_states and random_state_key(store_barrier.rank) in objects:
                 set_random_state(objects[random_state_key(store_barrier.rank)])
-        forget(reader.path.parent)
+        directories.forget(reader.path.parent)
         extras = reader.manifest.extras
         extra = extras[store_barrier.rank] if store_barrier.rank < len(extras) else None
         return Checkpoint(reader.path, reader.manifest.step, reader.manifest.world_size, extra, extras)
@@ -184,7 +184,7 @@ def _choose_again(
     """
     with exchange.phase("chosen again") as phase:
         if exchange.store_barrier.rank == 0:
-            path = on_disk(f"looking into {directory}", newest, directory)
+            path = on_disk(f"looking into {directory}", directories.newest, directory)
             if path.is_dir() and path in tried:
                 lacking = [
                     rank for rank, removed in zip(exchange.store_barrier.ranks, removals, strict=True) if removed
