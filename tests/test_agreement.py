@@ -178,12 +178,12 @@ def construct_with_own_lr() -> tuple[str, str]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_others_name_the_rank_whose_arguments_are_invalid(world_size: int, odd_rank: int) -> None:
     results = on_ranks(world_size, construct, "negative lr", odd_rank, deadline_s=DEADLINE_S)
-    assert results.pop(odd_rank) == ("ValueError", "lr: found -1.0, expected 0 or more")
+    assert results.pop(odd_rank) == ("ValueError", "lr: found -1.0, expected a finite number of 0 or more")
     prefix = f"Rank {odd_rank} could not build the optimizer, so no rank did."
     for kind, message in results:
         assert kind == "RuntimeError"
         assert message.startswith(prefix)
-        assert "ValueError: lr: found -1.0, expected 0 or more" in message
+        assert "ValueError: lr: found -1.0, expected a finite number of 0 or more" in message
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -253,7 +253,7 @@ def test_the_others_name_the_rank_whose_added_group_is_invalid_and_nothing_chang
     for rank, result in enumerate(results):
         kind, message = result["refusal"]
         assert kind == ("ValueError" if rank == ODD_RANK else "RuntimeError")
-        assert "lr: found -1.0, expected 0 or more" in message
+        assert "lr: found -1.0, expected a finite number of 0 or more" in message
         assert rank == ODD_RANK or f"Rank {ODD_RANK} could not" in message
     assert_unchanged_and_trains(results)
 

@@ -102,13 +102,13 @@ def test_refuses_an_empty_list() -> None:
 @pytest.mark.parametrize("field", ["lr", "eps", "weight_decay"])
 @pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf])
 def test_refuses_negative_hyperparameters(field: str, value: float) -> None:
-    with refuse(ValueError, f"{field}: found {value}", "expected 0 or more"):
+    with refuse(ValueError, f"{field}: found {value}", "expected a finite number of 0 or more"):
         ShardedAdamW([parameter(3)], **{field: value})
 
 
 @pytest.mark.parametrize("field", ["lr", "eps", "weight_decay"])
 def test_refuses_negative_hyperparameters_of_a_param_group(field: str) -> None:
-    with refuse(ValueError, f"{field}: found -1.0, expected 0 or more"):
+    with refuse(ValueError, f"{field}: found -1.0, expected a finite number of 0 or more"):
         ShardedAdamW([{"params": [parameter(3)]}, {"params": [parameter(3)], field: -1.0}])
 
 

@@ -135,7 +135,7 @@ def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> 
     """Raise TypeError unless ``value`` is a number, and ValueError unless ``low <= value < high``."""
     _check_kind(name, value)
     if not bool(low <= value) or not bool(value < high):
-        expected = f"{low} or more, and finite" if high == math.inf else f"at least {low} and less than {high}"
+        expected = f"a finite number of {low} or more" if high == math.inf else f"at least {low} and less than {high}"
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
