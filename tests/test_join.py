@@ -175,3 +175,33 @@ def refuse() -> str:
 def test_gradients_averaged_elsewhere_are_refused() -> None:
     for message in on_ranks(2, refuse):
         assert 'found gradient_sync="external", expected "backward" or "step"' in message
+
+
+def train_two_models() -> list[Tensor]:
+    rank, _ = rank_and_size()
+    models = [build_model(), build_model()]
+    optimizers = [ShardedAdamW(model.parameters(), lr=LR, bucket_mb=0.0005) for model in models]
+    with Join(optimizers):
+        for batch in range(batches_of(rank)):
+            for index, model in enumerate(models):
+                (loss_of(model, batch, rank) * (1 + index)).backward()
+            for optimizer in optimizers:
+                optimizer.clip_grad_norm_(0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+    return [p.detach().clone() for model in models for p in model.parameters()]
+
+
+def test_two_optimizers_join_together() -> None:
+    models = [build_model(), build_model()]
+    for index, model in enumerate(models):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        for batch in range(6):
+            left = [rank for rank in range(2) if batch < batches_of(rank)]
+            (sum(loss_of(model, batch, rank) for rank in left) * (1 + index) / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameters in on_ranks(2, train_two_models):
+        for a, b in zip(parameters, [p for model in models for p in model.parameters()], strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-10, atol=1e-12)
