@@ -212,3 +212,22 @@ def test_an_error_while_data_is_written_back_is_not_lost(
     else:
         with pytest.raises(CheckpointError, match="Input/output error"):
             save(tmp_path, 1)
+
+
+def test_a_large_object_is_written_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for 10 GB would take longer than the limit of one call, on a disk that does not hang."""
+    sizes = []
+    write_all = files._write_all
+
+    def counting(descriptor: int, content: memoryview, owner: object) -> None:
+        sizes.append(len(content))
+        write_all(descriptor, content, owner)
+
+    monkeypatch.setattr(files, "_write_all", counting)
+    monkeypatch.setattr(files, "ITEM_BYTES", 2**10)
+    writer = files.PartWriter(tmp_path, 0)
+    content = bytes(range(256)) * 10
+    writer.write_object("object", content)
+    assert writer.close().objects["object"].nbytes == len(content)
+    assert (tmp_path / files.file_name(0)).read_bytes() == content
+    assert sizes == [1024, 1024, 512]

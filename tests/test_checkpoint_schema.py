@@ -533,6 +533,41 @@ def test_what_save_accepts_load_accepts(tmp_path: Path) -> None:
         export(tmp_path, format="torch", output=tmp_path / "out")
 
 
+def test_save_refuses_what_load_would_refuse(tmp_path: Path) -> None:
+    """Such a checkpoint was published, and nobody could resume from it."""
+    for wrong in ({7: "x"}, {"lr": math.inf}, {"eps": math.nan}):
+        run = Run()
+        run.optimizer.param_groups[0].update(wrong)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=r"optimizer\.param_groups could not be loaded again, so it is not"):
+            shardadam.save(tmp_path, step=1, **run.arguments())
+    run = Run()
+    run.model.extra = doubled(40)
+    with pytest.raises(CheckpointError, match=r"model\._extra_state could not be loaded again.*found more"):
+        shardadam.save(tmp_path, step=1, **run.arguments())
+    deep: list[Any] = []
+    for _ in range(50_000):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match="extra: found a value that JSON cannot represent"):
+        shardadam.save(tmp_path, step=1, extra=deep, **Run().arguments())
+    assert not list(tmp_path.iterdir())
+
+
+def test_hyperparameters_that_numpy_made_are_saved_as_numbers(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    run = Run()
+    run.optimizer.param_groups[0].update(
+        lr=numpy.float64(0.1), weight_decay=numpy.float32(0.5), betas=(numpy.float64(0.8), 0.9)
+    )
+    run.scheduler.base_lrs = [numpy.float64(0.1)]
+    shardadam.save(tmp_path, step=1, **run.arguments())
+    other = Run()
+    shardadam.load(tmp_path, **other.arguments())
+    group = other.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.1, 0.5, (0.8, 0.9))
+    assert other.scheduler.base_lrs == [0.1]
+    assert {type(value) for value in (group["lr"], group["weight_decay"], *group["betas"])} == {float}
+
+
 # Files
 
 

@@ -168,7 +168,8 @@ class PartWriter:
     def _append(self, content: memoryview, owner: object) -> tuple[int, int]:
         """Appends ``content``, which is memory of ``owner``; returns its offset and checksum."""
         offset, crc32 = self._offset, zlib.crc32(content)
-        on_disk(f"writing {self._path}", _write_all, self._file, content, owner)
+        for low, high in cut(0, len(content), ITEM_BYTES):  # one call for a large object would look as if the disk hung
+            on_disk(f"writing {self._path}", _write_all, self._file, content[low:high], owner)
         self._offset += len(content)
         if self._offset - self._writeback_until >= ITEM_BYTES:
             _start_writeback(self._file, self._writeback_until, self._offset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import numbers
 import pickle
 import random
 import re
@@ -34,12 +35,15 @@ _SPARE_VALUES = 2**17
 """How much more than its bytes an object may claim: expanded tensors, and lists that appear several times."""
 
 
-def safely_pickled(key: str, value: Any) -> bytes:
+def safely_pickled(key: str, value: Any, *, groups: int) -> bytes:
     """Pickles what ``unpickled`` reads without importing anything: tensors, numbers, texts, and lists, tuples, sets and
     dicts of them.
 
+    Args:
+        groups: number of param groups, as for ``check_object``.
+
     Raises:
-        CheckpointError: ``value`` contains something else.
+        CheckpointError: ``value`` contains something else, or ``load`` would refuse it.
     """
     buffer = io.BytesIO()
     try:
@@ -48,10 +52,27 @@ def safely_pickled(key: str, value: Any) -> bytes:
         raise CheckpointError(_not_saved(key, error)) from error
     content = buffer.getvalue()
     try:
-        _load(content)
-    except (pickle.PickleError, AttributeError, TypeError, ValueError) as error:
+        check_object(key, _load(content), groups=groups)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{key} could not be loaded again, so it is not saved: {error}. Correct the value; clone tensors that are "
+            "expanded or overlap, and lists that appear many times."
+        ) from error
+    except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(_not_saved(key, error)) from error
     return content
+
+
+def with_plain_numbers(value: Any) -> Any:
+    """Returns ``value`` with NumPy's numbers replaced by Python's: hyperparameters are often made by NumPy."""
+    if type(value) is dict:
+        return {key: with_plain_numbers(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_plain_numbers(each) for each in value)
+    # NumPy registers its numbers as such; only they have the method.
+    if isinstance(value, numbers.Number) and not isinstance(value, Tensor) and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def _not_saved(key: str, error: BaseException) -> str:

@@ -21,7 +21,7 @@ from shardadam.checkpoint.contents import (
     state_specs,
 )
 from shardadam.checkpoint.files import CheckpointError, TensorSpec
-from shardadam.checkpoint.objects import safely_pickled
+from shardadam.checkpoint.objects import safely_pickled, with_plain_numbers
 from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, random_state_key
 from shardadam.engine.storage import is_dense
@@ -77,7 +77,7 @@ def collect_part(
     """
     try:
         part = Part(extra=json.loads(json.dumps(extra)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"extra: found a value that JSON cannot represent ({error}), expected what json.dumps takes."
         ) from error
@@ -96,13 +96,13 @@ def collect_part(
         part.description = _description(contents, step, world_size)
         objects |= contents.objects
         if scheduler is not None:
-            objects[SCHEDULER] = scheduler.state_dict()
+            objects[SCHEDULER] = with_plain_numbers(scheduler.state_dict())
         if optimizer is not None:
             objects[PARAM_GROUPS] = [
-                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                {key: with_plain_numbers(value) for key, value in group.items() if key not in ("params", "param_names")}
                 for group in optimizer.param_groups
             ]
-    part.objects = {key: safely_pickled(key, value) for key, value in objects.items()}
+    part.objects = {key: safely_pickled(key, value, groups=len(contents.groups)) for key, value in objects.items()}
     return part
 
 
