@@ -535,9 +535,10 @@ def test_what_save_accepts_load_accepts(tmp_path: Path) -> None:
 
 def test_save_refuses_what_load_would_refuse(tmp_path: Path) -> None:
     """Such a checkpoint was published, and nobody could resume from it."""
-    for wrong in ({7: "x"}, {"lr": math.inf}, {"eps": math.nan}):
+    wrong_entries: list[Any] = [{7: "x"}, {"lr": math.inf}, {"eps": math.nan}]
+    for wrong in wrong_entries:
         run = Run()
-        run.optimizer.param_groups[0].update(wrong)  # type: ignore[arg-type]
+        run.optimizer.param_groups[0].update(wrong)
         with pytest.raises(CheckpointError, match=r"optimizer\.param_groups could not be loaded again, so it is not"):
             shardadam.save(tmp_path, step=1, **run.arguments())
     run = Run()
