@@ -201,3 +201,23 @@ def refuse() -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def average_one_tensor() -> tuple[list[float], str]:
+    rank, _ = rank_and_size()
+    model = nn.Linear(3, 2)
+    optimizer = ShardedAdamW([model.bias])
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.full((2, 3), float(rank))
+    optimizer.average_gradients(weight)
+    try:
+        optimizer.average_gradients(list(weight))  # type: ignore[call-overload]
+    except ValueError as error:
+        return weight.grad.flatten().tolist(), str(error)
+    return [], ""
+
+
+def test_one_tensor_is_one_parameter_and_its_rows_are_none() -> None:
+    for averages, message in on_ranks(2, average_one_tensor):
+        assert averages == [0.5] * 6
+        assert "tensor 0 of (3,) is computed from others, expected parameters" in message

@@ -23,7 +23,7 @@ from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.grad_stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
-from shardadam.engine.parameters import ShardedParameters
+from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import BackwardReducer, ExternalReducer, Reducer, StepReducer
 from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
@@ -223,7 +223,7 @@ class StepEngine:
         param_groups: ParamGroups,
         *,
         norm_type: float = 2.0,
-        parameters: Iterable[Tensor] | None = None,
+        parameters: Tensor | Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
         arguments.check_max_norm(max_norm)
@@ -249,7 +249,7 @@ class StepEngine:
         return norm
 
     def clip_grad_value_(
-        self, clip_value: float, param_groups: ParamGroups, *, parameters: Iterable[Tensor] | None = None
+        self, clip_value: float, param_groups: ParamGroups, *, parameters: Tensor | Iterable[Tensor] | None = None
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
         if not clip_value >= 0:
@@ -263,7 +263,7 @@ class StepEngine:
         self._gradients_have_changed(params)
 
     def _sum_up_before(
-        self, call: str, param_groups: ParamGroups, parameters: Iterable[Tensor] | None
+        self, call: str, param_groups: ParamGroups, parameters: Tensor | Iterable[Tensor] | None
     ) -> list[ShardedParam]:
         """Write the means to all gradient shards; return the params of ``parameters``, or all. Collective."""
         params = self.parameters.params if parameters is None else self.parameters.trainable(parameters)
@@ -346,6 +346,10 @@ class StepEngine:
         self._peers_may_be_ahead = self.options.gradient_sync == "backward"
         self.forget_gradients()
 
+    def all_have_joined(self) -> None:
+        """Make the next ``zero_grad`` the first one after a step on all ranks; some have called it since, some not."""
+        self._peers_may_be_ahead = False
+
     def forget_gradients(self) -> None:
         self.reducer.reset()
         self.step_sync.forget()
@@ -359,16 +363,21 @@ class StepEngine:
             self.warnings.outside |= outside
         return outside
 
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def average_gradients(self, parameters: Tensor | Iterable[Tensor]) -> None:
         """Average ``p.grad`` of parameters that this optimizer does not train. Collective."""
         mine = self.parameters.by_id() if self.reducer.averages else {}
         given = []
-        for parameter in parameters:
+        for position, parameter in enumerate(listed(parameters)):
             if id(parameter) in mine:
                 name = mine[id(parameter)].name
                 raise ValueError(
                     f"average_gradients: found parameter {name!r} of this optimizer, expected parameters that it does "
                     "not have. Leave its own out: it averages their gradients itself."
+                )
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"average_gradients: tensor {position} of {tuple(parameter.shape)} is computed from others, expected "
+                    "parameters, which have a gradient of their own."
                 )
             if parameter.requires_grad:
                 given.append(parameter)
