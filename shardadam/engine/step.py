@@ -376,8 +376,8 @@ class StepEngine:
                 )
             if not parameter.is_leaf:
                 raise ValueError(
-                    f"average_gradients: tensor {position} of {tuple(parameter.shape)} is computed from others, expected "
-                    "parameters, which have a gradient of their own."
+                    f"average_gradients: tensor {position} of {tuple(parameter.shape)} is computed from others, "
+                    "expected parameters, which have a gradient of their own."
                 )
             if parameter.requires_grad:
                 given.append(parameter)
