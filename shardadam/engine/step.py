@@ -226,7 +226,7 @@ class StepEngine:
         parameters: Tensor | Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
-        arguments.check_max_norm(max_norm)
+        arguments.check_limit("max_norm", max_norm)
         norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
@@ -252,8 +252,7 @@ class StepEngine:
         self, clip_value: float, param_groups: ParamGroups, *, parameters: Tensor | Iterable[Tensor] | None = None
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
-        if not clip_value >= 0:
-            raise ValueError(f"clip_value: found {clip_value!r}, expected a number of 0 or more")
+        arguments.check_limit("clip_value", clip_value)
         if not self.parameters.params:
             return
         params = self._sum_up_before("clip_grad_value_", param_groups, parameters)
