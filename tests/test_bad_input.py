@@ -578,7 +578,7 @@ def test_maximize_may_be_any_truth_value_as_in_torch() -> None:
     before = layer.bias.detach().clone()
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    assert bool((layer.bias > before * 0.99).all())
+    assert bool((layer.bias > before).all())
 
 
 def step_with_nan_on_rank_1() -> tuple[str, str]:
