@@ -258,6 +258,14 @@ def swap(model: Tagger) -> None:
     model.body[0].weight = nn.Parameter(torch.ones(8, 4))
 
 
+KEPT: list[nn.Module] = []
+
+
+def resize_and_keep(model: Tagger) -> None:
+    KEPT.append(model.words)  # as a variable of a script would
+    resize(model)
+
+
 def replace_part(replace: Callable[[Tagger], None] | None, gradient_sync: str, steps_before: int) -> list[list[str]]:
     model = Tagger(20)
     optimizer = ShardedAdamW(model.named_parameters(), gradient_sync=gradient_sync)
@@ -276,7 +284,9 @@ def replace_part(replace: Callable[[Tagger], None] | None, gradient_sync: str, s
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("steps_before", "gradient_sync"), [(0, "backward"), (4, "step")])
-@pytest.mark.parametrize(("replace", "name"), [(resize, "words.weight"), (swap, "body.0.weight")])
+@pytest.mark.parametrize(
+    ("replace", "name"), [(resize, "words.weight"), (swap, "body.0.weight"), (resize_and_keep, "words.weight")]
+)
 def test_one_warning_of_a_parameter_that_was_replaced_in_the_model(
     replace: Callable[[Tagger], None], name: str, steps_before: int, gradient_sync: str, world_size: int
 ) -> None:
@@ -287,3 +297,28 @@ def test_one_warning_of_a_parameter_that_was_replaced_in_the_model(
 
 def test_no_warning_of_a_parameter_that_is_never_used() -> None:
     assert replace_part(None, "backward", 5) == [[], []]
+
+
+def add_what_replaces(optimizer: ShardedAdamW, model: Tagger) -> None:
+    resize(model)
+    optimizer.add_param_group({"params": [("words.new", model.words.weight)]})
+
+
+def add_another_model(optimizer: ShardedAdamW, model: Tagger) -> None:
+    optimizer.add_param_group({"params": list(KEPT[-1].named_parameters())})
+
+
+@pytest.mark.parametrize("act", [add_what_replaces, add_another_model])
+def test_no_warning_of_idle_parameters_while_all_of_the_model_trains(act: Callable[..., None]) -> None:
+    KEPT.append(nn.Linear(5, 5))
+    model = Tagger(20)
+    optimizer = ShardedAdamW(model.named_parameters())
+    act(optimizer, model)
+
+    def steps() -> None:
+        for _ in range(8):
+            model().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert warned(steps) == []
