@@ -188,6 +188,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             refuse_torchs_grad_scaler(self.__dict__)
             self._engine.step(self.param_groups)
             self._consolidated = None
+            self._engine.warnings.give()
         return loss
 
     @collective

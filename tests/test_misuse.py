@@ -235,6 +235,35 @@ def test_a_loss_scale_that_collapses_raises_on_every_rank(world_size: int) -> No
         assert step == 32 and "loss scale has fallen" in message and unchanged  # 2^8 to 2^-25
 
 
+def raise_warnings(gradient_sync: str) -> tuple[list[str], bool]:
+    """Rank 1 lacks a gradient in the second step, and warnings are errors."""
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+    texts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            if rank == 0 or step != 1:
+                backward(model)
+            before = [p.detach().clone() for p in model.parameters()]
+            try:
+                optimizer.step()
+            except UserWarning as warning:
+                texts.append(f"{step}: {warning}")
+            moved = all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+            optimizer.zero_grad()
+    optimizer.check_in_sync()
+    return texts, moved
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+def test_a_warning_that_is_an_error_is_raised_after_the_step_and_parts_no_ranks(gradient_sync: str) -> None:
+    (first, moved), (second, also_moved) = on_ranks(2, raise_warnings, gradient_sync)
+    assert first == [] and len(second) == 1 and second[0].startswith("1: step(): this rank has had no gradient")
+    assert moved and also_moved
+
+
 # Parts of the model that were replaced after the build
 
 

@@ -46,6 +46,7 @@ class MisuseWarnings:
     def __init__(self, params: Sequence[ShardedParam]) -> None:
         self._params = params
         self._given: set[str] = set()
+        self._to_give: list[str] = []
         self._skipped_in_a_row = 0
         self._idle_steps = torch.zeros(0, dtype=torch.int64, device="cpu")  # in a row without gradient, by param index
         self._steps = 0
@@ -55,8 +56,7 @@ class MisuseWarnings:
         check_before_swapping(_check_swapped)
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
-        """Warn about a step without gradients, about parameters that were replaced in the model, and about many skipped
-        steps in a row.
+        """Look for a step without gradients, for parameters that were replaced, and for many skipped steps in a row.
 
         Args:
             used: for each parameter, whether any rank has had a gradient since the last step; 1-D, bool, on the CPU.
@@ -66,20 +66,20 @@ class MisuseWarnings:
         if not bool(used.all()) or self._idle_steps.numel() > 0:
             self._check_replaced(used)
         if not bool(used.any()):
-            self._warn_once(
+            self._found(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "
                 "Expected a backward through the optimizer's parameters before each step. Check that the model was not "
                 "copied, and its parameters were not replaced, after the optimizer was built."
             )
         elif not any(used_here) and not self.has_no_batches:
-            self._warn_once(
+            self._found(
                 "step(): this rank has had no gradient since the last step, and other ranks have, so it counts as "
                 "zeros in the average. Expected a backward on every rank before each step. If its batch was not "
                 "empty, check that this rank does not call step() more often than others, or skip a backward."
             )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if found_inf else 0
         if self._skipped_in_a_row == _MAX_SKIPPED_STEPS:
-            self._warn_once(
+            self._found(
                 f"step(): the last {_MAX_SKIPPED_STEPS} steps were not taken, because in each of them a gradient was "
                 "infinite or NaN on some rank (optimizer.skipped_steps counts them). Expected finite gradients. Check "
                 "the loss and the inputs for NaN and infinity."
@@ -119,17 +119,23 @@ class MisuseWarnings:
         ]
         if not left or not new:
             return
-        self._warn_once(
+        self._found(
             f"Parameters that the model does not hold, and without a gradient in the last {_MAX_IDLE_STEPS} steps: "
             f"{_some(left)}. They were probably replaced in the model after the optimizer was built. The model has "
             f"{_some(sorted(new))} instead, which this optimizer does not have. Replace layers and resize embeddings "
             "before building the optimizer, or add the new parameters with add_param_group."
         )
 
-    def _warn_once(self, text: str) -> None:
+    def _found(self, text: str) -> None:
         if text not in self._given:
             self._given.add(text)
-            warnings.warn(text, stacklevel=_stacklevel())
+            self._to_give.append(text)
+
+    def give(self) -> None:
+        """Give the warnings that were found. After a step: where warnings are errors, one rank alone may raise here."""
+        warn_about_outside(self.outside)
+        while self._to_give:
+            warnings.warn(self._to_give.pop(0), stacklevel=_stacklevel())
 
 
 def refuse_torchs_grad_scaler(attributes: dict[str, Any]) -> None:

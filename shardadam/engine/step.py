@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options
-from shardadam.checks.misuse import MisuseWarnings, warn_about_outside
+from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.grad_stats import clip_coefficient
@@ -96,7 +96,6 @@ class StepEngine:
     def step(self, param_groups: ParamGroups) -> None:
         """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
-        warn_about_outside(self.warnings.outside)
         self.gatherer.synchronize()
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
