@@ -351,3 +351,16 @@ def test_no_warning_of_idle_parameters_while_all_of_the_model_trains(act: Callab
             optimizer.zero_grad()
 
     assert warned(steps) == []
+
+
+def test_torchs_clipping_takes_its_arguments_by_name() -> None:
+    optimizer = ShardedAdamW(build_model().parameters())  # applies the patches
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    gradients = [p.grad for p in other.parameters()]
+    norm = torch.nn.utils.get_total_norm(tensors=gradients)
+    torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(parameters=other.parameters(), max_norm=0.5), norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters=other.parameters(), max_norm=0.1, total_norm=torch.tensor(0.5))
+    torch.testing.assert_close(torch.nn.utils.get_total_norm(gradients), torch.tensor(0.1))
+    torch.nn.utils.clip_grad_value_(parameters=other.parameters(), clip_value=0.0)
+    assert not any(g.any() for g in gradients if g is not None) and optimizer.gradient_sync == "backward"
