@@ -35,7 +35,7 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
             nonlocal is_inside
             if is_inside or not (args or keyword in kwargs):
                 return function(*args, **kwargs)
-            tensors, *args = args or (kwargs.pop(keyword),)  # type: ignore[assignment]
+            tensors, *rest = args or (kwargs.pop(keyword),)
             if isinstance(tensors, GeneratorType):
                 listed = list(tensors)
                 tensors = (one for one in listed)  # torch warns about empty generators
@@ -44,7 +44,7 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
             check(name, listed)
             is_inside = True
             try:
-                return function(tensors, *args, **kwargs)
+                return function(tensors, *rest, **kwargs)
             finally:
                 is_inside = False
 
