@@ -188,6 +188,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             refuse_torchs_grad_scaler(self.__dict__)
             self._engine.step(self.param_groups)
             self._consolidated = None
+            self._engine.warnings.give()
         return loss
 
     @collective
@@ -217,7 +218,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         max_norm: float | Tensor,
         norm_type: float = 2.0,
         *,
-        parameters: Iterable[Tensor] | None = None,
+        parameters: Tensor | Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Clip the norm of averaged gradients to ``max_norm``, as torch.nn.utils.clip_grad_norm_ would. Collective.
 
@@ -241,7 +242,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
 
     @collective
     @repeated_by_joined_ranks
-    def clip_grad_value_(self, clip_value: float, *, parameters: Iterable[Tensor] | None = None) -> None:
+    def clip_grad_value_(self, clip_value: float, *, parameters: Tensor | Iterable[Tensor] | None = None) -> None:
         """Clamp every element of the averaged gradients to [-clip_value, clip_value]. Collective.
 
         As torch.nn.utils.clip_grad_value_ on averaged gradients, except that a step with an infinite gradient is still
@@ -333,7 +334,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         self._engine.parameters.broadcast([*self._engine.outside(module).values(), *module.buffers()])
 
     @collective
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def average_gradients(self, parameters: Tensor | Iterable[Tensor]) -> None:
         """Average ``p.grad`` of parameters that another optimizer trains over all ranks, in place. Collective.
 
         Call it on all ranks between backward and the other optimizer's step. If a parameter has a gradient on some
@@ -343,7 +344,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             parameters: the same on all ranks, none of this optimizer's. Gradients may be sparse (COO).
 
         Raises:
-            ValueError: one of them is this optimizer's, which averages its own.
+            ValueError: one of them is this optimizer's, which averages its own, or not a parameter.
         """
         self._engine.average_gradients(parameters)
 

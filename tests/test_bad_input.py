@@ -565,6 +565,22 @@ def test_a_step_refuses_such_betas(betas: Any) -> None:
     assert kind in ("ValueError", "TypeError") and "param group 0, betas[" in message and unchanged and moved
 
 
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), None, 0.9])
+def test_a_step_refuses_what_are_not_two_betas(betas: Any) -> None:
+    kind, message, unchanged, moved = step_with("betas", betas)
+    assert kind == "TypeError" and f"param group 0, betas: found {betas!r}" in message and unchanged and moved
+
+
+def test_maximize_may_be_any_truth_value_as_in_torch() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = ShardedAdamW(layer.parameters())
+    optimizer.param_groups[0]["maximize"] = 1
+    before = layer.bias.detach().clone()
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert bool((layer.bias > before).all())
+
+
 def step_with_nan_on_rank_1() -> tuple[str, str]:
     layer = nn.Linear(3, 2)
     optimizer = ShardedAdamW(layer.parameters(), lr=0.1)
@@ -597,5 +613,7 @@ def test_refuses_to_clip_to_what_is_no_norm(max_norm: Any) -> None:
     layer(torch.ones(1, 3)).sum().backward()
     with pytest.raises((TypeError, ValueError), match=r"max_norm: found .*expected a number"):
         optimizer.clip_grad_norm_(max_norm)
+    with pytest.raises((TypeError, ValueError), match=r"clip_value: found .*expected a number"):
+        optimizer.clip_grad_value_(max_norm)
     optimizer.step()
     assert all(bool(p.isfinite().all()) for p in layer.parameters())

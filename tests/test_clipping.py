@@ -361,6 +361,19 @@ def test_what_cannot_be_clipped_is_refused_by_name() -> None:
         optimizer.clip_grad_norm_(1.0, parameters=[model[0].weight, torch.zeros(3)])
 
 
+def test_one_tensor_is_clipped_as_one_parameter() -> None:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    loss_of(model, 0, 0).backward()
+    whole = optimizer.full_grad(model[0].weight)
+    assert whole is not None
+    norm = optimizer.clip_grad_norm_(1e-3, parameters=model[0].weight)
+    torch.testing.assert_close(norm, whole.norm())
+    optimizer.clip_grad_value_(1e-5, parameters=model[0].weight)
+    clipped = optimizer.full_grad(model[0].weight)
+    assert clipped is not None and float(clipped.abs().max()) <= 1.001e-5
+
+
 def clip_different_parameters() -> str:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters())

@@ -116,6 +116,28 @@ def test_state_loads_into_what_was_frozen_at_the_build_and_is_trainable_now(
         assert steps == (4.0 if built == "none" else 3.0)
 
 
+def load_a_dict_of_torch(way: str) -> bool:
+    first = build("none")
+    step(*first)
+    torchs = copy.deepcopy(first[0])
+    plain = torch.optim.AdamW(torchs.parameters(), lr=1e-2)
+    plain.load_state_dict(first[1].full_state_dict(all_ranks=True))
+    saved = get_optimizer_state_dict(torchs, plain, options=DSD[way])
+    second = build("one")
+    second[0].load_state_dict(first[0].state_dict())
+    second[0].requires_grad_(True)
+    set_optimizer_state_dict(*second, saved, options=DSD[way])
+    step(*first)
+    step(*second)
+    return same(first, second)
+
+
+@pytest.mark.parametrize("way", DSD)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_dict_of_torch_loads_into_what_was_frozen_at_the_build(world_size: int, way: str) -> None:
+    assert all(on_ranks(world_size, load_a_dict_of_torch, way))
+
+
 def load_into_frozen(way: str, to: str) -> tuple[str, bool]:
     """Load into a run in which the weight is still frozen."""
     first, second = build("none"), build("one")

@@ -55,6 +55,8 @@ def train(how: dict[str, Any]) -> tuple[list[Tensor], list[float], list[str]]:
         warnings.simplefilter("always")
         with Join([optimizer], **keywords):
             for batch in range(batches_of(rank)):
+                if how.get("zero_grad") == "first":
+                    optimizer.zero_grad()
                 if how.get("backwards") == 2:
                     scaler.scale(loss_of(model, batch, rank) / 2).backward()
                     scaler.scale(loss_of(model, batch, rank) / 2).backward()
@@ -74,7 +76,9 @@ def train(how: dict[str, Any]) -> tuple[list[Tensor], list[float], list[str]]:
                 scaler.update()
                 if "schedule" not in how:
                     schedule.step()
-                optimizer.zero_grad()
+                if "zero_grad" not in how:
+                    optimizer.zero_grad()
+    optimizer.zero_grad()
     optimizer.check_in_sync()
     for step in range(2):  # and on, without the context
         loss_of(model, 10 + step, rank).backward()
@@ -123,6 +127,7 @@ def train_in_one_process(how: dict[str, Any], world_size: int) -> tuple[list[Ten
     [
         (2, {}),
         (3, {"sync": "step"}),
+        (3, {"sync": "step", "zero_grad": "first"}),
         (3, {"schedule": "in a hook"}),
         (3, {"backwards": 2, "max_grad_norm": 0.5}),
         (2, {"backwards": "local", "divide": "by the rest"}),

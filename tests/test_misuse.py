@@ -235,6 +235,35 @@ def test_a_loss_scale_that_collapses_raises_on_every_rank(world_size: int) -> No
         assert step == 32 and "loss scale has fallen" in message and unchanged  # 2^8 to 2^-25
 
 
+def raise_warnings(gradient_sync: str) -> tuple[list[str], bool]:
+    """Rank 1 lacks a gradient in the second step, and warnings are errors."""
+    rank, _ = rank_and_size()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+    texts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            if rank == 0 or step != 1:
+                backward(model)
+            before = [p.detach().clone() for p in model.parameters()]
+            try:
+                optimizer.step()
+            except UserWarning as warning:
+                texts.append(f"{step}: {warning}")
+            moved = all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+            optimizer.zero_grad()
+    optimizer.check_in_sync()
+    return texts, moved
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+def test_a_warning_that_is_an_error_is_raised_after_the_step_and_parts_no_ranks(gradient_sync: str) -> None:
+    (first, moved), (second, also_moved) = on_ranks(2, raise_warnings, gradient_sync)
+    assert first == [] and len(second) == 1 and second[0].startswith("1: step(): this rank has had no gradient")
+    assert moved and also_moved
+
+
 # Parts of the model that were replaced after the build
 
 
@@ -258,6 +287,14 @@ def swap(model: Tagger) -> None:
     model.body[0].weight = nn.Parameter(torch.ones(8, 4))
 
 
+KEPT: list[nn.Module] = []
+
+
+def resize_and_keep(model: Tagger) -> None:
+    KEPT.append(model.words)  # as a variable of a script would
+    resize(model)
+
+
 def replace_part(replace: Callable[[Tagger], None] | None, gradient_sync: str, steps_before: int) -> list[list[str]]:
     model = Tagger(20)
     optimizer = ShardedAdamW(model.named_parameters(), gradient_sync=gradient_sync)
@@ -276,7 +313,9 @@ def replace_part(replace: Callable[[Tagger], None] | None, gradient_sync: str, s
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("steps_before", "gradient_sync"), [(0, "backward"), (4, "step")])
-@pytest.mark.parametrize(("replace", "name"), [(resize, "words.weight"), (swap, "body.0.weight")])
+@pytest.mark.parametrize(
+    ("replace", "name"), [(resize, "words.weight"), (swap, "body.0.weight"), (resize_and_keep, "words.weight")]
+)
 def test_one_warning_of_a_parameter_that_was_replaced_in_the_model(
     replace: Callable[[Tagger], None], name: str, steps_before: int, gradient_sync: str, world_size: int
 ) -> None:
@@ -287,3 +326,41 @@ def test_one_warning_of_a_parameter_that_was_replaced_in_the_model(
 
 def test_no_warning_of_a_parameter_that_is_never_used() -> None:
     assert replace_part(None, "backward", 5) == [[], []]
+
+
+def add_what_replaces(optimizer: ShardedAdamW, model: Tagger) -> None:
+    resize(model)
+    optimizer.add_param_group({"params": [("words.new", model.words.weight)]})
+
+
+def add_another_model(optimizer: ShardedAdamW, model: Tagger) -> None:
+    optimizer.add_param_group({"params": list(KEPT[-1].named_parameters())})
+
+
+@pytest.mark.parametrize("act", [add_what_replaces, add_another_model])
+def test_no_warning_of_idle_parameters_while_all_of_the_model_trains(act: Callable[..., None]) -> None:
+    KEPT.append(nn.Linear(5, 5))
+    model = Tagger(20)
+    optimizer = ShardedAdamW(model.named_parameters())
+    act(optimizer, model)
+
+    def steps() -> None:
+        for _ in range(8):
+            model().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert warned(steps) == []
+
+
+def test_torchs_clipping_takes_its_arguments_by_name() -> None:
+    optimizer = ShardedAdamW(build_model().parameters())  # applies the patches
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    gradients = [p.grad for p in other.parameters()]
+    norm = torch.nn.utils.get_total_norm(tensors=gradients)
+    torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(parameters=other.parameters(), max_norm=0.5), norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters=other.parameters(), max_norm=0.1, total_norm=torch.tensor(0.5))
+    torch.testing.assert_close(torch.nn.utils.get_total_norm(gradients), torch.tensor(0.1))
+    torch.nn.utils.clip_grad_value_(parameters=other.parameters(), clip_value=0.0)
+    assert not any(g.any() for g in gradients if g is not None) and optimizer.gradient_sync == "backward"

@@ -74,7 +74,11 @@ def update(optimizer: Any, parameters: list[nn.Parameter]) -> None:
     optimizer.state.update({parameters[0]: {}, parameters[2]: {}})
 
 
-RESETS = (clear, replace, empty_one, delete_one, pop_one, clear_one, update)
+def set_state(optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    optimizer.__setstate__({"state": defaultdict(dict)})
+
+
+RESETS = (set_state, clear, replace, empty_one, delete_one, pop_one, clear_one, update)
 
 
 def reset_in_both(reset: Callable[..., None]) -> tuple[list[Tensor], list[Tensor]]:
@@ -105,13 +109,16 @@ def assign_in_both(name: str) -> tuple[list[Tensor], list[Tensor]]:
                 optimizer.state[parameter]["step"] = torch.tensor(7.0 + index)
             elif name == "step in place":
                 optimizer.state[parameter]["step"].fill_(7.0 + index)
+            elif name.endswith(".data"):
+                entry = optimizer.state[parameter][name.removesuffix(".data")]
+                entry.data = torch.full(entry.shape, 0.25)
             else:
                 optimizer.state[parameter][name] = torch.full(parameter.shape, 0.25)  # the parameter's shape
         train(optimizer, parameters, range(2, 4))
     return [p.detach() for p in ours], [p.detach() for p in theirs]
 
 
-@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "step in place"])
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "step in place", "exp_avg_sq.data"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_assigned_entries_are_used_as_in_torch(name: str, world_size: int) -> None:
     """Parameters with different step counts need separate kernel calls."""

@@ -183,6 +183,32 @@ def test_no_warning_where_somebody_averages(what: str) -> None:
         assert texts == [] and error == ""
 
 
+def part_in_ddp() -> list[str]:
+    """Only a part of the model is in DDP, which leaves out one of its parameters."""
+    misuse._warned.clear()
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(inner, ["1.bias"])
+    model = nn.Sequential(DistributedDataParallel(inner), nn.Linear(4, 2))
+    adam = ShardedAdamW(model[1].named_parameters())
+    adam.sync_module(model)
+    others = [
+        torch.optim.SGD([*inner[0].parameters(), inner[1].weight], lr=1e-2),
+        torch.optim.SGD([inner[1].bias], lr=1e-2),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(torch.ones(2, 4)).square().mean().backward()
+        for other in others:
+            other.step()
+    dist.barrier()
+    return [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+
+
+def test_ddp_averages_what_is_in_it_and_not_left_out() -> None:
+    for texts in on_ranks(2, part_in_ddp):
+        assert len(texts) == 1 and texts[0].startswith("'0.module.1.bias': parameters of the model")
+
+
 def test_no_warning_where_gradients_are_averaged_elsewhere() -> None:
     for texts, _ in on_ranks(2, warned, "external"):
         assert texts == []
@@ -201,3 +227,23 @@ def refuse() -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def average_one_tensor() -> tuple[list[float], str]:
+    rank, _ = rank_and_size()
+    model = nn.Linear(3, 2)
+    optimizer = ShardedAdamW([model.bias])
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.full((2, 3), float(rank))
+    optimizer.average_gradients(weight)
+    try:
+        optimizer.average_gradients(list(weight))  # type: ignore[call-overload]
+    except ValueError as error:
+        return weight.grad.flatten().tolist(), str(error)
+    return [], ""
+
+
+def test_one_tensor_is_one_parameter_and_its_rows_are_none() -> None:
+    for averages, message in on_ranks(2, average_one_tensor):
+        assert averages == [0.5] * 6
+        assert "tensor 0 of (3,) is computed from others, expected parameters" in message

@@ -102,7 +102,10 @@ def check_before_step(groups: Sequence[Mapping[str, Any]]) -> None:
         try:
             for name in ("lr", "eps", "weight_decay"):
                 _check_finite(name, group[name])
-            for position, beta in enumerate(group["betas"]):
+            betas = group["betas"]
+            if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+                raise TypeError(f"betas: found {betas!r}, expected two floats")
+            for position, beta in enumerate(betas):
                 _check_number(f"betas[{position}]", beta, 0, 1)
         except (TypeError, ValueError) as error:
             raise type(error)(
@@ -111,11 +114,11 @@ def check_before_step(groups: Sequence[Mapping[str, Any]]) -> None:
             ) from None
 
 
-def check_max_norm(max_norm: Any) -> None:
-    """Raise TypeError or ValueError unless ``max_norm`` is a number of 0 or more. Reads no tensor on a device."""
-    _check_kind("max_norm", max_norm)
-    if not (isinstance(max_norm, Tensor) and max_norm.device.type != "cpu") and not bool(max_norm >= 0):
-        raise ValueError(f"max_norm: found {max_norm!r}, expected a number of 0 or more")
+def check_limit(name: str, limit: Any) -> None:
+    """Raise TypeError or ValueError unless ``limit`` is a number of 0 or more. Reads no tensor on a device."""
+    _check_kind(name, limit)
+    if not (isinstance(limit, Tensor) and limit.device.type != "cpu") and not bool(limit >= 0):
+        raise ValueError(f"{name}: found {limit!r}, expected a number of 0 or more")
 
 
 def _check_kind(name: str, value: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping
 from shardadam.engine.outside import is_averaged
@@ -45,6 +46,7 @@ class MisuseWarnings:
     def __init__(self, params: Sequence[ShardedParam]) -> None:
         self._params = params
         self._given: set[str] = set()
+        self._to_give: list[str] = []
         self._skipped_in_a_row = 0
         self._idle_steps = torch.zeros(0, dtype=torch.int64, device="cpu")  # in a row without gradient, by param index
         self._steps = 0
@@ -54,8 +56,7 @@ class MisuseWarnings:
         check_before_swapping(_check_swapped)
 
     def check_stats(self, used: Tensor, used_here: Sequence[bool], found_inf: bool) -> None:
-        """Warn about a step without gradients, about parameters that were replaced in the model, and about many skipped
-        steps in a row.
+        """Look for a step without gradients, for parameters that were replaced, and for many skipped steps in a row.
 
         Args:
             used: for each parameter, whether any rank has had a gradient since the last step; 1-D, bool, on the CPU.
@@ -65,28 +66,30 @@ class MisuseWarnings:
         if not bool(used.all()) or self._idle_steps.numel() > 0:
             self._check_replaced(used)
         if not bool(used.any()):
-            self._warn_once(
+            self._found(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "
                 "Expected a backward through the optimizer's parameters before each step. Check that the model was not "
                 "copied, and its parameters were not replaced, after the optimizer was built."
             )
         elif not any(used_here) and not self.has_no_batches:
-            self._warn_once(
+            self._found(
                 "step(): this rank has had no gradient since the last step, and other ranks have, so it counts as "
                 "zeros in the average. Expected a backward on every rank before each step. If its batch was not "
                 "empty, check that this rank does not call step() more often than others, or skip a backward."
             )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if found_inf else 0
         if self._skipped_in_a_row == _MAX_SKIPPED_STEPS:
-            self._warn_once(
+            self._found(
                 f"step(): the last {_MAX_SKIPPED_STEPS} steps were not taken, because in each of them a gradient was "
                 "infinite or NaN on some rank (optimizer.skipped_steps counts them). Expected finite gradients. Check "
                 "the loss and the inputs for NaN and infinity."
             )
 
     def _check_replaced(self, used: Tensor) -> None:
-        """Warn about parameters that have had no gradient for some steps, and that no module holds.
+        """Warn about parameters that have had no gradient for some steps, and that the model does not hold any more.
 
+        The model is what holds others of this optimizer that have gradients, and parameters that nobody trains. A
+        layer that was replaced may live on in a variable; then the model must have one of the same name, or shape.
         Searches all live modules; if it finds nothing, the next search is after twice as many steps.
         """
         before = self._idle_steps.new_zeros(used.numel())
@@ -98,28 +101,41 @@ class MisuseWarnings:
             return
         self._next_search = 2 * self._steps
         modules = _live_modules()
-        held = {id(p) for module in modules for p in module._parameters.values()}
-        left = [self._params[i].name for i in idle if id(self._params[i].parameter) not in held]
-        if not left or not any(id(param.parameter) in held for param in self._params):
-            return
+        everywhere = {id(p) for module in modules for p in module._parameters.values()}
+        working = {id(self._params[i].parameter) for i in (self._idle_steps == 0).nonzero().flatten().tolist()}
+        models = [model for model in _models(modules) if any(id(p) in working for p in model.values())]
+        held = {id(p) for model in models for p in model.values()}
         new = {
-            name
-            for model in _models_with(self._params, modules)
+            name: p
+            for model in models
             for name, p in model.items()
-            if p.requires_grad and reducer_of(p) is None
+            if p.requires_grad and reducer_of(p) is None and not is_averaged(p)
         }
-        instead = f" The model has {_some(sorted(new))} instead, which this optimizer does not have." if new else ""
-        self._warn_once(
-            f"Parameters that no module holds, and without a gradient in the last {_MAX_IDLE_STEPS} steps: "
-            f"{_some(left)}. They were probably replaced in the model after the optimizer was built.{instead} Replace "
-            "layers and resize embeddings before building the optimizer, or add the new parameters with "
-            "add_param_group."
+        left = [
+            param.name
+            for param in (self._params[i] for i in idle)
+            if id(param.parameter) not in held
+            and (id(param.parameter) not in everywhere or any(_may_replace(param, *one) for one in new.items()))
+        ]
+        if not left or not new:
+            return
+        self._found(
+            f"Parameters that the model does not hold, and without a gradient in the last {_MAX_IDLE_STEPS} steps: "
+            f"{_some(left)}. They were probably replaced in the model after the optimizer was built. The model has "
+            f"{_some(sorted(new))} instead, which this optimizer does not have. Replace layers and resize embeddings "
+            "before building the optimizer, or add the new parameters with add_param_group."
         )
 
-    def _warn_once(self, text: str) -> None:
+    def _found(self, text: str) -> None:
         if text not in self._given:
             self._given.add(text)
-            warnings.warn(text, stacklevel=_stacklevel())
+            self._to_give.append(text)
+
+    def give(self) -> None:
+        """Give the warnings that were found. After a step: where warnings are errors, one rank alone may raise here."""
+        warn_about_outside(self.outside)
+        while self._to_give:
+            warnings.warn(self._to_give.pop(0), stacklevel=_stacklevel())
 
 
 def refuse_torchs_grad_scaler(attributes: dict[str, Any]) -> None:
@@ -180,6 +196,8 @@ def _watch_other_optimizers() -> None:
 
 
 _checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_averaged_by_ddp: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The parameters that a search has found in DistributedDataParallel."""
 
 
 def _check_other_optimizer(optimizer: Optimizer, *_: Any) -> None:
@@ -203,24 +221,30 @@ def warn_about_outside(named: Mapping[str, Tensor], *, by: str = "the code that 
         named: parameters of a model that this optimizer does not have, by name.
         by: who trains them, for the message.
     """
-    left = [name for name, p in named.items() if p.requires_grad and p.grad is not None and not _has_averages(p)]
+    left = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None and not _has_averages(p)}
     if not left or "outside" in _warned:
+        return
+    for parameter in _in_ddp(_live_modules()):
+        _averaged_by_ddp[parameter] = True
+    names = [name for name, p in left.items() if p not in _averaged_by_ddp]
+    if not names:
         return
     _warned.add("outside")
     warnings.warn(
-        f"{_some(left)}: parameters of the model that this optimizer does not have, and nothing averages their "
-        f"gradients over ranks. So {by} writes different values on each rank. Call "
+        f"{_some(names)}: parameters of the model that this optimizer does not have, and as far as it knows, nothing "
+        f"averages their gradients over ranks. So {by} writes different values on each rank. Call "
         "optimizer.average_gradients(parameters) with them after each backward, on all ranks; or freeze them "
-        "(requires_grad=False) if nothing trains them.",
+        "(requires_grad=False) if nothing trains them. If your own code averages them, nothing is wrong.",
         stacklevel=_stacklevel(),
     )
 
 
 def _has_averages(parameter: Tensor) -> bool:
-    """Return whether somebody averages the gradients of ``parameter``: this package, the user's call, or FSDP."""
+    """Return whether somebody averages the gradients of ``parameter``: this package, the user's call, DDP or FSDP."""
     return (
         reducer_of(parameter) is not None
         or is_averaged(parameter)
+        or parameter in _averaged_by_ddp
         or is_traceable_wrapper_subclass(parameter)
         or hasattr(parameter, "_is_flat_param")
     )
@@ -229,7 +253,7 @@ def _has_averages(parameter: Tensor) -> bool:
 def _siblings(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return those of ``parameters`` that are in a model of which this package reduces other parameters, by name.
 
-    Searches all live modules, so it is slow: about 0.1 s. Leaves out models in DistributedDataParallel.
+    Searches all live modules, so it is slow: about 0.1 s.
     """
     wanted = {id(p) for p in parameters}
     found: dict[str, Tensor] = {}
@@ -240,17 +264,28 @@ def _siblings(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _models_with(params: Sequence[ShardedParam], modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-    """Return the parameters, by name, of each model that has any of the params."""
-    wanted = {id(param.parameter) for param in params}
-    return [model for model in _models(modules) if any(id(p) in wanted for p in model.values())]
+def _may_replace(param: ShardedParam, name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter of the model may stand where ``param`` stood: by its name, else by its shape."""
+    if param.name.startswith("param_groups["):
+        return parameter.dim() == len(param.shape) and parameter.shape[1:] == param.shape[1:]
+    return f".{name}".endswith(f".{param.name}")
 
 
 def _models(modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-    """Return the parameters, by name, of each module that is not part of another one and is not in DDP."""
+    """Return the parameters, by name, of each module that is not part of another one."""
     children = {id(child) for module in modules for child in module._modules.values()}
-    roots = [module for module in modules if id(module) not in children]
-    return [dict(nn.Module.named_parameters(root)) for root in roots if not isinstance(root, DistributedDataParallel)]
+    return [dict(nn.Module.named_parameters(module)) for module in modules if id(module) not in children]
+
+
+def _in_ddp(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the parameters whose gradients DistributedDataParallel averages."""
+    wrapped = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    return [
+        parameter
+        for one in wrapped
+        for name, parameter in nn.Module.named_parameters(one.module)
+        if name not in one.parameters_to_ignore
+    ]
 
 
 def _live_modules() -> list[nn.Module]:

@@ -7,6 +7,7 @@ the function. It must not change a result.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
@@ -27,11 +28,14 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
     is_inside = False
 
     def checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        keyword = next(iter(inspect.signature(function).parameters))
+
         @wraps(function)
-        def check_and_call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        def check_and_call(*args: Any, **kwargs: Any) -> Any:
             nonlocal is_inside
-            if is_inside:
-                return function(tensors, *args, **kwargs)
+            if is_inside or not (args or keyword in kwargs):
+                return function(*args, **kwargs)
+            tensors, *rest = args or (kwargs.pop(keyword),)
             if isinstance(tensors, GeneratorType):
                 listed = list(tensors)
                 tensors = (one for one in listed)  # torch warns about empty generators
@@ -40,7 +44,7 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
             check(name, listed)
             is_inside = True
             try:
-                return function(tensors, *args, **kwargs)
+                return function(tensors, *rest, **kwargs)
             finally:
                 is_inside = False
 

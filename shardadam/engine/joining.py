@@ -18,6 +18,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinCon
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam.checks.arguments import AGREED_HYPERPARAMETERS
+from shardadam.engine.parameters import listed
 from shardadam.engine.step import StepEngine
 from shardadam.ranks import agreement
 
@@ -107,7 +108,11 @@ class JoinableOptimizer(Joinable):
 
     def _repeat_calls(self) -> None:
         """Repeat the calls of ranks with batches, up to a step. Collective: those ranks are in ``_announce``."""
-        self._has_joined = self._engine.warnings.has_no_batches = True
+        if not self._has_joined:
+            self._has_joined = self._engine.warnings.has_no_batches = True
+            if self._engine.options.gradient_sync == "step":
+                for parameter in self._all_parameters():
+                    parameter.grad = None  # of the last batch: the loop would have cleared it before the next one
         while True:
             calls = self._exchange(None)
             call = calls[0]
@@ -153,6 +158,7 @@ class JoinableOptimizer(Joinable):
         self._set_hyperparameters(self._exchange(self._hyperparameters() if is_last_joiner else None)[0])
         self._join_config = _JoinConfig(enable=False, throw_on_early_termination=False, is_first_joinable=False)
         self._has_joined = self._engine.warnings.has_no_batches = False
+        self._engine.all_have_joined()
 
 
 class _OptimizerJoinHook(JoinHook):
@@ -179,7 +185,7 @@ def repeated_by_joined_ranks(method: Callable[Concatenate[_S, _P], _R]) -> Calla
         if self._join_config.enable and self._engine.transport.control is not None:
             if not self._has_joined:
                 if kwargs.get("parameters") is not None:
-                    kwargs["parameters"] = list(kwargs["parameters"])  # type: ignore[call-overload]
+                    kwargs["parameters"] = listed(kwargs["parameters"])  # type: ignore[arg-type]
                 self._announce(method.__name__, args, kwargs)
             with self._engine.joining():
                 return method(self, *args, **kwargs)

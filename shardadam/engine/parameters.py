@@ -44,6 +44,11 @@ def named_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int
     return named
 
 
+def listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters as a list. As in torch.nn.utils, a tensor stands for itself, not for its rows."""
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
 @contextmanager
 def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim]]:
     """Context manager: raise on all ranks if the block raises on any rank, or if ranks append different claims.
@@ -177,7 +182,7 @@ class ShardedParameters:
         mine = {id(named.parameter) for named in self.frozen} | self.by_id().keys()
         return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in mine}
 
-    def trainable(self, parameters: Iterable[Tensor]) -> list[ShardedParam]:
+    def trainable(self, parameters: Tensor | Iterable[Tensor]) -> list[ShardedParam]:
         """Return the ``ShardedParam`` of each of the parameters that is trainable, each once.
 
         Raises:
@@ -185,7 +190,7 @@ class ShardedParameters:
         """
         by_id, frozen = self.by_id(), {id(named.parameter) for named in self.frozen}
         found: dict[int, ShardedParam] = {}
-        for position, parameter in enumerate(parameters):
+        for position, parameter in enumerate(listed(parameters)):
             if id(parameter) in by_id:
                 found[id(parameter)] = by_id[id(parameter)]
             elif id(parameter) not in frozen:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options
-from shardadam.checks.misuse import MisuseWarnings, warn_about_outside
+from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.grad_stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
-from shardadam.engine.parameters import ShardedParameters
+from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import BackwardReducer, ExternalReducer, Reducer, StepReducer
 from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
@@ -96,7 +96,6 @@ class StepEngine:
     def step(self, param_groups: ParamGroups) -> None:
         """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
-        warn_about_outside(self.warnings.outside)
         self.gatherer.synchronize()
         rebind_moved(self.parameters.params)
         max_norm = self.options.max_grad_norm
@@ -223,10 +222,10 @@ class StepEngine:
         param_groups: ParamGroups,
         *,
         norm_type: float = 2.0,
-        parameters: Iterable[Tensor] | None = None,
+        parameters: Tensor | Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
-        arguments.check_max_norm(max_norm)
+        arguments.check_limit("max_norm", max_norm)
         norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
@@ -249,11 +248,10 @@ class StepEngine:
         return norm
 
     def clip_grad_value_(
-        self, clip_value: float, param_groups: ParamGroups, *, parameters: Iterable[Tensor] | None = None
+        self, clip_value: float, param_groups: ParamGroups, *, parameters: Tensor | Iterable[Tensor] | None = None
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
-        if not clip_value >= 0:
-            raise ValueError(f"clip_value: found {clip_value!r}, expected a number of 0 or more")
+        arguments.check_limit("clip_value", clip_value)
         if not self.parameters.params:
             return
         params = self._sum_up_before("clip_grad_value_", param_groups, parameters)
@@ -263,7 +261,7 @@ class StepEngine:
         self._gradients_have_changed(params)
 
     def _sum_up_before(
-        self, call: str, param_groups: ParamGroups, parameters: Iterable[Tensor] | None
+        self, call: str, param_groups: ParamGroups, parameters: Tensor | Iterable[Tensor] | None
     ) -> list[ShardedParam]:
         """Write the means to all gradient shards; return the params of ``parameters``, or all. Collective."""
         params = self.parameters.params if parameters is None else self.parameters.trainable(parameters)
@@ -346,6 +344,10 @@ class StepEngine:
         self._peers_may_be_ahead = self.options.gradient_sync == "backward"
         self.forget_gradients()
 
+    def all_have_joined(self) -> None:
+        """Make the next ``zero_grad`` the first one after a step on all ranks; some have called it since, some not."""
+        self._peers_may_be_ahead = False
+
     def forget_gradients(self) -> None:
         self.reducer.reset()
         self.step_sync.forget()
@@ -359,16 +361,21 @@ class StepEngine:
             self.warnings.outside |= outside
         return outside
 
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def average_gradients(self, parameters: Tensor | Iterable[Tensor]) -> None:
         """Average ``p.grad`` of parameters that this optimizer does not train. Collective."""
         mine = self.parameters.by_id() if self.reducer.averages else {}
         given = []
-        for parameter in parameters:
+        for position, parameter in enumerate(listed(parameters)):
             if id(parameter) in mine:
                 name = mine[id(parameter)].name
                 raise ValueError(
                     f"average_gradients: found parameter {name!r} of this optimizer, expected parameters that it does "
                     "not have. Leave its own out: it averages their gradients itself."
+                )
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"average_gradients: tensor {position} of {tuple(parameter.shape)} is computed from others, "
+                    "expected parameters, which have a gradient of their own."
                 )
             if parameter.requires_grad:
                 given.append(parameter)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,13 @@ class StatefulOptimizer(Optimizer):
         if self._is_built:
             self._state.replace(entries)
         else:  # torch.optim.Optimizer.__init__
-            self._state = OptimizerState()
+            self._state = OptimizerState(weakref.WeakMethod(self._add_unfrozen_params))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch; ``state["state"]`` is assigned to ``optimizer.state``."""
+        super().__setstate__({name: value for name, value in state.items() if name != "state"})
+        if "state" in state:
+            self.state = state["state"]
 
     @collective
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -137,4 +144,5 @@ class StatefulOptimizer(Optimizer):
 
     def _add_unfrozen_params(self) -> None:
         """Add the parameters that were frozen before and are trainable now. Collective if there are any."""
+        self._state.take_replaced()
         self._state.bind(self._engine.add_unfrozen_params())

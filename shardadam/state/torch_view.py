@@ -7,7 +7,7 @@ Holds views only; the moments live in the arenas. Local: all ranks must make the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -33,8 +33,11 @@ class ParamState(dict[str, Tensor]):
     def __init__(self, param: ShardedParam) -> None:
         super().__init__(local.torch_state(param))
         self._param = param
+        self._addresses: dict[str, int] | None = None  # of the views, once any was read
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._addresses is None:
+            self._addresses = {key: view.data_ptr() for key, view in local.torch_state(self._param).items()}
         if name == _MASTER:
             refresh_(self._param)
         return super().__getitem__(name)
@@ -56,6 +59,18 @@ class ParamState(dict[str, Tensor]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._write(name, self._checked(name, value))
+
+    def take_replaced(self) -> None:
+        """Copies the values of entries whose data was replaced (``tensor.data = ...``), and makes them views again.
+
+        Raises:
+            ValueError: they do not fit. The state is as before.
+        """
+        for name, address in (self._addresses or {}).items():
+            entry = super().__getitem__(name)
+            if entry.data_ptr() != address:
+                replaced, entry.data = entry.data, local.torch_state(self._param)[name]
+                self[name] = replaced
 
     def replace(self, entries: Mapping[str, Any]) -> None:
         """Clears the state, then copies ``entries``. Changes nothing if one of them does not fit."""
@@ -136,14 +151,32 @@ class ParamState(dict[str, Tensor]):
 
 
 class OptimizerState(defaultdict[Tensor, Any]):
-    """``optimizer.state``: a ``ParamState`` for each trainable parameter; no write removes or replaces it."""
+    """``optimizer.state``: a ``ParamState`` for each trainable parameter; no write removes or replaces it.
 
-    def __init__(self) -> None:
+    Args:
+        add_unfrozen_params: weak reference to the optimizer's method.
+    """
+
+    def __init__(self, add_unfrozen_params: Callable[[], Callable[[], None] | None]) -> None:
         super().__init__(dict)
+        self._add_unfrozen_params = add_unfrozen_params
 
     def __bool__(self) -> bool:
-        """True, even without entries: torch's get_optimizer_state_dict would add them by a step with zero gradients."""
+        """True, even without entries: torch's get_optimizer_state_dict would add them by a step with zero gradients.
+
+        It and set_optimizer_state_dict ask for this before they look for entries. A flattened dict is loaded by the
+        names of those that are there. So this is collective if parameters were unfrozen since the last step.
+        """
+        add = self._add_unfrozen_params()
+        if add is not None:
+            add()
         return True
+
+    def take_replaced(self) -> None:
+        """Calls ``ParamState.take_replaced`` of all parameters."""
+        for entry in self.values():
+            if isinstance(entry, ParamState):
+                entry.take_replaced()
 
     def bind(self, params: Iterable[ShardedParam]) -> None:
         """Gives parameters that have become trainable their state: what users assigned while they were frozen.

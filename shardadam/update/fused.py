@@ -133,7 +133,7 @@ class FusedUpdate:
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             amsgrad=False,
-            maximize=group["maximize"],
+            maximize=bool(group["maximize"]),
             grad_scale=None if is_scaled or self._coefficient is None else 1 / self._coefficient,
             found_inf=self._found_inf,
         )
