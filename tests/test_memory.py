@@ -40,9 +40,8 @@ def backward(parameters: list[nn.Parameter]) -> None:
 
 
 def is_tensor(obj: object) -> bool:
-    return issubclass(type(obj), Tensor) and not issubclass(
-        type(obj), FakeTensor
-    )  # torch's caches keep those of a test
+    """Whether it is a tensor with memory. torch's caches keep FakeTensors of other tests."""
+    return issubclass(type(obj), Tensor) and not isinstance(obj, FakeTensor) and obj.layout == torch.strided
 
 
 def live_tensors() -> list[Tensor]:
