@@ -105,7 +105,7 @@ def train(
         poisoned, interrupted: see ``Accidents``.
         arguments: of TrainingArguments.
     """
-    with as_launched(), contextlib.redirect_stdout(open(os.devnull, "w")):
+    with as_launched(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         torch.manual_seed(0)
         config = GPT2Config(
             vocab_size=VOCABULARY,
