@@ -69,7 +69,6 @@ def clip_with_torch(gradient_sync: str, function: str) -> tuple[list[str], list[
     return warned(step), warned(step)
 
 
-@pytest.mark.sweep(10)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("function", TORCHS_CLIPPING)
 @pytest.mark.parametrize("gradient_sync", SYNCS)
