@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings about mistakes that raise no error but make training wrong or useless, each given once; and one error.
+"""Warnings about mistakes that raise no error but make training wrong or useless, each given once; and two errors.
 
 Runs on the host between steps, never during backward. Must not talk to other ranks, wait for the device, or stop
 training.

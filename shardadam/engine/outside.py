@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.transport import ReduceScatter, Transport
-from shardadam.transport.base import own_slice
+from shardadam.transport.base import own_slice, scale_for_mean_
 
 _CHUNK_NUMEL = 1 << 21
 _averaged: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -82,11 +82,13 @@ def _zeros(parameter: Tensor, sparse_dim: int) -> Tensor:
 def _chunks(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the gradients in lists of about ``_CHUNK_NUMEL`` elements."""
     chunk: list[Tensor] = []
+    numel = 0
     for gradient in gradients:
         chunk.append(gradient)
-        if sum(one.numel() for one in chunk) >= _CHUNK_NUMEL:
+        numel += gradient.numel()
+        if numel >= _CHUNK_NUMEL:
             yield chunk
-            chunk = []
+            chunk, numel = [], 0
     if chunk:
         yield chunk
 
@@ -101,10 +103,7 @@ def _average(gradients: Sequence[Tensor], transport: Transport) -> None:
     sums = torch.empty(numel, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
     staging = transport.allocate_staging(numel, first.dtype, first.device)
     _copy(gradients, staging.send, to_flat=True)
-    scale = 1 / (transport.world_size * transport.replicas)
-    if first.dtype == torch.float16:  # a sum in float16 would overflow long before the mean does
-        staging.send.mul_(scale)
-        scale = 1.0
+    scale = scale_for_mean_(staging.send, transport.world_size * transport.replicas)
     shard = torch.empty_like(own_slice(sums, transport.rank, transport.world_size))
     request = ReduceScatter(staging, numel, shard, scale=scale, accumulate=False)
     reduced = transport.reduce_scatter(request)
@@ -139,9 +138,8 @@ def _average_sparse(parameter: Tensor, transport: Transport) -> None:
     dense = gradient.to_dense()
     rows = torch.zeros(gradient.shape[: gradient.sparse_dim()], dtype=dense.dtype, device=dense.device)
     rows[tuple(gradient.indices())] = 1
-    for part in (dense, rows):
-        for chunk in _chunks([part]):
-            _average(chunk, transport)
+    _average([dense], transport)
+    _average([rows], transport)
     indices = rows.nonzero().t()
     parameter.grad = torch.sparse_coo_tensor(
         indices,

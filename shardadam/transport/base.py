@@ -195,6 +195,17 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def scale_for_mean_(send: Tensor, ranks: int) -> float:
+    """Return the ``ReduceScatter.scale`` that makes the sum over ``ranks`` ranks their mean.
+
+    Scales float16 in place instead: its sum would overflow long before the mean does.
+    """
+    if send.dtype != torch.float16:
+        return 1 / ranks
+    send.mul_(1 / ranks)
+    return 1.0
+
+
 def own_slice(flat: Tensor, rank: int, world_size: int) -> Tensor:
     """Return ``rank``'s slice of ``flat``, which is cut into ``world_size`` equal slices."""
     shard_numel = flat.numel() // world_size

@@ -14,7 +14,7 @@ from shardadam.chunks import OnChunk
 from shardadam.engine.profiling import record
 from shardadam.engine.storage import FlatBucket
 from shardadam.transport import Pending, ReduceScatter, Staging, Transport
-from shardadam.transport.base import Finished
+from shardadam.transport.base import Finished, scale_for_mean_
 
 
 @dataclass(slots=True)
@@ -101,10 +101,8 @@ class StagingPool:
             accumulate: add the mean to what the shard holds.
             on_chunk: called with each chunk of the shard when it is complete, at the latest in ``wait_all``.
         """
-        scale = 1 / (self._transport.world_size * self._transport.replicas)
-        if staging.send.dtype == torch.float16:  # a sum in float16 would overflow long before the mean does
-            staging.send[: bucket.numel].mul_(scale)
-            scale = 1.0
+        ranks = self._transport.world_size * self._transport.replicas
+        scale = scale_for_mean_(staging.send[: bucket.numel], ranks)
         with record("reduce_scatter"):
             request = ReduceScatter(
                 staging, bucket.numel, bucket.shard.gradient, scale=scale, accumulate=accumulate, on_chunk=on_chunk
