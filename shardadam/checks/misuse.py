@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping
 from shardadam.engine.outside import is_averaged
-from shardadam.engine.reduction import ExternalReducer, Reducer
+from shardadam.engine.reduction import Reducer
 from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
 from shardadam.engine.storage import ShardedParam
 
@@ -168,7 +168,7 @@ def watch_torch(reducer: Reducer) -> None:
     A function of ``torch.nn.utils`` that clips gradients which this package averages would find ``p.grad`` None, or
     this rank's own gradient. Another optimizer may step with gradients that nobody has averaged.
     """
-    if not isinstance(reducer, ExternalReducer):
+    if not reducer.keeps_gradients:
         check_before_clipping(_check_clipped)
     if reducer.averages:
         _watch_other_optimizers()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.transport import Transport
 
@@ -39,9 +39,10 @@ def total_norm(params: Sequence[ShardedParam], norm_type: float, transport: Tran
     # The transport only sums. To get the largest value, each rank of the shard group has an element of its own.
     block = torch.zeros(transport.world_size if is_max else 1, dtype=torch.float64, device=device)
     mine = block[transport.rank] if is_max else block[0]
-    for gradient in _gradients(params):
-        # By rows, then in float64, as in grad_stats.py.
+    for gradient, scale in _gradients(params):
+        # By rows, then in float64, as in sums/stats.py.
         norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), norm_type, dim=1).double().to(device)
+        norms = norms if scale == 1 else norms * scale
         if is_max:
             torch.maximum(mine, norms.max(), out=mine)
         else:
@@ -54,23 +55,25 @@ def total_norm(params: Sequence[ShardedParam], norm_type: float, transport: Tran
 @torch.no_grad()
 def scale_(params: Sequence[ShardedParam], coefficient: Tensor) -> None:
     """Multiply this rank's shards of the gradients of ``params`` by ``coefficient``, of one element."""
-    for gradient in _gradients(params):
+    for gradient, _ in _gradients(params):
         gradient.mul_(coefficient.to(gradient))
 
 
 @torch.no_grad()
 def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
     """Clamp this rank's shards of the gradients of ``params`` to [-limit, limit]; NaN stays NaN."""
-    for gradient in _gradients(params):
-        bound = torch.as_tensor(limit, dtype=gradient.dtype, device=gradient.device)
+    for gradient, scale in _gradients(params):
+        bound = torch.as_tensor(limit / scale, dtype=gradient.dtype, device=gradient.device)
         torch.clamp(gradient, -bound, bound, out=gradient)
 
 
-def _gradients(params: Sequence[ShardedParam]) -> Iterator[Tensor]:
-    """Yield the parts of the gradients in this rank's shards, each with the zeros that pad it to whole blocks."""
+def _gradients(params: Sequence[ShardedParam]) -> Iterator[tuple[Tensor, float]]:
+    """Yield the parts of the gradients in this rank's shards, each with the zeros that pad it to whole blocks, and
+    what they must be multiplied by to be means.
+    """
     wanted = {param.index for param in params}
     for bucket in buckets_of(params):
         for param, segment in bucket.shard_segments:
             if param.index in wanted:
                 numel = -(-segment.numel // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
-                yield bucket.shard.gradient[segment.offset : segment.offset + numel]
+                yield gradient_shard(bucket)[segment.offset : segment.offset + numel], bucket.arena.gradient_scale

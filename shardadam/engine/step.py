@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,13 +20,22 @@ from shardadam.checks.arguments import Options
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
-from shardadam.engine.grad_stats import clip_coefficient
+from shardadam.sums.stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.profiling import record
-from shardadam.engine.reduction import BackwardReducer, ExternalReducer, Reducer, StepReducer
+from shardadam.engine.reduction import reducer_for
 from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
-from shardadam.engine.storage import NamedParameter, ShardedParam, rebind_moved
+from shardadam.engine.storage import (
+    FlatArena,
+    FlatBucket,
+    NamedParameter,
+    ShardedParam,
+    adjoining,
+    gradient_shard,
+    merged,
+    rebind_moved,
+)
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
@@ -52,12 +60,8 @@ class StepEngine:
         self.transport = transport
         self.options = options
         self.parameters = ShardedParameters(transport, options)
-        self.reducer: Reducer
-        if options.gradient_sync == "external":
-            self.reducer = ExternalReducer()
-        else:
-            kind = BackwardReducer if options.gradient_sync == "backward" else StepReducer
-            self.reducer = kind(transport, with_squares=options.max_grad_norm is not None)
+        with_squares = options.max_grad_norm is not None
+        self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares)
         self.gatherer = ParameterGatherer(transport)
         self.warnings = MisuseWarnings(self.parameters.params)
         self.poison = Poison()
@@ -154,11 +158,13 @@ class StepEngine:
         masters.settle_(self.parameters.params)
         used = self._begin_update(stats, param_groups)
         parameters = self.parameters
-        for index in reversed(self.reducer.order):
-            bucket = parameters.buckets[index]
+        in_order = [parameters.buckets[index] for index in reversed(self.reducer.order)]
+        for buckets in adjoining(in_order):
+            first = buckets[0]
             with record("update"):
-                bucket.arena.update.step_(bucket.shard, bucket.plan, self.reducer.sources(bucket))
-            self.gatherer.dispatch(bucket)
+                first.arena.update.step_(merged(buckets), first.plan, self.reducer.sources(first))
+            for bucket in buckets:
+                self.gatherer.dispatch(bucket)
         if self._overlaps:
             self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
             self.reducer.await_readers()
@@ -185,7 +191,6 @@ class StepEngine:
         # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
         must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
         used = stats.used.tolist() if must_read else None
-        coefficient = self._coefficient
         for arena in arenas:
             device = arena.parameters.device
             arena.update.begin(
@@ -193,11 +198,22 @@ class StepEngine:
                     found_inf=stats.found_inf.to(device),
                     used=stats.used[arena.indices].to(device),
                     host_used=None if used is None else used[arena.indices],
-                    coefficient=None if coefficient is None else coefficient.to(device, arena.format.exact_dtype),
+                    coefficient=self._coefficient_for(arena),
                     hyperparameters=param_groups[arena.group_index],
+                    gradients=self.reducer.scattered(arena),
                 )
             )
         return used
+
+    def _coefficient_for(self, arena: FlatArena) -> Tensor | None:
+        """Return what the update of the arena multiplies gradients by; None for 1."""
+        device, dtype = arena.parameters.device, arena.format.exact_dtype
+        coefficient = None if self._coefficient is None else self._coefficient.to(device, dtype)
+        if arena.gradient_scale == 1:
+            return coefficient
+        if coefficient is None:
+            return torch.full((), arena.gradient_scale, dtype=dtype, device=device)
+        return coefficient * arena.gradient_scale
 
     # Before the step
 
@@ -267,6 +283,7 @@ class StepEngine:
         params = self.parameters.params if parameters is None else self.parameters.trainable(parameters)
         self.sync_before(f"{call} of {len(params)} parameters", param_groups, with_norm=False)
         self.reducer.sum_up()
+        self.reducer.make_exact()
         return params
 
     def _gradients_have_changed(self, params: Sequence[ShardedParam]) -> None:
@@ -331,8 +348,9 @@ class StepEngine:
         if not bool(stats.used[param.index]):
             return None
         self.reducer.sum_up()
-        gradient = whole.gather(param, attrgetter("shard.gradient"), self.transport)
-        return gradient if self._coefficient is None else gradient.mul_(self._coefficient)
+        gradient = whole.gather(param, _exact_gradient, self.transport)
+        coefficient = self._coefficient_for(param.arena)
+        return gradient if coefficient is None else gradient.mul_(coefficient)
 
     # After the step
 
@@ -422,3 +440,7 @@ class StepEngine:
         self.reducer.remove_hooks()
         self.transport.close(clean=self.reducer.is_idle)
         self.parameters.release()
+
+
+def _exact_gradient(bucket: FlatBucket) -> Tensor:
+    return gradient_shard(bucket).to(bucket.arena.format.exact_dtype)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from shardadam.checks.misuse import MisuseWarnings
-from shardadam.engine.grad_stats import GradStats, are_finite, sum_of_squares
+from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import Reducer
 from shardadam.ranks import agreement

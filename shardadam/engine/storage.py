@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -18,9 +18,14 @@ from torch import Tensor
 from shardadam import layout, update
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
+from shardadam.sums import has_kernel
+from shardadam.sums.reference import PROGRAM_NUMEL
 from shardadam.transport import Transport
 from shardadam.transport.base import own_slice
 from shardadam.update import Counters, Shard, Update, formats
+
+_MERGED_NUMEL = 1 << 26
+"""Most elements of a shard that one launch updates, so that the first all-gathers need not wait long."""
 
 
 @dataclass(eq=False, slots=True)
@@ -74,8 +79,12 @@ class FlatArena:
 
     Args:
         parameters: whole. All other tensors are this rank's shards.
+        gradient_shard: None while no gradients are reduced to it; see ``allocate_gradient_shard``.
         state: by the names in ``update/formats.py``.
         blocks: as in ``update.Shard``.
+        positions: as in ``update.Shard``, of all buckets; None if the update takes one bucket at a time.
+        gradient_scale: the mean gradient is ``gradient_scale`` times what the gradient shard holds.
+        squares: float64, for sums of squares of all buckets (``sums.GradStats``); None without kernels.
     """
 
     group_index: int
@@ -83,15 +92,27 @@ class FlatArena:
     params: list[ShardedParam]
     buckets: list[FlatBucket]
     parameters: Tensor
-    gradient_shard: Tensor
+    gradient_shard: Tensor | None
     state: dict[str, Tensor]
     blocks: Tensor
+    positions: Tensor | None
     counters: Counters
     update: Update
+    gradient_scale: float = 1.0
+    squares: Tensor | None = None
 
     @property
     def indices(self) -> slice:
         return slice(self.params[0].index, self.params[-1].index + 1)
+
+    def allocate_gradient_shard(self, dtype: torch.dtype) -> None:
+        """Allocate the gradient shard, uninitialised, unless there is one of this dtype. A new one replaces the old."""
+        if self.gradient_shard is not None and self.gradient_shard.dtype == dtype:
+            return
+        exp_avg = self.state["exp_avg"]
+        self.gradient_shard = torch.empty(exp_avg.numel(), dtype=dtype, device=exp_avg.device)
+        for bucket in self.buckets:
+            bucket.shard = replace(bucket.shard, gradient=self.gradient_shard[bucket.shard_slice])
 
 
 @dataclass(eq=False, slots=True)
@@ -103,6 +124,7 @@ class FlatBucket:
         parameters: whole.
         shard: of this rank.
         wire_dtype: in which gradients are sent.
+        squares: of this rank's shard, as in ``FlatArena``.
         index: position among all buckets of the optimizer.
     """
 
@@ -113,11 +135,18 @@ class FlatBucket:
     parameters: Tensor
     shard: Shard
     wire_dtype: torch.dtype
+    squares: Tensor | None = None
     index: int = -1
 
     @property
     def numel(self) -> int:
         return self.plan.numel
+
+    @property
+    def shard_slice(self) -> slice:
+        """Where this rank's shard lies in the arena's shards."""
+        start = self.plan.offset // self.plan.world_size
+        return slice(start, start + self.plan.shard_numel)
 
     def exact_state(self, name: str) -> Tensor:
         """Return the shard's exp_avg, exp_avg_sq or master, in float32, or in float64 for float64 parameters."""
@@ -162,11 +191,12 @@ def allocate(
         in_arena = [parameters[i] for i in arena_plan.parameters]
         arena = _allocate_arena(arena_plan, in_arena, transport, precision, first_index)
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
-        for bucket in plan.buckets:
-            if bucket.arena == index:
-                segments = tuple(replace(segment, parameter=indices[segment.parameter]) for segment in bucket.segments)
-                wire_dtype = precision.wire_dtype(arena.parameters.dtype)
-                _add_bucket(arena, replace(bucket, segments=segments), transport.rank, wire_dtype)
+        buckets = [bucket for bucket in plan.buckets if bucket.arena == index]
+        for bucket in buckets:
+            segments = tuple(replace(segment, parameter=indices[segment.parameter]) for segment in bucket.segments)
+            wire_dtype = precision.wire_dtype(arena.parameters.dtype)
+            _add_bucket(arena, replace(bucket, segments=segments), transport.rank, wire_dtype)
+        _add_kernel_tables(arena, buckets)
         first_index += len(arena.params)
         arenas.append(arena)
     if any(named.parameter.device.type == "cpu" for named in parameters):
@@ -200,9 +230,10 @@ def _allocate_arena(
         params=[],
         buckets=[],
         parameters=transport.allocate_parameters(plan.numel, dtype, device),
-        gradient_shard=torch.empty(numel, dtype=format.exact_dtype, device=device),  # written before it is read
+        gradient_shard=None,
         state=formats.allocate(format, numel, device),
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
+        positions=None,
         counters=counters,
         update=update.choose(counters, dtype, seed=precision.seed, rank=transport.rank),
     )
@@ -227,41 +258,25 @@ def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: 
 
 def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
     """Return length and dtype of ``Shard.blocks`` for ``numel`` elements of a rank; length 0 if it is not needed."""
-    is_needed = format.is_random or update.has_kernel(format.dtype, device)
+    is_needed = format.is_random or has_kernel(format.dtype, device)
     return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
 
 
 def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype) -> None:
     start = plan.offset // plan.world_size
-    shard = slice(start, start + plan.shard_numel)
-    blocks = slice(shard.start // ALIGNMENT_NUMEL, shard.stop // ALIGNMENT_NUMEL)
+    elements = slice(start, start + plan.shard_numel)
     whole = arena.parameters[plan.offset : plan.offset + plan.numel]
     segments = list(plan.shard_segments(rank))
     if arena.blocks.numel() > 0:
-        _fill_blocks(arena.blocks[blocks], segments)
-
-    def state(name: str) -> Tensor | None:
-        flat = arena.state.get(name)
-        return None if flat is None else flat[blocks if name in formats.SCALES else shard]
-
+        _fill_blocks(arena.blocks[_blocks_of(elements)], segments)
+    first_block = (plan.offset + rank * plan.shard_numel) // ALIGNMENT_NUMEL
     bucket = FlatBucket(
         plan=plan,
         arena=arena,
         segments=[(arena.params[segment.parameter], segment) for segment in plan.segments],
         shard_segments=[(arena.params[segment.parameter], segment) for segment in segments],
         parameters=whole,
-        shard=Shard(
-            parameter=own_slice(whole, rank, plan.world_size),
-            gradient=arena.gradient_shard[shard],
-            exp_avg=arena.state["exp_avg"][shard],
-            exp_avg_sq=arena.state["exp_avg_sq"][shard],
-            exp_avg_scale=state("exp_avg_scale"),
-            exp_avg_sq_scale=state("exp_avg_sq_scale"),
-            master=state("master"),
-            remainder=state("remainder"),
-            blocks=arena.blocks[blocks],
-            first_block=(plan.offset + rank * plan.shard_numel) // ALIGNMENT_NUMEL,
-        ),
+        shard=_shard_of(arena, elements, own_slice(whole, rank, plan.world_size), first_block),
         wire_dtype=wire_dtype,
     )
     arena.buckets.append(bucket)
@@ -271,6 +286,100 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
         if not param.shard_segments:
             param.state_start = start + segment.offset
         param.shard_segments.append(segment)
+
+
+def _shard_of(arena: FlatArena, elements: slice, parameter: Tensor, first_block: int) -> Shard:
+    """Return ``elements`` of the arena's state and gradients, with the parameters that they belong to."""
+    blocks = _blocks_of(elements)
+
+    def state(name: str) -> Tensor | None:
+        flat = arena.state.get(name)
+        return None if flat is None else flat[blocks if name in formats.SCALES else elements]
+
+    return Shard(
+        parameter=parameter,
+        gradient=None if arena.gradient_shard is None else arena.gradient_shard[elements],
+        exp_avg=arena.state["exp_avg"][elements],
+        exp_avg_sq=arena.state["exp_avg_sq"][elements],
+        exp_avg_scale=state("exp_avg_scale"),
+        exp_avg_sq_scale=state("exp_avg_sq_scale"),
+        master=state("master"),
+        remainder=state("remainder"),
+        blocks=arena.blocks[blocks],
+        first_block=first_block,
+    )
+
+
+def _blocks_of(elements: slice) -> slice:
+    return slice(elements.start // ALIGNMENT_NUMEL, elements.stop // ALIGNMENT_NUMEL)
+
+
+def _add_kernel_tables(arena: FlatArena, plans: Sequence[layout.Bucket]) -> None:
+    """Allocate what Triton kernels need of all buckets of an arena."""
+    device = arena.parameters.device
+    squares, positions = kernel_tables(plans, arena.parameters.dtype, device)
+    if squares > 0:
+        arena.squares = torch.zeros(squares, dtype=torch.float64, device=device)
+        for bucket, part in zip(arena.buckets, torch.split(arena.squares, list(map(_squares_of, plans))), strict=True):
+            bucket.squares = part
+    if positions > 0:
+        found = [torch.arange(shard.first_block, shard.first_block + len(shard.blocks), dtype=torch.int32, device="cpu")
+                 for bucket in arena.buckets for shard in (bucket.shard,)]
+        arena.positions = torch.cat(found).to(device)
+
+
+def kernel_tables(plans: Sequence[layout.Bucket], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Return the lengths of ``FlatArena.squares`` and ``positions`` for an arena of these buckets; 0: not needed."""
+    if not has_kernel(dtype, device):
+        return 0, 0
+    block_count = sum(plan.shard_numel for plan in plans) // ALIGNMENT_NUMEL
+    return sum(map(_squares_of, plans)), block_count if plans[0].world_size > 1 else 0
+
+
+def _squares_of(plan: layout.Bucket) -> int:
+    return -(-plan.shard_numel // PROGRAM_NUMEL)
+
+
+def gradient_shard(bucket: FlatBucket) -> Tensor:
+    """Return this rank's shard of the bucket's gradients, which has been allocated."""
+    gradient = bucket.shard.gradient
+    assert gradient is not None
+    return gradient
+
+
+def adjoining(buckets: Iterable[FlatBucket]) -> Iterator[list[FlatBucket]]:
+    """Group successive buckets whose shards adjoin in one arena, if its update takes several at once."""
+    group: list[FlatBucket] = []
+    for bucket in buckets:
+        if group and not _adjoins(group, bucket):
+            yield group
+            group = []
+        group.append(bucket)
+    if group:
+        yield group
+
+
+def _adjoins(group: list[FlatBucket], bucket: FlatBucket) -> bool:
+    if bucket.arena is not group[0].arena or not bucket.arena.update.takes_several:
+        return False
+    start = min(one.plan.offset for one in group)
+    stop = max(one.plan.offset + one.numel for one in group)
+    numel = (stop - start + bucket.numel) // bucket.plan.world_size
+    return numel <= _MERGED_NUMEL and bucket.plan.offset in (start - bucket.numel, stop)
+
+
+def merged(buckets: Sequence[FlatBucket]) -> Shard:
+    """Return the shards of ``adjoining`` buckets as one shard, which has ``positions`` if its parameters have gaps."""
+    if len(buckets) == 1:
+        return buckets[0].shard
+    first, last = (choose(buckets, key=lambda bucket: bucket.plan.offset) for choose in (min, max))
+    arena = first.arena
+    elements = slice(first.shard_slice.start, last.shard_slice.stop)
+    if arena.positions is None:
+        parameter = arena.parameters[first.plan.offset : last.plan.offset + last.numel]
+        return _shard_of(arena, elements, parameter, first.shard.first_block)
+    shard = _shard_of(arena, elements, arena.parameters, first.shard.first_block)
+    return replace(shard, positions=arena.positions[_blocks_of(elements)])
 
 
 def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:

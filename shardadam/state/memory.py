@@ -53,7 +53,7 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
     return Memory(
         parameters=sum(arena.parameters.nbytes for arena in arenas),
         gradients=reducer.gradient_bytes(),
-        gradient_shard=sum(arena.gradient_shard.untyped_storage().nbytes() for arena in arenas),
+        gradient_shard=sum(0 if arena.gradient_shard is None else arena.gradient_shard.nbytes for arena in arenas),
         staging=reducer.staging_bytes(),
         moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
         master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),

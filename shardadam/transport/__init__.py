@@ -12,7 +12,6 @@ from functools import partial
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam.chunks import OnChunk
 from shardadam.ranks.agreement import exchange
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.by_device import ByDeviceTransport
@@ -30,7 +29,6 @@ __all__ = [
     "GlooTransport",
     "HybridTransport",
     "NcclTransport",
-    "OnChunk",
     "Pending",
     "ReduceScatter",
     "SharedMemoryTransport",

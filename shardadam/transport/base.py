@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.chunks import OnChunk, sum_sources_
 from shardadam.ranks.store_barrier import StoreBarrier
+from shardadam.sums.sources import sum_sources_
+from shardadam.sums.stats import GradStats
 
 
 class Pending(ABC):
@@ -77,11 +78,11 @@ class ReduceScatter:
     Args:
         staging: its ``send`` holds the bucket's gradients. The transport may overwrite them.
         numel: elements to sum, from the start of ``send``: a multiple of the world size.
-        shard: ``numel / world_size`` elements, float32 or float64, whatever the dtype of ``send``. Valid after
+        shard: ``numel / world_size`` elements, in float32 or float64, or in ``Transport.sum_dtype``. Valid after
             ``Pending.wait``.
         scale: multiplies the sum.
         accumulate: add to what ``shard`` holds instead of overwriting it.
-        on_chunk: called with each chunk of ``shard`` once it has its final value.
+        stats: of ``shard``; measures its final values.
     """
 
     staging: Staging
@@ -89,7 +90,7 @@ class ReduceScatter:
     shard: Tensor
     scale: float
     accumulate: bool
-    on_chunk: OnChunk | None = None
+    stats: GradStats | None = None
 
     @property
     def send(self) -> Tensor:
@@ -98,7 +99,7 @@ class ReduceScatter:
 
     def sum_(self, sources: Sequence[Tensor]) -> None:
         """Write the scaled sum of ``sources`` to ``shard``: one tensor from each rank, as long as ``shard``."""
-        sum_sources_(self.shard, sources, scale=self.scale, accumulate=self.accumulate, on_chunk=self.on_chunk)
+        sum_sources_(self.shard, sources, scale=self.scale, accumulate=self.accumulate, stats=self.stats)
 
 
 class Transport(ABC):
@@ -110,6 +111,7 @@ class Transport(ABC):
         control: group over all ranks for small Python objects; None for one rank.
         store_barrier: over all ranks.
         devices: the types of the devices whose tensors it moves; None for all.
+        sends: whether there are other ranks to send anything to.
     """
 
     rank: int
@@ -119,6 +121,7 @@ class Transport(ABC):
     control: dist.ProcessGroup | None = None
     store_barrier: StoreBarrier = StoreBarrier(None, 0, [0])
     devices: frozenset[str] | None = None
+    sends = True
 
     def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a zeroed flat buffer for parameters. Collective: all ranks must call it with the same arguments."""
@@ -127,6 +130,14 @@ class Transport(ABC):
     def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         """Allocate staging for a bucket of up to ``numel`` elements. Local."""
         return Staging(torch.empty(numel, dtype=dtype, device=device), None)
+
+    def sum_dtype(self, wire_dtype: torch.dtype, exact_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype in which sums of gradients of ``wire_dtype`` arrive; no other dtype tells more of them."""
+        return exact_dtype
+
+    def scales_sums(self, device: torch.device) -> bool:
+        """Return True if it costs nothing to multiply sums on ``device`` by a scale; else their reader should."""
+        return True
 
     def free_staging(self, staging: Staging) -> None:
         """Free a staging buffer. Its transfers must be complete and released. Local."""

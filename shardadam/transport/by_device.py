@@ -31,6 +31,12 @@ class ByDeviceTransport(Transport):
     def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         return self._for(device).allocate_staging(numel, dtype, device)
 
+    def sum_dtype(self, wire_dtype: torch.dtype, exact_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return self._for(device).sum_dtype(wire_dtype, exact_dtype, device)
+
+    def scales_sums(self, device: torch.device) -> bool:
+        return self._for(device).scales_sums(device)
+
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
         return self._for(request.shard.device).reduce_scatter(request)
 

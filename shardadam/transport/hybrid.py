@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.chunks import chunks
 from shardadam.ranks.store_barrier import StoreBarrier
+from shardadam.sums.sources import sum_sources_
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.streams import CommunicationStreams, OnStream
 
@@ -67,11 +67,14 @@ class HybridTransport(Transport):
         """Return None: a sum over the shard group's gradients would miss those of the other shard groups."""
         return None
 
+    def scales_sums(self, device: torch.device) -> bool:
+        return self._shard.scales_sums(device)
+
     # Transfers
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
         total = torch.empty_like(request.shard) if request.accumulate else request.shard
-        reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, on_chunk=None))
+        reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, stats=None))
         finish = partial(_finish, request, total)
         if not reduce_scatter.on_host:
             with self._streams.on(total.device) as stream:
@@ -184,12 +187,8 @@ class _TwoStageSum(Pending):
 
 
 def _finish(request: ReduceScatter, total: Tensor) -> None:
-    """Add ``total``, the scaled sum over all ranks, to ``request.shard`` if asked to accumulate; call ``on_chunk``."""
-    if not request.accumulate and request.on_chunk is None:
-        return
-    for chunk in chunks(0, total.numel(), total.device):
-        part = request.shard[chunk]
-        if request.accumulate:
-            part.add_(total[chunk])
-        if request.on_chunk is not None:
-            request.on_chunk(part)
+    """Add ``total``, the scaled sum over all ranks, to ``request.shard`` if asked to accumulate; measure it."""
+    if request.accumulate:
+        sum_sources_(request.shard, [total], scale=1, accumulate=True, stats=request.stats)
+    elif request.stats is not None:
+        request.stats.measure(request.shard)

@@ -56,10 +56,21 @@ class NcclTransport(Transport):
         send = torch.empty(numel, dtype=dtype, device=device)
         return Staging(send, torch.empty_like(send) if self._exact_sums else None)
 
+    def sum_dtype(self, wire_dtype: torch.dtype, exact_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return exact_dtype if self._exact_sums else wire_dtype
+
+    def scales_sums(self, device: torch.device) -> bool:
+        return False
+
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
         send = request.send
+        is_final = request.shard.dtype == send.dtype and request.scale == 1 and not request.accumulate
         with self._streams.on(send.device) as stream:
-            if request.staging.receive is None:
+            if request.staging.receive is None and is_final:
+                _reduce_scatter(request.shard, send, group=self._group)
+                if request.stats is not None:
+                    request.stats.measure(request.shard)
+            elif request.staging.receive is None:
                 own = own_slice(send, self.rank, self.world_size)
                 _reduce_scatter(own, send, group=self._group)
                 request.sum_([own])

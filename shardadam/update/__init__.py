@@ -7,18 +7,16 @@ rounding of torch's own kernel. Nothing here communicates.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
 from shardadam.layout import Bucket
+from shardadam.sums import KERNEL_DEVICES, has_kernel
 from shardadam.update.fused import FusedUpdate
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
-__all__ = ["Counters", "Shard", "Sources", "StepInputs", "Update", "choose", "has_kernel"]
-
-KERNEL_DEVICES = {"cuda"}
+__all__ = ["KERNEL_DEVICES", "Counters", "Shard", "Sources", "StepInputs", "Update", "choose", "has_kernel"]
 
 
 class Update(Protocol):
@@ -26,9 +24,11 @@ class Update(Protocol):
 
     Args:
         needs_host_used: whether ``StepInputs.host_used`` must be given when some parameters take no part.
+        takes_several: whether ``step_`` takes a shard of several buckets (``engine.storage.merged``).
     """
 
     needs_host_used: bool
+    takes_several: bool
 
     def begin(self, inputs: StepInputs) -> None:
         """Start a step: advance the counters of the parameters that take part. Call it before any ``step_``."""
@@ -37,8 +37,8 @@ class Update(Protocol):
         """Update one bucket's shard in place.
 
         Args:
-            shard: its gradient may be overwritten.
-            bucket: the bucket that the shard is a slice of.
+            shard: its gradient may be overwritten. Not read if ``StepInputs`` had scattered gradients.
+            bucket: the bucket that the shard is a slice of; of several, the first.
             sources: replace ``shard.gradient``: the update sums them as it goes.
         """
 
@@ -48,11 +48,6 @@ class Update(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that the update itself holds on the device, without the counters."""
-
-
-def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether the Triton kernel updates parameters of ``dtype`` on ``device``."""
-    return dtype != torch.float64 and device.type in KERNEL_DEVICES and find_spec("triton") is not None
 
 
 def choose(counters: Counters, dtype: torch.dtype, *, seed: int, rank: int) -> Update:

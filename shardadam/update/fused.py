@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardadam.chunks import chunks, sum_chunk_
+from shardadam.chunks import chunks
 from shardadam.layout import ALIGNMENT_NUMEL, Bucket
+from shardadam.sums.sources import sum_chunk_
 from shardadam.update import reference
 from shardadam.update.runs import Run, RunTable
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
@@ -42,10 +43,12 @@ class FusedUpdate:
     """An ``Update`` (see there) by torch's fused kernel."""
 
     needs_host_used = True
+    takes_several = False
 
     def __init__(self, counters: Counters, *, seed: int, rank: int) -> None:
         self._counters = counters
         self._seed = seed
+        self._rank = rank
         self._runs = RunTable(rank, len(counters.steps))
         self._on_cpu = counters.steps.device.type == "cpu"
         self._limits: Tensor | None = None
@@ -63,6 +66,7 @@ class FusedUpdate:
         self._skip = self._on_cpu and bool(inputs.found_inf)
         self._coefficient = inputs.coefficient
         self._hyperparameters = inputs.hyperparameters
+        self._gradients = inputs.gradients
         # The moments that this step decodes obey the bounds of the step before: read them before they advance.
         self._limits = counters.bounds.sqrt().float()
         self._keys = None
@@ -83,8 +87,10 @@ class FusedUpdate:
         runs = self._runs.runs(bucket, self._host_used)
         if not runs or self._skip:
             return
-        if sources is None and not shard.is_encoded:
-            flats = (shard.parameter, shard.gradient, shard.exp_avg, shard.exp_avg_sq)
+        exact = shard.exact_dtype
+        whole = shard.gradient if sources is None and self._gradients is None else None
+        if whole is not None and whole.dtype == exact and not shard.is_encoded:
+            flats = (shard.parameter, whole, shard.exp_avg, shard.exp_avg_sq)
             if runs[0].stop - runs[0].start == shard.parameter.numel():
                 lists = [[flat] for flat in flats]
             else:
@@ -95,13 +101,19 @@ class FusedUpdate:
         if self._on_cpu and _is_common(shard):
             step = self._step_bfloat16_
         scratch = Scratch()
+        segments = list(bucket.shard_segments(self._rank))
         for run in runs:
             for chunk in chunks(run.start, run.stop, shard.parameter.device):
-                if sources is None:
-                    gradient = shard.gradient[chunk]
+                if whole is not None and whole.dtype == exact:
+                    gradient = whole[chunk]
                 else:
-                    gradient = scratch.take(shard.gradient, chunk, "gradient")
-                    sum_chunk_(gradient, [source[chunk] for source in sources.slices], scale=sources.scale)
+                    gradient = scratch.take(shard.parameter, chunk, "gradient", exact)
+                    if self._gradients is not None:
+                        self._gradients.write_(gradient, segments, chunk.start, chunk.stop)
+                    elif sources is not None:
+                        sum_chunk_(gradient, [source[chunk] for source in sources.slices], scale=sources.scale)
+                    elif whole is not None:
+                        gradient.copy_(whole[chunk])
                 step(shard, chunk, run, gradient, scratch)
 
     def _adam_(

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.sums.scattered import Scattered
 
-_ONE_PER_BLOCK = ("exp_avg_scale", "exp_avg_sq_scale", "blocks")
+_ONE_PER_BLOCK = ("exp_avg_scale", "exp_avg_sq_scale", "blocks", "positions")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,8 +27,7 @@ class Shard:
 
     Args:
         parameter: the shard's slice of the parameters, in their dtype.
-        gradient: averaged over ranks; float32, or float64 for float64 parameters. Not read when ``step_`` is given
-            ``Sources``; its storage may be freed then.
+        gradient: of any floating dtype; None if ``step_`` gets its gradients from elsewhere.
         exp_avg, exp_avg_sq: float32 (float64), bfloat16, or int8 and uint8 codes.
         exp_avg_scale, exp_avg_sq_scale: float32, one for each block; None unless the moments are codes.
         master: float32, or None.
@@ -34,10 +35,12 @@ class Shard:
         blocks: for each block the parameter that it belongs to, as an index into ``Counters``; int16 or int32. Padding
             belongs to the parameter before it.
         first_block: the shard's offset in its arena, in blocks.
+        positions: int32, for each block its position among the blocks of the arena; ``parameter`` is then the whole
+            arena's. None: the blocks lie one after the other, from ``first_block`` on.
     """
 
     parameter: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
     exp_avg_scale: Tensor | None
@@ -46,16 +49,22 @@ class Shard:
     remainder: Tensor | None
     blocks: Tensor
     first_block: int
+    positions: Tensor | None = None
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return torch.promote_types(self.parameter.dtype, torch.float32)
 
     @property
     def is_encoded(self) -> bool:
         """Whether the parameter or the moments are stored in another dtype than the arithmetic uses."""
-        return not self.parameter.dtype == self.exp_avg.dtype == self.gradient.dtype
+        return not self.parameter.dtype == self.exp_avg.dtype == self.exact_dtype
 
     @property
     def is_random(self) -> bool:
         """Whether the parameter or the moments are rounded stochastically."""
-        exact = self.gradient.dtype
+        exact = self.exact_dtype
         has_weight = self.parameter.dtype == exact or self.master is not None or self.remainder is not None
         return self.exp_avg.dtype != exact or not has_weight
 
@@ -121,6 +130,7 @@ class StepInputs:
         host_used: ``used`` on the host; None if all parameters take part, or if the update reads ``used`` alone.
         coefficient: what gradients are multiplied by, 0-dim float32 (float64 for float64 parameters); None for 1.
         hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
+        gradients: of the arena, if they are not in shards: replace ``Shard.gradient``.
     """
 
     found_inf: Tensor
@@ -128,3 +138,4 @@ class StepInputs:
     host_used: Sequence[bool] | None
     coefficient: Tensor | None
     hyperparameters: Mapping[str, Any]
+    gradients: Scattered | None = None

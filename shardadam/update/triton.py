@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardadam.chunks import sum_sources_
+from shardadam.sums.sources import sum_sources_
 from shardadam.layout import Bucket
 from shardadam.update.reference import BLOCK_NUMEL, GOLDEN_WORD, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
@@ -66,6 +66,7 @@ class TritonUpdate:
     """
 
     needs_host_used = False
+    takes_several = True
 
     def __init__(self, counters: Counters, *, seed: int) -> None:
         self._counters = counters

@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``p.grad`` -> gradient shards, by one reducer for each ``gradient_sync``: ``BackwardReducer`` ("backward"),
-``StepReducer`` ("step") and ``ExternalReducer`` ("external").
+"""``p.grad`` -> mean gradients, by one reducer for each ``gradient_sync``: ``BackwardReducer`` ("backward"),
+``StepReducer`` ("step") and ``LocalReducer`` ("external"). ``AloneReducer`` and ``LocalReducer`` stand in for the first
+two on one rank.
 """
 
 from shardadam.engine.reduction.backward_reducer import BackwardReducer
 from shardadam.engine.reduction.base import Reducer
-from shardadam.engine.reduction.external_reducer import ExternalReducer
+from shardadam.engine.reduction.local_reducer import AloneReducer, LocalReducer
 from shardadam.engine.reduction.step_reducer import StepReducer
+from shardadam.transport import Transport
 
-__all__ = ["BackwardReducer", "ExternalReducer", "Reducer", "StepReducer"]
+__all__ = ["Reducer", "reducer_for"]
+
+
+def reducer_for(gradient_sync: str, transport: Transport, *, with_squares: bool) -> Reducer:
+    """Return the reducer for ``gradient_sync``.
+
+    Args:
+        with_squares: sum up the squares for the norm during the reduction, while gradients are in the cache.
+    """
+    if gradient_sync == "external":
+        return LocalReducer()
+    if not transport.sends:
+        return AloneReducer() if gradient_sync == "backward" else LocalReducer()
+    kind = BackwardReducer if gradient_sync == "backward" else StepReducer
+    return kind(transport, with_squares=with_squares)

@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.engine.grad_stats import GradStats
-from shardadam.engine.reduction.base import Reducer, check_gradient
+from shardadam.engine.reduction.base import Reducer, allocate_gradient_shards, check_gradient, foreign_gradient
 from shardadam.engine.reduction.copy_in import copy_in, joined_streams
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
 from shardadam.ranks.signals import defer_signals
 from shardadam.transport import Transport
 
@@ -92,6 +91,7 @@ class BackwardReducer(Reducer):
         self._order_is_learned = False
         self._completed: list[int] = []  # indices of the buckets that the last round completed, in order
         # Since reset
+        self._refused: str | None = None  # why a gradient was reduced as zeros
         self._launches: list[int] = []  # by bucket index
         self._has_local = False  # p.grad has gradients from no_sync that no round has reduced
 
@@ -100,8 +100,8 @@ class BackwardReducer(Reducer):
         self._launches += [0] * len(buckets)
         self._order_is_learned = False
         self._completed.clear()
-        for bucket in buckets:
-            self._pool.reserve(bucket)
+        allocate_gradient_shards(buckets, self._transport)
+        self._pool.reserve(buckets)
         self._hooks.register(params)
 
     def remove_hooks(self) -> None:
@@ -155,6 +155,8 @@ class BackwardReducer(Reducer):
     # Rounds
 
     def _open_round(self) -> Round:
+        if any(self._launches):
+            self.make_exact()
         self.rounds += 1
         self._has_local = False
         self._completed.clear()
@@ -176,18 +178,26 @@ class BackwardReducer(Reducer):
     def _launch_next(self, current: Round, *, may_wait: bool) -> None:
         with defer_signals():
             index = current.order[current.next]
-            current.next += 1
             self._launch(index, current, may_wait=may_wait)
 
     @torch.no_grad()
     def _launch(self, index: int, current: Round, *, may_wait: bool) -> None:
+        """Reduce the next bucket of the round. If this raises before it sends, the bucket remains the next one."""
         bucket = self._buckets[index]
         staging = self._pool.acquire(bucket, may_wait=may_wait)
-        with joined_streams(current.streams.pop(index, None), bucket.parameters.device):
-            copy_in(bucket, staging.send, self.used, current.partly_launched)
-        stats = self._grad_stats[index] = GradStats(with_squares=self._with_squares)
-        self._pool.reduce_scatter(bucket, staging, accumulate=self._launches[index] > 0, on_chunk=stats.update)
+        try:
+            with joined_streams(current.streams.get(index), bucket.parameters.device):
+                error = copy_in(bucket, staging.send, self.used, current.partly_launched)
+        except BaseException:
+            self._pool.release(bucket, staging)
+            raise
+        self._refused = self._refused or error
+        current.streams.pop(index, None)
+        current.next += 1
+        accumulate = self._launches[index] > 0
         self._launches[index] += 1
+        stats = self._new_stats(bucket, with_squares=self._with_squares)
+        self._pool.reduce_scatter(bucket, staging, accumulate=accumulate, stats=stats)
         self._free_gradients(bucket, current.partly_launched)
 
     def _free_gradients(self, bucket: FlatBucket, partly_launched: dict[int, Tensor | None]) -> None:
@@ -208,7 +218,7 @@ class BackwardReducer(Reducer):
             if self._has_local and self._round is None:
                 self._open_round()
             self._close_round(may_wait=True)
-            self.local_error = self._find_foreign_gradient()
+            self.local_error = self._refused or self._find_foreign_gradient()
             self._has_local = not self._is_synchronizing
             never_launched = [index for index in self.order if self._launches[index] == 0]
             if never_launched:
@@ -219,14 +229,7 @@ class BackwardReducer(Reducer):
         """Return an error if ``p.grad`` was written after its gradient was reduced and freed: it would be ignored."""
         for param in self._params:
             if param.parameter.grad is not None and all(self._launches[bucket.index] for bucket in param.buckets):
-                return (
-                    f"Parameter {param.name!r} has a gradient in p.grad although this optimizer has reduced and freed "
-                    "it during backward; expected None. If the model is wrapped in DistributedDataParallel "
-                    "(accelerate's prepare, transformers.Trainer and Lightning's DDP strategy do that), remove the "
-                    "wrapper (shardadam.integrations.accelerate.ShardedAccelerator, shardadam.integrations."
-                    'transformers.ShardedTrainer), or build the optimizer with gradient_sync="external". If your own '
-                    'code writes p.grad after backward, use gradient_sync="step".'
-                )
+                return foreign_gradient(param)
         return None
 
     def close_open_round(self) -> None:
@@ -287,6 +290,7 @@ class BackwardReducer(Reducer):
         super().reset()
         self._launches = [0] * len(self._buckets)
         self._has_local = False
+        self._refused = None
 
     def staging_bytes(self) -> int:
         return self._pool.nbytes()

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardadam.engine.grad_stats import GradStats
-from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard
+from shardadam.sums.scattered import Scattered
+from shardadam.sums.stats import GradStats
+from shardadam.transport import Transport
 from shardadam.update import Sources
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -59,10 +61,12 @@ class Reducer(ABC):
         rounds: number of rounds since the reducer was built. If it has not changed, neither have the gradient shards.
         local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
         averages: whether it averages gradients over several ranks.
+        keeps_gradients: whether ``p.grad`` holds the mean gradients from backward to the step, for others to clip.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
 
     averages = False
+    keeps_gradients = False
 
     def __init__(self) -> None:
         self.used: list[bool] = []
@@ -72,7 +76,9 @@ class Reducer(ABC):
         self.is_superseded = False
         self._params: list[ShardedParam] = []
         self._buckets: list[FlatBucket] = []
-        self._grad_stats: dict[int, GradStats] = {}  # by bucket index: of what its shard holds since reset
+        # Since reset
+        self._grad_stats: dict[int, GradStats] = {}  # by bucket index: of what its shard holds
+        self._replaced: list[Tensor] = []  # gradient shards that streams may still be reading
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         """Add parameters and their buckets, and set the buckets' indices. No round may be open.
@@ -139,8 +145,27 @@ class Reducer(ABC):
         """Write the means to all gradient shards, if that is not done yet. Collective: all ranks must call it."""
         self.wait_all()
 
+    @torch.no_grad()
+    def make_exact(self) -> None:
+        """Keep gradient shards in the dtype of the arithmetic from now on, as several rounds or a write need it.
+
+        The sums of one round have no more digits than the dtype in which they have arrived.
+        """
+        for arena in self._arenas():
+            exact, before = arena.format.exact_dtype, arena.gradient_shard
+            if before is not None and before.dtype != exact:
+                self.wait_all()
+                arena.allocate_gradient_shard(exact)
+                for bucket in arena.buckets:
+                    gradient_shard(bucket).copy_(before[bucket.shard_slice])
+                self._replaced.append(before)
+
     def sources(self, bucket: FlatBucket) -> Sources | None:
-        """Return the tensors that the update must sum up; None if the bucket's gradient shard holds the mean."""
+        """Return the tensors that the update must sum up; None if it need not."""
+        return None
+
+    def scattered(self, arena: FlatArena) -> Scattered | None:
+        """Return the mean gradients of the arena's parameters where they are; None if its gradient shard has them."""
         return None
 
     def await_readers(self) -> None:
@@ -157,16 +182,24 @@ class Reducer(ABC):
         for bucket in self._buckets:
             stats = self._grad_stats.get(bucket.index)
             if stats is None or (with_squares and not stats.with_squares):
-                stats = self._grad_stats[bucket.index] = GradStats(with_squares=with_squares)
-                stats.update(bucket.shard.gradient)
+                self._measure(bucket, with_squares=with_squares)
         return list(self._grad_stats.values())
+
+    def _arenas(self) -> list[FlatArena]:
+        return list(dict.fromkeys(bucket.arena for bucket in self._buckets))
+
+    def _new_stats(self, bucket: FlatBucket, *, with_squares: bool) -> GradStats:
+        """Replace the statistics of a bucket by new ones, of nothing yet."""
+        scale, squares = bucket.arena.gradient_scale, bucket.squares
+        stats = self._grad_stats[bucket.index] = GradStats(with_squares=with_squares, scale=scale, squares=squares)
+        return stats
+
+    def _measure(self, bucket: FlatBucket, *, with_squares: bool) -> None:
+        self._new_stats(bucket, with_squares=with_squares).measure(gradient_shard(bucket))
 
     def measure_again(self, bucket: FlatBucket) -> None:
         """Replace the statistics of a bucket whose gradient shard has been written; non-finite ones stay non-finite."""
-        before = self._grad_stats[bucket.index]
-        after = self._grad_stats[bucket.index] = GradStats(with_squares=before.with_squares)
-        after.update(bucket.shard.gradient)
-        after.extremes += before.extremes
+        self._grad_stats[bucket.index] = self._grad_stats[bucket.index].again(gradient_shard(bucket))
 
     def learn_order(self) -> None:
         """Set ``order`` to that in which rank 0's last backward completed the buckets, if reduction runs in backward.
@@ -179,6 +212,7 @@ class Reducer(ABC):
         """Discard the reduced gradients, after completing all transfers. Does not change ``p.grad``."""
         self.used = [False] * len(self._params)
         self._grad_stats.clear()
+        self._replaced.clear()
 
     def gradient_bytes(self) -> int:
         """Return the bytes of the flat buffers that ``p.grad`` are views of."""
@@ -187,6 +221,16 @@ class Reducer(ABC):
     def staging_bytes(self) -> int:
         """Return the bytes of the staging buffers."""
         return 0
+
+
+def allocate_gradient_shards(buckets: Sequence[FlatBucket], transport: Transport) -> None:
+    """Allocate the gradient shards of new buckets, in the dtype in which the transport's sums arrive."""
+    ranks = transport.world_size * transport.replicas
+    for bucket in buckets:
+        arena, device = bucket.arena, bucket.parameters.device
+        arena.allocate_gradient_shard(transport.sum_dtype(bucket.wire_dtype, arena.format.exact_dtype, device))
+        leaves_scale = bucket.wire_dtype != torch.float16 and not transport.scales_sums(device)
+        arena.gradient_scale = 1 / ranks if leaves_scale else 1.0
 
 
 Snapshot = tuple[Tensor | None, int]
@@ -209,18 +253,38 @@ def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
     )
 
 
-def check_gradient(param: ShardedParam) -> None:
-    """Raise RuntimeError if ``p.grad`` is sparse or its shape differs from the parameter's when it was added."""
+def gradient_error(param: ShardedParam) -> str | None:
+    """Return an error if ``p.grad`` is sparse or its shape differs from the parameter's when it was added."""
     gradient = param.parameter.grad
     if gradient is None:
-        return
+        return None
     if gradient.layout != torch.strided:
-        raise RuntimeError(
+        return (
             f"Parameter {param.name!r} has a sparse gradient ({gradient.layout}), expected a dense one. Build the "
             "embedding with sparse=False, or give the parameter to an optimizer of its own (torch.optim.SparseAdam)."
         )
     if gradient.shape != param.shape:
-        raise RuntimeError(
+        return (
             f"Parameter {param.name!r} has a gradient of shape {tuple(gradient.shape)}, expected "
             f"{tuple(param.shape)} as when the optimizer was built. Build a new optimizer after changing a shape."
         )
+    return None
+
+
+def foreign_gradient(param: ShardedParam) -> str:
+    """Return the error for a gradient in ``p.grad`` after that of this step was taken out of it."""
+    return (
+        f"Parameter {param.name!r} has a gradient in p.grad although this optimizer has reduced and freed "
+        "it during backward; expected None. If the model is wrapped in DistributedDataParallel "
+        "(accelerate's prepare, transformers.Trainer and Lightning's DDP strategy do that), remove the "
+        "wrapper (shardadam.integrations.accelerate.ShardedAccelerator, shardadam.integrations."
+        'transformers.ShardedTrainer), or build the optimizer with gradient_sync="external". If your own '
+        'code writes p.grad after backward, use gradient_sync="step".'
+    )
+
+
+def check_gradient(param: ShardedParam) -> None:
+    """Raise RuntimeError if there is a ``gradient_error``."""
+    error = gradient_error(param)
+    if error is not None:
+        raise RuntimeError(error)

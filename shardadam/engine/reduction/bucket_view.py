@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardadam.engine.grad_stats import is_within
+from shardadam.sums.stats import is_within
 from shardadam.engine.reduction.base import check_gradient
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, view_of
 from shardadam.transport import Transport

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from shardadam.chunks import OnChunk
 from shardadam.engine.profiling import record
-from shardadam.engine.storage import FlatBucket
+from shardadam.engine.storage import FlatBucket, gradient_shard
+from shardadam.sums.stats import GradStats
 from shardadam.transport import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.base import Finished, scale_for_mean_
 
@@ -26,7 +26,8 @@ class InFlight:
 
 
 class StagingPool:
-    """Staging buffers, each as large as the largest bucket of its dtype and device, used in turn.
+    """Staging buffers, each as large as the largest bucket of its dtype and device, used in turn. Up to ``SIZE`` of
+    each are allocated with the buckets: where that fails, no rank has sent anything yet.
 
     ``acquire`` a buffer, fill it, and ``reduce_scatter`` it. Only ``reduce_scatter`` is collective.
 
@@ -49,19 +50,26 @@ class StagingPool:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._numel: dict[tuple[torch.dtype, torch.device], int] = {}  # of each buffer
+        self._users: Counter[tuple[torch.dtype, torch.device]] = Counter()  # the number of buckets
         self._free: dict[tuple[torch.dtype, torch.device], list[InFlight]] = {}
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._unreleased: deque[InFlight] = deque()  # waited for, but peers may still be reading the buffer
         self._may_poll = True
 
-    def reserve(self, bucket: FlatBucket) -> None:
-        """Allocate all buffers from now on large enough for ``bucket``."""
-        key = (bucket.wire_dtype, bucket.parameters.device)
-        if bucket.numel > self._numel.get(key, 0):
-            self._numel[key] = bucket.numel
-            for free in self._free.get(key, []):
-                self._transport.free_staging(free.staging)
-            self._free[key] = []
+    def reserve(self, buckets: Sequence[FlatBucket]) -> None:
+        """Allocate buffers for new buckets, and make all buffers large enough for them. No transfer may be in flight."""
+        self._reclaim()
+        for bucket in buckets:
+            key = (bucket.wire_dtype, bucket.parameters.device)
+            self._users[key] += 1
+            if bucket.numel > self._numel.get(key, 0):
+                self._numel[key] = bucket.numel
+                for free in self._free.get(key, []):
+                    self._transport.free_staging(free.staging)
+                self._free[key] = []
+        for key, numel in self._numel.items():
+            while len(self._free[key]) < min(self.SIZE, self._users[key]):
+                self._free[key].append(InFlight(self._transport.allocate_staging(numel, *key), Finished()))
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
         """Return a buffer for ``bucket``, in its wire dtype, that the current stream may write.
@@ -93,19 +101,23 @@ class StagingPool:
         last.pending.wait_on_this_stream()
         return last.staging
 
-    def reduce_scatter(self, bucket: FlatBucket, staging: Staging, *, accumulate: bool, on_chunk: OnChunk) -> None:
-        """Start a reduce-scatter of the mean over ranks of ``staging`` to the bucket's gradient shard. Collective.
+    def release(self, bucket: FlatBucket, staging: Staging) -> None:
+        """Return a buffer from ``acquire`` that has not been sent."""
+        self._free[bucket.wire_dtype, bucket.parameters.device].append(InFlight(staging, Finished()))
+
+    def reduce_scatter(self, bucket: FlatBucket, staging: Staging, *, accumulate: bool, stats: GradStats) -> None:
+        """Start a reduce-scatter of ``staging`` to the bucket's gradient shard. Collective.
 
         Args:
             staging: from ``acquire``, filled; must not be written afterwards.
-            accumulate: add the mean to what the shard holds.
-            on_chunk: called with each chunk of the shard when it is complete, at the latest in ``wait_all``.
+            accumulate: add to what the shard holds.
+            stats: measure the shard when it is complete, at the latest in ``wait_all``.
         """
         ranks = self._transport.world_size * self._transport.replicas
-        scale = scale_for_mean_(staging.send[: bucket.numel], ranks)
+        scale = scale_for_mean_(staging.send[: bucket.numel], ranks) / bucket.arena.gradient_scale
         with record("reduce_scatter"):
             request = ReduceScatter(
-                staging, bucket.numel, bucket.shard.gradient, scale=scale, accumulate=accumulate, on_chunk=on_chunk
+                staging, bucket.numel, gradient_shard(bucket), scale=scale, accumulate=accumulate, stats=stats
             )
             pending = self._transport.reduce_scatter(request)
         self._in_flight.append(InFlight(staging, pending))

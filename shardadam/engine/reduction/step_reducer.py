@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardadam.chunks import sum_sources_
-from shardadam.engine.grad_stats import GradStats
+from shardadam.sums.sources import sum_sources_
+from shardadam.sums.stats import GradStats
 from shardadam.engine.profiling import record
-from shardadam.engine.reduction.base import Reducer, Snapshot, is_current, snapshot
+from shardadam.engine.reduction.base import Reducer, Snapshot, allocate_gradient_shards, is_current, snapshot
 from shardadam.engine.reduction.bucket_view import BucketViews
 from shardadam.engine.reduction.copy_in import copy_in
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
 from shardadam.transport import Transport
 from shardadam.update import Sources
 
@@ -44,11 +44,9 @@ class StepReducer(Reducer):
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
         viewed = self._bucket_views.add(params, buckets)
-        for bucket in buckets:
-            if self._bucket_views.holds(bucket):
-                _free(bucket.shard.gradient)
-            else:
-                self._pool.reserve(bucket)
+        copied = [bucket for bucket in buckets if not self._bucket_views.holds(bucket)]
+        allocate_gradient_shards(copied, self._transport)
+        self._pool.reserve(copied)
         self._hooks.register(viewed)
 
     def remove_hooks(self) -> None:
@@ -77,9 +75,10 @@ class StepReducer(Reducer):
     @torch.no_grad()
     def _launch(self, bucket: FlatBucket) -> None:
         staging = self._pool.acquire(bucket, may_wait=True)
-        copy_in(bucket, staging.send, self.used)
-        stats = self._grad_stats[bucket.index] = GradStats(with_squares=self._with_squares)
-        self._pool.reduce_scatter(bucket, staging, accumulate=False, on_chunk=stats.update)
+        error = copy_in(bucket, staging.send, self.used)
+        self.local_error = self.local_error or error
+        stats = self._new_stats(bucket, with_squares=self._with_squares)
+        self._pool.reduce_scatter(bucket, staging, accumulate=False, stats=stats)
 
     @property
     def is_idle(self) -> bool:
@@ -97,11 +96,11 @@ class StepReducer(Reducer):
         self._transport.fence()  # every rank has written its gradients
         for bucket in left:
             sources = self._bucket_views.sources(bucket)
-            _restore(bucket.arena.gradient_shard)
-            stats = self._grad_stats[bucket.index] = GradStats(with_squares=self._with_squares)
+            bucket.arena.allocate_gradient_shard(bucket.arena.format.exact_dtype)
+            stats = self._new_stats(bucket, with_squares=self._with_squares)
             with record("reduce_scatter"):
                 sum_sources_(
-                    bucket.shard.gradient, sources.slices, scale=sources.scale, accumulate=False, on_chunk=stats.update
+                    gradient_shard(bucket), sources.slices, scale=sources.scale, accumulate=False, stats=stats
                 )
         self._transport.fence()  # no rank reads them any more
 
@@ -133,6 +132,7 @@ class StepReducer(Reducer):
         self._pool.trim()
         super().reset()
         self._taken = []
+        self.local_error = None
 
     def gradient_bytes(self) -> int:
         return self._bucket_views.nbytes()
@@ -140,14 +140,3 @@ class StepReducer(Reducer):
     def staging_bytes(self) -> int:
         return self._pool.nbytes()
 
-
-def _free(flat: Tensor) -> None:
-    """Free the memory of ``flat`` and of all tensors that share it, but keep the tensors."""
-    flat.untyped_storage().resize_(0)
-
-
-def _restore(flat: Tensor) -> None:
-    """Allocate memory again, uninitialised, if ``_free`` has freed it."""
-    storage = flat.untyped_storage()
-    if storage.nbytes() == 0:
-        storage.resize_(flat.nbytes)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients that this rank need not reduce: it is alone, or DDP or a trainer averages ``p.grad``
+(``gradient_sync="external"``).
+
+Statistics and update read the gradients where autograd has left them. They are copied to gradient shards only if
+something writes to them there: clipping by value, a second backward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from shardadam.chunks import chunks
+from shardadam.engine.reduction.base import (
+    Reducer,
+    Snapshot,
+    check_gradient,
+    foreign_gradient,
+    gradient_error,
+    is_current,
+    snapshot,
+)
+from shardadam.engine.reduction.hooks import GradientHooks
+from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard, memory_order
+from shardadam.layout import Segment
+from shardadam.sums.scattered import Scattered
+from shardadam.sums.stats import GradStats
+
+
+class LocalReducer(Reducer):
+    """Finds the gradients in ``close``, unless none was written or replaced since the last time. Sends nothing."""
+
+    keeps_gradients = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gradients: list[Tensor | None] = []  # by param index: those that are not in a shard
+        self._scattered: dict[FlatArena, Scattered] = {}  # of the arenas whose gradients are not in the shard
+        self._in_shard: set[FlatArena] = set()  # the arenas whose gradients are
+        self._arena_stats: dict[FlatArena, GradStats] = {}
+        self._taken: list[Snapshot] = []  # of ``p.grad``
+
+    def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
+        super().add(params, buckets)
+        self._gradients += [None] * len(params)
+
+    @torch.no_grad()
+    def close(self) -> None:
+        if is_current(self._taken, self._params):
+            return
+        self.reset()
+        self.rounds += 1
+        for param in self._params:
+            self.local_error = self.local_error or gradient_error(param)
+            if gradient_error(param) is None:
+                self._take(param, param.parameter.grad)
+        self._taken = snapshot(self._params)
+
+    def _take(self, param: ShardedParam, gradient: Tensor | None) -> None:
+        """Add a gradient to what the parameter has since ``reset``."""
+        if gradient is None:
+            return
+        ordered = memory_order(gradient, param.parameter)
+        self._arena_stats.pop(param.arena, None)
+        self._scattered.pop(param.arena, None)
+        if self._gradients[param.index] is None and param.arena not in self._in_shard:
+            self._gradients[param.index] = ordered
+        else:
+            self._move_to_shard(param.arena)
+            for bucket, segment, target in _segments(param):
+                target.add_(ordered[segment.start : segment.start + segment.numel])
+                self._grad_stats.pop(bucket.index, None)
+        self.used[param.index] = True
+
+    def _move_to_shard(self, arena: FlatArena) -> None:
+        """Copy the arena's gradients to its shard, unless they are there."""
+        if arena in self._in_shard:
+            return
+        scattered = self.scattered(arena)
+        assert scattered is not None
+        arena.allocate_gradient_shard(arena.format.exact_dtype)
+        for bucket in arena.buckets:
+            segments = [segment for _, segment in bucket.shard_segments]
+            scattered.write_(gradient_shard(bucket), segments, 0, bucket.plan.shard_numel)
+        self._in_shard.add(arena)
+        self._scattered.pop(arena)
+        for param in arena.params:
+            self._gradients[param.index] = None
+
+    def scattered(self, arena: FlatArena) -> Scattered | None:
+        if arena in self._in_shard:
+            return None
+        if arena not in self._scattered:
+            self._scattered[arena] = scatter(arena, [self._gradients[param.index] for param in arena.params])
+        return self._scattered[arena]
+
+    @torch.no_grad()
+    def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
+        found = []
+        for arena in self._arenas():
+            scattered = self.scattered(arena)
+            if scattered is None:
+                for bucket in arena.buckets:
+                    if bucket.index not in self._grad_stats:
+                        self._measure(bucket, with_squares=True)
+                    found.append(self._grad_stats[bucket.index])
+            else:
+                stats = self._arena_stats.get(arena)
+                if stats is None or (with_squares and not stats.with_squares):
+                    stats = self._arena_stats[arena] = measure(arena, scattered, with_squares=with_squares)
+                found.append(stats)
+        return found
+
+    @torch.no_grad()
+    def sum_up(self) -> None:
+        for arena in self._arenas():
+            self._move_to_shard(arena)
+            for bucket in arena.buckets:
+                if bucket.index not in self._grad_stats:
+                    self._measure(bucket, with_squares=True)
+
+    def reset(self) -> None:
+        super().reset()
+        self._gradients = [None] * len(self._params)
+        self._scattered.clear()
+        self._in_shard.clear()
+        self._arena_stats.clear()
+        self._taken = []
+        self.local_error = None
+
+
+class AloneReducer(LocalReducer):
+    """``gradient_sync="backward"`` on one rank: takes gradients out of ``p.grad`` while backward runs.
+
+    Those of several backwards are summed up in the gradient shard, as on several ranks.
+    """
+
+    keeps_gradients = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hooks = GradientHooks(self)
+        self._lock = threading.RLock()  # hooks of parameters on two devices run in two threads
+        self._is_synchronizing = True  # False in no_sync
+        self._has_local = False  # p.grad has gradients from no_sync
+        self._streams: dict[torch.device, set[torch.cuda.Stream]] = {}  # those that have computed gradients
+
+    def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
+        super().add(params, buckets)
+        self._hooks.register(params)
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        self._hooks.remove()
+
+    def why_not_in_grad(self, parameter: Tensor) -> str | None:
+        if parameter.grad is None and any(self.used):
+            return "the gradients have been reduced and freed during backward, so that it finds none."
+        return None
+
+    @torch.no_grad()
+    def on_gradient(self, index: int) -> None:
+        param = self._params[index]
+        check_gradient(param)
+        with self._lock:
+            if self._is_synchronizing:
+                self._take_out(param)
+
+    def _take_out(self, param: ShardedParam) -> None:
+        parameter = param.parameter
+        if parameter.is_cuda:
+            stream = torch.cuda.current_stream(parameter.device)
+            self._streams.setdefault(parameter.device, set()).add(stream)
+        gradient, parameter.grad = parameter.grad, None
+        self.rounds += 1
+        if gradient is not None:
+            self._take(param, gradient.to(param.buckets[0].wire_dtype))
+
+    @torch.no_grad()
+    def close(self) -> None:
+        with self._lock:
+            self.local_error = None
+            for param in self._params:
+                if param.parameter.grad is None:
+                    continue
+                if self.used[param.index] and not self._has_local:
+                    self.local_error = self.local_error or foreign_gradient(param)
+                else:
+                    self.local_error = self.local_error or gradient_error(param)
+                    if gradient_error(param) is None:
+                        self._take_out(param)
+            self._has_local = not self._is_synchronizing
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self._is_synchronizing = self._is_synchronizing, False
+        try:
+            yield
+        finally:
+            self._is_synchronizing = before
+            self._has_local = True
+
+    def reset(self) -> None:
+        # The memory of gradients that are freed now belongs to the streams that have computed them.
+        for device, streams in self._streams.items():
+            current = torch.cuda.current_stream(device)
+            for stream in streams - {current}:
+                stream.wait_stream(current)
+        self._streams.clear()
+        super().reset()
+        self._has_local = False
+
+
+def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
+    """Return the gradients of the arena's parameters for statistics and update; of one dtype."""
+    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else arena.format.exact_dtype
+    same = [None if gradient is None else gradient.to(dtype) for gradient in gradients]
+    if arena.squares is None:
+        return Scattered(same, dtype)
+    return Scattered.with_addresses(same, dtype, arena.parameters.device)
+
+
+def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> GradStats:
+    """Return the statistics of the gradients of this rank's shards."""
+    stats = GradStats(with_squares=with_squares, squares=arena.squares)
+    if scattered.addresses is not None and arena.squares is not None:
+        from shardadam.sums import kernel
+
+        kernel.measure_scattered(
+            scattered.addresses,
+            arena.squares,
+            blocks=arena.blocks,
+            first_blocks=arena.counters.first_blocks,
+            numels=arena.counters.numels,
+            positions=arena.positions,
+        )
+        return stats
+    exact = torch.promote_types(scattered.dtype, torch.float32)
+    scratch: Tensor | None = None
+    for bucket in arena.buckets:
+        segments = [segment for _, segment in bucket.shard_segments]
+        for chunk in chunks(0, bucket.plan.shard_numel, arena.parameters.device):
+            numel = chunk.stop - chunk.start
+            if scratch is None or scratch.numel() < numel:
+                scratch = torch.empty(numel, dtype=exact, device=arena.parameters.device)
+            scattered.write_(scratch[:numel], segments, chunk.start, chunk.stop)
+            stats.update(scratch[:numel])
+    return stats
+
+
+def _segments(param: ShardedParam) -> Iterator[tuple[FlatBucket, Segment, Tensor]]:
+    """Yield each part of the parameter in this rank's shards, with its bucket and its slice of the gradient shard."""
+    for bucket in param.buckets:
+        for other, segment in bucket.shard_segments:
+            if other is param:
+                yield bucket, segment, gradient_shard(bucket)[segment.offset : segment.offset + segment.numel]

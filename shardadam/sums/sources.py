@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums one gradient of each rank, in rank order, and measures the sum while it is in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardadam.chunks import chunks
+from shardadam.sums.stats import GradStats
+
+
+def sum_sources_(
+    shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, stats: GradStats | None = None
+) -> None:
+    """Write ``scale`` times the sum of ``sources`` to ``shard``, summing in their order and in its dtype.
+
+    Args:
+        accumulate: add to what ``shard`` holds instead of overwriting it.
+        stats: of ``shard``; measures its final values.
+    """
+    if stats is not None and stats.squares is not None:
+        from shardadam.sums import kernel
+
+        kernel.sum_(shard, sources, stats.squares, scale=scale, accumulate=accumulate)
+        return
+    for chunk in chunks(0, shard.numel(), shard.device):
+        part = shard[chunk]
+        total = torch.empty_like(part) if accumulate else part
+        sum_chunk_(total, [source[chunk] for source in sources], scale=scale)
+        if accumulate:
+            part.add_(total)
+        if stats is not None:
+            stats.update(part)
+
+
+def sum_chunk_(total: Tensor, sources: Sequence[Tensor], *, scale: float) -> None:
+    """Write ``scale`` times the sum of ``sources`` to ``total``, summing in their order and in its dtype."""
+    first, *others = sources
+    if others and first.dtype == others[0].dtype == total.dtype:
+        torch.add(first, others.pop(0), out=total)
+    else:
+        total.copy_(first)
+    for other in others:
+        total.add_(other)
+    if scale != 1:
+        total.mul_(scale)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of gradients that a step needs before it uses them: whether they are finite, and their norm.
+
+Works on any device, on the gradients of one rank. Only ``is_within`` waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from shardadam.chunks import chunks
+from shardadam.layout import ALIGNMENT_NUMEL
+
+_CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class GradStats:
+    """Statistics of a flat gradient shard: whether it is finite, and its sum of squares.
+
+    By torch, each part of the shard is measured while it is in the cache. By a Triton kernel, the whole shard is; its
+    squares are summed up in float64, where the square of a float32 cannot overflow. So one sum tells both.
+
+    Args:
+        with_squares: also compute the sum of squares. A kernel always does.
+        scale: the mean gradient is ``scale`` times what the shard holds.
+        squares: for a kernel to write: float64, one for every ``PROGRAM_NUMEL`` elements of the shard.
+
+    Attributes:
+        flags: 0-dim tensors that are finite if and only if the gradient is, on its device.
+        sums_of_squares: of the parts measured by torch, 0-dim float64.
+    """
+
+    def __init__(self, *, with_squares: bool, scale: float = 1.0, squares: Tensor | None = None) -> None:
+        self.with_squares = with_squares or squares is not None
+        self.scale = scale
+        self.squares = squares
+        self.flags: list[Tensor] = []
+        self.sums_of_squares: list[Tensor] = []
+
+    def update(self, gradient: Tensor) -> None:
+        """Add a part by torch: 1-D, of a floating dtype, a multiple of ``ALIGNMENT_NUMEL`` long."""
+        self.flags += torch.aminmax(gradient)  # both are NaN if any element is
+        if self.with_squares:
+            # By rows, then in float64: over one long row torch's float32 sum on the CPU is off by 1e-4 at 4M elements.
+            exact = torch.promote_types(gradient.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), dim=1, dtype=exact)
+            self.sums_of_squares.append(norms.double().square().sum())
+
+    def measure(self, gradient: Tensor) -> None:
+        """Measure the whole shard, as ``update`` takes it."""
+        if self.squares is None:
+            for chunk in chunks(0, gradient.numel(), gradient.device):
+                self.update(gradient[chunk])
+        else:
+            from shardadam.sums import kernel
+
+            kernel.measure(gradient, self.squares)
+
+    def again(self, gradient: Tensor) -> GradStats:
+        """Return statistics of the shard after it has been written; non-finite ones stay non-finite."""
+        after = GradStats(with_squares=self.with_squares, scale=self.scale, squares=self.squares)
+        after.flags += self.flags if self.squares is None else [*self.flags, self.squares.sum()]
+        after.measure(gradient)
+        return after
+
+    def mark_nonfinite(self) -> None:
+        """Make ``are_finite`` return False for these statistics."""
+        self.flags.append(torch.tensor(torch.inf, device="cpu"))
+
+
+def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
+    """Return whether all measured elements are finite, 0-dim bool on ``device``; True if none were measured."""
+    flags = [flag.to(device) for stats in grad_stats for flag in stats.flags]
+    found = torch.stack(flags).isfinite().all() if flags else torch.ones((), dtype=torch.bool, device=device)
+    for squares in _by_scale(grad_stats).values():
+        found = found & squares.sum().isfinite().to(device)
+    return found
+
+
+def sum_of_squares(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
+    """Return the sum of squares of all mean gradients; 0-dim float64 on ``device``."""
+    sums = [(squares.sum().to(device), scale) for (scale, _), squares in _by_scale(grad_stats).items()]
+    by_torch: dict[float, list[Tensor]] = {}
+    for stats in grad_stats:
+        by_torch.setdefault(stats.scale, []).extend(square.to(device) for square in stats.sums_of_squares)
+    sums += [(torch.stack(squares).sum(), scale) for scale, squares in by_torch.items() if squares]
+    means = [total if scale == 1 else total * scale**2 for total, scale in sums]
+    return reduce(torch.add, means) if means else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _by_scale(grad_stats: Sequence[GradStats]) -> dict[tuple[float, torch.device], Tensor]:
+    """Return all sums of squares that kernels have written, in one tensor for each scale and device."""
+    found: dict[tuple[float, torch.device], list[Tensor]] = {}
+    for stats in grad_stats:
+        if stats.squares is not None:
+            found.setdefault((stats.scale, stats.squares.device), []).append(stats.squares)
+    return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in found.items()}
+
+
+def is_within(gradient: Tensor, limit: float) -> bool:
+    """Return whether every element is a number from ``-limit`` to ``limit``; False if any is NaN. Waits for the device.
+
+    Args:
+        gradient: of any shape and floating dtype, not empty.
+    """
+    low, high = torch.aminmax(gradient)
+    return -limit <= float(low) and float(high) <= limit
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """Return the factor by which torch.nn.utils.clip_grad_norm_ would multiply gradients, 0-dim."""
+    return (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
