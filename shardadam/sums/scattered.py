@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradients of an arena where autograd has left them, so that no copy of them is needed.
+
+Works on any device; only kernels read ``Addresses``. The host never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardadam.layout import Segment
+
+ALIGNMENT_BYTES = 16
+"""Of an address from which a GPU can load its widest words."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Addresses:
+    """Where kernels find the gradients of an arena. Does not keep them alive.
+
+    Args:
+        table: int64, on the device, one for each parameter of the arena; 0 for one without a gradient.
+        dtype: of the gradients.
+        is_aligned: whether all are multiples of ``ALIGNMENT_BYTES``.
+    """
+
+    table: Tensor
+    dtype: torch.dtype
+    is_aligned: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scattered:
+    """The gradients of one arena, each in a tensor of its own.
+
+    Args:
+        tensors: one for each parameter of the arena: 1-D and contiguous, in the parameter's memory order. None is
+            a gradient of zeros.
+        dtype: of all of them: float32, bfloat16 or float16, or on a device without kernels float64.
+        addresses: of the tensors; None on a device without kernels.
+    """
+
+    tensors: Sequence[Tensor | None]
+    dtype: torch.dtype
+    addresses: Addresses | None = None
+
+    @classmethod
+    def with_addresses(cls, tensors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Scattered:
+        """Return them with their addresses in a table on ``device``. May be captured in a CUDA graph."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        is_aligned = all(address % ALIGNMENT_BYTES == 0 for address in addresses)
+        return cls(tensors, dtype, Addresses(_send(addresses, device), dtype, is_aligned))
+
+    def write_(self, target: Tensor, segments: Iterable[Segment], start: int, stop: int) -> None:
+        """Write elements ``start : stop`` of a shard to ``target``; zeros where there is padding or no gradient.
+
+        Args:
+            target: 1-D, ``stop - start`` long, of any floating dtype.
+            segments: of one bucket and this rank, by ascending offset; ``Segment.parameter`` is the index in the arena.
+        """
+        end = start  # where the elements that are not written yet begin
+        for segment in segments:
+            low, high = max(start, segment.offset), min(stop, segment.offset + segment.numel)
+            tensor = self.tensors[segment.parameter]
+            if tensor is None or low >= high:
+                continue
+            target[end - start : low - start].zero_()
+            first = segment.start + low - segment.offset
+            target[low - start : high - start].copy_(tensor[first : first + high - low])
+            end = high
+        target[end - start :].zero_()
+
+
+def _send(values: list[int], device: torch.device) -> Tensor:
+    """Return ``values`` as an int64 tensor on ``device``."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return _send_as_arguments(values, device)
+    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
+    return torch.empty_like(host, device=device).copy_(host, non_blocking=True)  # torch keeps host until it is copied
+
+
+def _send_as_arguments(values: list[int], device: torch.device) -> Tensor:
+    """Do ``_send`` by arguments of kernels: a graph holds these, but would read host memory again at each replay."""
+    table = torch.zeros(len(values), dtype=torch.int64, device=device)
+    if values:
+        torch._foreach_add_(list(table.unbind()), values)
+    return table
