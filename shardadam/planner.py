@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from shardadam import update
 from shardadam.checks.arguments import Options
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import allocate_counters, block_table
-from shardadam.layout import Arena, Layout, ParameterSpec, build_layout
+from shardadam.engine.storage import allocate_counters, block_table, kernel_tables
+from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Master, Moments, Precision
 from shardadam.state.memory import Memory
@@ -97,6 +97,11 @@ class Setting:
     clips: bool = False
 
     @property
+    def is_local(self) -> bool:
+        """Whether no rank reduces gradients: statistics and update read them where autograd has left them."""
+        return self.gradient_sync == "external" or self.world_size * self.replicas == 1
+
+    @property
     def bucket_bytes(self) -> int:
         """The size of a bucket that the optimizer would use.
 
@@ -112,9 +117,10 @@ def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory
     """Return what ``optimizer.memory()`` returns on each rank when an optimizer is built over ``parameters``.
 
     Args:
-        peak: plan for training instead: two staging buffers for each dtype that is reduced (one if it has one bucket),
-            and with ``clips`` all gradient shards. In training, staging exceeds this only while peers are late. On CPUs
-            tables then grow by a few bytes for each parameter, which are not counted.
+        peak: plan for training instead: with ``clips`` all gradient shards. In training, staging exceeds the plan only
+            while peers are late, and gradient shards only once a step has several backwards or needs gradients in
+            shards (``Memory.gradient_shard``). On CPUs tables then grow by a few bytes for each parameter, which are
+            not counted.
 
     Raises:
         ValueError, TypeError: the optimizer would refuse these arguments, or a parameter's dtype.
@@ -136,9 +142,10 @@ def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory
     """Return ``plan`` for an existing layout. The setting's precision, ``gradient_sync``, transport and ``clips`` may
     differ from those that the layout was built with.
     """
-    total: Counter[str] = Counter(staging=_staging_bytes(layout, setting) if peak else 0)
-    for arena in layout.arenas:
-        total.update(_arena_bytes(arena, layout.world_size, setting, peak=peak))
+    total: Counter[str] = Counter(staging=_staging_bytes(layout, setting))
+    for index, arena in enumerate(layout.arenas):
+        buckets = [bucket for bucket in layout.buckets if bucket.arena == index]
+        total.update(_arena_bytes(arena, buckets, setting, peak=peak))
     return Memory(**{kind.name: total[kind.name] for kind in fields(Memory)})
 
 
@@ -150,24 +157,31 @@ def _trainable(parameters: Sequence[PlannedParameter]) -> list[PlannedParameter]
     return [one for one in parameters if one.trainable]
 
 
-def _arena_bytes(arena: Arena, world_size: int, setting: Setting, *, peak: bool) -> dict[str, int]:
+def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, peak: bool) -> dict[str, int]:
     dtype, device = _kind_of(arena)
-    numel = arena.numel // world_size
+    numel = arena.numel // buckets[0].world_size
     format = setting.precision.format(dtype, device)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
-    counters = allocate_counters([0] * len(arena.parameters), arena.offsets, torch.device("meta"))
+    counters = allocate_counters(
+        [0] * len(arena.parameters), arena.offsets, [0] * len(arena.parameters), torch.device("meta")
+    )
     block_count, block_dtype = block_table(numel, len(arena.parameters), format, device)
-    tables = counters.param_ids.nbytes + counters.first_blocks.nbytes + block_count * block_dtype.itemsize
+    tables = counters.param_ids.nbytes + counters.first_blocks.nbytes + counters.numels.nbytes
+    squares, positions = kernel_tables(buckets, dtype, device)
+    tables += block_count * block_dtype.itemsize + squares * torch.float64.itemsize + positions * torch.int32.itemsize
     if update.has_kernel(dtype, device):
         from shardadam.update.triton import TritonUpdate
 
         tables += TritonUpdate(counters, seed=0).nbytes
     is_bucket_view = _has_bucket_view(dtype, device, setting)
-    has_shard = not is_bucket_view or (peak and setting.clips)
+    has_shard = not setting.is_local and (not is_bucket_view or (peak and setting.clips))
+    # NCCL writes its sums to the shard, in the dtype on the wire.
+    is_wire = device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
+    shard_dtype = setting.precision.wire_dtype(dtype) if is_wire else format.exact_dtype
     return {
         "parameters": arena.numel * dtype.itemsize,
         "gradients": arena.numel * dtype.itemsize if is_bucket_view else 0,
-        "gradient_shard": numel * format.exact_dtype.itemsize if has_shard else 0,
+        "gradient_shard": numel * shard_dtype.itemsize if has_shard else 0,
         "moments": sum(state.get(name, 0) for name in (*formats.MOMENTS, *formats.SCALES)),
         "master": sum(state.get(name, 0) for name in formats.MASTERS),
         "scalars": counters.steps.nbytes + counters.bounds.nbytes,
@@ -193,8 +207,10 @@ def _has_bucket_view(dtype: torch.dtype, device: torch.device, setting: Setting)
 
 
 def _staging_bytes(layout: Layout, setting: Setting) -> int:
-    """Return the bytes of two staging buffers for each dtype that is reduced, each as large as its largest bucket."""
-    if setting.gradient_sync == "external":
+    """Return the bytes of two staging buffers for each dtype that is reduced (one if it has one bucket), each as large
+    as its largest bucket.
+    """
+    if setting.is_local:
         return 0
     numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for bucket in layout.buckets:
@@ -278,7 +294,7 @@ def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
 
 def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> int:
     """Return the most bytes of gradients that exist at once outside the optimizer's buffers."""
-    if setting.gradient_sync == "backward":
+    if setting.gradient_sync == "backward" and not setting.is_local:
         buckets = ({segment.parameter for segment in bucket.segments} for bucket in layout.buckets)
         tied = {index for index, one in enumerate(trainable) if one.is_tied}  # may wait for their last use
 

@@ -37,9 +37,9 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
     ("state.masters",),
     ("engine.reduction", "engine.gathering", "engine.outside", "state.local", "checks.arguments"),
-    ("engine.storage", "engine.grad_stats", "engine.profiling"),
+    ("engine.storage", "engine.profiling"),
     ("update", "transport"),
-    ("ranks", "state.flat_shard"),
+    ("ranks", "sums", "state.flat_shard"),
     ("layout", "precision", "chunks", "version", "checks.torch_patches"),
 )
 LISTED_BY_FILE = ("engine", "checks", "state")

@@ -20,7 +20,6 @@ from shardadam.checks.arguments import Options
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
-from shardadam.sums.stats import clip_coefficient
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.profiling import record
@@ -39,6 +38,7 @@ from shardadam.engine.storage import (
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
+from shardadam.sums.stats import clip_coefficient
 from shardadam.transport import Transport
 from shardadam.update import StepInputs, formats
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from shardadam.checks.misuse import MisuseWarnings
-from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import Reducer
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
+from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
 from shardadam.transport import Transport
 
 _FINGERPRINT_BITS = 17

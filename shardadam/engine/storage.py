@@ -222,7 +222,8 @@ def _allocate_arena(
     dtype, device = first.parameter.dtype, first.parameter.device
     numel = plan.numel // transport.world_size
     format = precision.format(dtype, device)
-    counters = allocate_counters([named.param_id for named in parameters], plan.offsets, device)
+    numels = [named.parameter.numel() for named in parameters]
+    counters = allocate_counters([named.param_id for named in parameters], plan.offsets, numels, device)
     block_count, block_dtype = block_table(numel, len(parameters), format, device)
     arena = FlatArena(
         group_index=first.group_index,
@@ -246,13 +247,16 @@ def _allocate_arena(
     return arena
 
 
-def allocate_counters(param_ids: Sequence[int], offsets: Sequence[int], device: torch.device) -> Counters:
-    """Return counters at zero for parameters at ``offsets`` in their arena, in elements."""
+def allocate_counters(
+    param_ids: Sequence[int], offsets: Sequence[int], numels: Sequence[int], device: torch.device
+) -> Counters:
+    """Return counters at zero for parameters of ``numels`` elements at ``offsets`` in their arena, in elements."""
     return Counters(
         steps=torch.zeros(len(param_ids), dtype=torch.float32, device=device),
         bounds=torch.zeros(len(param_ids), dtype=torch.float64, device=device),
         param_ids=torch.tensor(param_ids, device=device),
         first_blocks=torch.tensor([offset // ALIGNMENT_NUMEL for offset in offsets], device=device),
+        numels=torch.tensor(numels, dtype=torch.int64, device=device),
     )
 
 
@@ -323,8 +327,11 @@ def _add_kernel_tables(arena: FlatArena, plans: Sequence[layout.Bucket]) -> None
         for bucket, part in zip(arena.buckets, torch.split(arena.squares, list(map(_squares_of, plans))), strict=True):
             bucket.squares = part
     if positions > 0:
-        found = [torch.arange(shard.first_block, shard.first_block + len(shard.blocks), dtype=torch.int32, device="cpu")
-                 for bucket in arena.buckets for shard in (bucket.shard,)]
+        found = [
+            torch.arange(shard.first_block, shard.first_block + len(shard.blocks), dtype=torch.int32, device="cpu")
+            for bucket in arena.buckets
+            for shard in (bucket.shard,)
+        ]
         arena.positions = torch.cat(found).to(device)
 
 

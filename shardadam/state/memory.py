@@ -18,15 +18,18 @@ class Memory:
     Args:
         parameters: the flat buffers that trainable parameters are views of, whole on every rank.
         gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory.
-        gradient_shard: this rank's shard of the reduced gradients. Over shared memory with ``gradient_sync="step"``, it
-            is allocated when the norm or a full gradient is first needed.
+        gradient_shard: this rank's shard of the reduced gradients. Where gradients are not reduced by this optimizer
+            (one rank, ``gradient_sync="external"``), and over shared memory with ``gradient_sync="step"``, it is
+            allocated when something first needs it: the norm over shared memory, a full gradient, clipping by value, a
+            second backward in a step.
         staging: the current buffers for buckets of gradients that are being reduced. They grow while backward is ahead
             of the peers.
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
         master: this rank's shard of the exact values behind low-precision parameters, or of their remainders. Until the
             next step, also a float32 copy of masters whose parameters were written from outside, or not loaded yet.
         scalars: each parameter's step counter and bound on its update.
-        tables: which parameter each block of 128 elements belongs to, and each parameter's inputs for the kernel.
+        tables: which parameter each block of 128 elements belongs to, each parameter's inputs for the kernels, and the
+            sums of squares that they write.
     """
 
     parameters: int
@@ -59,7 +62,10 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
         master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),
         scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
         tables=sum(
-            arena.blocks.nbytes + counters.param_ids.nbytes + counters.first_blocks.nbytes + arena.update.nbytes
+            arena.blocks.nbytes
+            + sum(table.nbytes for table in (arena.positions, arena.squares) if table is not None)
+            + sum(table.nbytes for table in (counters.param_ids, counters.first_blocks, counters.numels))
+            + arena.update.nbytes
             for arena in arenas
             for counters in (arena.counters,)
         ),

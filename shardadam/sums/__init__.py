@@ -25,7 +25,8 @@ def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if dtype == torch.float64 or device.type not in KERNEL_DEVICES or find_spec("triton") is None:
         return False
-    return device.type != "cuda" or not torch.cuda.is_initialized() or can_launch()
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return device.type != "cuda" or not is_used or can_launch()
 
 
 @cache
@@ -38,7 +39,9 @@ def can_launch() -> bool:
 
     try:
         kernel.launch_nothing(torch.device("cuda"))
-    except Exception as error:  # a compiler or header that is missing or broken, an old driver or GPU: all look different
+    except (
+        Exception
+    ) as error:  # a compiler or header that is missing or broken, an old driver or GPU: all look different
         warnings.warn(
             f"Triton cannot build a kernel here ({type(error).__name__}: {error}), so the optimizer uses torch's own "
             "kernels, which are slower. Install a C compiler such as gcc with Python's headers, or name one in the "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
@@ -33,9 +32,7 @@ ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 """What kernels load for an element of each dtype."""
 
 
-def sum_(
-    shard: Tensor, sources: Sequence[Tensor], squares: Tensor | None, *, scale: float, accumulate: bool
-) -> None:
+def sum_(shard: Tensor, sources: Sequence[Tensor], squares: Tensor | None, *, scale: float, accumulate: bool) -> None:
     """Do ``reference.sum_``, and write ``reference.sums_of_squares`` of what is stored to ``squares``, in one launch.
 
     Sources that do not lie at equal distances, as chunks of one buffer do, are copied first.

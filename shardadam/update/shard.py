@@ -112,12 +112,14 @@ class Counters:
         bounds: float64; C^2 after those steps (``reference.bound_squared_after``).
         param_ids: int64; the parameter's position in ``param_groups``, counted over all groups.
         first_blocks: int64; the parameter's offset in the arena, in blocks of ``ALIGNMENT_NUMEL`` elements.
+        numels: int64; elements of the parameter.
     """
 
     steps: Tensor
     bounds: Tensor
     param_ids: Tensor
     first_blocks: Tensor
+    numels: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardadam.sums.sources import sum_sources_
 from shardadam.layout import Bucket
+from shardadam.sums.sources import sum_sources_
 from shardadam.update.reference import BLOCK_NUMEL, GOLDEN_WORD, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 

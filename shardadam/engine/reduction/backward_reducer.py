@@ -32,7 +32,7 @@ from shardadam.engine.reduction.base import Reducer, allocate_gradient_shards, c
 from shardadam.engine.reduction.copy_in import copy_in, joined_streams
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
+from shardadam.engine.storage import FlatBucket, ShardedParam
 from shardadam.ranks.signals import defer_signals
 from shardadam.transport import Transport
 

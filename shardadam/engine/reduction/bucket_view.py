@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardadam.sums.stats import is_within
 from shardadam.engine.reduction.base import check_gradient
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, view_of
+from shardadam.sums.stats import is_within
 from shardadam.transport import Transport
 from shardadam.update import Sources
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardadam.sums.sources import sum_sources_
-from shardadam.sums.stats import GradStats
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction.base import Reducer, Snapshot, allocate_gradient_shards, is_current, snapshot
 from shardadam.engine.reduction.bucket_view import BucketViews
@@ -19,6 +17,8 @@ from shardadam.engine.reduction.copy_in import copy_in
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
+from shardadam.sums.sources import sum_sources_
+from shardadam.sums.stats import GradStats
 from shardadam.transport import Transport
 from shardadam.update import Sources
 
@@ -99,9 +99,7 @@ class StepReducer(Reducer):
             bucket.arena.allocate_gradient_shard(bucket.arena.format.exact_dtype)
             stats = self._new_stats(bucket, with_squares=self._with_squares)
             with record("reduce_scatter"):
-                sum_sources_(
-                    gradient_shard(bucket), sources.slices, scale=sources.scale, accumulate=False, stats=stats
-                )
+                sum_sources_(gradient_shard(bucket), sources.slices, scale=sources.scale, accumulate=False, stats=stats)
         self._transport.fence()  # no rank reads them any more
 
     def sources(self, bucket: FlatBucket) -> Sources | None:
@@ -139,4 +137,3 @@ class StepReducer(Reducer):
 
     def staging_bytes(self) -> int:
         return self._pool.nbytes()
-
