@@ -101,16 +101,15 @@ class Setting:
         """Whether no rank reduces gradients: statistics and update read them where autograd has left them."""
         return self.gradient_sync == "external" or self.world_size * self.replicas == 1
 
-    @property
-    def bucket_bytes(self) -> int:
-        """The size of a bucket that the optimizer would use.
+    def bucket_bytes(self, nbytes: int) -> int:
+        """Return the size of a bucket that the optimizer would use for parameters of ``nbytes``.
 
         Raises:
             ValueError, TypeError: the optimizer would refuse these arguments.
         """
         options = Options(self.gradient_sync, None, self.precision, self.bucket_mb, self.transport)
         options.check()
-        return options.bucket_bytes([torch.device(self.device)])
+        return options.bucket_bytes({torch.device(self.device).type}, nbytes, self.world_size)
 
 
 def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory:
@@ -135,7 +134,8 @@ def lay_out(parameters: Planned, setting: Setting) -> Layout:
     for index, one in enumerate(trainable):
         setting.precision.check_parameter(one.dtype, str(index))
     specs = [ParameterSpec(one.numel, one.dtype.itemsize, (one.group, one.dtype, device)) for one in trainable]
-    return build_layout(specs, world_size=setting.world_size, bucket_bytes=setting.bucket_bytes)
+    bucket_bytes = setting.bucket_bytes(sum(one.nbytes for one in trainable))
+    return build_layout(specs, world_size=setting.world_size, bucket_bytes=bucket_bytes)
 
 
 def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory:

@@ -21,6 +21,7 @@ from shardadam import ShardedAdamW
 from shardadam import transport as transports
 from shardadam.engine.reduction import backward_reducer
 from shardadam.engine.reduction.staging import StagingPool
+from shardadam.sums.stats import GradStats
 from shardadam.transport import Pending, SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
 from tests.adversarial import AdversarialTransport
@@ -210,7 +211,7 @@ def test_all_ranks_launch_in_the_order_in_which_rank_0_completed_buckets() -> No
 
 def test_the_recorded_completion_order_does_not_grow_with_every_step() -> None:
     model = build_model()
-    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB, transport=connect("adversarial"))
     for step in range(4):
         plain_loss(step)(model, 0).backward()
         optimizer.step()
@@ -262,7 +263,7 @@ def test_activation_checkpointing_changes_no_result(world_size: int, how: str, a
 def rounds_of_reentrant_checkpointing() -> tuple[int, bool]:
     model = Blocks("reentrant")
     model.blocks[1] = nn.Tanh()  # no block is used twice
-    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB, transport=connect("adversarial"))
     launches: list[int] = []
     launch = optimizer._engine.reducer._launch
     optimizer._engine.reducer._launch = lambda index, *rest, **kw: (launches.append(index), launch(index, *rest, **kw))  # type: ignore
@@ -490,7 +491,7 @@ def test_full_grad_before_a_further_backward_does_not_fix_the_gradients_of_the_s
 
 def launches_with_an_unused_parameter() -> tuple[int, int]:
     model = build_model()
-    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB)
+    optimizer = ShardedAdamW(model.parameters(), bucket_mb=BUCKET_MB, transport=connect("adversarial"))
     model[:5](batch(0, 0)).square().mean().backward()  # the last layer gets no gradient
     return sum(optimizer._engine.reducer._launches), len(optimizer._engine.parameters.buckets)  # type: ignore[attr-defined]
 
@@ -587,7 +588,7 @@ class Stream:
 
 def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient freed after the copy returns to the stream that allocated it, which may overwrite it at once."""
-    optimizer = ShardedAdamW(build_model().parameters())
+    optimizer = ShardedAdamW(build_model().parameters(), transport=connect("adversarial"))
     reducer: Any = optimizer._engine.reducer
     log: list[str] = []
     current, side = Stream("current", log), Stream("side", log)
@@ -623,10 +624,11 @@ def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_s
     """
     transfer = OnAStream()
     pool = StagingPool(OneTransfer(transfer))
-    shard = SimpleNamespace(gradient=torch.empty(8))
-    bucket: Any = SimpleNamespace(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard)
-    pool.reserve(bucket)
-    send = partial(pool.reduce_scatter, bucket, accumulate=False, on_chunk=lambda chunk: None)
+    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
+    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
+    bucket: Any = SimpleNamespace(**options)
+    pool.reserve([bucket])
+    send = partial(pool.reduce_scatter, bucket, accumulate=False, stats=GradStats(with_squares=False))
     send(pool.acquire(bucket, may_wait=False))
     pool.wait_all()
     assert transfer.waited_again == 0

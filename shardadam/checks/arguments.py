@@ -21,7 +21,10 @@ from shardadam.ranks.agreement import Claim
 from shardadam.transport import Transport
 
 _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
-_GPU_BUCKET_BYTES = 32 * 2**20  # NCCL needs megabytes per rank for its full bandwidth
+# On GPUs: large, for few launches, and as NCCL needs megabytes of each rank for its full bandwidth; but not larger than
+# a share of the parameters, as transfers overlap with backward bucket by bucket. benchmarks/scale.py compares sizes.
+_GPU_BUCKET_BYTES, _GPU_BUCKET_BYTES_OF_RANK, _GPU_MOST_BUCKET_BYTES = 128 * 2**20, 2 * 2**20, 2**30
+_GPU_LEAST_BUCKETS, _GPU_SMALL_BUCKET_BYTES = 16, 32 * 2**20
 AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
@@ -35,11 +38,14 @@ class Options:
     bucket_mb: float | None
     transport: str
 
-    def bucket_bytes(self, devices: Iterable[torch.device]) -> int:
-        """Return the size of a bucket, in bytes, for parameters on ``devices``."""
-        if self.bucket_mb is None:
-            return _CPU_BUCKET_BYTES if all(device.type == "cpu" for device in devices) else _GPU_BUCKET_BYTES
-        return round(self.bucket_mb * 2**20)
+    def bucket_bytes(self, device_types: Iterable[str], nbytes: int, world_size: int) -> int:
+        """Return the size of a bucket, in bytes, for parameters of ``nbytes`` that ``world_size`` ranks split."""
+        if self.bucket_mb is not None:
+            return round(self.bucket_mb * 2**20)
+        if set(device_types) <= {"cpu"}:
+            return _CPU_BUCKET_BYTES
+        share = max(nbytes // _GPU_LEAST_BUCKETS, _GPU_SMALL_BUCKET_BYTES)
+        return min(max(_GPU_BUCKET_BYTES, _GPU_BUCKET_BYTES_OF_RANK * world_size), _GPU_MOST_BUCKET_BYTES, share)
 
     def check(self) -> None:
         """Raise ValueError or TypeError if an option is not one of those that ``ShardedAdam`` documents."""
@@ -50,7 +56,7 @@ class Options:
         if not isinstance(self.precision, Precision):
             raise TypeError(f"precision: found {type(self.precision).__name__}, expected a Precision")
         size = self.bucket_mb
-        if size is not None and not (size > 0 and math.isfinite(size) and self.bucket_bytes([]) > 0):
+        if size is not None and not (size > 0 and math.isfinite(size) and round(size * 2**20) > 0):
             raise ValueError(f"bucket_mb: found {size!r}, expected None or a positive number of MiB, a byte at least")
         if self.transport not in ("auto", "collective", "shared_memory"):
             raise ValueError(

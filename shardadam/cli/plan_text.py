@@ -43,7 +43,7 @@ def _head(found: Comparison) -> str:
         ("parameters", _parameters(source)),
         ("ranks", where),
         ("optimizer", _call(asked, source)),
-        ("buckets", binary_size(asked.bucket_bytes)),
+        ("buckets", binary_size(asked.bucket_bytes(source.trainable_bytes))),
     ]
     if found.available is not None:
         facts.append(("memory", f"{Unit(found.available).named(found.available)} per rank"))

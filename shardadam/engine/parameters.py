@@ -123,7 +123,11 @@ class ShardedParameters:
             trainable,
             transport=self._transport,
             precision=self._options.precision,
-            bucket_bytes=self._options.bucket_bytes(p.parameter.device for p in trainable),
+            bucket_bytes=self._options.bucket_bytes(
+                {p.parameter.device.type for p in trainable},
+                sum(p.parameter.nbytes for p in trainable),
+                self._transport.world_size,
+            ),
             first_index=len(self.params),
         )
         params = [param for arena in arenas for param in arena.params]

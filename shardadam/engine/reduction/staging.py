@@ -57,7 +57,7 @@ class StagingPool:
         self._may_poll = True
 
     def reserve(self, buckets: Sequence[FlatBucket]) -> None:
-        """Allocate buffers for new buckets, and make all buffers large enough for them. No transfer may be in flight."""
+        """Allocate buffers for new buckets, and make all large enough for them. No transfer may be in flight."""
         self._reclaim()
         for bucket in buckets:
             key = (bucket.wire_dtype, bucket.parameters.device)
