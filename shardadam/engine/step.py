@@ -165,6 +165,8 @@ class StepEngine:
                 first.arena.update.step_(merged(buckets), first.plan, self.reducer.sources(first))
             for bucket in buckets:
                 self.gatherer.dispatch(bucket)
+        for arena in parameters.arenas:
+            arena.update.end()
         if self._overlaps:
             self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
             self.reducer.await_readers()

@@ -17,7 +17,8 @@ class Memory:
 
     Args:
         parameters: the flat buffers that trainable parameters are views of, whole on every rank.
-        gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory.
+        gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory. On
+            one rank, the gradients that backward has made and the next step will use.
         gradient_shard: this rank's shard of the reduced gradients. Where gradients are not reduced by this optimizer
             (one rank, ``gradient_sync="external"``), and over shared memory with ``gradient_sync="step"``, it is
             allocated when something first needs it: the norm over shared memory, a full gradient, clipping by value, a

@@ -42,6 +42,9 @@ class Update(Protocol):
             sources: replace ``shard.gradient``: the update sums them as it goes.
         """
 
+    def end(self) -> None:
+        """Drop the inputs of the step. Call it after every ``step_``."""
+
     def reload(self) -> None:
         """Use counters that were written from outside, such as by a load."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardadam.chunks import chunks
 from shardadam.layout import ALIGNMENT_NUMEL, Bucket
+from shardadam.sums.scattered import Scattered
 from shardadam.sums.sources import sum_chunk_
 from shardadam.update import reference
 from shardadam.update.runs import Run, RunTable
@@ -51,6 +52,7 @@ class FusedUpdate:
         self._rank = rank
         self._runs = RunTable(rank, len(counters.steps))
         self._on_cpu = counters.steps.device.type == "cpu"
+        self._gradients: Scattered | None = None
         self._limits: Tensor | None = None
         self._keys: Tensor | None = None
         self._version = counters.steps._version
@@ -75,6 +77,9 @@ class FusedUpdate:
         self._version = counters.steps._version
         after = _bounds_after(counters.bounds, inputs.hyperparameters["betas"])
         counters.bounds.copy_(torch.where(taken, after, counters.bounds))
+
+    def end(self) -> None:
+        self._gradients = None
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from shardadam.engine.reduction.local_reducer import AloneReducer, LocalReducer
 from shardadam.engine.reduction.step_reducer import StepReducer
 from shardadam.transport import Transport
 
-__all__ = ["Reducer", "reducer_for"]
+__all__ = ["LocalReducer", "Reducer", "StepReducer", "reducer_for"]
 
 
 def reducer_for(gradient_sync: str, transport: Transport, *, with_squares: bool) -> Reducer:

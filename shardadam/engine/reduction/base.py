@@ -215,7 +215,7 @@ class Reducer(ABC):
         self._replaced.clear()
 
     def gradient_bytes(self) -> int:
-        """Return the bytes of the flat buffers that ``p.grad`` are views of."""
+        """Return the bytes of gradients that the reducer holds outside of shards and staging."""
         return 0
 
     def staging_bytes(self) -> int:

@@ -196,6 +196,9 @@ class AloneReducer(LocalReducer):
                         self._take_out(param)
             self._has_local = not self._is_synchronizing
 
+    def gradient_bytes(self) -> int:
+        return sum(gradient.nbytes for gradient in self._gradients if gradient is not None)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         before, self._is_synchronizing = self._is_synchronizing, False
