@@ -162,13 +162,12 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     numel = arena.numel // buckets[0].world_size
     format = setting.precision.format(dtype, device)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
-    counters = allocate_counters(
-        [0] * len(arena.parameters), arena.offsets, [0] * len(arena.parameters), torch.device("meta")
-    )
+    zeros = [0] * len(arena.parameters)
+    counters = allocate_counters(zeros, arena.offsets, zeros, torch.device("meta"))
     block_count, block_dtype = block_table(numel, len(arena.parameters), format, device)
-    tables = counters.param_ids.nbytes + counters.first_blocks.nbytes + counters.numels.nbytes
     squares, positions = kernel_tables(buckets, dtype, device)
-    tables += block_count * block_dtype.itemsize + squares * torch.float64.itemsize + positions * torch.int32.itemsize
+    tables = counters.table_bytes + block_count * block_dtype.itemsize
+    tables += squares * torch.float64.itemsize + positions * torch.int32.itemsize
     if update.has_kernel(dtype, device):
         from shardadam.update.triton import TritonUpdate
 

@@ -119,7 +119,7 @@ def test_layout_imports_the_standard_library_alone() -> None:
     assert {name.partition(".")[0] for name in imports(MODULES["layout.py"])} <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("path", ["layout.py", "update/reference.py"])
+@pytest.mark.parametrize("path", ["layout.py", "sums/reference.py", "update/reference.py"])
 def test_truths_import_nothing_of_the_project(path: str) -> None:
     assert imported_rooms(MODULES[path]) == set()
 

@@ -112,7 +112,7 @@ def build(format: Format) -> Arena:
         bounds=torch.tensor(bounds, dtype=torch.float64),
         param_ids=torch.tensor([17 + i for i in arena.parameters]),
         first_blocks=torch.tensor(arena.offsets) // 128,
-        numels=torch.tensor([NUMELS[i] for i in arena.parameters]),
+        numels=torch.tensor(lengths),
     )
     owners = torch.arange(len(lengths), dtype=torch.int16).repeat_interleave(torch.tensor(lengths) // 128)
     names = (*formats.MOMENTS, *formats.SCALES, *formats.MASTERS)

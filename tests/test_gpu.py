@@ -108,7 +108,8 @@ def build_single_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counter
         blocks=make(torch.int16, blocks),
         first_block=0,
     )
-    counters = Counters(make(torch.float32, 1), make(torch.float64, 1), make(torch.int64, 1), make(torch.int64, 1))
+    none = [make(torch.int64, 1) for _ in range(3)]
+    counters = Counters(make(torch.float32, 1), make(torch.float64, 1), *none)
     return shard, counters
 
 

@@ -209,6 +209,7 @@ def build_counters() -> Counters:
         bounds=torch.tensor([0.0, 10.0, 31.0, 53.0, math.inf, 1e30, 1e-3], dtype=torch.float64),
         param_ids=torch.tensor([0, 3, 4, 5, 9, 11, 1000]),
         first_blocks=blocks.cumsum(0) - blocks,
+        numels=torch.tensor(NUMELS),
     )
 
 
@@ -409,7 +410,7 @@ def differences_at_ties(variant: Variant) -> list[str]:
             first_block=0,
         )
         zero = torch.zeros(1, dtype=torch.int64)
-        counters = Counters(torch.zeros(1), torch.zeros(1, dtype=torch.float64), zero, zero)
+        counters = Counters(torch.zeros(1), torch.zeros(1, dtype=torch.float64), zero, zero, zero)
         found += differences_after(Step(hyperparameters), shard, counters)
     return found
 
@@ -440,6 +441,7 @@ def differences_at_largest_codes() -> list[str]:
         bounds=torch.zeros(count, dtype=torch.float64),
         param_ids=torch.zeros(count, dtype=torch.int64),
         first_blocks=torch.arange(count) - positions // BLOCK_NUMEL,
+        numels=torch.full((count,), BLOCK_NUMEL),
     )
     return differences_after(Step(adam_step()), shard, counters)
 
@@ -457,8 +459,8 @@ def differences_of_counters() -> list[str]:
     """Change betas many times, with more parameters than one program of the prologue takes."""
     count = 300
     zeros = torch.zeros(count, dtype=torch.int64)
-    ours = Counters(torch.zeros(count), torch.zeros(count, dtype=torch.float64), zeros, zeros)
-    true = Counters(torch.zeros(count), torch.zeros(count, dtype=torch.float64), zeros, zeros)
+    ours = Counters(torch.zeros(count), torch.zeros(count, dtype=torch.float64), zeros, zeros, zeros)
+    true = Counters(torch.zeros(count), torch.zeros(count, dtype=torch.float64), zeros, zeros, zeros)
     update = small_programs().TritonUpdate(ours, seed=SEED)
     random = torch.Generator().manual_seed(0)
     for number in range(16):
@@ -549,8 +551,9 @@ def compile_update(variant: Variant, architecture: int) -> Compiled:
     from shardadam.update import triton
 
     shard = build_shard(variant, torch.Generator())
-    constants = {**triton.variant(shard), "ROWS": triton.ROWS, "EXACT": triton.EXACT}
-    return compile_kernel(triton.update, (*triton.arguments(shard), 1000, torch.zeros(1)), constants, architecture)
+    constants = {**triton.variant(shard, None), "ROWS": triton.ROWS, "EXACT": triton.EXACT}
+    arguments = (*triton.arguments(shard, None, build_counters().numels), 1000, torch.zeros(1))
+    return compile_kernel(triton.update, arguments, constants, architecture)
 
 
 def compile_prologue(lr: Any, architecture: int) -> Compiled:

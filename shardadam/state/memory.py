@@ -65,10 +65,9 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
         tables=sum(
             arena.blocks.nbytes
             + sum(table.nbytes for table in (arena.positions, arena.squares) if table is not None)
-            + sum(table.nbytes for table in (counters.param_ids, counters.first_blocks, counters.numels))
+            + arena.counters.table_bytes
             + arena.update.nbytes
             for arena in arenas
-            for counters in (arena.counters,)
         ),
     )
 

@@ -25,8 +25,8 @@ def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if dtype == torch.float64 or device.type not in KERNEL_DEVICES or find_spec("triton") is None:
         return False
-    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return device.type != "cuda" or not is_used or can_launch()
+    has_context = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return not has_context or can_launch()
 
 
 @cache

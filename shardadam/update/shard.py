@@ -26,17 +26,18 @@ class Shard:
     A block is ``ALIGNMENT_NUMEL`` elements; a shard is a whole number of blocks.
 
     Args:
-        parameter: the shard's slice of the parameters, in their dtype.
-        gradient: of any floating dtype; None if ``step_`` gets its gradients from elsewhere.
+        parameter: the shard's slice of the parameters, in their dtype. With ``positions`` all parameters of the arena.
+        gradient: averaged over ranks, up to ``StepInputs.coefficient``; of any floating dtype. None if ``step_`` is
+            given ``Sources``, or ``begin`` scattered gradients.
         exp_avg, exp_avg_sq: float32 (float64), bfloat16, or int8 and uint8 codes.
         exp_avg_scale, exp_avg_sq_scale: float32, one for each block; None unless the moments are codes.
         master: float32, or None.
         remainder: int16, or None. With neither, a parameter below float32 is rounded stochastically.
         blocks: for each block the parameter that it belongs to, as an index into ``Counters``; int16 or int32. Padding
             belongs to the parameter before it.
-        first_block: the shard's offset in its arena, in blocks.
-        positions: int32, for each block its position among the blocks of the arena; ``parameter`` is then the whole
-            arena's. None: the blocks lie one after the other, from ``first_block`` on.
+        first_block: the shard's offset in its arena, in blocks; not used with ``positions``.
+        positions: for the kernel, of a shard that is not contiguous in its arena, as that of several buckets: the
+            position of each block in the arena, in blocks; int32. Else None.
     """
 
     parameter: Tensor
@@ -81,7 +82,7 @@ class Shard:
             value = getattr(self, field.name)
             if field.name == "gradient" and gradient is not None:
                 value = gradient
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and not (field.name == "parameter" and self.positions is not None):
                 value = value[blocks if field.name in _ONE_PER_BLOCK else elements]
             values[field.name] = value
         values["first_block"] = self.first_block + blocks.start
@@ -121,6 +122,11 @@ class Counters:
     first_blocks: Tensor
     numels: Tensor
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of what no step changes."""
+        return self.param_ids.nbytes + self.first_blocks.nbytes + self.numels.nbytes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
@@ -132,7 +138,7 @@ class StepInputs:
         host_used: ``used`` on the host; None if all parameters take part, or if the update reads ``used`` alone.
         coefficient: what gradients are multiplied by, 0-dim float32 (float64 for float64 parameters); None for 1.
         hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
-        gradients: of the arena, if they are not in shards: replace ``Shard.gradient``.
+        gradients: replace every ``Shard.gradient``; with addresses for the kernel. None: the shards have gradients.
     """
 
     found_inf: Tensor

@@ -21,7 +21,27 @@ import triton.language as tl
 from torch import Tensor
 
 from shardadam.layout import Bucket
-from shardadam.sums.sources import sum_sources_
+from shardadam.sums.kernel import ELEMENTS, bits_of, from_bfloat16, load_scattered, sum_, to_float32
+from shardadam.sums.scattered import Addresses
+from shardadam.update.prologue import (
+    BETA1,
+    BETA2,
+    BOUND,
+    COEFFICIENT,
+    COLUMNS,
+    CORRECTION,
+    DECAY,
+    EPS,
+    FIRST_BLOCK,
+    KEY,
+    L2,
+    REST1,
+    REST2,
+    STEP_SIZE,
+    TAKEN,
+    mixed,
+    prologue,
+)
 from shardadam.update.reference import BLOCK_NUMEL, GOLDEN_WORD, LARGEST_M, LARGEST_ROOT, LARGEST_V, mix
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
@@ -33,15 +53,6 @@ INTERPRETED_ROWS = 1024
 """The same in Triton's interpreter, whose time depends on the number of programs, not of blocks."""
 PROLOGUE_LANES = 128
 """Parameters that one program of the prologue works on."""
-
-# The table that the prologue writes for the update: float32, COLUMNS wide.
-COLUMNS = tl.constexpr(8)
-# Row 0, for all parameters: the coefficient, with the sign of ``maximize``; b1, 1 - b1, b2, 1 - b2, eps; the factor of
-# decoupled weight decay, 1 - lr decay; and the factor of L2 decay. Without the one kind of decay its factor is 1, or 0.
-COEFFICIENT, BETA1, REST1, BETA2, REST2, EPS, DECAY, L2 = (tl.constexpr(column) for column in range(8))
-# Row 1 + i, for parameter i: 1 if it takes this step, else 0; lr / (1 - b1^t); 1 / sqrt(1 - b2^t); C before this step;
-# the key of its random bits and its first block in the arena, these two as the bits of an int32.
-TAKEN, STEP_SIZE, CORRECTION, BOUND, KEY, FIRST_BLOCK = (tl.constexpr(column) for column in range(6))
 
 BLOCK = tl.constexpr(BLOCK_NUMEL)
 MAX_M, MAX_V, MAX_ROOT = tl.constexpr(LARGEST_M), tl.constexpr(LARGEST_V), tl.constexpr(LARGEST_ROOT)
@@ -72,16 +83,21 @@ class TritonUpdate:
         self._counters = counters
         self._table = counters.steps.new_zeros((1 + counters.steps.numel(), COLUMNS.value), dtype=torch.float32)
         self._key = mix((seed + GOLDEN_WORD) & 0xFFFFFFFF)
+        self._addresses: Addresses | None = None
 
     @property
     def nbytes(self) -> int:
         return self._table.nbytes
+
+    def end(self) -> None:
+        self._addresses = None
 
     def reload(self) -> None:
         return None
 
     def begin(self, inputs: StepInputs) -> None:
         counters, hyperparameters = self._counters, inputs.hyperparameters
+        self._addresses = None if inputs.gradients is None else inputs.gradients.addresses
         lr = hyperparameters["lr"]
         beta1, beta2 = map(float, hyperparameters["betas"])
         reads_lr = isinstance(lr, Tensor) and lr.device == counters.steps.device
@@ -120,15 +136,15 @@ class TritonUpdate:
             return
         if sources is not None:  # the kernel itself reads one gradient only
             gradient = torch.empty_like(shard.exp_avg, dtype=torch.float32)
-            sum_sources_(gradient, sources.slices, scale=sources.scale, accumulate=False)
+            sum_(gradient, sources.slices, None, scale=sources.scale, accumulate=False)
             shard = replace(shard, gradient=gradient)
         rows = INTERPRETED_ROWS if triton.knobs.runtime.interpret else ROWS
         with torch.cuda.device_of(shard.parameter):
             update[(triton.cdiv(block_count, rows),)](
-                *arguments(shard),
+                *arguments(shard, self._addresses, self._counters.numels),
                 block_count,
                 self._table,
-                **variant(shard),
+                **variant(shard, self._addresses),
                 ROWS=rows,
                 EXACT=EXACT,
                 num_warps=WARPS,
@@ -136,8 +152,8 @@ class TritonUpdate:
             )
 
 
-def variant(shard: Shard) -> dict[str, str]:
-    """Return the formats of a shard, as the compile-time arguments MOMENTS and MASTER of ``update``."""
+def variant(shard: Shard, addresses: Addresses | None) -> dict[str, Any]:
+    """Return the formats of a shard and its gradients, as the arguments MOMENTS to ALIGNED of ``update``."""
     if shard.parameter.dtype == torch.float32:
         master = "own"
     elif shard.master is not None:
@@ -145,23 +161,27 @@ def variant(shard: Shard) -> dict[str, str]:
     else:
         master = "split" if shard.remainder is not None else "none"
     moments = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[shard.exp_avg.dtype]
-    return {"MOMENTS": moments, "MASTER": master}
+    element = ELEMENTS[shard.gradient.dtype if addresses is None else addresses.dtype]
+    is_aligned = addresses is None or addresses.is_aligned
+    return {"MOMENTS": moments, "MASTER": master, "ELEMENT": element, "ALIGNED": is_aligned}
 
 
-def arguments(shard: Shard) -> tuple[Any, ...]:
-    """Return a shard as the first nine arguments of ``update``; bfloat16 as int16, its bits."""
+def arguments(shard: Shard, addresses: Addresses | None, numels: Tensor) -> tuple[Any, ...]:
+    """Return a shard and its gradients as the first twelve arguments of ``update``; bfloat16 as int16, its bits."""
     flats = (
         shard.parameter,
-        shard.gradient,
+        None if addresses is not None else shard.gradient,
+        None if addresses is None else addresses.table,
+        None if addresses is None else numels,
         shard.exp_avg,
         shard.exp_avg_sq,
         shard.exp_avg_scale,
         shard.exp_avg_sq_scale,
         shard.remainder if shard.master is None else shard.master,
         shard.blocks,
+        shard.positions,
     )
-    bits = (flat.view(torch.int16) if flat is not None and flat.dtype == torch.bfloat16 else flat for flat in flats)
-    return (*bits, shard.first_block)
+    return (*(None if flat is None else bits_of(flat) for flat in flats), shard.first_block)
 
 
 def _bits(value: float) -> int:
@@ -169,115 +189,32 @@ def _bits(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
-# The prologue
-
-
-@triton.jit(
-    do_not_specialize=["count", "lr_bits", "beta1", "beta2", "kept_bound", "new_bound", "eps", "weight_decay", "key"]
-)
-def prologue(
-    steps,  # float32, in and out: t of each parameter
-    bounds,  # float64, in and out: C^2 of each parameter
-    param_ids,  # int64: position of each parameter in param_groups
-    first_blocks,  # int64: first block of each parameter in the arena
-    count,  # number of parameters
-    used,  # bool: whether each parameter takes part
-    found_inf,  # float32, 0-dim: not 0 if the step is skipped
-    coefficient,  # float32, 0-dim: multiplies gradients; None for 1
-    lr,  # the learning rate as a tensor of one element; None if lr_bits has it
-    lr_bits,  # the learning rate; here and down to weight_decay: float64 as the bits of an int64
-    beta1,
-    beta2,
-    kept_bound,  # C^2 after the step is kept_bound times C^2 before it,
-    new_bound,  # plus new_bound (reference.bound_squared_after)
-    eps,
-    weight_decay,
-    key,  # hash of the seed
-    table,  # float32, out: (1 + count) rows of COLUMNS
-    DECOUPLED: tl.constexpr,  # bool: AdamW's weight decay instead of Adam's
-    MAXIMIZE: tl.constexpr,  # bool: negate gradients
-    LANES: tl.constexpr,  # parameters of one program
-):
-    """Advance the counters of the parameters that take this step, and write its table. Computes in float64.
-
-    Every program writes row 0, all of them the same values.
-    """
-    rate = as_float64(lr_bits)
-    if lr is not None:
-        rate = tl.load(lr).to(tl.float64)
-    b1, b2, decay = as_float64(beta1), as_float64(beta2), as_float64(weight_decay)
-    scale = 1.0
-    if coefficient is not None:
-        scale = tl.load(coefficient)
-    tl.store(table + COEFFICIENT, -scale if MAXIMIZE else scale)
-    tl.store(table + BETA1, b1.to(tl.float32))
-    tl.store(table + REST1, (1.0 - b1).to(tl.float32))
-    tl.store(table + BETA2, b2.to(tl.float32))
-    tl.store(table + REST2, (1.0 - b2).to(tl.float32))
-    tl.store(table + EPS, as_float64(eps).to(tl.float32))
-    tl.store(table + DECAY, (1.0 - rate * decay).to(tl.float32) if DECOUPLED else 1.0)
-    tl.store(table + L2, 0.0 if DECOUPLED else decay.to(tl.float32))
-    index = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    inside = index < count
-    taken = inside & (tl.load(used + index, mask=inside, other=0) != 0)
-    taken &= tl.load(found_inf + 0 * index) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
-    step = tl.load(steps + index, mask=taken, other=0.0) + 1.0
-    bound = tl.load(bounds + index, mask=taken, other=0.0)
-    kept = as_float64(kept_bound) * bound
-    kept = tl.where(kept == kept, kept, 0.0)  # 0 times infinity is NaN: no old m, or none of it, is kept
-    tl.store(steps + index, step, mask=taken)
-    tl.store(bounds + index, kept + as_float64(new_bound), mask=taken)
-
-    t = step.to(tl.int32)
-    param_id = tl.load(param_ids + index, mask=inside, other=0).to(tl.uint32)
-    first_block = tl.load(first_blocks + index, mask=inside, other=0).to(tl.int32)
-    step_key = mixed(key.to(tl.int64).to(tl.uint32) + t.to(tl.uint32))
-    row = table + (1 + index) * COLUMNS
-    tl.store(row + TAKEN, taken.to(tl.float32), mask=inside)
-    tl.store(row + STEP_SIZE, (rate / (1.0 - power(b1, t))).to(tl.float32), mask=taken)
-    tl.store(row + CORRECTION, (1.0 / tl.sqrt(1.0 - power(b2, t))).to(tl.float32), mask=taken)
-    tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
-    tl.store(row + KEY, mixed(step_key + param_id).to(tl.float32, bitcast=True), mask=taken)
-    tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
-
-
-@triton.jit
-def as_float64(bits):
-    """Return the inverse of ``_bits``."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def power(base, exponent):
-    """Return float64 ``base`` to the power of int32 ``exponent``, 0 to 2^24: a float32 step counter stops there."""
-    result = tl.full(exponent.shape, 1.0, tl.float64)
-    for bit in range(25):
-        result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
-        base = base * base
-    return result
-
-
 # The update
 
 
 @triton.jit(
     do_not_specialize=["first_block", "block_count"],
-    do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale", "blocks"],
+    do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale", "blocks", "positions"],
 )
 def update(
     parameter,  # float32, float16, or int16: the bits of bfloat16; in and out, like all state
-    gradient,  # float32
+    gradient,  # float32, float16 or int16; None with addresses
+    addresses,  # int64: of each parameter's gradient, 0 for none; None: gradients are in gradient
+    numels,  # int64: elements of each parameter; None without addresses
     exp_avg,  # float32, int16 (the bits of bfloat16), or int8 codes
     exp_avg_sq,  # float32, int16 (the bits of bfloat16), or uint8 codes
     exp_avg_scale,  # float32, one for each block; None without codes
     exp_avg_sq_scale,  # float32, one for each block; None without codes
     kept,  # float32 master, int16 remainder, or None
     blocks,  # int16 or int32: the parameter of each block
-    first_block,  # the shard's first block in the arena
+    positions,  # int32: where each block is in the arena, and then parameter is all of it; None: one after the other
+    first_block,  # the shard's first block in the arena, without positions
     block_count,  # blocks of the shard
     table,  # float32: what the prologue has written
     MOMENTS: tl.constexpr,  # format of the moments: fp32, bf16, int8
     MASTER: tl.constexpr,  # format of the master: own (float32 parameters), fp32, split, none
+    ELEMENT: tl.constexpr,  # of gradients: float32, float16, or int16, the bits of bfloat16
+    ALIGNED: tl.constexpr,  # bool: all addresses are multiples of 16 bytes
     ROWS: tl.constexpr,  # blocks of one program
     EXACT: tl.constexpr,  # bool: correctly rounded roots and quotients
 ):
@@ -289,11 +226,18 @@ def update(
     element = row * BLOCK + lane
 
     inside = row < (block_count - start_row).to(tl.int32)
-    scalars = table + COLUMNS * (1 + tl.load(blocks + start_row + row, mask=inside, other=0).to(tl.int32))
+    owner = tl.load(blocks + start_row + row, mask=inside, other=0).to(tl.int32)
+    scalars = table + COLUMNS * (1 + owner)
     taken = inside & (tl.load(scalars + TAKEN) != 0.0)
     step_size = tl.load(scalars + STEP_SIZE, mask=taken, other=0.0)
     correction = tl.load(scalars + CORRECTION, mask=taken, other=0.0)
-    parameter, kept_at = parameter + start + element, kept
+    if positions is not None:
+        position = tl.load(positions + start_row + row, mask=inside, other=0)
+        parameter += position.to(tl.int64) * BLOCK + lane
+    else:
+        position = (first_block + start_row).to(tl.int32) + row
+        parameter += start + element
+    kept_at = kept
     if MASTER == "fp32" or MASTER == "split":
         kept_at = kept + start + element
     exp_avg, exp_avg_sq = exp_avg + start + element, exp_avg_sq + start + element
@@ -309,13 +253,17 @@ def update(
     elif MOMENTS == "bf16":
         m, v = from_bfloat16(m), from_bfloat16(v)
 
-    g = tl.load(gradient + start + element, mask=taken, other=0.0)
+    if addresses is not None or MOMENTS != "fp32" or MASTER == "none":
+        first = tl.load(scalars + FIRST_BLOCK, mask=taken, other=0.0).to(tl.int32, bitcast=True)
+        block = position - first  # in the parameter
+    if addresses is not None:
+        g = load_scattered(addresses, numels, owner, block, taken, ELEMENT, ALIGNED)
+    else:
+        g = to_float32(tl.load(gradient + start + element, mask=taken, other=0))
     weight, m, v, root = adam(weight, g, m, v, step_size, correction, table, EXACT)
 
     if MOMENTS != "fp32" or MASTER == "none":
         key = tl.load(scalars + KEY, mask=taken, other=0.0).to(tl.uint32, bitcast=True)
-        first = tl.load(scalars + FIRST_BLOCK, mask=taken, other=0.0).to(tl.int32, bitcast=True)
-        block = (first_block + start_row).to(tl.int32) + row - first  # in the parameter
         random = mixed((block * BLOCK + lane).to(tl.uint32) ^ key)
     if MASTER == "own":
         tl.store(parameter, weight, mask=taken)
@@ -384,19 +332,6 @@ def decode_weight(stored, kept_at, taken, MASTER: tl.constexpr):
 
 
 @triton.jit
-def to_float32(stored):
-    if stored.dtype == tl.int16:
-        return from_bfloat16(stored)
-    else:
-        return stored.to(tl.float32)
-
-
-@triton.jit
-def from_bfloat16(stored):
-    return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def round_half_away(value, dtype: tl.constexpr):
     bits = value.to(tl.int32, bitcast=True)
     is_finite = bits & MAGNITUDE < INFINITY
@@ -456,14 +391,6 @@ def float16_units(value, BITS: tl.constexpr):
 
 
 # Stochastic rounding
-
-
-@triton.jit
-def mixed(word):
-    """Return ``reference.mix`` of uint32, whose products wrap."""
-    word = (word ^ (word >> 16)) * 0x7FEB352D
-    word = (word ^ (word >> 15)) * 0x846CA68B
-    return word ^ (word >> 16)
 
 
 @triton.jit
