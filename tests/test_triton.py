@@ -28,6 +28,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardadam import layout
+from shardadam.sums.scattered import Addresses, Scattered
 from shardadam.update import reference
 from shardadam.update.reference import BLOCK_NUMEL
 from shardadam.update.shard import Counters, Shard, StepInputs
@@ -134,6 +136,16 @@ def test_an_optimizer_with_the_kernel_equals_one_with_torchs(interpreter: Proces
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.sweep(11)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@each_variant
+def test_every_form_of_gradients_and_buckets_takes_the_same_step(
+    interpreter: ProcessPoolExecutor, variant: Variant, dtype: str
+) -> None:
+    """Gradients of any dtype, flat or where autograd has left them, and several buckets at once."""
+    assert interpreter.submit(differences_between_forms, variant, dtype).result(timeout=100) == []
+
+
 def train(moments: Any, on_kernel: bool) -> list[Tensor]:
     """Train a mixed model in one process; return parameters, masters, norms and step counts."""
     from shardadam import Precision, ShardedAdamW, update
@@ -213,9 +225,13 @@ def build_counters() -> Counters:
     )
 
 
-def build_shard(variant: Variant, random: torch.Generator) -> Shard:
+def blocks_of_parameters() -> Tensor:
     blocks = torch.cat([torch.full((-(-numel // BLOCK_NUMEL),), i) for i, numel in enumerate(NUMELS)])
-    blocks = torch.cat([blocks[FIRST_BLOCK:], blocks[-1:], blocks[-1:]]).to(torch.int16)
+    return torch.cat([blocks[FIRST_BLOCK:], blocks[-1:], blocks[-1:]]).to(torch.int16)
+
+
+def build_shard(variant: Variant, random: torch.Generator, blocks: Tensor | None = None) -> Shard:
+    blocks = blocks_of_parameters() if blocks is None else blocks
     numel = len(blocks) * BLOCK_NUMEL
     dtype = getattr(torch, variant.dtype)
     weight = awkward_values(numel, random)
@@ -261,7 +277,7 @@ def random_scales(numel: int, random: torch.Generator) -> Tensor:
     return torch.where(exponents == -1, 0.0, torch.rand(numel, generator=random) * 10.0**exponents)
 
 
-def flats_of(shard: Shard) -> dict[str, Tensor]:
+def flats_of(shard: Shard | Counters) -> dict[str, Tensor]:
     flats = {field.name: getattr(shard, field.name) for field in fields(shard)}
     return {name: flat for name, flat in flats.items() if isinstance(flat, Tensor)}
 
@@ -331,7 +347,9 @@ def count_reference(counters: Counters, step: Step) -> None:
             counters.bounds[index] = bound
 
 
-def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -> None:
+def begin(
+    update: Any, counters: Counters, step: Step, found_inf: float = 0.0, gradients: Scattered | None = None
+) -> None:
     device = counters.steps.device
     used = torch.ones(len(counters.steps), dtype=torch.bool)
     used[list(step.unused)] = False
@@ -342,15 +360,16 @@ def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -
             host_used=None,
             coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device=device),
             hyperparameters=step.hyperparameters,
+            gradients=gradients,
         )
     )
 
 
-def small_programs() -> Any:
-    """Return the interpreted module with programs of 16 blocks, so a shard takes two and does not fill the last."""
+def small_programs(rows: int = 16) -> Any:
+    """Return the interpreted module with small programs, so that a shard takes two and does not fill the last."""
     from shardadam.update import triton
 
-    triton.INTERPRETED_ROWS = 16
+    triton.INTERPRETED_ROWS = rows
     return triton
 
 
@@ -474,6 +493,116 @@ def differences_of_counters() -> list[str]:
     return [f"{a} is not {b}" for a, b in pairs if not torch.equal(a, b)]
 
 
+ARENA_NUMELS = (300, 1, 128, 700, 0, 1000, 5)
+"""Of the parameters of the arena, which is cut into buckets of 6 blocks for 2 ranks; some lie in several."""
+
+
+@dataclass(frozen=True)
+class ArenaShard:
+    """The shard of rank 1 in an arena of several buckets.
+
+    Args:
+        shard: of all buckets, with positions.
+        buckets: the shard of each bucket.
+        plans: their layout; a segment's parameter is an index in ``counters``.
+    """
+
+    shard: Shard
+    buckets: list[Shard]
+    plans: list[layout.Bucket]
+    counters: Counters
+
+    def flats(self) -> dict[str, Tensor]:
+        return {**flats_of(self.shard), **flats_of(self.counters)}
+
+
+def build_arena_shard(variant: Variant) -> ArenaShard:
+    specs = [layout.ParameterSpec(numel, 4, "arena") for numel in reversed(ARENA_NUMELS)]
+    plan = layout.build_layout(specs, world_size=2, bucket_bytes=6 * BLOCK_NUMEL * 4)
+    last = len(ARENA_NUMELS) - 1  # layouts take parameters in reverse order
+    plans = [
+        replace(each, segments=tuple(replace(s, parameter=last - s.parameter) for s in each.segments))
+        for each in plan.buckets
+    ]
+    offsets = torch.tensor(plan.arenas[0].offsets)
+    position, block = [], []
+    for bucket in plans:
+        first = (bucket.offset + bucket.shard_numel) // BLOCK_NUMEL
+        position.append(torch.arange(first, first + bucket.shard_numel // BLOCK_NUMEL))
+        owners = torch.full((len(position[-1]),), 0)
+        for segment in bucket.shard_segments(1):  # padding belongs to the parameter before it
+            owners[segment.offset // BLOCK_NUMEL :] = segment.parameter
+        block.append(owners)
+    positions, blocks = torch.cat(position), torch.cat(block)
+    random = torch.Generator().manual_seed(VARIANTS.index(variant))
+    numel = plan.arenas[0].numel
+    whole = build_shard(variant, random, torch.zeros(numel // BLOCK_NUMEL, dtype=torch.int16))
+    elements = (positions[:, None] * BLOCK_NUMEL + torch.arange(BLOCK_NUMEL)).flatten()
+    state = {name: flat[positions if len(flat) < numel else elements] for name, flat in flats_of(whole).items()}
+    state |= {"parameter": whole.parameter, "blocks": blocks.to(torch.int16), "positions": positions.int()}
+    shard = replace(whole, **state)
+    buckets, start = [], 0
+    for bucket in plans:
+        part = shard.narrow(slice(start, start + bucket.shard_numel))
+        begin = bucket.offset + bucket.shard_numel
+        parameter = shard.parameter[begin : begin + bucket.shard_numel]
+        buckets.append(replace(part, parameter=parameter, first_block=begin // BLOCK_NUMEL, positions=None))
+        start += bucket.shard_numel
+    counters = replace(build_counters(), first_blocks=offsets // BLOCK_NUMEL, numels=torch.tensor(ARENA_NUMELS))
+    return ArenaShard(shard, buckets, plans, counters)
+
+
+def gradients_of_arena(dtype: torch.dtype, random: torch.Generator, *, aligned: bool) -> Scattered:
+    """Return the gradients of the parameters, with none for one of them. Beyond each lie NaNs."""
+    tensors: list[Tensor | None] = []
+    for index, numel in enumerate(ARENA_NUMELS):
+        storage = torch.full((numel + 64,), math.nan, dtype=dtype)
+        tensor = storage[0 if aligned else 1 :][:numel]
+        tensor.copy_(awkward_values(numel, random))
+        tensors.append(None if index == 2 else tensor)
+    return Scattered.with_addresses(tensors, dtype, torch.device("cpu"))
+
+
+def differences_between_forms(variant: Variant, dtype: str) -> list[str]:
+    """Take a step with float32 gradients, bucket by bucket, and in every other form."""
+    number, kind = VARIANTS.index(variant), getattr(torch, dtype)
+    update_of, step = small_programs(8).TritonUpdate, STEPS[number % len(STEPS)]
+
+    def take(gradients: Scattered, dtype: torch.dtype, *, scattered: bool, merged: bool) -> dict[str, Tensor]:
+        arena = build_arena_shard(variant)
+        update = update_of(arena.counters, seed=SEED)
+        begin(update, arena.counters, step, gradients=gradients if scattered else None)
+        flats = [torch.full((plan.shard_numel,), math.nan, dtype=dtype) for plan in arena.plans]
+        if not scattered:
+            for flat, plan in zip(flats, arena.plans, strict=True):
+                gradients.write_(flat, plan.shard_segments(1), 0, plan.shard_numel)
+        shards, flats = ([arena.shard], [torch.cat(flats)]) if merged else (arena.buckets, flats)
+        for shard, flat in zip(shards, flats, strict=True):
+            update.step_(replace(shard, gradient=flat), ONLY_BUCKET)
+        return arena.flats()
+
+    aligned, moved = (
+        gradients_of_arena(kind, torch.Generator().manual_seed(number), aligned=aligned) for aligned in (True, False)
+    )
+    assert aligned.addresses and aligned.addresses.is_aligned and moved.addresses and not moved.addresses.is_aligned
+    truth = take(aligned, torch.float32, scattered=False, merged=False)
+    untouched = build_arena_shard(variant).flats()
+    assert all((bits_of(truth[name]) != bits_of(untouched[name])).any() for name in ("parameter", "exp_avg"))
+    forms = {
+        "flat, merged": take(aligned, kind, scattered=False, merged=True),
+        "scattered": take(aligned, kind, scattered=True, merged=False),
+        "scattered, merged": take(aligned, kind, scattered=True, merged=True),
+        "scattered, merged, unaligned": take(moved, kind, scattered=True, merged=True),
+    }
+    found = []
+    for form, flats in forms.items():
+        for name, flat in flats.items():
+            wrong = int((bits_of(flat) != bits_of(truth[name])).sum())
+            if name != "gradient" and wrong:
+                found.append(f"{form}, {name}: {wrong} of {flat.numel()}")
+    return found
+
+
 def differences(ours: Shard, truth: Shard, counters: Counters, true_counters: Counters) -> list[str]:
     """Return the differing fields; the bits of NaNs and the remainder of a NaN do not count."""
     found = []
@@ -520,11 +649,17 @@ class Compiled:
     stack: int
     local: int
     instructions: list[str]
+    ptx: str
 
     @property
     def spills(self) -> bool:
         stored = any(name.startswith(("STL", "LDL")) for name in self.instructions)
         return bool(self.stack or self.local or stored)
+
+    @property
+    def wide_loads(self) -> int:
+        """How many loads of 16 bytes there are."""
+        return len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", self.ptx))
 
 
 @pytest.mark.parametrize(("variant", "architecture"), COMPILATIONS, ids=str)
@@ -539,6 +674,27 @@ def test_compiled_kernel_spills_no_register(
     assert compiled.registers <= MOST_REGISTERS
 
 
+@pytest.mark.sweep(5)
+@pytest.mark.parametrize(("variant", "architecture"), itertools.product(VARIANTS, ARCHITECTURES), ids=str)
+def test_compiled_kernel_of_scattered_gradients_spills_no_register(
+    compiler: ProcessPoolExecutor, variant: Variant, architecture: int
+) -> None:
+    compiled = compiler.submit(compile_update, variant, architecture, "scattered").result(timeout=100)
+    print(f"{variant} sm_{architecture}: {compiled.registers} registers, {len(compiled.instructions)} instructions")
+    assert not compiled.spills
+    assert compiled.registers <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("name", ["float32-own-fp32", "bfloat16-split-int8"])
+def test_scattered_gradients_are_loaded_16_bytes_at_a_time(compiler: ProcessPoolExecutor, name: str) -> None:
+    variant = next(variant for variant in VARIANTS if str(variant) == name)
+    flat, scattered, unaligned = (
+        compiler.submit(compile_update, variant, 90, form).result(timeout=100).wide_loads
+        for form in ("flat", "scattered", "unaligned")
+    )
+    assert scattered == flat > unaligned
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["number", "tensor"])
 def test_compiled_prologue_spills_no_register(compiler: ProcessPoolExecutor, lr: Any, architecture: int) -> None:
@@ -547,13 +703,21 @@ def test_compiled_prologue_spills_no_register(compiler: ProcessPoolExecutor, lr:
     assert not compiled.spills
 
 
-def compile_update(variant: Variant, architecture: int) -> Compiled:
+def compile_update(variant: Variant, architecture: int, form: str = "one bucket") -> Compiled:
+    """Compile the update of one bucket with float32 gradients, or of several with gradients in the parameters' dtype."""
     from shardadam.update import triton
 
-    shard = build_shard(variant, torch.Generator())
-    constants = {**triton.variant(shard, None), "ROWS": triton.ROWS, "EXACT": triton.EXACT}
-    arguments = (*triton.arguments(shard, None, build_counters().numels), 1000, torch.zeros(1))
-    return compile_kernel(triton.update, arguments, constants, architecture)
+    shard, numels = build_shard(variant, torch.Generator()), build_counters().numels
+    addresses = None
+    if form != "one bucket":
+        gradient = shard.gradient.to(shard.parameter.dtype)
+        shard = replace(shard, gradient=gradient, positions=torch.zeros(len(shard.blocks), dtype=torch.int32))
+    if form in ("scattered", "unaligned"):
+        addresses = Addresses(torch.zeros_like(numels), shard.gradient.dtype, is_aligned=form == "scattered")
+    constants = {**triton.variant(shard, addresses), "ROWS": triton.ROWS, "EXACT": triton.EXACT}
+    arguments = (*triton.arguments(shard, addresses, numels), 1000, torch.zeros(1))
+    options = {"num_warps": triton.WARPS, "enable_fp_fusion": not triton.EXACT}
+    return compile_kernel(triton.update, arguments, {**constants, **options}, architecture)
 
 
 def compile_prologue(lr: Any, architecture: int) -> Compiled:
@@ -570,26 +734,30 @@ def compile_prologue(lr: Any, architecture: int) -> Compiled:
     step = Step(adam_step(lr=lr, weight_decay=0.1), coefficient=0.5)
     begin(triton.TritonUpdate(build_counters(), seed=SEED), build_counters(), step)
     triton.prologue = kernel
-    arguments, options = given
-    constants = {name: value for name, value in options.items() if name.isupper()}
-    return compile_kernel(kernel, arguments, constants, architecture)
+    arguments, keywords = given
+    return compile_kernel(kernel, arguments, keywords, architecture)
 
 
-def compile_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], architecture: int) -> Compiled:
-    """Compile for a GPU that need not be present; arguments that are None are constants."""
+def compile_kernel(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], architecture: int) -> Compiled:
+    """Compile for a GPU that need not be present; arguments that are None are constants.
+
+    Args:
+        keywords: constants, in capitals, and options.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    from shardadam.update.triton import EXACT, WARPS
-
     named = dict(zip(kernel.arg_names, arguments, strict=False))
-    constants = {**constants, **{name: None for name, value in named.items() if value is None}}
+    constants = {name: value for name, value in keywords.items() if name.isupper()}
+    constants |= {name: None for name, value in named.items() if value is None}
     types = {name: mangle_type(value) for name, value in named.items()}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     unaligned = {kernel.params[i].name for i, p in enumerate(kernel.params) if p.do_not_specialize_on_alignment}
+    plain = {kernel.params[i].name for i, p in enumerate(kernel.params) if p.do_not_specialize}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") and name not in unaligned]
+    aligned += [name for name, value in named.items() if type(value) is int and value % 16 == 0 and name not in plain]
     compiled = triton.compile(
         ASTSource(
             fn=kernel,
@@ -598,7 +766,7 @@ def compile_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str,
             attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         ),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": WARPS, "enable_fp_fusion": not EXACT},
+        options={name: value for name, value in keywords.items() if name.islower()},
     )
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -610,7 +778,7 @@ def compile_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str,
     assert found is not None
     registers, stack, local = map(int, found.groups())
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", code)
-    return Compiled(registers, stack, local, instructions)
+    return Compiled(registers, stack, local, instructions, compiled.asm["ptx"])
 
 
 def run(*command: str | Path) -> str:
