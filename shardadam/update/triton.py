@@ -161,7 +161,9 @@ def variant(shard: Shard, addresses: Addresses | None) -> dict[str, Any]:
     else:
         master = "split" if shard.remainder is not None else "none"
     moments = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[shard.exp_avg.dtype]
-    element = ELEMENTS[shard.gradient.dtype if addresses is None else addresses.dtype]
+    held = shard.gradient if addresses is None else addresses
+    assert held is not None, "the shard has no gradient, and step_ was given none"
+    element = ELEMENTS[held.dtype]
     is_aligned = addresses is None or addresses.is_aligned
     return {"MOMENTS": moments, "MASTER": master, "ELEMENT": element, "ALIGNED": is_aligned}
 
