@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient shards as NCCL leaves them: sums, not means, in the dtype on the wire, until several rounds are added up.
+
+A transport on the CPU does what NCCL does: it sums in the dtype on the wire, writes the sum to the shard and leaves the
+division by the number of ranks to whoever reads it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shardadam import GradScaler, ShardedAdamW
+from shardadam.transport import Pending, ReduceScatter, connect
+from tests.adversarial import AdversarialTransport
+from tests.ranks import on_ranks, rank_and_size
+
+WAYS = (
+    "plain",
+    "clipped",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "inf-norm",
+    "some",
+    "rounds",
+    "no_sync",
+    "scaler",
+    "rescale",
+)
+
+
+class SumsOnTheWire(AdversarialTransport):
+    """Runs transfers when they are waited for, and sums like NCCL."""
+
+    def sum_dtype(self, wire_dtype: torch.dtype, exact_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return wire_dtype
+
+    def scales_sums(self, device: torch.device) -> bool:
+        return False
+
+    def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        assert request.scale == 1
+        return super().reduce_scatter(request)
+
+
+def train(dtype: torch.dtype, gradient_sync: str, way: str, like_nccl: bool) -> dict[str, Any]:
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 7), nn.Linear(7, 90)).to(dtype)
+    inner = connect(None, kind="collective")
+    options: Any = dict(lr=1e-2, gradient_sync=gradient_sync, bucket_mb=0.003)
+    options["transport"] = SumsOnTheWire(inner) if like_nccl else inner
+    if way == "clipped":
+        options["max_grad_norm"] = 0.05
+    optimizer = ShardedAdamW(model.named_parameters(), **options)
+    scaler = GradScaler("cpu", init_scale=64.0, enabled=way == "scaler")
+    found: dict[str, Any] = {"norms": [], "gradients": [], "dtypes": []}
+    for step in range(4):
+        for micro in range(3 if way in ("rounds", "no_sync") else 1):
+            random = torch.Generator().manual_seed(1000 * step + 100 * micro + rank)
+            loss = model(torch.randn(8, 20, generator=random).to(dtype)).float().square().mean()
+            if way == "no_sync" and micro < 2:
+                with optimizer.no_sync():
+                    loss.backward()
+            else:
+                scaler.scale(loss).backward()
+        found["dtypes"].append({arena.gradient_shard.dtype for arena in optimizer._engine.parameters.arenas})
+        scaler.unscale_(optimizer) if way == "scaler" else None
+        if way == "clip_grad_norm_":
+            found["norms"].append(optimizer.clip_grad_norm_(0.05))
+        elif way == "clip_grad_value_":
+            optimizer.clip_grad_value_(1e-3)
+        elif way == "inf-norm":
+            found["norms"].append(optimizer.clip_grad_norm_(1e-3, norm_type=float("inf")))
+        elif way == "some":
+            found["norms"].append(optimizer.clip_grad_norm_(0.01, parameters=model[2].parameters()))
+        found["gradients"].append(optimizer.full_grad(model[2].weight))
+        scaler.step(optimizer)
+        scaler.update()
+        found["norms"].append(optimizer.grad_norm)
+        optimizer.zero_grad()
+    found["parameters"] = [parameter.detach().clone() for parameter in model.parameters()]
+    return found
+
+
+@pytest.mark.sweep(14)
+@pytest.mark.parametrize(
+    ("world_size", "gradient_sync", "way", "dtype"),
+    itertools.product([2, 3], ["backward", "step"], WAYS, [torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_sums_on_the_wire_train_as_means_in_shards(
+    world_size: int, gradient_sync: str, way: str, dtype: torch.dtype
+) -> None:
+    means = on_ranks(world_size, train, dtype, gradient_sync, way, False)[0]
+    # Sums of bfloat16 and float16 are rounded on the wire.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for found in on_ranks(world_size, train, dtype, gradient_sync, way, True):
+        for norm, expected in zip(found["norms"], means["norms"], strict=True):
+            assert (norm is None) == (expected is None)
+            if norm is not None:
+                torch.testing.assert_close(norm, expected, rtol=tolerance, atol=0.0)
+        for gradient, expected in zip(found["gradients"], means["gradients"], strict=True):
+            largest = float(expected.abs().max())
+            torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance * largest)
+        for parameter, expected in zip(found["parameters"], means["parameters"], strict=True):
+            torch.testing.assert_close(
+                parameter, expected, rtol=tolerance, atol=1e-3 if dtype != torch.float32 else 1e-5
+            )
+
+
+def test_gradient_shards_have_the_wires_dtype_until_rounds_or_writes_need_more() -> None:
+    for way, before, after in (
+        ("plain", torch.bfloat16, torch.bfloat16),
+        ("clip_grad_norm_", torch.bfloat16, torch.bfloat16),
+        ("no_sync", torch.bfloat16, torch.bfloat16),
+        ("rounds", torch.float32, torch.float32),
+        ("clip_grad_value_", torch.bfloat16, torch.float32),
+    ):
+        (found, _) = on_ranks(2, train, torch.bfloat16, "backward", way, True)
+        assert found["dtypes"][0] == {before} and found["dtypes"][-1] == {after}, way
