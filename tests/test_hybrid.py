@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardadam
 from shardadam import ShardedAdamW
+from shardadam.sums.stats import GradStats
 from shardadam.transport import (
     GlooTransport,
     HybridTransport,
@@ -238,22 +239,30 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(poisoned_ra
 # What the transport guarantees
 
 
+class SeenStats(GradStats):
+    def __init__(self) -> None:
+        super().__init__(with_squares=False)
+        self.seen: list[float] = []
+
+    def update(self, gradient: Tensor) -> None:
+        self.seen += gradient.tolist()
+
+
 def reduce_and_record_chunks(shape: Shape, kind: str) -> dict[str, list[Any]]:
     """Rank r contributes r + 1 to three reduce-scatters: two into one shard, and one into another."""
     rank, _ = rank_and_size()
     transport = connected(shape, kind)
     numel = 8
     shards = [torch.full((numel // transport.world_size,), 100.0) for _ in range(2)]
-    seen: dict[int, list[float]] = {}
+    seen: list[list[float]] = []
     pending = []
-    for transfer, (shard, accumulate) in enumerate([(0, False), (1, True), (0, True)]):
+    for shard, accumulate in ((0, False), (1, True), (0, True)):
         staging = transport.allocate_staging(numel, torch.float32, torch.device("cpu"))
         staging.send.fill_(rank + 1)
 
-        def on_chunk(part: Tensor, transfer: int = transfer) -> None:
-            seen.setdefault(transfer, []).extend(part.tolist())
-
-        request = ReduceScatter(staging, numel, shards[shard], scale=0.5, accumulate=accumulate, on_chunk=on_chunk)
+        stats = SeenStats()
+        seen.append(stats.seen)
+        request = ReduceScatter(staging, numel, shards[shard], scale=0.5, accumulate=accumulate, stats=stats)
         pending.append(transport.reduce_scatter(request))
     for each in pending:
         each.wait()
@@ -271,7 +280,7 @@ def reduce_and_record_chunks(shape: Shape, kind: str) -> dict[str, list[Any]]:
 @pytest.mark.parametrize(
     ("shape", "kind"), [*product(SHAPES[:1], KINDS), ((4, 1), "collective"), ((1, 4), "collective")]
 )
-def test_on_chunk_sees_final_sums_and_small_transfers_reach_all_ranks(shape: Shape, kind: str) -> None:
+def test_statistics_see_final_sums_and_small_transfers_reach_all_ranks(shape: Shape, kind: str) -> None:
     for result in on_ranks(4, reduce_and_record_chunks, shape, kind):
         assert result["shards"] == [[10.0], [105.0]]
         assert result["seen"] == [[5.0], [105.0], [10.0]]

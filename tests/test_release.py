@@ -41,7 +41,7 @@ def names_still_alive(gradient_sync: Any, transport: Any, moments: Any) -> list[
         for number, arena in enumerate(engine.parameters.arenas):
             objects |= {f"{name} {number}": flat for name, flat in arena.state.items()}
             objects |= {f"parameters {number}": arena.parameters, f"gradient shard {number}": arena.gradient_shard}
-        refs = {name: weakref.ref(obj) for name, obj in objects.items()}
+        refs = {name: weakref.ref(obj) for name, obj in objects.items() if obj is not None}
         del engine, objects, arena, scheduler, optimizer
         return [name for name, ref in refs.items() if ref() is not None]
     finally:

@@ -19,7 +19,7 @@ from shardadam import layout, update
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
 from shardadam.sums import has_kernel
-from shardadam.sums.reference import PROGRAM_NUMEL
+from shardadam.sums.reference import program_count
 from shardadam.transport import Transport
 from shardadam.transport.base import own_slice
 from shardadam.update import Counters, Shard, Update, formats
@@ -324,7 +324,8 @@ def _add_kernel_tables(arena: FlatArena, plans: Sequence[layout.Bucket]) -> None
     squares, positions = kernel_tables(plans, arena.parameters.dtype, device)
     if squares > 0:
         arena.squares = torch.zeros(squares, dtype=torch.float64, device=device)
-        for bucket, part in zip(arena.buckets, torch.split(arena.squares, list(map(_squares_of, plans))), strict=True):
+        counts = [program_count(plan.shard_numel) for plan in plans]
+        for bucket, part in zip(arena.buckets, torch.split(arena.squares, counts), strict=True):
             bucket.squares = part
     if positions > 0:
         found = [
@@ -340,11 +341,7 @@ def kernel_tables(plans: Sequence[layout.Bucket], dtype: torch.dtype, device: to
     if not has_kernel(dtype, device):
         return 0, 0
     block_count = sum(plan.shard_numel for plan in plans) // ALIGNMENT_NUMEL
-    return sum(map(_squares_of, plans)), block_count if plans[0].world_size > 1 else 0
-
-
-def _squares_of(plan: layout.Bucket) -> int:
-    return -(-plan.shard_numel // PROGRAM_NUMEL)
+    return sum(program_count(plan.shard_numel) for plan in plans), block_count if plans[0].world_size > 1 else 0
 
 
 def gradient_shard(bucket: FlatBucket) -> Tensor:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.sums.reference import PROGRAM_NUMEL, TILE_NUMEL
+from shardadam.sums.reference import PROGRAM_NUMEL, TILE_NUMEL, program_count
 from shardadam.sums.scattered import ALIGNMENT_BYTES, Addresses
 
 __all__ = ["PROGRAM_NUMEL", "measure", "measure_scattered", "sum_"]
@@ -122,7 +122,7 @@ def bits_of(flat: Tensor) -> Tensor:
 
 
 def _grid(numel: int) -> tuple[int]:
-    return (-(-numel // PROGRAM_NUMEL),)
+    return (program_count(numel),)
 
 
 def _distance(sources: Sequence[Tensor]) -> int | None:

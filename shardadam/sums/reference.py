@@ -17,6 +17,11 @@ TILE_NUMEL = 2**12
 """Elements that are added to sums of their own before these are added up."""
 
 
+def program_count(numel: int) -> int:
+    """Return how many sums of squares ``numel`` elements have."""
+    return -(-numel // PROGRAM_NUMEL)
+
+
 def sum_(shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool) -> None:
     """Write ``scale`` times the sum of ``sources`` to ``shard``.
 

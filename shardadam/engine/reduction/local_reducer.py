@@ -27,7 +27,8 @@ from shardadam.engine.reduction.base import (
 )
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard, memory_order
-from shardadam.layout import Segment
+from shardadam.layout import ALIGNMENT_NUMEL, Segment
+from shardadam.sums.reference import program_count
 from shardadam.sums.scattered import Scattered
 from shardadam.sums.stats import GradStats
 
@@ -231,19 +232,21 @@ def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
 
 def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> GradStats:
     """Return the statistics of the gradients of this rank's shards."""
-    stats = GradStats(with_squares=with_squares, squares=arena.squares)
     if scattered.addresses is not None and arena.squares is not None:
         from shardadam.sums import kernel
 
+        squares = arena.squares[: program_count(arena.blocks.numel() * ALIGNMENT_NUMEL)]
+        stats = GradStats(with_squares=True, squares=squares)
         kernel.measure_scattered(
             scattered.addresses,
-            arena.squares,
+            squares,
             blocks=arena.blocks,
             first_blocks=arena.counters.first_blocks,
             numels=arena.counters.numels,
             positions=arena.positions,
         )
         return stats
+    stats = GradStats(with_squares=with_squares)
     exact = torch.promote_types(scattered.dtype, torch.float32)
     scratch: Tensor | None = None
     for bucket in arena.buckets:
