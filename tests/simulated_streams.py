@@ -326,6 +326,7 @@ class Memory:
                         "reused",
                         f"{role} was freed at {spell(freed.place)} and may be handed out on {queue.name} at "
                         f"{spell(place)}, while {access} is not over",
+                        (freed.place, queue, access.place, access.queue),
                     )
 
     def access(self, tensor: Tensor, queue: Queue, tick: int, operation: str, *, is_write: bool) -> None:
@@ -341,7 +342,9 @@ class Memory:
             is_ordered = old.queue is queue or queue.knows(old.queue, old.tick)
             if not is_ordered and (is_write or old.is_write) and old.start < stop and start < old.stop:
                 role = block.describe(max(old.start, start), min(old.stop, stop))
-                self._simulation.report("race", f"on {role}: {old}; {new}; nothing orders them")
+                self._simulation.report(
+                    "race", f"on {role}: {old}; {new}; nothing orders them", (old.place, old.queue, new.place, queue)
+                )
             is_covered = start <= old.start and old.stop <= stop
             if not (is_covered and is_ordered and (is_write or (old.queue is queue and not old.is_write))):
                 kept.append(old)
@@ -529,6 +532,7 @@ class Simulation:
         self.launches = 0
         self.host = Queue("the host")
         self._tolerated = tuple(tolerated)
+        self._reported: set[tuple[Any, ...]] = set()
         self._queues: list[Queue] = []
         self._captures: list[Capture] = []
         self._local = threading.local()
@@ -574,15 +578,12 @@ class Simulation:
         """Make ``queue`` wait for ``event``."""
         if event.clock is None:
             return
-        if event.capture is not None and event.capture.has_ended:
-            self.report("isolation", f"{queue.name} waits at {spell(here())} for an event from a capture that has ended, recorded at {spell(event.place)}")
-            return
-        if queue.capture is not event.capture and queue.capture is not None:
-            self.report(
-                "isolation",
-                f"{queue.name} waits during a capture at {spell(here())} for an event from before it, recorded at "
-                f"{spell(event.place)}",
-            )
+        has_ended = event.capture is not None and event.capture.has_ended
+        if has_ended or (queue.capture is not None and queue.capture is not event.capture):
+            other = "from a capture that has ended" if has_ended else "from before it"
+            where = "during a capture " if queue.capture is not None else ""
+            text = f"{queue.name} waits {where}at {spell(here())} for an event {other}, recorded at {spell(event.place)}"
+            self.report("isolation", text, here(), event.place)
             return
         queue.capture = event.capture
         queue.join(event.clock)
@@ -593,7 +594,7 @@ class Simulation:
         """Make the host wait for the device."""
         self.waits[spell(here())] += 1
         if self.is_capturing:
-            self.report("forbidden", f"the host waits for the device during a capture, at {spell(here())}")
+            self.report("forbidden", f"the host waits for the device during a capture, at {spell(here())}", here())
         self.host.join(clock)
 
     def host_reads(self, tensor: Tensor, operation: str) -> None:
@@ -608,7 +609,8 @@ class Simulation:
 
     def check_not_captured(self, event: Event) -> None:
         if event.capture is not None:
-            self.report("forbidden", f"the host asks for an event of a capture at {spell(here())}, recorded at {spell(event.place)}")
+            text = f"the host asks at {spell(here())} for an event of a capture, recorded at {spell(event.place)}"
+            self.report("forbidden", text, here(), event.place)
 
     # Operations
 
@@ -676,7 +678,7 @@ class Simulation:
         if queue.capture is not None:
             queue.capture.last[queue] = (tick, here())
         elif self._captures and is_in_library(here()):
-            self.report("uncaptured", f"{operation} on {queue.name} at {spell(here())}")
+            self.report("uncaptured", f"{operation} on {queue.name} at {spell(here())}", here(), queue)
         return tick
 
     def _check_devices(self, name: str, operation: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
@@ -684,7 +686,7 @@ class Simulation:
             return
         for tensor in (*reads, *writes):
             if tensor.dim() > 0 and self.memory.kind_of(tensor) != "device":
-                self.report("devices", f"{operation} mixes tensors of host and device at {spell(here())}")
+                self.report("devices", f"{operation} mixes tensors of host and device at {spell(here())}", here())
 
     def _blocks_host(self, func: Any, args: Any, kwargs: Any, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> bool:
         """Return whether a copy makes the host wait: between host and device, unless pinned and non-blocking."""
@@ -725,7 +727,7 @@ class Simulation:
         finally:
             for queue, (tick, place) in capture.last.items():
                 if not origin.knows(queue, tick):
-                    self.report("unjoined", f"work on {queue.name} at {spell(place)}")
+                    self.report("unjoined", f"work on {queue.name} at {spell(place)}", place, queue)
             for queue in self._queues:
                 if queue.capture is capture:
                     queue.capture = None
@@ -734,10 +736,11 @@ class Simulation:
 
     # Findings
 
-    def report(self, kind: str, text: str) -> None:
-        finding = Finding(kind, text)
-        if finding not in self.findings and not any(part in text for part in self._tolerated):
-            self.findings.append(finding)
+    def report(self, kind: str, text: str, *about: Any) -> None:
+        """Add a finding, unless there is one of this kind ``about`` the same places and streams."""
+        if (kind, *about) not in self._reported and not any(part in text for part in self._tolerated):
+            self._reported.add((kind, *about))
+            self.findings.append(Finding(kind, text))
 
     def check_memory(self) -> None:
         """Find memory that would be reused too early if the default stream, and then those of the user, went on now."""

@@ -179,6 +179,7 @@ class Job:
             gradient_sync=mode.gradient_sync,  # type: ignore[arg-type]
             max_grad_norm=mode.max_grad_norm,
             precision=mode.precision,
+            transport="collective",
         )
         self.scaler = GradScaler("cuda", init_scale=1024.0) if mode.scales else None
         if mode.overlaps:
@@ -282,18 +283,54 @@ def run(mode: Mode, directory: Path) -> Simulation:
     return simulation
 
 
-MODES = [
-    replace(mode, ranks=ranks, sides=sides)
-    for ranks in (1, RANKS, "hybrid")
-    for sides in (0, 1, 2)
-    for mode in (Mode(),)
+BFLOAT16 = torch.bfloat16
+INT8 = Precision(moments="int8")
+FEATURES = [
+    Mode(),
+    Mode(gradient_sync="step", max_grad_norm=1.0),
+    Mode(gradient_sync="external", max_grad_norm=1.0),
+    Mode(rounds=2, max_grad_norm=1.0),
+    Mode(rounds=3, local=True),
+    Mode(gradient_sync="step", rounds=2, unused=True),
+    Mode(gradient_sync="external", rounds=2, unused=True),
+    Mode(rounds=2, unused=True, clips=("norm",)),
+    Mode(clips=("inf", "some", "value")),
+    Mode(gradient_sync="step", clips=("norm", "some", "value")),
+    Mode(gradient_sync="external", clips=("norm", "inf", "some", "value")),
+    Mode(precision=Precision(accumulate="fp32"), rounds=2, max_grad_norm=1.0),
+    Mode(dtype=BFLOAT16, max_grad_norm=1.0),
+    Mode(dtype=BFLOAT16, precision=INT8, rounds=2),
+    Mode(dtype=BFLOAT16, precision=Precision(accumulate="fp32", master="fp32")),
+    Mode(dtype=torch.float16, scales=True, rounds=2),
+    Mode(scales=True, gradient_sync="step", clips=("norm",)),
+    Mode(overlaps=True, max_grad_norm=1.0),
+    Mode(overlaps=True, unused=True, gradient_sync="step"),
+    Mode(overlaps=True, between="add"),
+    Mode(overlaps=True, between="save"),
+    Mode(between="freeze"),
+    Mode(between="unfreeze", max_grad_norm=1.0),
+    Mode(between="state", gradient_sync="step"),
+    Mode(between="state", dtype=BFLOAT16, precision=INT8),
+    Mode(between="whole", rounds=2),
+    Mode(between="save", dtype=BFLOAT16),
+    Mode(between="zero"),
+    Mode(ends="in flight"),
+    Mode(ends="in flight", overlaps=True),
+    Mode(captures=True, max_grad_norm=1.0),
+    Mode(captures=True, rounds=2),
+    Mode(captures=True, gradient_sync="step"),
+    Mode(captures=True, gradient_sync="external"),
+    Mode(captures=True, overlaps=True),
+    Mode(kernels=True, max_grad_norm=1.0),
+    Mode(kernels=True, dtype=BFLOAT16, precision=INT8, rounds=2, max_grad_norm=1.0),
+    Mode(kernels=True, captures=True, overlaps=True, rounds=2),
 ]
+MODES = [replace(mode, ranks=ranks, sides=sides) for mode in FEATURES for ranks in (1, 8, "hybrid") for sides in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_nothing_races(mode: Mode, tmp_path: Path) -> None:
     simulation = run(mode, tmp_path)
-    print(simulation.waits)
     assert simulation.findings == [], "\n" + "\n".join(map(str, simulation.findings))
 
 
