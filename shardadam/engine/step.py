@@ -32,6 +32,7 @@ from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
 from shardadam.transport import Transport
+from shardadam.transport.streams import is_capturing
 from shardadam.update import StepInputs, formats
 
 ParamGroups = Sequence[Mapping[str, Any]]
@@ -159,7 +160,8 @@ class StepEngine:
             with record("update"):
                 bucket.arena.update.step_(bucket.shard, bucket.plan, self.reducer.sources(bucket))
             self.gatherer.dispatch(bucket)
-        if self._overlaps:
+        # A captured step is complete: replays do not run the hooks of the next forward.
+        if self._overlaps and not is_capturing(self.skipped_steps.device):
             self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
             self.reducer.await_readers()
         else:
@@ -419,6 +421,8 @@ class StepEngine:
 
     def release(self) -> None:
         """Remove hooks, and free memory and the transport, once the optimizer is gone. Local."""
-        self.reducer.remove_hooks()
-        self.transport.close(clean=self.reducer.is_idle)
-        self.parameters.release()
+        try:
+            self.reducer.remove_hooks()
+            self.transport.close(clean=self.reducer.is_idle)
+        finally:
+            self.parameters.release()

@@ -272,6 +272,9 @@ class SharedMemoryTransport(Transport):
     def fence(self) -> None:
         self.await_started(self._start(_Transfer(_Operation.FENCE, 0), is_read=False))
 
+    def expect_progress(self, device: torch.device) -> None:
+        self._inner.expect_progress(device)
+
     def poll(self, seconds: float) -> bool:
         self._sockets.poll(seconds)
         return True
