@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from shardadam import GradScaler, ShardedAdamW
-from shardadam.transport import Pending, ReduceScatter, connect
+from shardadam.transport import (
+    ByDeviceTransport,
+    NcclTransport,
+    Pending,
+    ReduceScatter,
+    SharedMemoryTransport,
+    Transport,
+    connect,
+)
 from tests.adversarial import AdversarialTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -122,3 +130,14 @@ def test_gradient_shards_have_the_wires_dtype_until_rounds_or_writes_need_more()
     ):
         (found, _) = on_ranks(2, train, torch.bfloat16, "backward", way, True)
         assert found["dtypes"][0] == {before} and found["dtypes"][-1] == {after}, way
+
+
+@pytest.mark.parametrize("wrapper", [ByDeviceTransport, SharedMemoryTransport])
+def test_transports_for_two_kinds_of_devices_ask_the_one_of_the_device(wrapper: type[Transport]) -> None:
+    transport: Any = object.__new__(wrapper)
+    transport._host, transport._inner = connect(None), object.__new__(NcclTransport)
+    transport._stream = transport._inner
+    transport._inner._exact_sums = False
+    for device, dtype, scales in (("cpu", torch.float32, True), ("cuda", torch.bfloat16, False)):
+        assert transport.sum_dtype(torch.bfloat16, torch.float32, torch.device(device)) == dtype
+        assert transport.scales_sums(torch.device(device)) == scales

@@ -26,40 +26,48 @@ class ParameterGatherer:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._pending: dict[int, Pending] = {}  # by bucket index, in the order of dispatch
+        self._on_some_streams: dict[int, Pending] = {}  # by bucket index: other streams may have to wait, too
         self._unreleased: list[Pending] = []  # waited for, but peers may still be reading this rank's shards
 
     def dispatch(self, bucket: FlatBucket) -> None:
         """Start the all-gather of the bucket's parameters. Collective: all ranks must use the same order of buckets."""
         with record("all_gather"):
             self._pending[bucket.index] = self._transport.all_gather(bucket.parameters)
+        self._on_some_streams.pop(bucket.index, None)
 
     @property
     def has_pending(self) -> bool:
-        """Whether any all-gather has not been waited for."""
-        return bool(self._pending)
+        """Whether ``wait_for`` may have to wait, on this or another CUDA stream."""
+        return bool(self._pending or self._on_some_streams)
 
     def is_any_pending(self, indices: Iterable[int]) -> bool:
-        """Return whether the all-gather of any of these buckets has not been waited for."""
+        """Return whether the all-gather of any of these buckets has not been waited for, on any stream."""
         return any(index in self._pending for index in indices)
 
     def wait_for(self, indices: Iterable[int]) -> None:
-        """Wait for the all-gathers of these buckets. Their parameters may be read afterwards."""
+        """Wait for the all-gathers of these buckets. The current stream may read their parameters afterwards."""
         for index in indices:
             pending = self._pending.get(index)
             if pending is not None:
                 with defer_signals(), record("all_gather"):
                     pending.wait()
                     self._unreleased.append(self._pending.pop(index))
+                if not pending.on_host:
+                    self._on_some_streams[index] = pending
+            elif index in self._on_some_streams:
+                self._on_some_streams[index].wait_on_this_stream()
 
     def wait_all(self) -> None:
-        """Wait for all all-gathers. All parameters may be read afterwards."""
-        self.wait_for(list(self._pending))
+        """Wait for all all-gathers. The current stream may read all parameters afterwards."""
+        self.wait_for([*self._pending, *self._on_some_streams])
 
     def synchronize(self) -> None:
         """Wait until all ranks have completed their all-gathers. Parameters may be written afterwards, as no peer reads
-        them. Collective: all ranks must call it.
+        them. Streams that wait for the current one need not wait for all-gathers any more. Collective: all ranks must
+        call it.
         """
         self.wait_all()
+        self._on_some_streams.clear()
         for pending in self._unreleased:
             pending.await_release()
         self._unreleased.clear()

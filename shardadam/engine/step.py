@@ -40,6 +40,7 @@ from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
 from shardadam.sums.stats import clip_coefficient
 from shardadam.transport import Transport
+from shardadam.transport.streams import is_capturing
 from shardadam.update import StepInputs, formats
 
 ParamGroups = Sequence[Mapping[str, Any]]
@@ -167,7 +168,8 @@ class StepEngine:
                 self.gatherer.dispatch(bucket)
         for arena in parameters.arenas:
             arena.update.end()
-        if self._overlaps:
+        # A captured step is complete: replays do not run the hooks of the next forward.
+        if self._overlaps and not is_capturing(self.skipped_steps.device):
             self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
             self.reducer.await_readers()
         else:
@@ -439,9 +441,11 @@ class StepEngine:
 
     def release(self) -> None:
         """Remove hooks, and free memory and the transport, once the optimizer is gone. Local."""
-        self.reducer.remove_hooks()
-        self.transport.close(clean=self.reducer.is_idle)
-        self.parameters.release()
+        try:
+            self.reducer.remove_hooks()
+            self.transport.close(clean=self.reducer.is_idle)
+        finally:
+            self.parameters.release()
 
 
 def _exact_gradient(bucket: FlatBucket) -> Tensor:

@@ -33,6 +33,7 @@ from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
 from shardadam.transport import Transport
+from shardadam.transport.streams import is_capturing
 
 _FINGERPRINT_BITS = 17
 _HEADER = 4  # norm^2, non-finite, sum of f, sum of f^2; one element per parameter follows
@@ -153,6 +154,7 @@ def all_reduce_stats(
     else:
         block[_HEADER:] = torch.tensor(used, dtype=torch.float64, device="cpu").to(device)
     transport.all_reduce(block).wait()
+    transport.expect_progress(device)
     ranks = transport.world_size * transport.replicas
     return GlobalGradStats(block, ranks, with_norm=with_norm, compares=fingerprint is not None, all_used=all_used)
 
@@ -207,7 +209,7 @@ class StepSync:
         rounds = self._reducer.rounds
         if self._last is not None and rounds == self.rounds and (self._last.norm is not None or not with_norm):
             return self._last
-        is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        is_captured = is_capturing(device)
         if not is_captured:
             self._read(self.steps if len(self._unread) < _MOST_UNREAD else self.steps + 1)
         mine = None if is_captured or self._transport.control is None else claims()

@@ -184,6 +184,14 @@ class Transport(ABC):
         """Wait until all ranks of the shard group have called it. Collective."""
         self.all_reduce(torch.zeros(1, device="cpu")).wait()
 
+    def expect_progress(self, device: torch.device) -> None:
+        """If the transfers on ``device`` that are enqueued now hang, log it before the backend's timeout. Local.
+
+        Call it after the last transfer before the host may wait for the device. Nothing to do where the host itself
+        waits for transfers, and so raises.
+        """
+        return None
+
     def poll(self, seconds: float) -> bool:
         """Poll peers for up to ``seconds``; return False immediately where that is unsupported. Local."""
         return False

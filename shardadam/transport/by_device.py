@@ -49,6 +49,9 @@ class ByDeviceTransport(Transport):
     def broadcast(self, tensor: Tensor) -> Pending:
         return self._for(tensor.device).broadcast(tensor)
 
+    def expect_progress(self, device: torch.device) -> None:
+        self._for(device).expect_progress(device)
+
     def poll(self, seconds: float) -> bool:
         return self._host.poll(seconds)
 

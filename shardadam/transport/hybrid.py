@@ -103,6 +103,10 @@ class HybridTransport(Transport):
     def fence(self) -> None:
         self._shard.fence()
 
+    def expect_progress(self, device: torch.device) -> None:
+        self._shard.expect_progress(device)
+        self._replica.expect_progress(device)
+
     def poll(self, seconds: float) -> bool:
         # The shard group only briefly: this rank may be waiting for the replica group.
         return self._shard.poll(min(seconds, _SHARD_POLL_S)) or self._replica.poll(seconds)
@@ -112,6 +116,7 @@ class HybridTransport(Transport):
         self._replica.abort()
 
     def close(self, *, clean: bool) -> None:
+        self._streams.release()
         self._shard.close(clean=clean)
         self._replica.close(clean=clean)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from shardadam.ranks import desync
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
 from shardadam.transport.groups import CommGroups, timeout_s
-from shardadam.transport.streams import CommunicationStreams, OnStream
+from shardadam.transport.streams import CommunicationStreams, OnStream, is_capturing
 from shardadam.transport.watchdog import Watchdog
 
 STREAM_BACKENDS = ("nccl",)
@@ -88,14 +88,24 @@ class NcclTransport(Transport):
     def all_reduce(self, block: Tensor) -> Pending:
         with self._streams.on(block.device) as stream:
             dist.all_reduce(block, group=self._group)
-        pending = OnStream(stream)
-        self._expect_progress(block.device)
-        return pending
+        return OnStream(stream)
 
     def broadcast(self, tensor: Tensor) -> Pending:
         with self._streams.on(tensor.device) as stream:
             dist.broadcast(in_memory_order(tensor), group=self._group, group_src=0)
         return OnStream(stream)
+
+    def expect_progress(self, device: torch.device) -> None:
+        is_captured = is_capturing(device)
+        if is_captured and self._watchdog is None:
+            return  # memory that is allocated during a capture is the graph's
+        with self._streams.on(device) as stream:
+            if self._watchdog is None:
+                ranks = dist.get_process_group_ranks(self._group)
+                self._watchdog = Watchdog(device, timeout_s(self._group), partial(desync.report, ranks))
+            self._watchdog.expect_progress()
+        if is_captured:
+            OnStream(stream).wait()  # when a capture ends, its stream must have waited for all others
 
     def poll(self, seconds: float) -> bool:
         time.sleep(min(seconds, _POLL_S))  # NCCL and the device make progress meanwhile
@@ -104,12 +114,5 @@ class NcclTransport(Transport):
     def close(self, *, clean: bool) -> None:
         if self._watchdog is not None:
             self._watchdog.close()
+        self._streams.release()
         self._comm_groups.release(clean=clean)
-
-    def _expect_progress(self, device: torch.device) -> None:
-        """Let the watchdog check that the communication stream gets past this point. Called once a step."""
-        if self._watchdog is None:
-            ranks = dist.get_process_group_ranks(self._group)
-            self._watchdog = Watchdog(device, timeout_s(self._group), partial(desync.report, ranks))
-        with torch.cuda.stream(self._streams.of(device)):
-            self._watchdog.expect_progress()

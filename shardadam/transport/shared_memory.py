@@ -272,6 +272,15 @@ class SharedMemoryTransport(Transport):
     def fence(self) -> None:
         self.await_started(self._start(_Transfer(_Operation.FENCE, 0), is_read=False))
 
+    def sum_dtype(self, wire_dtype: torch.dtype, exact_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return exact_dtype if device.type == "cpu" else self._inner.sum_dtype(wire_dtype, exact_dtype, device)
+
+    def scales_sums(self, device: torch.device) -> bool:
+        return device.type == "cpu" or self._inner.scales_sums(device)
+
+    def expect_progress(self, device: torch.device) -> None:
+        self._inner.expect_progress(device)
+
     def poll(self, seconds: float) -> bool:
         self._sockets.poll(seconds)
         return True

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -12,21 +12,46 @@ from torch import Tensor
 from shardadam.transport.base import Pending
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work for ``device`` is being captured into a CUDA graph. Always False for other devices."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class CommunicationStreams:
     """One high-priority stream per device, created at first use."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def of(self, device: torch.device) -> torch.cuda.Stream:
-        """Return the stream of ``device``."""
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        return self._streams[device]
+        self._callers: dict[torch.device, set[torch.cuda.Stream]] = {}  # the current streams of all transfers
 
     def on(self, device: torch.device) -> CommunicationStream:
         """Return a context manager that enqueues the work inside on the stream of ``device``."""
-        return CommunicationStream(self.of(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._callers[device] = set()
+        self._callers[device].add(torch.cuda.current_stream(device))
+        return CommunicationStream(self._streams[device])
+
+    def release(self) -> None:
+        """Make all streams that may own the buffers of transfers wait for the transfers. Local.
+
+        Note: memory that is freed after a transfer
+            Memory belongs to the stream that was current when it was allocated, which may reuse it as soon as it is
+            freed. Buffers are allocated on streams that also start transfers. They are freed on any thread, so all of
+            these streams wait, not only the current one. A stream that is being captured must not wait for work from
+            before the capture, and need not, as a capture begins when the device is idle.
+        """
+        with suppress(RuntimeError):  # a device that has failed runs nothing more
+            for device, stream in self._streams.items():
+                is_captured = _is_captured(stream)
+                for caller in self._callers[device] | {torch.cuda.current_stream(device)}:
+                    if _is_captured(caller) == is_captured:
+                        caller.wait_stream(stream)
+
+
+def _is_captured(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
@@ -58,12 +83,33 @@ class OnStream(Pending):
         self._stream = stream
         self._kept = kept
         self._event = stream.record_event()
+        self._is_captured = torch.cuda.is_current_stream_capturing()
+        self._waiting: set[torch.cuda.Stream] = set()  # the streams that wait for it
 
     def done(self) -> bool:
         return True
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._stream.device).wait_event(self._event)
+        """
+        Raises:
+            RuntimeError: a CUDA graph capture waits for a transfer that was started before it, or the other way round.
+        """
+        current = torch.cuda.current_stream(self._stream.device)
+        if current in self._waiting:
+            return
+        is_captured = torch.cuda.is_current_stream_capturing()
+        if is_captured and not self._is_captured:
+            raise RuntimeError(
+                "Found a transfer that was started before this CUDA graph capture and not waited for, expected none. "
+                "Call optimizer.synchronize() and optimizer.zero_grad() before the capture, on all ranks."
+            )
+        if self._is_captured and not is_captured:
+            raise RuntimeError(
+                "Found a transfer that was started during a CUDA graph capture and not waited for inside it, expected "
+                "none. Capture whole steps: forward, backward and optimizer.step()."
+            )
+        current.wait_event(self._event)
+        self._waiting.add(current)
 
     def wait_on_this_stream(self) -> None:
         self.wait()

@@ -26,7 +26,11 @@ class Watchdog:
         The thread must not call CUDA: that would invalidate a CUDA graph capture of the user's. So the stream itself
         counts, and copies its count to pinned host memory.
 
+    Note: one stream
+        Build it, and call ``expect_progress``, with the watched stream as the current one, to which its memory belongs.
+
     Args:
+        device: of the watched stream.
         limit_s: the backend's timeout, in seconds.
         report: returns the status of all ranks, for the log message.
     """

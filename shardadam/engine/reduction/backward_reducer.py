@@ -174,6 +174,8 @@ class BackwardReducer(Reducer):
         while not self._round.is_launched:
             self._launch_next(self._round, may_wait=may_wait)
         self._round = None
+        # The user's code may wait for the device before the next step.
+        self._transport.expect_progress(self._buckets[0].parameters.device)
 
     def _launch_next(self, current: Round, *, may_wait: bool) -> None:
         with defer_signals():
