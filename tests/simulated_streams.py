@@ -585,7 +585,9 @@ class Simulation:
         if has_ended or (queue.capture is not None and queue.capture is not event.capture):
             other = "from a capture that has ended" if has_ended else "from before it"
             where = "during a capture " if queue.capture is not None else ""
-            text = f"{queue.name} waits {where}at {spell(here())} for an event {other}, recorded at {spell(event.place)}"
+            text = (
+                f"{queue.name} waits {where}at {spell(here())} for an event {other}, recorded at {spell(event.place)}"
+            )
             self.report("isolation", text, here(), event.place)
             return
         queue.capture = event.capture
@@ -695,7 +697,9 @@ class Simulation:
             if tensor.dim() > 0 and self.memory.kind_of(tensor) != "device":
                 self.report("devices", f"{operation} mixes tensors of host and device at {spell(here())}", here())
 
-    def _blocks_host(self, func: Any, args: Any, kwargs: Any, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> bool:
+    def _blocks_host(
+        self, func: Any, args: Any, kwargs: Any, reads: Sequence[Tensor], writes: Sequence[Tensor]
+    ) -> bool:
         """Return whether a copy makes the host wait: between host and device, unless pinned and non-blocking."""
         kinds = {self.memory.kind_of(tensor) for tensor in (*reads, *writes)}
         if kinds == {"device"}:

@@ -198,7 +198,9 @@ class Job:
 
     def backward(self) -> None:
         loss = self.model()
-        if self.extra.grad is not None or any(self.extra is p for g in self.optimizer.param_groups for p in g["params"]):
+        if self.extra.grad is not None or any(
+            self.extra is p for g in self.optimizer.param_groups for p in g["params"]
+        ):
             loss = loss + self.extra.float().sum()
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 

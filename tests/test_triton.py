@@ -704,7 +704,7 @@ def test_compiled_prologue_spills_no_register(compiler: ProcessPoolExecutor, lr:
 
 
 def compile_update(variant: Variant, architecture: int, form: str = "one bucket") -> Compiled:
-    """Compile the update of one bucket with float32 gradients, or of several with gradients in the parameters' dtype."""
+    """Compile the update of one bucket with float32 gradients, or of several with gradients of the parameters."""
     from shardadam.update import triton
 
     shard, numels = build_shard(variant, torch.Generator()), build_counters().numels

@@ -98,7 +98,7 @@ def train(dtype: torch.dtype, gradient_sync: str, way: str, like_nccl: bool) -> 
 @pytest.mark.sweep(14)
 @pytest.mark.parametrize(
     ("world_size", "gradient_sync", "way", "dtype"),
-    itertools.product([2, 3], ["backward", "step"], WAYS, [torch.float32, torch.bfloat16, torch.float16]),
+    [*itertools.product([2, 3], ["backward", "step"], WAYS, [torch.float32, torch.bfloat16, torch.float16])],
 )
 def test_sums_on_the_wire_train_as_means_in_shards(
     world_size: int, gradient_sync: str, way: str, dtype: torch.dtype
