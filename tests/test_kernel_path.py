@@ -74,6 +74,14 @@ def test_kernels_train_as_torchs_operations_in_every_mode(
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6 if dtype == torch.float32 else 2e-3)
 
 
+def test_sums_of_squares_of_shards_are_not_counted_for_gradients_outside(interpreter: ProcessPoolExecutor) -> None:
+    """Shards have more sums of squares, one for every bucket at least; old ones were added to the norm."""
+    arguments = ("backward", torch.float32, "fp32", "only some steps clip values")
+    found = interpreter.submit(train, True, *arguments).result(timeout=100)
+    for one, other in zip(found, train(False, *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6)
+
+
 def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tuple[list[Tensor], int]:
     """Update the shards of rank 1 of 4 once; return all their tensors, and the number of launches."""
     from shardadam import Precision, update
