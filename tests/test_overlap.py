@@ -46,6 +46,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24)) for _ in range(4))
         self.attention = nn.MultiheadAttention(24, 2, batch_first=True)  # uses out_proj.weight without calling out_proj
         self.silent = nn.Linear(24, 24)
+        self.kept = [self.silent.weight, self.silent.bias]  # used past the module and its attributes
         self.scale = nn.Parameter(torch.ones(24))
 
     def forward(self, tokens: Tensor, step: int) -> Tensor:
@@ -54,7 +55,7 @@ class Net(nn.Module):
         for index in order[: 3 + step % 2]:
             x = x + self.blocks[index](x)
         x = self.blocks[0](x) + self.attention(x, x, x, need_weights=False)[0]
-        x = F.linear(x, self.silent.weight, self.silent.bias) * self.scale
+        x = F.linear(x, *self.kept) * self.scale
         return F.linear(x, self.embedding.weight)
 
 
@@ -436,6 +437,13 @@ def train_compiled(how: str, when: str, overlap: bool) -> tuple[list[Tensor], li
         products.append(sum(node.target is F.linear for node in graph.graph.nodes))
         return graph.forward
 
+    wait_for, traced = optimizer._engine.gatherer.wait_for, []
+
+    def watched_wait_for(indices: Any) -> None:
+        traced.append(torch.compiler.is_compiling())
+        wait_for(indices)
+
+    optimizer._engine.gatherer.wait_for = watched_wait_for  # type: ignore[method-assign]
     called: Any = model
     if when == "before" and overlap:
         optimizer.overlap_gather(model)
@@ -454,6 +462,7 @@ def train_compiled(how: str, when: str, overlap: bool) -> tuple[list[Tensor], li
         assert overlap == optimizer._engine.gatherer.has_pending
         losses.append(loss.detach())
     optimizer.synchronize()
+    assert not any(traced), "compiled code waits"
     return losses, products
 
 
@@ -537,8 +546,9 @@ def convert_after_a_step(convert: Callable[[nn.Module], nn.Module]) -> list[Tens
     transport = AdversarialTransport(connect(None, kind="collective"))
     optimizer = ShardedAdamW(model.named_parameters(), bucket_mb=BUCKET_MB, transport=transport)
     optimizer.overlap_gather(model)
-    model(torch.ones(1, 8)).square().mean().backward()
-    optimizer.step()
+    for _ in range(2):  # the first step also broadcasts the order of buckets, behind its all-gathers
+        model(torch.ones(1, 8)).square().mean().backward()
+        optimizer.step()
     converted = [value.clone() for value in convert(model).state_dict().values()]
     optimizer.synchronize()
     return converted
