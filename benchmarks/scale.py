@@ -384,7 +384,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("paper", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("--plots", type=Path, help="directory for scale-bytes.png and scale-overhead.png")
-    command.add_argument("--bucket-mb", type=float, default=32)
+    command.add_argument("--bucket-mb", type=float, default=None, help="None: the library's default")
     command.add_argument("--shard-group", type=int, default=64, help="ranks that split one copy, hybrid sharding")
     command.add_argument("--overlap-gather", action="store_true", help="all-gathers run under the next forward")
     add_machine(command)

@@ -60,6 +60,7 @@ OVERLAPPED = {"max_steps": 4, "gradient_checkpointing": True, "save_strategy": "
 IS_OVERLAPPED = [False, False, True, False, True, False, False, False]  # two forwards a step; saving waits
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("callbacks", [False, True])
 def test_overlapped_gathers_change_no_bit_and_wait_for_callbacks(callbacks: bool, tmp_path: Path) -> None:
     """The callback keeps a list of parameters from before the step, and reads it after the step."""
