@@ -238,6 +238,7 @@ def test_copies_and_pickles_of_the_model_have_no_active_hooks() -> None:
         assert torch.equal(copied(tokens, 0), expected)
         hooks = [hook for module in copied.modules() for hook in module._forward_pre_hooks.values()]
         assert all(hook._call.__name__ == "_nothing" for hook in hooks)
+        assert all(type(module._parameters) is dict for module in copied.modules())
 
 
 def test_the_model_works_after_its_optimizer_is_deleted() -> None:

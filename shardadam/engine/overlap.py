@@ -218,7 +218,7 @@ class _WaitingParameters(dict[str, Any]):
         if not torch.compiler.is_compiling() and name in self.waits:
             gatherer, indices = self.waits[name]
             live = gatherer()
-            if live is not None and live.has_pending:
+            if live is not None and live.is_any_pending(indices):
                 live.wait_for(indices)
         return dict.__getitem__(self, name)
 
