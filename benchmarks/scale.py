@@ -2,13 +2,16 @@
 """How many bytes per rank, and how much overhead of a step, on up to 16,384 ranks? Mostly computed, not measured.
 
     python benchmarks/scale.py paper [--plots DIR] [--bucket-mb 32] [--inter-gbs 45] ...   computed
+    python benchmarks/scale.py step --ledger FILE                                          computed, 7B on 8 and 512
     python benchmarks/scale.py check                                                       computed against memory()
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/scale.py measure measured
 
 ``paper`` plans three decoders with the library's planner and applies the model of time in ``scale_model.py``, whose
-constants are all arguments. ``check`` builds real optimizers as rank 0 of N over torch's ``fake`` process group, whose
-collectives move nothing, and fails if a byte differs from the plan. ``measure`` fits latency and bandwidth between the
-ranks that run it to the fastest rounds, and compares predictions for other bucket sizes with measurements.
+constants are all arguments. ``step`` predicts the overhead of a step from what ``ledger.py --json FILE`` has counted,
+beside what was counted before copies and launches were reduced. ``check`` builds real optimizers as rank 0 of N over
+torch's ``fake`` process group, whose collectives move nothing, and fails if a byte differs from the plan. ``measure``
+fits latency and bandwidth between the ranks that run it to the fastest rounds, and compares predictions for other
+bucket sizes with measurements.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from scale_model import (
     DECODERS,
     FORMS,
     UNSHARDED_BYTES,
+    Counts,
     Decoder,
     Form,
     Machine,
@@ -194,8 +198,12 @@ def plot(curves: Curves, layouts: dict[tuple[str, int], Layout], args: argparse.
     figure.savefig(args.plots / "scale-overhead.png", dpi=110)
 
 
+def machine_of(args: argparse.Namespace) -> Machine:
+    return Machine(**{field.name: getattr(args, field.name) for field in fields(Machine)})
+
+
 def paper(args: argparse.Namespace) -> None:
-    machine = Machine(**{field.name: getattr(args, field.name) for field in fields(Machine)})
+    machine = machine_of(args)
     start = time.perf_counter()
     layouts = {(decoder.name, ranks): decoder.layout(ranks, args.bucket_mb) for decoder in DECODERS for ranks in RANKS}
     print_bytes(layouts, time.perf_counter() - start)
@@ -203,6 +211,36 @@ def paper(args: argparse.Namespace) -> None:
     print_times(curves, layouts, machine, args)
     if args.plots is not None:
         plot(curves, layouts, args)
+
+
+# One step, from counts
+
+BEFORE = Counts(((8, 10.2917), (64, 4.787)), launches=5133, events=3243, buckets=463)
+"""As ``ledger.py`` counted them at commit aa563c5, before copies and launches were reduced, with buckets of 32 MiB."""
+PLACES = ((8, 8, "flat"), (512, 512, "flat"), (512, 64, "hybrid, S = 64"), (512, 8, "hybrid, S = 8"))
+
+
+def step(args: argparse.Namespace) -> None:
+    machine = machine_of(args)
+    after = Counts.read(args.ledger)
+    ways = (
+        ("before", BEFORE, 32.0, False),
+        ("before, overlap_gather", BEFORE, 32.0, True),
+        ("after", after, args.bucket_mb, False),
+        ("after, overlap_gather", after, args.bucket_mb, True),
+    )
+    decoder = DECODERS[0]
+    print(f"{machine}\n\n{decoder.name}, bf16, split masters, fp32 moments, clipping: PREDICTED, ms a step\n")
+    print("| GPUs | sharding | version | buckets | HBM | launches | reduce | gather | all | of forward + backward |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for ranks, group, name in PLACES:
+        for way, counts, bucket_mb, overlap in ways:
+            layout = decoder.layout(group, bucket_mb)
+            scheme = "hybrid" if group < ranks else "ring"
+            some = predict(decoder, layout, ranks, scheme, machine, overlap, counts)
+            parts = (some.copy_in + some.update, some.launches, some.reduce + some.step_sync, some.gather)
+            cells = " | ".join(f"{1e3 * value:.1f}" for value in (*parts, sum(parts)))
+            print(f"| {ranks} | {name} | {way} | {len(layout.buckets)} | {cells} | {some.percent:.1f}% |")
 
 
 # Compared with real optimizers
@@ -335,18 +373,27 @@ def measure(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def add_machine(command: argparse.ArgumentParser) -> None:
+    for field in fields(Machine):
+        option = "--" + field.name.replace("_", "-")
+        command.add_argument(option, type=type(field.default), default=field.default, help="of scale_model.Machine")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("paper", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("--plots", type=Path, help="directory for scale-bytes.png and scale-overhead.png")
-    command.add_argument("--bucket-mb", type=float, default=32)
+    command.add_argument("--bucket-mb", type=float, default=None, help="None: the library's default")
     command.add_argument("--shard-group", type=int, default=64, help="ranks that split one copy, hybrid sharding")
     command.add_argument("--overlap-gather", action="store_true", help="all-gathers run under the next forward")
-    for field in fields(Machine):
-        option = "--" + field.name.replace("_", "-")
-        command.add_argument(option, type=type(field.default), default=field.default, help="of scale_model.Machine")
+    add_machine(command)
     command.set_defaults(run=paper)
+    command = commands.add_parser("step", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("--ledger", type=Path, required=True, help="what benchmarks/ledger.py --json has written")
+    command.add_argument("--bucket-mb", type=float, default=None, help="None: the library's default")
+    add_machine(command)
+    command.set_defaults(run=step)
     command = commands.add_parser("check")
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 3, 8, 64, 1024, 16384])
     command.add_argument("--bucket-mb", type=float, default=8)

@@ -13,7 +13,8 @@ Note: the model of time
                  + (G - 1)/G n / intra + (H - 1)/H n/G / inter
                  recursive halving (doubling for the all-gather) level by level
 
-    and an all-reduce is a reduce-scatter and an all-gather (the faster of the two forms). Hybrid sharding over groups
+    and an all-reduce is a reduce-scatter and an all-gather (the faster of the two forms). A ring uses the faster of
+    NCCL's protocols Simple and LL128, as NCCL's own tuning does. Hybrid sharding over groups
     of S: a ring reduce-scatter in the group, then an all-reduce of the shard (1/S of the elements, in
     ``replica_itemsize`` bytes) over the N/S replicas; the all-gather stays in the group.
 
@@ -23,13 +24,19 @@ Note: the model of time
     one after the other, each ``launch`` plus the bytes it moves at ``memory``; and each bucket's all-gather behind
     its update and the all-gather before. With ``overlap_gather`` the forward of a bucket waits for its all-gather only.
     Contention, stragglers and skew are not in the model.
+
+    With the counts of ``ledger.py``, all bytes that the step moves through device memory, at ``memory``, take the place
+    of the update's, and all launches and events are added, as if the device waited for the host at each. That is the
+    worst case: a host that runs ahead of the device, as in a large model's backward, hides launches.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -64,7 +71,9 @@ class Decoder:
     def numels(self) -> list[int]:
         return [math.prod(shape) for shape in self.shapes()]
 
-    def layout(self, ranks: int, bucket_mb: float, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Layout:
+    def layout(
+        self, ranks: int, bucket_mb: float | None, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+    ) -> Layout:
         setting = Setting(world_size=ranks, bucket_mb=bucket_mb, device=device)
         return lay_out([PlannedParameter(shape, dtype) for shape in self.shapes()], setting)
 
@@ -106,8 +115,11 @@ UNSHARDED_BYTES = 16  # torch.optim.AdamW in float32: parameter, gradient and tw
 
 @dataclass(frozen=True)
 class Machine:
-    """Constants of a machine. Defaults: an H100 host with a 400 Gb/s port a GPU at 0.8 to 0.9 of nominal bandwidth;
-    latencies are those that NCCL's tuning table has for rings of its Simple protocol.
+    """Constants of a machine, none of them measured by us. Defaults: a host of eight H100 SXM.
+
+    Bandwidths are 0.8 of 450 GB/s (NVLink 4, one direction), 0.9 of 400 Gb/s (a port for each GPU), and 0.8 of 3.35
+    TB/s (HBM3). Latencies, and LL128's share of the bandwidth, are those of ``src/graph/tuning.cc`` in NCCL, which
+    chooses by them: ring, NVLink and network. Launches and events: assumed for eager PyTorch, in round numbers.
     """
 
     host_ranks: int = 8
@@ -116,10 +128,15 @@ class Machine:
     intra_us: float = 3.4
     inter_us: float = 14.0
     base_us: float = 8.4  # of each collective
+    ll128_intra_us: float = 1.9
+    ll128_inter_us: float = 4.0
+    ll128_base_us: float = 14.0
+    ll128_share: float = 0.92  # of the bandwidth
     peak_tflops: float = 989.0
     mfu: float = 0.4
-    memory_gbs: float = 2700.0  # GB/s that the update reaches
-    launch_us: float = 5.0  # of each bucket's update
+    memory_gbs: float = 2700.0  # GB/s that kernels reach
+    launch_us: float = 5.0
+    event_us: float = 1.0  # recorded, or waited for by a stream
     tokens: int = 8192  # a rank and step
     replica_itemsize: int = 4  # of the shard that hybrid sharding all-reduces
 
@@ -137,8 +154,10 @@ class Machine:
         inside, hosts = self._levels(ranks)
         inner_steps = ranks - 1 if hosts == 1 else ranks - hosts
         bandwidth = self.intra_gbs if hosts == 1 else min(self.intra_gbs, inside * self.inter_gbs)
-        latency = self.base_us + inner_steps * self.intra_us + (hosts - 1) * self.inter_us
-        return latency * 1e-6 + (ranks - 1) / ranks * nbytes / (bandwidth * 1e9)
+        simple = self.base_us + inner_steps * self.intra_us + (hosts - 1) * self.inter_us
+        ll128 = self.ll128_base_us + inner_steps * self.ll128_intra_us + (hosts - 1) * self.ll128_inter_us
+        travel = (ranks - 1) / ranks * nbytes / (bandwidth * 1e9)
+        return min(simple * 1e-6 + travel, ll128 * 1e-6 + travel / self.ll128_share)
 
     def halving_s(self, nbytes: float, ranks: int) -> float:
         if ranks == 1:
@@ -162,18 +181,59 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a step of the 7B decoder costs a rank, without NCCL's own traffic; bf16, split masters, fp32 moments.
+
+    Attributes:
+        bytes_per_parameter: through device memory, for two sizes of a shard group.
+        launches, events, buckets: on 8 ranks. The first two grow with the third.
+    """
+
+    bytes_per_parameter: tuple[tuple[int, float], tuple[int, float]]
+    launches: int
+    events: int
+    buckets: int
+
+    @classmethod
+    def read(cls, path: Path) -> Counts:
+        """Read what ``ledger.py --json`` has written."""
+        found = json.loads(path.read_text())
+        of_ranks = {ranks: float(found["bytes_per_parameter"][f"bf16 split {ranks}"]) for ranks in (8, 64)}
+        return cls(
+            ((8, of_ranks[8]), (64, of_ranks[64])), found["launches_7b"], found["events_7b"], found["buckets_7b"]
+        )
+
+    def nbytes(self, parameters: int, ranks: int) -> float:
+        """Return the bytes on each of ``ranks`` that split the state. A part is the same for any number of them."""
+        (one, first), (other, second) = self.bytes_per_parameter
+        split = (first - second) / (1 / one - 1 / other)
+        return parameters * (first + split * (1 / ranks - 1 / one))
+
+    def host_s(self, buckets: int, machine: Machine) -> float:
+        microseconds = self.launches * machine.launch_us + self.events * machine.event_us
+        return microseconds * 1e-6 * buckets / self.buckets
+
+
+@dataclass(frozen=True)
 class Overhead:
-    """Seconds of a step beyond forward and backward."""
+    """Seconds of a step beyond forward and backward.
+
+    Attributes:
+        copy_in, launches: 0 without counts; the update's launches are then in ``update``.
+    """
 
     reduce: float
     step_sync: float
     update: float
     gather: float
     compute: float
+    copy_in: float = 0.0
+    launches: float = 0.0
 
     @property
     def percent(self) -> float:
-        return 100 * (self.reduce + self.step_sync + self.update + self.gather) / self.compute
+        parts = (self.copy_in, self.reduce, self.step_sync, self.update, self.launches, self.gather)
+        return 100 * sum(parts) / self.compute
 
 
 def exposed_reduce(numels: Sequence[int], times: Sequence[float], backward: float) -> float:
@@ -197,12 +257,21 @@ def exposed_gather(
     return max(0.0, computed - sum(updates) - forward if overlap else done - sum(updates))
 
 
-def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: Machine, overlap: bool) -> Overhead:
+def predict(
+    decoder: Decoder,
+    layout: Layout,
+    ranks: int,
+    scheme: str,
+    machine: Machine,
+    overlap: bool,
+    counts: Counts | None = None,
+) -> Overhead:
     """Predict one step of ``decoder`` on ``ranks``.
 
     Args:
         layout: over all ranks, or over a shard group for hybrid sharding.
         scheme: "ring", "halving", "hybrid" or "ddp": all-reduces and an update that is not sharded.
+        counts: of the step; None: count the update's bytes only, and a launch for each bucket.
     """
     group, form = layout.world_size, FORMS[0]
     numels = [bucket.numel for bucket in layout.buckets]
@@ -220,7 +289,13 @@ def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: 
     share = 1 if scheme == "ddp" else group
     launch = 0.0 if scheme == "ddp" else machine.launch_us * 1e-6
     updates = [launch + numel / share * form.moved_bytes / (machine.memory_gbs * 1e9) for numel in numels]
-    compute = machine.compute_s(sum(decoder.numels))
+    parameters, copy_in, launches = sum(decoder.numels), 0.0, 0.0
+    compute = machine.compute_s(parameters)
+    if counts is not None:
+        copied = 2 * form.itemsize * parameters if group > 1 else 0.0  # read from the gradients, written to staging
+        copy_in, launches = copied / (machine.memory_gbs * 1e9), counts.host_s(len(numels), machine)
+        rest = counts.nbytes(parameters, group) - copied
+        updates = [numel / sum(numels) * rest / (machine.memory_gbs * 1e9) for numel in numels]
     return Overhead(
         reduce=exposed_reduce(numels, [reduce_of[n] for n in numels], compute * 2 / 3),
         step_sync=0.0 if scheme == "ddp" else machine.all_reduce_s(8 * (2 + len(decoder.numels)), ranks),
@@ -229,4 +304,6 @@ def predict(decoder: Decoder, layout: Layout, ranks: int, scheme: str, machine: 
             numels[::-1], updates[::-1], [gather_of[n] for n in numels[::-1]], compute / 3, overlap and scheme != "ddp"
         ),
         compute=compute,
+        copy_in=copy_in,
+        launches=launches,
     )

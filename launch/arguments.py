@@ -103,6 +103,7 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--weight-decay", type=real, default=0.1, help="for matrices; vectors do not decay")
     add("--clip", type=real, default=1.0, help="largest global gradient norm; 0: do not clip")
     add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
+    add_overlap(add)
     add("--check-every", type=not_negative, default=0, metavar="K", help="steps between replica checks; 0: never")
     add("--seed", type=not_negative, default=0, help="for the model, the order of the data and the generated text")
 
@@ -133,6 +134,15 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--stop-after", type=not_negative, default=0, metavar="N", help="save and stop after so many steps; 0: all")
     add("--save-on-sigterm", action="store_true", help="on SIGTERM (preemption), finish the step, save and stop")
     return parser
+
+
+def add_overlap(add: Callable[..., Any]) -> None:
+    add(
+        "--overlap-gather",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="gather sharded parameters under the next forward; None: on GPUs",
+    )
 
 
 def add_formats(add: Callable[..., Any]) -> None:

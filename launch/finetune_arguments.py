@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import memory_check
-from arguments import Parser, Ranks, add_formats, add_machine, choose_device, not_negative, positive, real
+from arguments import Parser, Ranks, add_formats, add_machine, add_overlap, choose_device, not_negative, positive, real
 
 LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
 
@@ -41,6 +41,7 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--weight-decay", type=real, default=0.01, help="for matrices; vectors do not decay")
     add("--clip", type=real, default=1.0, help="largest global gradient norm; 0: do not clip")
     add("--gradient-sync", choices=("backward", "step"), default="backward", help="when --optimizer sharded reduces")
+    add_overlap(add)
     add("--seed", type=not_negative, default=0, help="for the head, the adapters, the order of the data and dropout")
 
     add = parser.add_argument_group("model").add_argument

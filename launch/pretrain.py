@@ -56,6 +56,9 @@ class Sharded:
             precision=Precision(moments=args.moments, master=args.master, seed=args.seed),
         )
         self.schedule = make_schedule(self.optimizer, args)
+        on_gpu = any(p.is_cuda for p in model.parameters())
+        if on_gpu if args.overlap_gather is None else args.overlap_gather:
+            self.optimizer.overlap_gather(model)
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.optimizer.no_sync()
@@ -231,9 +234,9 @@ def average(value: Tensor, ranks: Ranks) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the GPU, so that the host's clock measures its work."""
+    """Waits for the GPU, so that the host's clock measures its work. All-gathers under the next forward go on."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def fingerprint(corpus: data.Corpus) -> list[int]:

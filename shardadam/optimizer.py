@@ -260,20 +260,25 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         self._add_unfrozen_params()
         self._engine.clip_grad_value_(clip_value, self.param_groups, parameters=parameters)
 
-    def overlap_gather(self, model: torch.nn.Module) -> None:
+    def overlap_gather(self, model: torch.nn.Module, blocks: Iterable[torch.nn.Module] | None = None) -> None:
         """Overlap all-gathers with the next forward of ``model``: from now on ``step`` does not wait for them.
 
-        Before its forward, each module waits for its own parameters. The model's ``parameters``, ``named_parameters``,
-        ``state_dict`` and ``load_state_dict``, copies and pickles of it, and the optimizer's methods wait for all.
+        Before its forward, each block waits for its own parameters; the model waits for those outside of blocks. The
+        model's ``parameters``, ``named_parameters``, ``state_dict``, ``load_state_dict`` and ``to``, copies and pickles
+        of it, and the optimizer's methods wait for all; an attribute such as ``model.head.weight`` waits for itself.
         After a step, call ``synchronize`` before anything writes parameters, and before they are read in other ways:
-        from a list made earlier, or without calling their module. Local, but all ranks must call it, before
-        torch.compile.
+        from a list made earlier, or from ``param_groups``. Local, but all ranks must call it, before torch.compile;
+        blocks may be compiled already.
+
+        Args:
+            blocks: modules inside the model that its forward calls. None: the elements of its lists and sequences of
+                equal modules, such as transformer layers, and the modules beside those.
 
         Raises:
             RuntimeError: ``model`` is compiled already, and would not wait.
-            ValueError: ``model`` has none of the optimizer's parameters.
+            ValueError: ``model`` has none of the optimizer's parameters, or one of ``blocks`` is not inside it.
         """
-        self._engine.overlap_gather(model)
+        self._engine.overlap_gather(model, blocks)
 
     @collective
     def synchronize(self) -> None:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code of benchmarks/gpu.py that a rehearsal on the CPU does not run: the search for the largest model, traces, parts
-that time out, and missed goals.
+that time out, and missed goals. And the arithmetic of benchmarks/scale.py, whose times nothing here can measure.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ pytest.importorskip("matplotlib")
 import gpu
 import gpu_trace
 import gpu_train
+import scale
+from scale_model import Counts, Decoder, Machine, predict
 
 
 @pytest.mark.parametrize("truth", [4, 5, 17, 20, 23])
@@ -104,3 +108,66 @@ def test_the_summary_marks_missed_goals() -> None:
     assert "fp32 moments | 1024 | 3000 | 0.81 | 0.9 MISSED" in text
     assert "by hand | 1.40" in text and "other | not installed" in text
     assert "NOT EQUAL" in text and "+3.00% (goal 2%)" in text
+
+
+# scale.py
+
+TINY = Decoder("tiny", 4, 256, 4, 4, 512, 1000)
+COUNTED = {
+    "bytes_per_parameter": {"fp32 8": 99.0, "bf16 split 1": 99.0, "bf16 split 8": 8.0, "bf16 split 64": 4.5},
+    "launches_7b": 500,
+    "events_7b": 300,
+    "buckets_7b": 100,
+}
+
+
+@pytest.fixture
+def counts(tmp_path: Path) -> Counts:
+    (tmp_path / "ledger.json").write_text(json.dumps(COUNTED))
+    return Counts.read(tmp_path / "ledger.json")
+
+
+def test_counted_bytes_are_a_constant_and_a_share_of_each_rank(counts: Counts) -> None:
+    assert counts.nbytes(1000, 8) == 8000 and counts.nbytes(1000, 64) == 4500
+    assert counts.nbytes(1000, 10**9) == pytest.approx(4000)  # 4 + 32 / N
+    assert counts.nbytes(1000, 1) == pytest.approx(36000)
+
+
+@pytest.mark.parametrize(("ranks", "group", "scheme"), [(8, 8, "ring"), (512, 512, "ring"), (512, 8, "hybrid")])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_predicted_step_takes_its_bytes_its_launches_and_its_transfers(
+    counts: Counts, ranks: int, group: int, scheme: str, overlap: bool
+) -> None:
+    machine = Machine(memory_gbs=2000.0, launch_us=4.0, event_us=2.0)
+    layout = TINY.layout(group, 0.5)
+    some = predict(TINY, layout, ranks, scheme, machine, overlap, counts)
+    parameters = sum(TINY.numels)
+    assert some.copy_in + some.update == pytest.approx(counts.nbytes(parameters, group) / 2000e9)
+    assert some.copy_in == pytest.approx(4 * parameters / 2000e9)  # bf16, read and written
+    assert some.launches == pytest.approx((500 * 4e-6 + 300 * 2e-6) * len(layout.buckets) / 100)
+    everything = (some.copy_in, some.reduce, some.step_sync, some.update, some.launches, some.gather)
+    assert some.percent == pytest.approx(100 * sum(everything) / some.compute)
+    inside_step = predict(TINY, layout, ranks, scheme, machine, False, counts)
+    longest = machine.ring_s(2 * max(bucket.numel for bucket in layout.buckets), group)
+    assert inside_step.gather >= longest > 0 and some.gather <= inside_step.gather
+    slower = predict(TINY, layout, ranks, scheme, replace(machine, intra_gbs=1.0, inter_gbs=1.0), overlap, counts)
+    assert slower.gather + slower.reduce > some.gather + some.reduce
+
+
+def test_a_ring_takes_the_faster_protocol() -> None:
+    machine = Machine(intra_gbs=100.0, base_us=10.0, intra_us=1.0, ll128_base_us=2.0, ll128_intra_us=0.5)
+    travel = 7 / 8 * 1e6 / 100e9
+    assert machine.ring_s(1e6, 8) == pytest.approx(min(17e-6 + travel, 5.5e-6 + travel / 0.92))
+    assert machine.ring_s(1e9, 8) == pytest.approx(17e-6 + 1000 * travel)
+
+
+def test_predictions_are_printed_as_predictions(
+    counts: Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["scale.py", "step", "--ledger", str(tmp_path / "ledger.json"), "--bucket-mb", "512"]
+    monkeypatch.setattr(sys, "argv", command)
+    scale.main()
+    printed = capsys.readouterr().out
+    assert "PREDICTED" in printed and repr(Machine()) in printed
+    rows = [line for line in printed.splitlines() if line.startswith(("| 8 |", "| 512 |"))]
+    assert len(rows) == 16 and sum("| before" in row for row in rows) == sum("| after" in row for row in rows) == 8

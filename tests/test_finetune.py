@@ -121,7 +121,7 @@ def test_micro_batches_and_low_precision_reach_the_same_accuracy(few_texts: Path
     replicated, _ = on_ranks(2, results_on_a_rank, *common, "--optimizer=adamw", deadline_s=100)
     for options, within in (
         (["--gradient-sync=step"], 1e-4),
-        (["--gradient-sync=backward"], 1e-4),
+        (["--gradient-sync=backward", "--overlap-gather"], 1e-4),
         (["--dtype=bf16", "--moments=int8"], 0.1),
     ):
         sharded, _ = on_ranks(2, results_on_a_rank, *common, *options, deadline_s=100)

@@ -45,8 +45,8 @@ def launch(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "extra",
-    [[], pytest.param(["--micro-batch", "2", "--gradient-sync", "step"], marks=pytest.mark.long)],
-    ids=["plain", "micro-batches"],
+    [["--overlap-gather"], pytest.param(["--micro-batch", "2", "--gradient-sync", "step"], marks=pytest.mark.long)],
+    ids=["overlapping all-gathers", "micro-batches"],
 )
 def test_sharded_training_ends_at_the_same_loss_as_ddp_with_torchs_adamw(extra: list[str], tmp_path: Path) -> None:
     """Clipping is on, so a wrong global norm would change the loss."""

@@ -20,6 +20,7 @@ from tests.ranks import on_ranks
 
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import load_file  # noqa: E402
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
 from transformers.training_args import OptimizerNames  # noqa: E402
@@ -53,6 +54,64 @@ def assert_equal_runs(ours: list[dict[str, Any]], stock: list[dict[str, Any]], l
             assert len(mine[name]) > 0
             assert mine[name][-last:] == pytest.approx(theirs[name][-last:], rel=1e-5, abs=1e-6)
         assert mine["evaluations"] == pytest.approx(theirs["evaluations"], rel=1e-5)
+
+
+OVERLAPPED = {"max_steps": 4, "gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 3}
+IS_OVERLAPPED = [False, False, True, False, True, False, False, False]  # two forwards a step; saving waits
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("callbacks", [False, True])
+def test_overlapped_gathers_change_no_bit_and_wait_for_callbacks(callbacks: bool, tmp_path: Path) -> None:
+    """The callback keeps a list of parameters from before the step, and reads it after the step."""
+    options = {**OVERLAPPED, "callbacks": callbacks}
+    plain = runs("sharded", tmp_path / "plain", overlap=False, **options)
+    overlapped = runs("sharded", tmp_path / "overlapped", overlap=True, **options)
+    for mine, theirs in zip(overlapped, plain, strict=True):
+        assert not any(theirs["pending"])
+        assert mine["pending"][: len(IS_OVERLAPPED)] == [one and not callbacks for one in IS_OVERLAPPED]
+        assert largest_difference(mine["model"], theirs["model"]) == 0.0
+        assert mine["losses"] == theirs["losses"] and mine["moves"] == theirs["moves"]
+        assert mine["evaluated_after"] == theirs["evaluated_after"]
+    one, other = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("plain", "overlapped"))
+    assert largest_difference(one, other) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "compiles", "wanted", "overlaps"),
+    [
+        ("cuda", 2, False, None, True),
+        ("cuda", 2, False, False, False),
+        ("cuda", 1, False, None, False),
+        ("cuda", 2, True, None, False),
+        ("cpu", 2, False, None, False),
+        ("cpu", 2, True, True, True),
+    ],
+)
+def test_all_gathers_overlap_by_default_on_gpus_only(
+    device: str, ranks: int, compiles: bool, wanted: bool | None, overlaps: bool, tmp_path: Path
+) -> None:
+    trainer = ShardedTrainer(torch.nn.Linear(2, 2), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer.create_optimizer()
+    trainer.args = mock.Mock(device=torch.device(device), world_size=ranks, torch_compile=compiles)
+    trainer.overlap_gather = wanted
+    with mock.patch.object(ShardedAdam, "overlap_gather") as overlap_gather:
+        trainer._overlap_gather(trainer.model)
+        trainer._overlap_gather(trainer.model)
+    assert overlap_gather.call_count == overlaps
+
+
+def test_a_compiled_model_does_not_overlap_by_default(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.compile()
+    trainer = ShardedTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer.create_optimizer()
+    trainer.args = mock.Mock(device=torch.device("cuda"), world_size=2, torch_compile=False)
+    trainer._overlap_gather(model)
+    assert not trainer.optimizer._engine._overlaps
+    trainer.overlap_gather = True
+    with pytest.raises(RuntimeError, match="the model has been compiled"):
+        trainer._overlap_gather(model)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from shardadam import ShardedAdamW
 from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer
+from shardadam.transport import connect
 from tests.accelerate_run import as_launched
+from tests.adversarial import AdversarialTransport
 
 EXAMPLES, LENGTH, VOCABULARY = 48, 12, 50
 EPS = 1e-6  # gradients of attention's key biases are only rounding errors, which 1e-8 would turn into steps
@@ -90,6 +92,8 @@ def train(
     frozen: str | None = None,
     poisoned: int | None = None,
     interrupted: int | None = None,
+    overlap: bool | None = None,
+    callbacks: bool = True,
     **arguments: Any,
 ) -> dict[str, Any]:
     """
@@ -103,6 +107,8 @@ def train(
         stream: train on an iterable dataset.
         frozen: part of the names of parameters that are not trained.
         poisoned, interrupted: see ``Accidents``.
+        overlap: the ShardedTrainer's ``overlap_gather``; its parameters are NaN until all-gathers are waited for.
+        callbacks: False leaves ``Accidents`` out.
         arguments: of TrainingArguments.
     """
     with as_launched(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -134,8 +140,8 @@ def train(
         training_arguments = TrainingArguments(
             out, use_cpu=True, report_to=[], disable_tqdm=True, seed=1, dataloader_pin_memory=False, **options
         )
-        accidents = Accidents(poisoned, interrupted)
-        given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_class, "callbacks": [accidents]}
+        accidents, pending = Accidents(poisoned, interrupted), []
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_class, "callbacks": [accidents] * callbacks}
         if flavour == "external":
             optimizer = {"gradient_sync": "external"}
             given["callbacks"] += [ConsolidateCallback()] if callback else []
@@ -143,6 +149,17 @@ def train(
             optimizer_type = torch.optim.AdamW if flavour == "stock" else ShardedAdamW
             given["optimizers"] = (optimizer_type(model.named_parameters(), lr=1e-3, eps=EPS, **optimizer), None)
         kind = ShardedTrainer if flavour == "sharded" else Trainer
+        if overlap is not None:
+            kind = type("Overlapped", (ShardedTrainer,), {"overlap_gather": overlap})
+            sharded = ShardedAdamW(
+                model.named_parameters(),
+                lr=1e-3,
+                eps=EPS,
+                bucket_mb=0.01,
+                transport=AdversarialTransport(connect(None, kind="collective")),
+            )
+            given["optimizers"] = (sharded, None)
+            model.register_forward_pre_hook(lambda *_: pending.append(sharded._engine.gatherer.has_pending))
         texts = Stream() if stream else Texts(2)
         trainer = kind(model, training_arguments, train_dataset=texts, eval_dataset=Texts(3), **given)
         for _ in range(trainings):
@@ -153,6 +170,7 @@ def train(
             "wrapped": type(trainer.model_wrapped).__name__,
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "moves": accidents.moves,
+            "pending": pending,
             "model": {name: value.clone() for name, value in model.state_dict().items()},
             "losses": [entry["loss"] for entry in history if "loss" in entry],
             "norms": [float(entry["grad_norm"]) for entry in history if "loss" in entry],

@@ -60,14 +60,18 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
 
 @cache
 def call_before_parameters_are_read(call: Callable[[], None]) -> None:
-    """Make ``nn.Module.parameters()`` and ``named_parameters()``, and copying and pickling a parameter, run ``call()``.
+    """Make ``nn.Module.parameters()``, ``named_parameters()`` and ``to()``, and copying and pickling a parameter, run
+    ``call()``.
 
-    torch has no hook for this. Weights are averaged, copied and saved through these methods (``AveragedModel``,
-    ``copy.deepcopy``, ``torch.save(model)``). ``nn.Module.zero_grad`` reads no parameter; compiled code is left alone.
+    torch has no hook for this. Weights are averaged, copied, converted and saved through these methods
+    (``AveragedModel``, ``copy.deepcopy``, ``model.cpu()``, ``torch.save(model)``). ``nn.Module.zero_grad`` reads no
+    parameter; compiled code is left alone.
     """
+    module: Any = nn.Module
     parameter: Any = nn.Parameter
-    named_parameters, deepcopy, reduce = (
+    named_parameters, apply, deepcopy, reduce = (
         nn.Module.named_parameters,
+        module._apply,
         parameter.__deepcopy__,
         parameter.__reduce_ex__,
     )
@@ -81,6 +85,11 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
                 call()
         return named_parameters(self, *args, **kwargs)
 
+    @wraps(apply)
+    def call_and_apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call()
+        return apply(self, *args, **kwargs)
+
     @wraps(deepcopy)
     def call_and_copy(self: Any, memo: dict[int, Any]) -> Any:
         call()
@@ -91,7 +100,8 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
         call()
         return reduce(self, protocol)
 
-    nn.Module.named_parameters = call_and_name  # type: ignore[method-assign]
+    module.named_parameters = call_and_name
+    module._apply = call_and_apply
     parameter.__deepcopy__ = call_and_copy
     parameter.__reduce_ex__ = call_and_reduce
 

@@ -404,9 +404,9 @@ class StepEngine:
         self.reducer.close_open_round()
         outside.average_gradients(given, self.transport)
 
-    def overlap_gather(self, model: nn.Module) -> None:
+    def overlap_gather(self, model: nn.Module, blocks: Iterable[nn.Module] | None = None) -> None:
         """Make the forward of ``model`` wait for all-gathers, and ``step`` return without waiting for them. Local."""
-        self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer))
+        self._overlaps.append(OverlappedForward(model, self.parameters.by_id(), self.gatherer, blocks))
 
     def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
         """Make the stored masters follow parameters that were written from outside, before they are read. Local.

@@ -153,7 +153,9 @@ class ShardedAccelerator(Accelerator):
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Return a context in which backward accumulates gradients of ``model`` and reduces nothing. Local."""
         with ExitStack() as stack:
-            for optimizer in self._optimizers_of(model.parameters()):
+            # Not model.parameters(), which would wait for all-gathers that overlap the next forward.
+            own = (p for module in model.modules() for p in module._parameters.values() if p is not None)
+            for optimizer in self._optimizers_of(own):
                 stack.enter_context(optimizer.no_sync())
             yield
 

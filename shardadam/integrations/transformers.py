@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
@@ -45,6 +47,11 @@ class ShardedTrainerMixin:
     DistributedDataParallel: the optimizer averages gradients. Checkpoints hold the shards of all ranks. Training
     resumes on any number of ranks, from these checkpoints or from those of a plain Trainer with AdamW.
 
+    Attributes:
+        overlap_gather: whether all-gathers overlap the next forward. None: on GPUs, unless the Trainer compiles the
+            model as a whole. Set it before ``train``. Callbacks that are not transformers' own always find gathered
+            parameters: where there are any, all-gathers do not overlap.
+
     Raises:
         ValueError: ``TrainingArguments.optim`` is another optimizer, or "adamw_anyprecision" with other dtypes than
             float32 and bfloat16; there is another engine (DeepSpeed, FSDP); or torchrun has started several processes
@@ -52,8 +59,10 @@ class ShardedTrainerMixin:
         TypeError: the optimizer passed is not a ShardedAdam(W), or has ``gradient_sync="external"``.
     """
 
+    overlap_gather: bool | None = None
     accelerator: Any
     args: TrainingArguments
+    callback_handler: Any
     lr_scheduler: Any
     model: Any
     optimizer: Any
@@ -82,7 +91,26 @@ class ShardedTrainerMixin:
             _name_parameters(self.optimizer, self.model if model is None else model)
         # An interrupted train() may have left reduced gradients, which the model's zero_grad does not reach.
         self.optimizer.zero_grad()
+        self._overlap_gather(self.model if model is None else model)
         return cast(torch.optim.Optimizer, self.optimizer)
+
+    def _overlap_gather(self, model: nn.Module) -> None:
+        """Overlap all-gathers where that is wanted, before the Trainer compiles the model. Local."""
+        optimizer, callbacks = _unwrapped(self.optimizer), self.callback_handler.callbacks
+        wanted = self.overlap_gather
+        if wanted is None:
+            wanted = self.args.device.type == "cuda" and self.args.world_size > 1 and not self.args.torch_compile
+        if not wanted or not isinstance(optimizer, ShardedAdam):
+            return
+        if any(isinstance(one, _GatherBeforeCallbacks) and one.is_of(optimizer) for one in callbacks):
+            return
+        try:
+            optimizer.overlap_gather(model)
+        except RuntimeError:  # the model has been compiled already
+            if self.overlap_gather:
+                raise
+        else:
+            callbacks.insert(0, _GatherBeforeCallbacks(optimizer, callbacks))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         step = self.state.global_step
@@ -103,6 +131,34 @@ class ShardedTrainerMixin:
 
 class ShardedTrainer(ShardedTrainerMixin, Trainer):
     """transformers.Trainer with a ``ShardedAdamW``; see ``ShardedTrainerMixin``."""
+
+
+class _GatherBeforeCallbacks(TrainerCallback):
+    """Waits for all-gathers after each step if the Trainer has callbacks that may keep lists of parameters, and at the
+    end of training. Local. Must be the Trainer's first callback.
+    """
+
+    def __init__(self, optimizer: ShardedAdam, callbacks: list[TrainerCallback]) -> None:
+        self._optimizer, self._callbacks = weakref.ref(optimizer), callbacks
+
+    def is_of(self, optimizer: ShardedAdam) -> bool:
+        return self._optimizer() is optimizer
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not all(type(one).__module__.startswith(("transformers.", __name__)) for one in self._callbacks):
+            self._wait()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer._engine.gatherer.wait_all()
 
 
 class ConsolidateCallback(TrainerCallback):
