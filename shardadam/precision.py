@@ -31,7 +31,8 @@ class Precision:
             ``"none"``: no master, the parameter is rounded stochastically. ``"auto"``: "split", but "fp32" for float16
             on the CPU, where that is faster.
         reduce: dtype of gradients on the wire; None: the gradient's own. The gradient shard is float32 (float64 for
-            float64 parameters), whatever the dtype on the wire.
+            float64 parameters); but where the backend sums in the dtype on the wire (NCCL), it has that dtype until a
+            step has several backwards, as it loses nothing by it.
         accumulate: dtype in which gradients are summed over ranks. ``"wire"``: whatever is fastest; NCCL sums in the
             dtype on the wire. ``"fp32"``: the gradient shard's dtype, in rank order, by all-to-all and a local sum,
             with any backend. With Gloo, "wire" does the same.

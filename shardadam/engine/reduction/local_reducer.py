@@ -25,6 +25,7 @@ from shardadam.engine.reduction.base import (
     is_current,
     snapshot,
 )
+from shardadam.engine.reduction.copy_in import joined_streams
 from shardadam.engine.reduction.hooks import GradientHooks
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Segment
@@ -179,7 +180,12 @@ class AloneReducer(LocalReducer):
             self._streams.setdefault(parameter.device, set()).add(stream)
         gradient, parameter.grad = parameter.grad, None
         self.rounds += 1
-        if gradient is not None:
+        if gradient is None:
+            return
+        # A sum in the shard reads and writes what other streams have written.
+        is_summed = self.used[param.index] or param.arena in self._in_shard
+        streams = self._streams.get(parameter.device) if is_summed else None
+        with joined_streams(streams, parameter.device):
             self._take(param, gradient.to(param.buckets[0].wire_dtype))
 
     @torch.no_grad()
