@@ -148,13 +148,15 @@ def accesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     schema, packet = func._schema, func.overloadpacket
     if packet in _NO_KERNEL:
         return reads, writes
+    reads_nothing = func._schema.name.endswith("_like") or func._schema.name.startswith("aten::new_")  # but shapes
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     for argument in schema.arguments:
         tensors = [leaf for leaf in tree_leaves(given.get(argument.name)) if on_device(leaf)]
         is_written = argument.alias_info is not None and argument.alias_info.is_write
         if is_written:
             writes += tensors
-        if not is_written or not (argument.kwarg_only or packet in _WRITES_ONLY):
+        is_read = not is_written or not (argument.kwarg_only or packet in _WRITES_ONLY)
+        if is_read and not reads_nothing:
             reads += tensors
     results = out if len(schema.returns) > 1 else (out,)
     for result, returned in zip(results, schema.returns, strict=False):  # some have none, and return None
