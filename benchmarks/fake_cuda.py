@@ -124,6 +124,7 @@ class FakeCuda:
     Attributes:
         label: kept by every event that is recorded, such as the number of the step.
         is_capturing: what ``torch.cuda.is_current_stream_capturing`` returns.
+        pinned_count: the number of allocations of pinned memory.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -133,6 +134,7 @@ class FakeCuda:
         self.is_inside = 0  # an operator runs, and must see "meta"
         self._default = Stream()
         self._streams = [self._default]
+        self.pinned_count = 0
         self._pinned: dict[int, Tensor] = {}  # by the address of the storage's C++ object
         self._contents = WeakTensorKeyDictionary()  # of tensors that were copied from the host
         self._addresses: dict[tuple[int, int], int] = {}  # of storages
@@ -168,6 +170,7 @@ class FakeCuda:
         return tensor.untyped_storage()._cdata in self._pinned
 
     def pin(self, tensor: Tensor) -> Tensor:
+        self.pinned_count += 1
         self._pinned[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
@@ -276,6 +279,8 @@ class _Python(TorchFunctionMode):
         if func is torch.Tensor.backward:  # it is Python, in which hooks run: stay active
             with self:
                 return torch.autograd.backward(*args, grad_tensors=kwargs.pop("gradient", None), **kwargs)
+        if func is torch.device:
+            return func(*args, **kwargs)
         args, there = [_device(value) for value in args], {key: _device(value) for key, value in kwargs.items()}
         if func in _FROM_HOST:
             if there.get("device") == _META and not any(map(on_device, args)):

@@ -37,7 +37,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
     ("state.masters",),
     ("engine.reduction", "engine.gathering", "engine.outside", "state.local", "checks.arguments"),
-    ("engine.storage", "engine.grad_stats", "engine.profiling"),
+    ("engine.storage", "engine.grad_stats", "engine.profiling", "engine.to_device"),
     ("update", "transport"),
     ("ranks", "state.flat_shard"),
     ("layout", "precision", "chunks", "version", "checks.torch_patches"),

@@ -30,6 +30,7 @@ from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine.grad_stats import GradStats, are_finite, sum_of_squares
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import Reducer
+from shardadam.engine.to_device import send
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import Transport
@@ -151,7 +152,7 @@ def all_reduce_stats(
     if all_used:
         block[_HEADER:] = 1.0
     else:
-        block[_HEADER:] = torch.tensor(used, dtype=torch.float64, device="cpu").to(device)
+        block[_HEADER:] = send(used, block.dtype, device)
     transport.all_reduce(block).wait()
     ranks = transport.world_size * transport.replicas
     return GlobalGradStats(block, ranks, with_norm=with_norm, compares=fingerprint is not None, all_used=all_used)
