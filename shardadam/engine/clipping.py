@@ -62,9 +62,11 @@ def scale_(params: Sequence[ShardedParam], coefficient: Tensor) -> None:
 @torch.no_grad()
 def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
     """Clamp this rank's shards of the gradients of ``params`` to [-limit, limit]; NaN stays NaN."""
+    if isinstance(limit, Tensor) and limit.device.type == "cpu":
+        limit = float(limit)  # a copy to the device would wait for it
     for gradient, scale in _gradients(params):
-        bound = torch.as_tensor(limit / scale, dtype=gradient.dtype, device=gradient.device)
-        torch.clamp(gradient, -bound, bound, out=gradient)
+        bound = limit.to(gradient) / scale if isinstance(limit, Tensor) else float(limit) / scale
+        gradient.clamp_(-bound, bound)  # type: ignore[arg-type]  # both are tensors, or both numbers
 
 
 def _gradients(params: Sequence[ShardedParam]) -> Iterator[tuple[Tensor, float]]:

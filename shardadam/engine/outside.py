@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from shardadam.engine.to_device import send
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.transport import ReduceScatter, Transport
 from shardadam.transport.base import own_slice, scale_for_mean_
@@ -60,12 +61,12 @@ def _agree(parameters: Sequence[Tensor], transport: Transport) -> list[int | Non
     Waits for the device only if this rank lacks a gradient.
     """
     mine = [None if p.grad is None else p.grad.sparse_dim() if p.grad.is_sparse else 0 for p in parameters]
-    block = torch.tensor([[dim is not None, dim or 0] for dim in mine], dtype=torch.float64, device="cpu")
-    block = block.to(parameters[0].device)
+    values = [value for dim in mine for value in (dim is not None, dim or 0)]
+    block = send(values, torch.float64, parameters[0].device)
     transport.all_reduce(block).wait()
     if None not in mine:
         return list(mine)
-    return [round(total / count) if count else None for count, total in block.tolist()]
+    return [round(total / count) if count else None for count, total in block.view(-1, 2).tolist()]
 
 
 def _zeros(parameter: Tensor, sparse_dim: int) -> Tensor:

@@ -233,7 +233,7 @@ class StepEngine:
     def rescale(self, factor: float) -> None:
         """Multiply the mean of gradients over all ranks by ``factor``, until the next step. Before any clipping."""
         self._factor = factor
-        exact = torch.tensor(factor, dtype=torch.float64, device=self.skipped_steps.device)
+        exact = torch.full((), factor, dtype=torch.float64, device=self.skipped_steps.device)
         self._inverse_scale = self._coefficient = self._in_norm_dtype(exact)
 
     def clip_grad_norm_(

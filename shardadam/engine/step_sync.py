@@ -29,6 +29,7 @@ from torch import Tensor
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import Reducer
+from shardadam.engine.to_device import send
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
@@ -152,7 +153,7 @@ def all_reduce_stats(
     if all_used:
         block[_HEADER:] = 1.0
     else:
-        block[_HEADER:] = torch.tensor(used, dtype=torch.float64, device="cpu").to(device)
+        block[_HEADER:] = send(used, block.dtype, device)
     transport.all_reduce(block).wait()
     transport.expect_progress(device)
     ranks = transport.world_size * transport.replicas

@@ -274,16 +274,17 @@ class BackwardReducer(Reducer):
         self._pool.wait_all()
 
     def learn_order(self) -> None:
-        # Incomplete buckets (unused parameters) go last. If rank 0 had no gradient, the next step tries again.
+        # Incomplete buckets (unused parameters) go last. If rank 0 had no gradient, the next step tries again. The host
+        # waits for the device here, so it must not try again only because no bucket was complete.
         if self._order_is_learned:
             return
         completed = set(self._completed)
         order = self._completed + [index for index in self.order if index not in completed]
         device = self._buckets[0].parameters.device
-        agreed = torch.tensor([len(completed), *order], dtype=torch.int64, device="cpu").to(device)
+        agreed = torch.tensor([any(self.used), *order], dtype=torch.int64, device="cpu").to(device)
         self._transport.broadcast(agreed).wait()
-        completed_count, *self.order = agreed.tolist()
-        self._order_is_learned = completed_count > 0
+        has_gradient, *self.order = agreed.tolist()
+        self._order_is_learned = bool(has_gradient)
 
     def reset(self) -> None:
         self.close_open_round()
