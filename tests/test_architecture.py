@@ -37,7 +37,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
     ("state.masters",),
     ("engine.reduction", "engine.gathering", "engine.outside", "state.local", "checks.arguments"),
-    ("engine.storage", "engine.profiling", "engine.to_device"),
+    ("engine.storage", "engine.profiling"),
     ("update", "transport"),
     ("ranks", "sums", "state.flat_shard"),
     ("layout", "precision", "chunks", "version", "checks.torch_patches"),

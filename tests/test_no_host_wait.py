@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardadam
 from shardadam import Precision, ShardedAdamW
-from shardadam.engine.to_device import send, send_as_arguments
+from shardadam.sums.to_device import send, send_as_arguments
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 pytest.importorskip("triton")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardadam.engine.to_device import send
+from shardadam.sums.to_device import send
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.transport import ReduceScatter, Transport
 from shardadam.transport.base import own_slice, scale_for_mean_

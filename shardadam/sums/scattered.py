@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardadam.layout import Segment
+from shardadam.sums.to_device import send
 
 ALIGNMENT_BYTES = 16
 """Of an address from which a GPU can load its widest words."""
@@ -53,7 +54,7 @@ class Scattered:
         """Return them with their addresses in a table on ``device``. May be captured in a CUDA graph."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         is_aligned = all(address % ALIGNMENT_BYTES == 0 for address in addresses)
-        return cls(tensors, dtype, Addresses(_send(addresses, device), dtype, is_aligned))
+        return cls(tensors, dtype, Addresses(send(addresses, torch.int64, device), dtype, is_aligned))
 
     def write_(self, target: Tensor, segments: Iterable[Segment], start: int, stop: int) -> None:
         """Write elements ``start : stop`` of a shard to ``target``; zeros where there is padding or no gradient.
@@ -73,21 +74,3 @@ class Scattered:
             target[low - start : high - start].copy_(tensor[first : first + high - low])
             end = high
         target[end - start :].zero_()
-
-
-def _send(values: list[int], device: torch.device) -> Tensor:
-    """Return ``values`` as an int64 tensor on ``device``."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return _send_as_arguments(values, device)
-    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
-    return torch.empty_like(host, device=device).copy_(host, non_blocking=True)  # torch keeps host until it is copied
-
-
-def _send_as_arguments(values: list[int], device: torch.device) -> Tensor:
-    """Do ``_send`` by arguments of kernels: a graph holds these, but would read host memory again at each replay."""
-    table = torch.zeros(len(values), dtype=torch.int64, device=device)
-    if values:
-        torch._foreach_add_(list(table.unbind()), values)
-    return table

@@ -19,14 +19,13 @@ def send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> T
     if torch.cuda.is_current_stream_capturing():
         return send_as_arguments(values, dtype, device)
     on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
-    return torch.empty_like(on_host, device=device).copy_(
-        on_host, non_blocking=True
-    )  # torch keeps its memory till then
+    # torch keeps the memory of on_host until the copy has read it.
+    return torch.empty_like(on_host, device=device).copy_(on_host, non_blocking=True)
 
 
 def send_as_arguments(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Do ``send`` by arguments of kernels: a graph holds these, but would read host memory again at each replay."""
     sent = torch.zeros(len(values), dtype=dtype, device=device)
     if len(values) > 0:
-        torch._foreach_add_(list(sent.unbind()), [*map(float, values)])
+        torch._foreach_add_(list(sent.unbind()), [float(v) if dtype.is_floating_point else v for v in values])
     return sent
