@@ -110,6 +110,7 @@ class Transport(ABC):
         control: group over all ranks for small Python objects; None for one rank.
         store_barrier: over all ranks.
         devices: the types of the devices whose tensors it moves; None for all.
+        trainable_devices: those of ``devices`` that trainable parameters may be on; None for all of them.
     """
 
     rank: int
@@ -119,6 +120,7 @@ class Transport(ABC):
     control: dist.ProcessGroup | None = None
     store_barrier: StoreBarrier = StoreBarrier(None, 0, [0])
     devices: frozenset[str] | None = None
+    trainable_devices: frozenset[str] | None = None
 
     def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a zeroed flat buffer for parameters. Collective: all ranks must call it with the same arguments."""

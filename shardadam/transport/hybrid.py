@@ -47,6 +47,7 @@ class HybridTransport(Transport):
         self.control = control
         self.store_barrier = store_barrier
         self.devices = replica.devices if shard.devices is None else shard.devices
+        self.trainable_devices = replica.trainable_devices  # the same backends as the shard group's
         self._shard = shard
         self._replica = replica
         self._unsummed: deque[_TwoStageSum] = deque()  # in order; their all-reduces have not been started
