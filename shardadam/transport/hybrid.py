@@ -118,13 +118,18 @@ class HybridTransport(Transport):
     def start_ready(self) -> None:
         """Start the all-reduces whose reduce-scatters, and those before them, are complete. Does not wait."""
         while self._unsummed and self._unsummed[0].can_start():
-            self._unsummed.popleft().start()
+            self._start_next()
 
     def start_through(self, last: _TwoStageSum) -> None:
         """Start the all-reduces up to that of ``last``, waiting for their reduce-scatters, and then the ready ones."""
         while not last.is_started:
-            self._unsummed.popleft().start()
+            self._start_next()
         self.start_ready()
+
+    def _start_next(self) -> None:
+        """If this raises before it sends (memory), the transfer remains the next one."""
+        self._unsummed[0].start()
+        self._unsummed.popleft()
 
     def _start_all(self) -> None:
         if self._unsummed:
