@@ -71,6 +71,7 @@ class HybridTransport(Transport):
     # Transfers
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        self.start_ready()  # before this one is sent, as it may raise (memory)
         total = torch.empty_like(request.shard) if request.accumulate else request.shard
         reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, on_chunk=None))
         finish = partial(_finish, request, total)
@@ -82,7 +83,6 @@ class HybridTransport(Transport):
             return OnStream(stream, kept=total)
         transfer = _TwoStageSum(self, reduce_scatter, partial(self._replica.all_reduce, total), finish)
         self._unsummed.append(transfer)
-        self.start_ready()
         return transfer
 
     def all_gather(self, flat: Tensor) -> Pending:
