@@ -9,9 +9,14 @@ the first ones of the other. Then training goes on as if the batch had not been,
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardadam import ShardedAdamW
-from tests.ranks import on_ranks, rank_and_size
+from tests.ranks import ANSWER_S, on_ranks, rank_and_size, ranks_of
 
 LAYERS = 4
 WIDTH = 24
@@ -89,7 +94,9 @@ class Trained:
             if isinstance(request, Tensor):
                 self.started.append((name, request.numel(), str(request.dtype)))
             else:
-                self.started.append((name, request.numel, str(request.send.dtype), shards.get(request.shard.data_ptr())))
+                self.started.append(
+                    (name, request.numel, str(request.send.dtype), shards.get(request.shard.data_ptr()))
+                )
             return pending
 
         setattr(transport, name, record)
@@ -130,7 +137,7 @@ def is_prefix(one: list[Any], other: list[Any]) -> bool:
 
 
 def fail_in_backward(how: str, failure: str, options: dict[str, Any], step: int) -> int:
-    """Fail at every place of forward and backward whose number is a multiple of ``step``; return how many there were."""
+    """Fail at each place of forward and backward that is a multiple of ``step``; return how many there were."""
     rank, world_size = rank_and_size()
     if "mesh" in options:
         options = {**options, "process_group": init_device_mesh("cpu", options["mesh"])}
@@ -190,3 +197,111 @@ def test_a_batch_that_fails_in_backward_is_skipped(
     step, deadline_s = (1, 110.0) if request.config.getoption("--long") else (7, 50.0)
     counts = on_ranks(world_size, fail_in_backward, how, failure, options, step, deadline_s=deadline_s)
     assert min(counts) * step > 8 * LAYERS
+
+
+def refuse_a_gradient() -> list[str]:
+    """Rank 1's embedding has a sparse gradient in the second of three batches."""
+    rank, _ = rank_and_size()
+    messages = []
+
+    def build() -> tuple[nn.Sequential, ShardedAdamW]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(32, WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+        return model, ShardedAdamW(model.parameters(), lr=1e-2, bucket_mb=BUCKET_MB, transport="collective")
+
+    def backward(model: nn.Sequential, batch: int) -> None:
+        model(torch.arange(3) + 3 * batch + rank).square().mean().backward()
+
+    (model, optimizer), (twin, twin_optimizer) = build(), build()
+    for batch in range(3):
+        model[0].sparse = rank == VICTIM and batch == 1
+        error = ""
+        try:
+            backward(model, batch)
+        except RuntimeError as refused:
+            error = str(refused)
+        if everybody_succeeded(not error):
+            try:
+                optimizer.step()
+            except (RuntimeError, ValueError) as refused:  # on every rank
+                error = str(refused)
+        messages.append(error)
+        optimizer.zero_grad()
+        if batch != 1:
+            backward(twin, batch)
+            twin_optimizer.step()
+            twin_optimizer.zero_grad()
+    optimizer.check_in_sync()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    return messages
+
+
+def test_a_gradient_that_is_refused_does_not_skip_the_turn_of_its_bucket() -> None:
+    for messages in on_ranks(2, refuse_a_gradient, deadline_s=30.0):
+        assert messages[0] == messages[2] == ""
+    assert "sparse gradient" in messages[1]  # of rank 1
+
+
+# In step
+
+TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class FailInStep:
+    """Fail at a place of ``step``, then go on as if nothing had been."""
+
+    place: int
+    options: dict[str, Any]
+
+    def __call__(self, rank: int, pipe: Connection) -> None:
+        trained = Trained(**self.options)
+        trained.backward(0)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+        dist.barrier()
+        trained.started.clear()
+        mode = FailAt(self.place, run_out_of_memory)
+        trained.backward(1)
+        with mode if rank == VICTIM else nullcontext():
+            errors = [raised(trained.optimizer.step)]
+        started = list(trained.started)
+        for batch in range(2, 4):
+
+            def train(batch: int = batch) -> None:
+                trained.optimizer.zero_grad()
+                trained.backward(batch)
+                trained.optimizer.step()
+
+            errors.append(raised(train))
+        pipe.send((started, errors, [p.tolist() for p in trained.parameters()]))
+        time.sleep(ANSWER_S)
+
+
+def raised(call: Callable[[], Any]) -> str:
+    start = time.monotonic()
+    try:
+        call()
+        return ""
+    except Exception as error:
+        assert time.monotonic() - start < 4 * TIMEOUT_S + 5, "hangs"
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.sweep(5)
+@pytest.mark.parametrize("place", [0, 1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56, 64, 72, 81])
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+@pytest.mark.parametrize("transport", ["collective", "shared_memory"])
+def test_a_step_that_fails_leaves_equal_ranks_or_ranks_that_refuse(
+    place: int, gradient_sync: str, transport: str, tmp_path: Path
+) -> None:
+    scenario = FailInStep(place, {"gradient_sync": gradient_sync, "transport": transport, "max_grad_norm": 1.0})
+    with ranks_of(2, tmp_path / "store", scenario, timeout_s=TIMEOUT_S) as ranks:
+        (started, errors, parameters), (others, other_errors, other_parameters) = (ranks.hear(rank) for rank in (0, 1))
+    assert is_prefix(started, others)
+    if not any((*errors, *other_errors)):
+        assert parameters == other_parameters
+        return
+    assert "out of memory, for a test" in other_errors[0] or not other_errors[0]
+    for error in (errors[-1], other_errors[-1]):
+        assert re.search(r"Status of the ranks|cannot (step|continue together)|Ranks disagree", error), (error, errors)
