@@ -47,6 +47,7 @@ from finetune_arguments import parse_arguments
 from memory_check import Demand, Workload, available_memory, kept_bytes, nearest
 from pretrain import Replicated, Sharded, Timings, average, parameter_groups, synchronize
 from probe import Scores, confusion, probe
+from rendezvous import destroyed_on_success
 from report import Report, Silence, megabytes
 from shardadam import Precision
 from shardadam.planner import PlannedParameter, Setting
@@ -468,13 +469,11 @@ def run(args: argparse.Namespace, parser: Parser, ranks: Ranks, device: torch.de
         parser.error(str(error))
     if ranks.launched:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        finetune(args, task, ranks, device)
-    except (DataError, ModelError, DoesNotFit) as error:
-        parser.error(str(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # otherwise Gloo aborts at exit
+    with destroyed_on_success():
+        try:
+            finetune(args, task, ranks, device)
+        except (DataError, ModelError, DoesNotFit) as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

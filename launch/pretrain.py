@@ -35,7 +35,7 @@ from arguments import DTYPES, Ranks, parse_arguments
 from checkpoints import CannotResume, Saver, identity_of, starting_point
 from model import Decoder, ModelConfig, generate, next_byte_loss
 from preemption import Preemption
-from rendezvous import join
+from rendezvous import destroyed_on_success, join
 from report import Report, Silence, megabytes
 from shardadam import CheckpointError, Precision, ShardedAdamW
 
@@ -367,15 +367,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if ranks.launched:
         join(ranks, "nccl" if device.type == "cuda" else "gloo", timeout_s=args.timeout)
-    try:
-        pretrain(args, corpus, ranks, device)
-    except CannotResume as error:
-        parser.error(str(error))
-    except (CheckpointError, TimeoutError) as error:
-        parser.failure(str(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # otherwise Gloo aborts at exit
+    with destroyed_on_success():
+        try:
+            pretrain(args, corpus, ranks, device)
+        except CannotResume as error:
+            parser.error(str(error))
+        except (CheckpointError, TimeoutError) as error:
+            parser.failure(str(error))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the process group of ranks that torchrun has started or restarted.
+"""Builds the process group of ranks that torchrun has started or restarted, and destroys it at the end of a run.
 
 Note: keys of a restart
     torchrun's agents keep one store while workers restart (torch 2.13). `init_process_group` would read the addresses
@@ -9,9 +9,13 @@ Note: keys of a restart
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -51,3 +55,39 @@ def prefix_of_this_start(store: dist.Store, ranks: Ranks, timeout_s: float) -> s
             return prefix
         time.sleep(0.02)
     raise TimeoutError(f"rank 0 did not join within {timeout_s:g} s (--timeout); check its log")
+
+
+@contextmanager
+def destroyed_on_success() -> Iterator[None]:
+    """Context manager: destroys the process group after the block, unless the block raises.
+
+    Note: a rank that fails
+        `destroy_process_group` can hang on NCCL when a rank has failed: it waits for collectives that the others never
+        join. Without it, Gloo aborts the process at its exit, and hides why the rank failed. So this rank's traceback
+        is printed, exit handlers run, and then the process ends without either. torchrun ends the others.
+    """
+    statuses: list[int] = []
+
+    def end_if_failed() -> None:
+        if any(statuses):
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(statuses[0])
+
+    atexit.register(end_if_failed)  # runs after the handlers that the block registers
+    try:
+        yield
+    except BaseException as error:
+        statuses.append(exit_status(error))
+        raise
+    finally:
+        if not any(statuses) and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def exit_status(error: BaseException) -> int:
+    """The status with which Python ends after `error`."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -37,7 +37,7 @@ from shardadam.engine.storage import ShardedParam, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order, in_shape
-from shardadam.state.loading import load_group_
+from shardadam.state.loading import load_groups_
 from shardadam.state.masters import write_master_
 from shardadam.update import formats, reference
 
@@ -458,8 +458,7 @@ def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
 
 def _set_objects(contents: Contents, objects: Mapping[str, Any], scheduler: Any) -> None:
     if contents.optimizer is not None:
-        for group, saved in zip(contents.optimizer.param_groups, objects[PARAM_GROUPS], strict=True):
-            load_group_(group, saved)
+        load_groups_(contents.optimizer.param_groups, objects[PARAM_GROUPS])
     load_objects(contents, {key: value for key, value in objects.items() if key in contents.objects})
     if scheduler is not None:
         scheduler.load_state_dict(objects[SCHEDULER])

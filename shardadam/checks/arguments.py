@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -197,7 +198,7 @@ def check_parameters(
                 f"Parameter {name!r} is a FakeTensor, expected one with values. Build the model outside of "
                 "FakeTensorMode; shardadam plan computes memory without values."
             )
-        check_device(f"Parameter {name!r}", parameter, transport)
+        check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
         if not parameter.requires_grad:
             _check_frozen(parameter, name, is_alone=transport.control is None)
             continue
@@ -227,14 +228,23 @@ def check_parameters(
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
 
 
-def check_device(what: str, tensor: Tensor, transport: Transport) -> None:
-    """Raise ValueError if the process group cannot move ``tensor``."""
-    if transport.devices is not None and tensor.device.type not in transport.devices:
-        raise ValueError(
-            f"{what} is on {tensor.device}, expected a device that the process group has a backend for: "
-            f"{', '.join(sorted(transport.devices))}. Move it there, or give the process group a backend for "
-            'both, such as init_process_group("cpu:gloo,cuda:nccl").'
-        )
+def check_device(what: str, tensor: Tensor, transport: Transport, *, trains: bool = False) -> None:
+    """Raise ValueError if the process group cannot move ``tensor``, or ``trains`` and it has no backend for gradients.
+
+    Without a backend for the CPU, what does not train there is sent over Gloo.
+    """
+    devices = transport.devices
+    if trains and transport.trainable_devices is not None:
+        devices = transport.trainable_devices
+    if devices is None or tensor.device.type in devices:
+        return
+    remedy = 'or give the process group a backend for both, such as init_process_group("cpu:gloo,cuda:nccl")'
+    if not dist.is_gloo_available():
+        remedy = "or install a build of PyTorch that has Gloo, which sends tensors on the CPU"
+    raise ValueError(
+        f"{what} is on {tensor.device}, expected a device that the process group has a backend for: "
+        f"{', '.join(sorted(devices))}. Move it there, {remedy}."
+    )
 
 
 def _check_frozen(parameter: Tensor, name: str, *, is_alone: bool) -> None:

@@ -400,6 +400,8 @@ class StepEngine:
                     "expected parameters, which have a gradient of their own."
                 )
             if parameter.requires_grad:
+                what = f"average_gradients: tensor {position} of {tuple(parameter.shape)}"
+                arguments.check_device(what, parameter, self.transport)
                 given.append(parameter)
         self.reducer.close_open_round()
         outside.average_gradients(given, self.transport)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardadam.engine.parameters import ShardedParameters
@@ -51,8 +53,7 @@ def load_local(param_groups: list[dict[str, Any]], held: ShardedParameters, stat
     for param in params:
         key = id(param.parameter)
         load_param_(param, own[key], betas=betas[key])
-    for group, saved_group in zip(param_groups, saved_groups, strict=True):
-        load_group_(group, saved_group)
+    load_groups_(param_groups, saved_groups)
 
 
 def _refuse_state_of_frozen(frozen: Iterable[NamedParameter], saved: Mapping[int, Mapping[str, Any]]) -> None:
@@ -70,14 +71,47 @@ def _refuse_state_of_frozen(frozen: Iterable[NamedParameter], saved: Mapping[int
         )
 
 
-def load_group_(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Copies hyperparameters into a param group, except ``decoupled_weight_decay``: Adam stays Adam."""
-    kept = ("params", "param_names", "decoupled_weight_decay")
-    for key, value in saved.items():
-        if key not in kept:
-            before, value = group.get(key), deepcopy(value)
-            both = isinstance(before, Tensor) and isinstance(value, Tensor)
-            group[key] = value.to(before.device) if both else value  # type: ignore[union-attr]
+def load_groups_(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Copies hyperparameters into param groups, except ``decoupled_weight_decay``: Adam stays Adam.
+
+    Note: tensors stay
+        A captured CUDA graph reads a learning rate that is a tensor at its address. So such a hyperparameter stays the
+        same tensor, and gets the saved value. In torch, groups share a tensor that was passed as a default: if their
+        saved values differ, the first group keeps it.
+    """
+    loaded: set[int] = set()  # ids of the tensors that have their values
+    for group, saved in zip(groups, saved_groups, strict=True):
+        for key, value in saved.items():
+            if key in ("params", "param_names", "decoupled_weight_decay"):
+                continue
+            before = group.get(key)
+            if not isinstance(before, Tensor):
+                group[key] = deepcopy(value)
+            elif not _can_hold(before, value):
+                group[key] = value.detach().clone().to(before.device) if isinstance(value, Tensor) else deepcopy(value)
+            elif id(before) not in loaded:
+                loaded.add(id(before))
+                _fill_(before, value)
+            else:
+                own = before.detach().clone()
+                _fill_(own, value)
+                if not torch.equal(own, before):
+                    group[key] = own
+
+
+def _can_hold(tensor: Tensor, value: Any) -> bool:
+    """Returns whether ``value``, a tensor or a number, can be copied into ``tensor``."""
+    if isinstance(value, Tensor):
+        return value.numel() == tensor.numel() and torch.can_cast(value.dtype, tensor.dtype)
+    is_whole = isinstance(value, Integral)
+    return isinstance(value, Real) and tensor.numel() == 1 and (is_whole or tensor.is_floating_point())
+
+
+def _fill_(tensor: Tensor, value: Tensor | float) -> None:
+    if isinstance(value, Tensor):
+        tensor.detach().copy_(value.detach().reshape(tensor.shape))
+    else:
+        tensor.detach().fill_(value)
 
 
 def _own(param: ShardedParam, saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ collective methods in the same order.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch.distributed as dist
@@ -77,7 +78,12 @@ def _connect_collective(groups: CommGroups, *, exact_sums: bool = False) -> Tran
     if backends.get("cuda") not in STREAM_BACKENDS:
         return GlooTransport(groups)
     nccl = NcclTransport(groups, exact_sums=exact_sums)
-    return ByDeviceTransport(GlooTransport(groups), nccl) if "cpu" in backends else nccl
+    if "cpu" in backends:
+        return ByDeviceTransport(GlooTransport(groups), nccl, trains_on_host=True)
+    if "cpu" in backend_of_device(groups.control):
+        host = GlooTransport(replace(groups, training=groups.control))
+        return ByDeviceTransport(host, nccl, trains_on_host=False)
+    return nccl  # this build of torch has no Gloo
 
 
 def _connect_group(groups: CommGroups | None, *, kind: str, exact_sums: bool) -> Transport:

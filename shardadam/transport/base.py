@@ -112,6 +112,7 @@ class Transport(ABC):
         store_barrier: over all ranks.
         devices: the types of the devices whose tensors it moves; None for all.
         sends: whether there are other ranks to send anything to.
+        trainable_devices: those of ``devices`` that trainable parameters may be on; None for all of them.
     """
 
     rank: int
@@ -122,6 +123,7 @@ class Transport(ABC):
     store_barrier: StoreBarrier = StoreBarrier(None, 0, [0])
     devices: frozenset[str] | None = None
     sends = True
+    trainable_devices: frozenset[str] | None = None
 
     def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a zeroed flat buffer for parameters. Collective: all ranks must call it with the same arguments."""

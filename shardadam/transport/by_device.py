@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process group with NCCL for CUDA and another backend for the CPU: picks the transport by a tensor's device."""
+"""NCCL for CUDA, and another backend for the CPU: picks the transport by a tensor's device.
+
+The backend for the CPU is the process group's own, or if it has none, Gloo's of the control group: buffers and frozen
+parameters on the CPU need one, too.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,17 @@ class ByDeviceTransport(Transport):
     """
     Args:
         host: for tensors on the CPU.
-        stream: for tensors on CUDA devices; has the same process groups as ``host``.
+        stream: for tensors on CUDA devices; has the same ranks as ``host``.
+        trains_on_host: trainable parameters may be on the CPU. If not, only small tensors should be.
     """
 
-    def __init__(self, host: Transport, stream: Transport) -> None:
+    def __init__(self, host: Transport, stream: Transport, *, trains_on_host: bool) -> None:
         self.rank = host.rank
         self.world_size = host.world_size
         self.control = host.control
         self.store_barrier = host.store_barrier
-        self.devices = host.devices
+        self.devices = frozenset({"cpu", "cuda"})
+        self.trainable_devices = None if trains_on_host else stream.devices
         self._host = host
         self._stream = stream
 

@@ -47,6 +47,7 @@ class HybridTransport(Transport):
         self.control = control
         self.store_barrier = store_barrier
         self.devices = replica.devices if shard.devices is None else shard.devices
+        self.trainable_devices = replica.trainable_devices  # the same backends as the shard group's
         self._shard = shard
         self._replica = replica
         self._unsummed: deque[_TwoStageSum] = deque()  # in order; their all-reduces have not been started
@@ -73,6 +74,7 @@ class HybridTransport(Transport):
     # Transfers
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
+        self.start_ready()  # before this one is sent, as it may raise (memory)
         total = torch.empty_like(request.shard) if request.accumulate else request.shard
         reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, stats=None))
         finish = partial(_finish, request, total)
@@ -84,7 +86,6 @@ class HybridTransport(Transport):
             return OnStream(stream, kept=total)
         transfer = _TwoStageSum(self, reduce_scatter, partial(self._replica.all_reduce, total), finish)
         self._unsummed.append(transfer)
-        self.start_ready()
         return transfer
 
     def all_gather(self, flat: Tensor) -> Pending:
@@ -125,13 +126,18 @@ class HybridTransport(Transport):
     def start_ready(self) -> None:
         """Start the all-reduces whose reduce-scatters, and those before them, are complete. Does not wait."""
         while self._unsummed and self._unsummed[0].can_start():
-            self._unsummed.popleft().start()
+            self._start_next()
 
     def start_through(self, last: _TwoStageSum) -> None:
         """Start the all-reduces up to that of ``last``, waiting for their reduce-scatters, and then the ready ones."""
         while not last.is_started:
-            self._unsummed.popleft().start()
+            self._start_next()
         self.start_ready()
+
+    def _start_next(self) -> None:
+        """If this raises before it sends (memory), the transfer remains the next one."""
+        self._unsummed[0].start()
+        self._unsummed.popleft()
 
     def _start_all(self) -> None:
         if self._unsummed:

@@ -382,13 +382,17 @@ class _PeerRead(Pending):
         self._transport = transport
         self._number = number
         self._read = read
+        self._transfers: dict[int, _Transfer] | None = None  # of the peers, once all have started it
 
     def done(self) -> bool:
-        return self._transport.has_started(self._number)
+        return self._transfers is not None or self._transport.has_started(self._number)
 
     def wait(self) -> None:
         # until_sent could deadlock: a peer that needs nothing more for this transfer may not handle records for long.
-        self._read(self._transport.await_started(self._number, until_sent=False))
+        # If `_read` raises (memory), this may be called again.
+        if self._transfers is None:
+            self._transfers = self._transport.await_started(self._number, until_sent=False)
+        self._read(self._transfers)
         self._transport.send_read(self._number)
 
     def is_released(self) -> bool:
