@@ -195,10 +195,9 @@ def interrupt_every_launch() -> tuple[int, int, list[float]]:
     return arrived, launched, [float(p.detach().mean()) for p in parameters]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_signal_does_not_prevent_the_launch_of_a_bucket(world_size: int) -> None:
+def test_a_signal_does_not_prevent_the_launch_of_a_bucket() -> None:
     """If one launch were missing, later collectives of this rank would be matched with wrong ones of the others."""
-    for arrived, launched, values in on_ranks(world_size, interrupt_every_launch):
+    for arrived, launched, values in on_ranks(2, interrupt_every_launch):
         assert (arrived, launched) == (1, 1)
         assert values == pytest.approx([1.0] * 3 + [0.899], abs=1e-4)  # backward had reached only one bucket
 

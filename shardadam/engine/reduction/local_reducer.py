@@ -67,17 +67,17 @@ class LocalReducer(Reducer):
         """Add a gradient to what the parameter has since ``reset``."""
         if gradient is None:
             return
+        is_first, self.used[param.index] = not self.used[param.index], True
         ordered = memory_order(gradient, param.parameter)
         self._arena_stats.pop(param.arena, None)
         self._scattered.pop(param.arena, None)
-        if self._gradients[param.index] is None and param.arena not in self._in_shard:
+        if is_first and param.arena not in self._in_shard:
             self._gradients[param.index] = ordered
         else:
             self._move_to_shard(param.arena)
             for bucket, segment, target in _segments(param):
                 target.add_(ordered[segment.start : segment.start + segment.numel])
                 self._grad_stats.pop(bucket.index, None)
-        self.used[param.index] = True
 
     def _move_to_shard(self, arena: FlatArena) -> None:
         """Copy the arena's gradients to its shard, unless they are there."""
@@ -178,7 +178,7 @@ class AloneReducer(LocalReducer):
         if parameter.is_cuda:
             stream = torch.cuda.current_stream(parameter.device)
             self._streams.setdefault(parameter.device, set()).add(stream)
-        gradient, parameter.grad = parameter.grad, None
+        gradient = parameter.grad
         self.rounds += 1
         if gradient is None:
             return
@@ -187,6 +187,7 @@ class AloneReducer(LocalReducer):
         streams = self._streams.get(parameter.device) if is_summed else None
         with joined_streams(streams, parameter.device):
             self._take(param, gradient.to(param.buckets[0].wire_dtype))
+        parameter.grad = None  # last: a gradient that is still there after a signal is an error, not lost
 
     @torch.no_grad()
     def close(self) -> None:
