@@ -72,7 +72,7 @@ def test_squares_of_scattered_gradients_equal_those_of_the_shard(interpreter: Pr
     assert interpreter.submit(differences_of_scattered_squares).result(timeout=100) == []
 
 
-def differences_of_sums(shard: str, source: str) -> list[str]:
+def differences_of_sums(shard: str, source: str, device: str = "cpu") -> list[str]:
     from shardadam.sums import kernel
 
     random = torch.Generator().manual_seed(DTYPES.index(shard) * 3 + DTYPES.index(source))
@@ -86,7 +86,13 @@ def differences_of_sums(shard: str, source: str) -> list[str]:
         ours = values(numel, shard, random)
         truth = ours.clone()
         squares = torch.full((-(-numel // PROGRAM_NUMEL),), -1.0, dtype=torch.float64)
-        kernel.sum_(ours, sources, squares if number % 3 else None, scale=scale, accumulate=accumulate)
+        ours, squares = ours.to(device), squares.to(device)
+        if device == "cpu" or number == 9:
+            there = [each.to(device) for each in sources]
+        else:
+            there = list(torch.stack(sources).to(device).unbind())
+        kernel.sum_(ours, there, squares if number % 3 else None, scale=scale, accumulate=accumulate)
+        ours, squares = ours.cpu(), squares.cpu()
         reference.sum_(truth, sources, scale=scale, accumulate=accumulate)
         case = f"{count} sources of {numel}, scale {scale}, accumulate {accumulate}"
         if not is_same(ours, truth):
@@ -96,7 +102,7 @@ def differences_of_sums(shard: str, source: str) -> list[str]:
     return found
 
 
-def differences_of_squares() -> list[str]:
+def differences_of_squares(device: str = "cpu") -> list[str]:
     from shardadam.sums import kernel
 
     random = torch.Generator().manual_seed(1)
@@ -104,22 +110,25 @@ def differences_of_squares() -> list[str]:
     for dtype, numel in itertools.product(DTYPES, LENGTHS):
         flat = values(numel, dtype, random).nan_to_num(posinf=3.0, neginf=3.0)
         squares = torch.full((-(-numel // PROGRAM_NUMEL),), -1.0, dtype=torch.float64)
-        kernel.measure(flat, squares)
+        squares = squares.to(device)
+        kernel.measure(flat.to(device), squares)
+        squares = squares.cpu()
         found += [f"{dtype} of {numel}"] * (not torch.equal(squares, reference.sums_of_squares(flat)))
     return found
 
 
-def differences_of_scattered_squares() -> list[str]:
+def differences_of_scattered_squares(device: str = "cpu") -> list[str]:
     from shardadam.sums import kernel
 
     found = []
     for dtype, aligned in itertools.product(DTYPES, (True, False)):
-        arena = build_arena_shard(VARIANTS[0])
-        gradients = gradients_of_arena(getattr(torch, dtype), torch.Generator().manual_seed(3), aligned=aligned)
+        arena = build_arena_shard(VARIANTS[0], device)
+        random = torch.Generator().manual_seed(3)
+        gradients = gradients_of_arena(getattr(torch, dtype), random, aligned=aligned, device=device)
         assert gradients.addresses is not None and gradients.addresses.is_aligned == aligned
         flats = []
         for plan, bucket in zip(arena.plans, arena.buckets, strict=True):
-            flats.append(torch.full((plan.shard_numel,), math.nan, dtype=gradients.dtype))
+            flats.append(torch.full((plan.shard_numel,), math.nan, dtype=gradients.dtype, device=device))
             gradients.write_(flats[-1], plan.shard_segments(1), 0, plan.shard_numel)
             if not is_same(measured(kernel, arena, gradients, bucket), reference.sums_of_squares(flats[-1])):
                 found.append(f"{dtype}, aligned {aligned}, bucket at {plan.offset}")
@@ -127,23 +136,24 @@ def differences_of_scattered_squares() -> list[str]:
             found.append(f"{dtype}, aligned {aligned}, merged")
     # Longer than one program: a single parameter, from its second block on, and padding.
     gradient = values(PROGRAM_NUMEL + 700, "float32", torch.Generator().manual_seed(4)).nan_to_num(posinf=1.0)
-    single = Scattered.with_addresses([gradient], torch.float32, torch.device("cpu"))
+    gradient = gradient.to(device)
+    single = Scattered.with_addresses([gradient], torch.float32, torch.device(device))
     assert single.addresses is not None
-    flat = torch.cat([gradient[128:], torch.zeros(-len(gradient) % 128)])
-    squares = torch.full((2,), -1.0, dtype=torch.float64)
+    flat = torch.cat([gradient[128:], gradient.new_zeros(-len(gradient) % 128)])
+    squares = torch.full((2,), -1.0, dtype=torch.float64, device=device)
     kernel.measure_scattered(
         single.addresses,
         squares,
-        blocks=torch.zeros(len(flat) // 128, dtype=torch.int32),
-        first_blocks=torch.tensor([5]),
-        numels=torch.tensor([len(gradient)]),
+        blocks=torch.zeros(len(flat) // 128, dtype=torch.int32, device=device),
+        first_blocks=torch.tensor([5], device=device),
+        numels=torch.tensor([len(gradient)], device=device),
         first_block=6,
     )
     return found + ["several programs"] * (not torch.equal(squares, reference.sums_of_squares(flat)))
 
 
 def measured(kernel: Any, arena: Any, gradients: Scattered, shard: Any) -> Tensor:
-    squares = torch.full((1,), -1.0, dtype=torch.float64)
+    squares = torch.full((1,), -1.0, dtype=torch.float64, device=shard.blocks.device)
     kernel.measure_scattered(
         gradients.addresses,
         squares,
