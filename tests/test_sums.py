@@ -21,7 +21,8 @@ from torch import Tensor
 from shardadam import layout, sums
 from shardadam.sums import reference
 from shardadam.sums.reference import PROGRAM_NUMEL, TILE_NUMEL
-from shardadam.sums.scattered import Addresses, Scattered, _send_as_arguments
+from shardadam.sums.scattered import Addresses, Scattered
+from shardadam.sums.to_device import send_as_arguments
 from tests.test_triton import (
     ARCHITECTURES,
     ARENA_NUMELS,
@@ -257,8 +258,8 @@ def test_addresses_tell_where_gradients_lie_and_whether_they_are_aligned() -> No
 def test_addresses_in_a_captured_graph_are_exact() -> None:
     """They go as arguments of kernels, which must not pass through a float."""
     values = [0, 2**47 - 16, 2**62 + 1, 2**53 + 1, 16]
-    assert _send_as_arguments(values, torch.device("cpu")).tolist() == values
-    assert _send_as_arguments([], torch.device("cpu")).tolist() == []
+    assert send_as_arguments(values, torch.int64, torch.device("cpu")).tolist() == values
+    assert send_as_arguments([], torch.int64, torch.device("cpu")).tolist() == []
 
 
 # Whether there are kernels
