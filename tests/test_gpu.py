@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from shardadam import GradScaler, Precision, ShardedAdamW
 from shardadam.planner import Setting, plan
+from shardadam.sums import has_kernel
+from shardadam.sums.scattered import Scattered
 from shardadam.transport import Transport, connect
 from shardadam.transport.streams import CommunicationStream
 from shardadam.update.shard import Counters, Shard
@@ -26,6 +28,7 @@ from tests import test_overlap as overlap
 from tests import test_parity as parity
 from tests import test_precision as precision
 from tests import test_step_sync as step_sync
+from tests import test_sums as sums
 from tests import test_triton as interpreted
 from tests.on_cuda import captured, nccl_of_one, warm_up
 from tests.ranks import on_ranks, rank_and_size
@@ -65,6 +68,53 @@ def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_kernel_equals_reference(variant: interpreted.Variant) -> None:
     """Bit for bit, as in the interpreter, with infinities, subnormals, NaNs and stale remainders."""
     assert interpreted.differences_from_reference(variant, device=DEVICE) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@interpreted.each_variant
+def test_every_form_of_gradients_and_buckets_takes_the_same_step(variant: interpreted.Variant, dtype: str) -> None:
+    assert interpreted.differences_between_forms(variant, dtype, DEVICE) == []
+
+
+@pytest.mark.parametrize("source", sums.DTYPES)
+@pytest.mark.parametrize("shard", sums.DTYPES)
+def test_compiled_sums_equal_the_reference(shard: str, source: str) -> None:
+    assert sums.differences_of_sums(shard, source, DEVICE) == []
+
+
+def test_compiled_sums_of_squares_equal_the_reference() -> None:
+    assert sums.differences_of_squares(DEVICE) == []
+    assert sums.differences_of_scattered_squares(DEVICE) == []
+
+
+def test_addresses_of_gradients_are_sent_without_a_wait_and_held_by_a_graph() -> None:
+    tensors = [torch.ones(n, device=DEVICE) for n in (5, 300)]
+    made: list[Tensor] = []
+
+    def send() -> None:
+        addresses = Scattered.with_addresses([*tensors, None], torch.float32, torch.device(DEVICE)).addresses
+        assert addresses is not None
+        made.append(addresses.table)
+
+    send()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        send()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    warm_up(send)
+    replay = captured(send)
+    expected = [*(tensor.data_ptr() for tensor in tensors), 0]
+    assert made[1].tolist() == expected
+    made[-1].zero_()
+    pinned = [torch.full((3,), -1, dtype=torch.int64, pin_memory=True) for _ in range(100)]  # over any freed memory
+    replay()
+    assert made[-1].tolist() == expected and len(pinned) == 100
+
+
+def test_this_machine_can_launch_kernels() -> None:
+    torch.zeros(1, device=DEVICE)
+    assert has_kernel(torch.float32, torch.device(DEVICE))
 
 
 def test_compiled_positions_are_counted_in_uint32() -> None:

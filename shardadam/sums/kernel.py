@@ -25,7 +25,7 @@ __all__ = ["PROGRAM_NUMEL", "measure", "measure_scattered", "sum_"]
 WARPS = 8
 BLOCK = tl.constexpr(ALIGNMENT_NUMEL)
 PROGRAM, TILE = tl.constexpr(PROGRAM_NUMEL), tl.constexpr(TILE_NUMEL)
-TILES = tl.constexpr(PROGRAM_NUMEL // TILE_NUMEL)
+TILES, TILE_BLOCKS = tl.constexpr(PROGRAM_NUMEL // TILE_NUMEL), tl.constexpr(TILE_NUMEL // ALIGNMENT_NUMEL)
 TILE_BITS = tl.constexpr(TILE_NUMEL.bit_length() - 1)
 WORD_BYTES = tl.constexpr(ALIGNMENT_BYTES)
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
@@ -201,18 +201,32 @@ def measure_blocks(
     """Do ``reference.sums_of_squares`` for PROGRAM elements of a shard whose gradients lie at ``addresses``."""
     start = tl.program_id(0).to(tl.int64) * (PROGRAM // BLOCK)
     sums = tl.zeros([TILE], tl.float64)
-    for tile in range(TILES):
-        row = start + tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)[:, None]
-        inside = row < block_count
-        parameter = tl.load(blocks + row, mask=inside, other=0).to(tl.int32)
-        if positions is not None:
-            position = tl.load(positions + row, mask=inside, other=0)
-        else:
-            position = first_block + row
-        block = position - tl.load(first_blocks + parameter)
-        values = load_scattered(addresses, numels, parameter, block, inside, ELEMENT, ALIGNED)
-        sums = add_squares(sums, tl.reshape(values, [TILE]))
+    if ALIGNED:  # unrolled, so that the tables of all tiles are loaded at once; otherwise that takes too many registers
+        for tile in tl.static_range(TILES):
+            row = start + tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[:, None]
+            inside = row < block_count
+            parameter, block = locate(blocks, positions, first_blocks, first_block, row, inside)
+            values = load_scattered(addresses, numels, parameter, block, inside, ELEMENT, ALIGNED)
+            sums = add_squares(sums, tl.reshape(values, [TILE]))
+    else:
+        for tile in range(TILES):
+            row = start + tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[:, None]
+            inside = row < block_count
+            parameter, block = locate(blocks, positions, first_blocks, first_block, row, inside)
+            values = load_scattered(addresses, numels, parameter, block, inside, ELEMENT, ALIGNED)
+            sums = add_squares(sums, tl.reshape(values, [TILE]))
     store_sum(squares, sums)
+
+
+@triton.jit
+def locate(blocks, positions, first_blocks, first_block, row, inside):
+    """Return the parameter that each of the shard's blocks ``row`` belongs to, and the block's position in it."""
+    parameter = tl.load(blocks + row, mask=inside, other=0).to(tl.int32)
+    if positions is not None:
+        position = tl.load(positions + row, mask=inside, other=0)
+    else:
+        position = first_block + row
+    return parameter, position - tl.load(first_blocks + parameter)
 
 
 @triton.jit
