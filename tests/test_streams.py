@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardadam import GradScaler, Precision, ShardedAdamW, load, save, transport, update
+from shardadam import GradScaler, Precision, ShardedAdamW, load, save, update
 from tests.simulated_streams import Finding, Simulation, Stream
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardadam.sums.to_device import send
 from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.sums.to_device import send
 from shardadam.transport import ReduceScatter, Transport
 from shardadam.transport.base import own_slice, scale_for_mean_
 

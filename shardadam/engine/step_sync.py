@@ -29,10 +29,10 @@ from torch import Tensor
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import Reducer
-from shardadam.sums.to_device import send
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
+from shardadam.sums.to_device import send
 from shardadam.transport import Transport
 from shardadam.transport.streams import is_capturing
 
