@@ -184,6 +184,7 @@ CASES: list[tuple[int, str, dict[str, Any]]] = [
     (2, "no_sync", {"transport": "shared_memory"}),
     (4, "once", {"mesh": (2, 2)}),
     (2, "accumulated", {"transport": "collective", "max_grad_norm": 0.1}),
+    (4, "accumulated", {"mesh": (2, 2)}),
     (2, "once", {"transport": "collective", "gradient_sync": "step"}),
     (2, "accumulated", {"transport": "shared_memory", "gradient_sync": "step"}),
 ]
