@@ -118,7 +118,8 @@ class StatefulOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's own ``state_dict()``, or its shard of a whole one of torch.optim.Adam/AdamW.
 
-        Also loads the hyperparameters of the param groups, as torch does. Load the model before or after it: masters in
+        Also loads the hyperparameters of the param groups. As in torch, except that one that is a tensor here stays the
+        same tensor and gets the value: captured CUDA graphs read it. Load the model before or after it: masters in
         ``state_dict`` are exact either way; without any, the parameters at the next step are the masters. Local, but
         all ranks must call it; collective if parameters were unfrozen since the last step.
 

@@ -164,7 +164,10 @@ class Transport(ABC):
 
     @abstractmethod
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
-        """Start a reduce-scatter. Collective: all ranks must pass the same ``numel``, and a ``send`` of one dtype."""
+        """Start a reduce-scatter. Collective: all ranks must pass the same ``numel``, and a ``send`` of one dtype.
+
+        May raise only before it sends: the caller then starts it again.
+        """
 
     @abstractmethod
     def all_gather(self, flat: Tensor) -> Pending:

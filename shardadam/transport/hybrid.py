@@ -74,7 +74,6 @@ class HybridTransport(Transport):
     # Transfers
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
-        self.start_ready()  # before this one is sent, as it may raise (memory)
         total = torch.empty_like(request.shard) if request.accumulate else request.shard
         reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, stats=None))
         finish = partial(_finish, request, total)
@@ -84,6 +83,7 @@ class HybridTransport(Transport):
                 self._replica.all_reduce(total).wait()
                 finish()
             return OnStream(stream, kept=total)
+        # Ready all-reduces are started in `done`: sums may raise (memory), and nothing may once this is sent.
         transfer = _TwoStageSum(self, reduce_scatter, partial(self._replica.all_reduce, total), finish)
         self._unsummed.append(transfer)
         return transfer

@@ -190,16 +190,15 @@ class BackwardReducer(Reducer):
         try:
             with joined_streams(current.streams.get(index), bucket.parameters.device):
                 error = copy_in(bucket, staging.send, self.used, current.partly_launched)
+            stats = self._new_stats(bucket, with_squares=self._with_squares)
+            self._pool.reduce_scatter(bucket, staging, accumulate=self._launches[index] > 0, stats=stats)
         except BaseException:
             self._pool.release(bucket, staging)
             raise
         self._refused = self._refused or error
         current.streams.pop(index, None)
         current.next += 1
-        accumulate = self._launches[index] > 0
         self._launches[index] += 1
-        stats = self._new_stats(bucket, with_squares=self._with_squares)
-        self._pool.reduce_scatter(bucket, staging, accumulate=accumulate, stats=stats)
         self._free_gradients(bucket, current.partly_launched)
 
     def _free_gradients(self, bucket: FlatBucket, partly_launched: dict[int, Tensor | None]) -> None:
