@@ -99,10 +99,10 @@ class Form:
 
     @property
     def moved_bytes(self) -> float:
-        """Bytes that the update of an element moves on CUDA: state and parameter both ways, the gradient once."""
+        """Bytes that the update of an element moves on NCCL: state and parameter both ways, the gradient as sent."""
         state = formats.tensors(self.precision.format(self.dtype, torch.device("cuda")), ALIGNMENT_NUMEL)
         state_bytes = sum(length * dtype.itemsize for length, dtype in state.values())
-        return 2 * (self.itemsize + state_bytes / ALIGNMENT_NUMEL) + 4
+        return 2 * (self.itemsize + state_bytes / ALIGNMENT_NUMEL) + self.itemsize
 
 
 FORMS = (
