@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA streams and CUDA memory, simulated on the CPU, to find races and broken captures in code written for CUDA.
 
-Tensors stay on the CPU, and operations run at once. Tensors made with ``device="cuda"`` say that they are on CUDA. Every
-stream and every event has a vector clock, and every operation is an access of its tensors on the current stream. So two
+Tensors stay on the CPU, and operations run at once. Tensors made with ``device="cuda"`` say that they are on CUDA.
+Streams and events have vector clocks, and every operation is an access of its tensors on the current stream. So two
 accesses that no event orders are found whatever the timing. Results of Triton kernels are not computed.
 
 Note: what is found
@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import shardadam
+from shardadam.layout import ALIGNMENT_NUMEL
 
 DEVICE = torch.device("cuda", 0)
 HOST = torch.device("cpu")
@@ -91,14 +92,12 @@ class Queue:
     """The state of a stream, or of the host.
 
     Attributes:
-        is_user: whether it was made by the user.
         clock: by queue: how many of its operations are known to be complete before this queue's next one.
         capture: the capture that it takes part in.
     """
 
-    def __init__(self, name: str, *, is_user: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.is_user = is_user
         self.clock: dict[Queue, int] = {self: 0}
         self.capture: Capture | None = None
 
@@ -146,12 +145,12 @@ class Event:
 
     def query(self) -> bool:
         """Return whether the host knows that the event is over: a device is as slow as it can be."""
-        _simulation().check_not_captured(self)
+        _simulation().check_may_query(self)
         host = _simulation().host
         return all(host.knows(queue, tick) for queue, tick in (self.clock or {}).items())
 
     def synchronize(self) -> None:
-        _simulation().check_not_captured(self)
+        _simulation().check_may_query(self)
         _simulation().host_waits(self.clock or {})
 
 
@@ -336,6 +335,17 @@ class Memory:
         start = tensor.data_ptr()
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         stop = start + (last + 1) * tensor.element_size()
+        self._access(block, start, stop, queue, tick, operation, is_write=is_write)
+
+    def access_range(self, start: int, stop: int, queue: Queue, tick: int, operation: str, *, is_write: bool) -> None:
+        """Record an access by addresses, which a registered block must hold."""
+        block = self._blocks[bisect.bisect_right(self._starts, start) - 1]
+        assert block.start <= start and stop <= block.stop
+        self._access(block, start, stop, queue, tick, operation, is_write=is_write)
+
+    def _access(
+        self, block: Block, start: int, stop: int, queue: Queue, tick: int, operation: str, *, is_write: bool
+    ) -> None:
         new = Access(start, stop, is_write, queue, tick, operation, here())
         kept = []
         for old in block.accesses:
@@ -439,7 +449,10 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kind == "device":
             return self._from_values(func, args, kwargs)
         with self._simulation.placing(kind):
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+        if kind == "pinned" and isinstance(made, Tensor) and self._memory.block_of(made) is None:
+            self._memory.allocate(made, kind, self._simulation.current)  # torch.tensor runs no operation
+        return made
 
     def _from_values(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Make a tensor on the device from values on the host, which waits for the copy."""
@@ -546,12 +559,11 @@ class Simulation:
     # Streams
 
     def new_queue(self, name: str | None = None) -> Queue:
-        is_user = name is not None
+        """Return a new stream; by default it has the name of the module that makes it."""
         if name is None:
-            place = [frame for frame in here() if not frame[0].co_filename.endswith("/streams.py")]
-            owner = Path(place[0][0].co_filename).stem if place else "another"
-            name = f"{owner}'s stream {len(self._queues)}"
-        self._queues.append(Queue(name, is_user=is_user))
+            owners = [Path(code.co_filename).stem for code, _ in here()]
+            name = f"{next((owner for owner in owners if owner != 'streams'), 'another')}'s stream {len(self._queues)}"
+        self._queues.append(Queue(name))
         return self._queues[-1]
 
     def stream(self, name: str) -> Stream:
@@ -599,7 +611,7 @@ class Simulation:
         """Make the host wait for the device."""
         self.waits[spell(here())] += 1
         if self.is_capturing:
-            self.report("forbidden", f"the host waits for the device during a capture, at {spell(here())}", here())
+            self.report("forbidden", f"the host waits for the device at {spell(here())} during a capture", here())
         self.host.join(clock)
 
     def host_reads(self, tensor: Tensor, operation: str) -> None:
@@ -616,9 +628,12 @@ class Simulation:
         if not any(here()[0][0].co_filename.endswith(name) for name in self._unordered_readers):
             self.memory.access(tensor, self.host, self.host.advance(), operation, is_write=is_write)
 
-    def check_not_captured(self, event: Event) -> None:
-        if event.capture is not None:
-            text = f"the host asks at {spell(here())} for an event of a capture, recorded at {spell(event.place)}"
+    def check_may_query(self, event: Event) -> None:
+        """Find a host that asks for an event during a capture, or for one of a capture."""
+        if self.is_capturing or event.capture is not None:
+            text = (
+                f"the host asks at {spell(here())} for an event, recorded at {spell(event.place)}, of or in a capture"
+            )
             self.report("forbidden", text, here(), event.place)
 
     # Operations
@@ -708,14 +723,28 @@ class Simulation:
         return None in kinds or not arguments.get("non_blocking", False)
 
     def launch(self, kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Record the launch of a Triton kernel as one access of each of its tensors."""
+        """Record the launch of a Triton kernel as one access of each of its tensors.
+
+        Two names of arguments mean more: a kernel also reads what is at its ``addresses``, and of its ``parameter`` it
+        uses only the blocks at ``positions``.
+        """
         function = kernel.fn
         bound = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+        tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
         written = _written_by_kernel(function)
-        reads = [value for value in bound.values() if isinstance(value, Tensor)]
-        writes = [value for name, value in bound.items() if isinstance(value, Tensor) and name in written]
-        self._check_devices(function.__name__, function.__name__, reads, [])
-        self._accesses(f"kernel {function.__name__}", reads, writes)
+        operation = f"kernel {function.__name__}"
+        self._check_devices("", operation, list(tensors.values()), [])
+        with torch._C.DisableTorchFunction():  # these reads are not the host's
+            addresses = tensors["addresses"].flatten().tolist() if "addresses" in tensors else []
+            positions = tensors["positions"].tolist() if "positions" in tensors else None
+        tick = self._tick(self.current, operation)
+        for name, tensor in tensors.items():
+            parts = _blocks(tensor, positions) if name == "parameter" and positions is not None else [tensor]
+            for part in parts:
+                for is_write in (False, True) if name in written else (False,):
+                    self.memory.access(part, self.current, tick, operation, is_write=is_write)
+        for address in filter(None, addresses):
+            self.memory.access_range(address, address + 1, self.current, tick, operation, is_write=False)
 
     # Captures
 
@@ -755,12 +784,9 @@ class Simulation:
             self._reported.add((kind, *about))
             self.findings.append(Finding(kind, text))
 
-    def check_memory(self) -> None:
-        """Find memory that would be reused too early if the default stream, and then those of the user, went on now."""
-        for queue in self._queues:
-            if queue.is_user:
-                queue.join(self.main.queue.clock)
-                self.memory.check_reuse(queue, here())
+    def check_memory(self, stream: Stream) -> None:
+        """Find memory that would be reused too early if ``stream`` allocated now."""
+        self.memory.check_reuse(stream.queue, here())
 
     @contextmanager
     def running(self) -> Iterator[Simulation]:
@@ -807,6 +833,17 @@ class Simulation:
     def _synchronize(self, device: Any = None) -> None:
         for queue in self._queues:
             self.host_waits(queue.clock)
+
+
+def _blocks(flat: Tensor, positions: Sequence[int]) -> list[Tensor]:
+    """Return the blocks of ``flat`` at ``positions``, neighbours together."""
+    bounds: list[list[int]] = []
+    for position in positions:
+        if bounds and bounds[-1][1] == position:
+            bounds[-1][1] += 1
+        else:
+            bounds.append([position, position + 1])
+    return [flat[first * ALIGNMENT_NUMEL : last * ALIGNMENT_NUMEL] for first, last in bounds]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -56,6 +56,7 @@ class HybridTransport(Transport):
     # Buffers, all of the shard group
 
     def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._streams.note_owner(device)
         return self._shard.allocate_parameters(numel, dtype, device)
 
     def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:

@@ -22,31 +22,35 @@ class CommunicationStreams:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._callers: dict[torch.device, set[torch.cuda.Stream]] = {}  # the current streams of all transfers
+        self._owners: dict[torch.device, set[torch.cuda.Stream]] = {}  # that memory of buffers may belong to
 
     def on(self, device: torch.device) -> CommunicationStream:
         """Return a context manager that enqueues the work inside on the stream of ``device``."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-            self._callers[device] = set()
-        self._callers[device].add(torch.cuda.current_stream(device))
+        self.note_owner(device)
         return CommunicationStream(self._streams[device])
 
+    def note_owner(self, device: torch.device) -> None:
+        """Remember that memory of transfers may belong to the current stream. ``on`` does so, too."""
+        if device.type == "cuda":
+            self._owners.setdefault(device, set()).add(torch.cuda.current_stream(device))
+
     def release(self) -> None:
-        """Make all streams that may own the buffers of transfers wait for the transfers. Local.
+        """Make all streams that memory of transfers may belong to wait for the transfers. Local.
 
         Note: memory that is freed after a transfer
             Memory belongs to the stream that was current when it was allocated, which may reuse it as soon as it is
-            freed. Buffers are allocated on streams that also start transfers. They are freed on any thread, so all of
-            these streams wait, not only the current one. A stream that is being captured must not wait for work from
-            before the capture, and need not, as a capture begins when the device is idle.
+            freed. It is freed on any thread, so all of these streams wait, not only the current one. A stream that is
+            being captured must not wait for work from before the capture, and need not, as a capture begins when the
+            device is idle.
         """
         with suppress(RuntimeError):  # a device that has failed runs nothing more
             for device, stream in self._streams.items():
                 is_captured = _is_captured(stream)
-                for caller in self._callers[device] | {torch.cuda.current_stream(device)}:
-                    if _is_captured(caller) == is_captured:
-                        caller.wait_stream(stream)
+                for owner in self._owners[device] | {torch.cuda.current_stream(device)}:
+                    if _is_captured(owner) == is_captured:
+                        owner.wait_stream(stream)
 
 
 def _is_captured(stream: torch.cuda.Stream) -> bool:
