@@ -350,6 +350,7 @@ def fake_cuda(observer: Observer) -> Iterator[FakeCuda]:
         (torch.cuda, "synchronize", waits),
         (torch.cuda, "device_of", lambda _: nullcontext()),
         (torch.cuda, "device", lambda _: nullcontext()),
+        (torch.cuda, "is_initialized", lambda: False),  # Triton is taken to work
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "is_current_stream_capturing", lambda: cuda.is_capturing),
         (torch.autograd, "has_torch_function", lambda _: False),  # backward would suspend the mode, and run hooks

@@ -17,8 +17,8 @@ Note: the model of launches
 
 Note: the model of bytes
     Each operator reads each of its tensors once and writes each of its results once, temporaries included, as if
-    nothing stayed in the L2 cache. A Triton kernel reads and writes the tensors that ``KERNELS`` says. NCCL's own reads
-    and writes are left out: they depend on its algorithm.
+    nothing stayed in the L2 cache. A Triton kernel reads and writes what ``KERNELS`` says. NCCL's own reads and writes
+    are left out: they depend on its algorithm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from shardadam import Precision, ShardedAdamW
+from shardadam.layout import ALIGNMENT_NUMEL
 
 _BLOCKS, _CHUNK_NUMEL = 320, 65536  # of one launch of multi_tensor_apply; elements of a block
 _TENSORS = (110, 64, 48, 36, 30)  # of one launch, by the number of lists
@@ -52,22 +53,60 @@ _NO_KERNEL = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_str
 _NO_KERNEL |= {_aten.new_empty_strided, _aten.resize_}
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Which of a Triton kernel's arguments it reads once from start to end, and which it writes."""
-
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+Arguments = dict[str, Any]
 
 
-_STATE = ("parameter", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "kept")
-_COUNTERS = ("steps", "bounds")
-KERNELS = {
-    "prologue": Kernel(
-        (*_COUNTERS, "param_ids", "first_blocks", "used", "found_inf", "coefficient", "lr"), (*_COUNTERS, "table")
-    ),
-    "update": Kernel((*_STATE, "gradient", "blocks", "table"), _STATE),
+def _bytes(arguments: Arguments, *names: str) -> int:
+    """Return the bytes of the tensors among these arguments."""
+    return sum(value.nbytes for name in names if isinstance(value := arguments[name], Tensor))
+
+
+def _scattered_bytes(arguments: Arguments) -> int:
+    """Return the bytes of the gradients at ``addresses`` in the blocks of a shard, and of the tables that find them."""
+    numel = arguments["block_count"] * ALIGNMENT_NUMEL
+    tables = _bytes(arguments, "addresses", "numels", "blocks", "positions")
+    return numel * arguments["ELEMENT"].primitive_bitwidth // 8 + tables
+
+
+def _prologue(arguments: Arguments) -> tuple[int, int]:
+    counters = _bytes(arguments, "steps", "bounds")
+    reads = counters + _bytes(arguments, "param_ids", "first_blocks", "used", "found_inf", "coefficient", "lr")
+    return reads, counters + _bytes(arguments, "table")
+
+
+def _update(arguments: Arguments) -> tuple[int, int]:
+    # With positions, ``parameter`` is the arena's whole, of which the kernel uses the shard's blocks.
+    state = arguments["block_count"] * ALIGNMENT_NUMEL * arguments["parameter"].element_size()
+    state += _bytes(arguments, "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "kept")
+    if arguments["addresses"] is not None:
+        gradients = _scattered_bytes(arguments)
+    else:
+        gradients = _bytes(arguments, "gradient", "blocks", "positions")
+    return state + gradients + _bytes(arguments, "table"), state
+
+
+def _sum_sources(arguments: Arguments) -> tuple[int, int]:
+    shard = _bytes(arguments, "shard")
+    sources = arguments["COUNT"] * arguments["numel"] * arguments["source"].element_size()
+    return sources + (shard if arguments["ACCUMULATE"] else 0), shard + _bytes(arguments, "squares")
+
+
+def _measure_flat(arguments: Arguments) -> tuple[int, int]:
+    return _bytes(arguments, "flat"), _bytes(arguments, "squares")
+
+
+def _measure_blocks(arguments: Arguments) -> tuple[int, int]:
+    return _scattered_bytes(arguments) + _bytes(arguments, "first_blocks"), _bytes(arguments, "squares")
+
+
+KERNELS: dict[str, Callable[[Arguments], tuple[int, int]]] = {
+    "prologue": _prologue,
+    "update": _update,
+    "sum_sources": _sum_sources,
+    "measure_flat": _measure_flat,
+    "measure_blocks": _measure_blocks,
 }
+"""By the name of a Triton kernel: the bytes that it reads, and those that it writes, from its arguments."""
 
 
 @dataclass
@@ -108,22 +147,17 @@ class Ledger(Observer):
             return
         name = str(func).removeprefix("aten.").removesuffix(".default")
         if func.namespace == "c10d":
-            self._add(name, 1, (), ())
+            self._add(name, 1, 0, 0)
             return
         reads, writes = accesses(func, args, kwargs, out)
         if writes or func.overloadpacket in _COPIES:  # to the host
-            self._add(name, launches_of(func, args, writes), reads, writes)
+            read_bytes, written_bytes = (sum(map(distinct_bytes, tensors)) for tensors in (reads, writes))
+            self._add(name, launches_of(func, args, writes), read_bytes, written_bytes)
 
     def on_kernel(self, name: str, arguments: dict[str, Any]) -> None:
         if not self.is_counting:
             return
-        kernel = KERNELS[name]
-        self._add(
-            f"Triton {name}",
-            1,
-            [arguments[key] for key in kernel.reads if isinstance(arguments[key], Tensor)],
-            [arguments[key] for key in kernel.writes if isinstance(arguments[key], Tensor)],
-        )
+        self._add(f"Triton {name}", 1, *KERNELS[name](arguments))
 
     def on_event(self, kind: str) -> None:
         if self.is_counting:
@@ -133,12 +167,12 @@ class Ledger(Observer):
         if self.is_counting:
             self.waits[what] += 1
 
-    def _add(self, name: str, launches: int, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
+    def _add(self, name: str, launches: int, read_bytes: int, written_bytes: int) -> None:
         row = self.rows.setdefault(name, Row())
         row.calls += 1
         row.launches += launches
-        row.read_bytes += sum(map(distinct_bytes, reads))
-        row.written_bytes += sum(map(distinct_bytes, writes))
+        row.read_bytes += read_bytes
+        row.written_bytes += written_bytes
 
 
 def accesses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,16 +17,18 @@ from fake_cuda import fake_cuda
 from ledger import FP32, INT8, SPLIT, Form, Ledger
 from scale_model import DECODERS, Decoder
 
+from tests import test_triton as interpreted
+
 SMALL = Decoder("small", 4, 1024, 8, 8, 2816, 4096)  # 60M parameters, in several buckets
 
 # Bytes, launches, events and buckets of a step.
 SMALL_STEP = {
-    (FP32, 1): (3128089792, 104, 1, 9),
-    (FP32, 8): (869250270, 139, 65, 9),
-    (SPLIT, 1): (2769414564, 64, 1, 4),
-    (SPLIT, 8): (615186626, 84, 30, 4),
-    (INT8, 1): (2059550244, 64, 1, 4),
-    (INT8, 8): (526453586, 84, 30, 4),
+    (FP32, 1): (1914860516, 35, 1, 9),
+    (FP32, 8): (717718230, 83, 60, 9),
+    (SPLIT, 1): (1675748324, 35, 1, 4),
+    (SPLIT, 8): (448716958, 63, 30, 4),
+    (INT8, 1): (965884004, 35, 1, 4),
+    (INT8, 8): (359983918, 63, 30, 4),
 }
 
 
@@ -40,8 +42,8 @@ def test_a_step_of_a_small_decoder_costs_what_it_did(form: Form, ranks: int) -> 
 
 def test_a_step_of_the_7b_decoder_costs_what_it_did() -> None:
     counted, buckets = ledger.count_step(DECODERS[0].shapes(), SPLIT, 8)
-    assert (counted.launches, counted.events.total(), buckets) == (5133, 3243, 463)
-    assert counted.bytes / sum(DECODERS[0].numels) == pytest.approx(10.2917, abs=1e-4)
+    assert (counted.launches, counted.events.total(), buckets) == (590, 798, 132)
+    assert counted.bytes / sum(DECODERS[0].numels) == pytest.approx(7.5063, abs=1e-4)
     assert not counted.waits
 
 
@@ -117,3 +119,77 @@ def test_multi_tensor_apply_launches_when_blocks_or_tensors_are_full(
     numels: list[int], depth: int, launches: int
 ) -> None:
     assert ledger.multi_tensor_launches(numels, depth) == launches
+
+
+def measured_kernels() -> list[tuple[str, tuple[int, int], tuple[int, int], int]]:
+    """Return for each launch in Triton's interpreter: the kernel, the bytes that it reads and writes by ``KERNELS`` and
+    by its loads and stores, each byte once, and the bytes of the tables that it need not read, or write, as a whole.
+    """
+    from triton.runtime import interpreter
+
+    from shardadam import Precision, ShardedAdamW
+    from shardadam.sums import KERNEL_DEVICES, kernel
+
+    launches = []
+    loads: dict[int, int] = {}
+    stores: dict[int, int] = {}  # item sizes by address
+    run = interpreter.InterpretedFunction.run
+    load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+
+    def on_load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        result = load(builder, ptrs, mask, *rest)
+        loads.update(dict.fromkeys(ptrs.data[mask.data].tolist(), result.data.itemsize))
+        return result
+
+    def on_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        stores.update(dict.fromkeys(ptrs.data[mask.data].tolist(), value.data.itemsize))
+        return store(builder, ptrs, value, mask, *rest)
+
+    def on_launch(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        loads.clear()
+        stores.clear()
+        run(function, *args, grid=grid, warmup=warmup, **kwargs)
+        arguments = dict(zip(function.arg_names, args, strict=False)) | kwargs
+        tables = ("table", "numels", "addresses", "first_blocks", "bounds", "squares")
+        slack = sum(value.nbytes for name in tables if isinstance(value := arguments.get(name), torch.Tensor))
+        by_rule = ledger.KERNELS[function.__name__](arguments)
+        launches.append((function.__name__, by_rule, (sum(loads.values()), sum(stores.values())), slack))
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(interpreter.InterpretedFunction, "run", on_launch)
+        patched.setattr(interpreter.InterpreterBuilder, "create_masked_load", on_load)
+        patched.setattr(interpreter.InterpreterBuilder, "create_masked_store", on_store)
+        KERNEL_DEVICES.add("cpu")
+        for dtype, moments, master in (
+            (torch.float32, "fp32", "auto"),
+            (torch.bfloat16, "fp32", "split"),
+            (torch.bfloat16, "bf16", "none"),
+            (torch.bfloat16, "int8", "fp32"),
+        ):
+            precision = Precision(moments=moments, master=master)  # type: ignore[arg-type]
+            parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((8, 128), (2048,))]
+            optimizer = ShardedAdamW(parameters, max_grad_norm=1.0, precision=precision)
+            for rounds in (1, 2):
+                for _ in range(rounds):
+                    sum(p.float().square().sum() for p in parameters).backward()  # type: ignore[union-attr]
+                optimizer.step()
+        for dtype, accumulate in ((torch.float32, True), (torch.bfloat16, False)):
+            shard, sources = torch.ones(2048), torch.ones(3, 2048, dtype=dtype)
+            squares = torch.zeros(-(-2048 // kernel.PROGRAM_NUMEL), dtype=torch.float64)
+            kernel.sum_(shard, list(sources), squares, scale=0.5, accumulate=accumulate)
+            kernel.measure(sources[0], squares)
+        KERNEL_DEVICES.discard("cpu")
+    return launches
+
+
+def test_kernels_read_and_write_what_the_ledger_says() -> None:
+    with interpreted.process(interpret=True) as pool:
+        launches = pool.submit(measured_kernels).result(timeout=100)
+    assert {name for name, *_ in launches} == set(ledger.KERNELS)
+    wrong = [
+        (name, by_rule, measured)
+        for name, by_rule, measured, slack in launches
+        if not all(0 <= rule - found <= slack for rule, found in zip(by_rule, measured, strict=True))
+    ]
+    assert wrong == []
