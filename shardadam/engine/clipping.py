@@ -65,7 +65,7 @@ def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
     if isinstance(limit, Tensor) and limit.device.type == "cpu":
         limit = float(limit)  # a copy to the device would wait for it
     for gradient, scale in _gradients(params):
-        bound = limit.to(gradient) / scale if isinstance(limit, Tensor) else float(limit) / scale
+        bound = (limit / scale).to(gradient) if isinstance(limit, Tensor) else float(limit) / scale
         gradient.clamp_(-bound, bound)  # type: ignore[arg-type]  # both are tensors, or both numbers
 
 
