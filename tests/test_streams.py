@@ -382,17 +382,10 @@ MODES = [
 
 MAY_WAIT = ("engine/step_sync.py",)
 """Files in which the host of an ordinary step waits for the device: for the step before it."""
-# One rank sums where the hook runs, and the next hook may fill the same staging on another stream.
-SUMS_IN_HOOKS = pytest.mark.xfail(reason="one rank uses staging without an event", strict=False)
-
-
-def of_modes() -> list[Any]:
-    races = lambda mode: mode.ranks == 1 and mode.sides == 2 and mode.gradient_sync == "backward"  # noqa: E731
-    return [pytest.param(mode, marks=SUMS_IN_HOOKS if races(mode) else (), id=str(mode)) for mode in MODES]
 
 
 @pytest.mark.sweep(120)
-@pytest.mark.parametrize("mode", of_modes())
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_nothing_races_and_the_host_runs_ahead(mode: Mode, tmp_path: Path) -> None:
     simulation = simulated()
     result = run(mode, tmp_path, simulation)
