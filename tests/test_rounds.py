@@ -606,7 +606,7 @@ class OnAStream(Finished):
     def __init__(self) -> None:
         self.waited_again = 0
 
-    def wait_on_this_stream(self) -> None:
+    def wait_for_buffer(self) -> None:
         self.waited_again += 1
 
 
@@ -638,3 +638,38 @@ def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_s
     pool.wait_all()
     pool.trim()
     assert pool.acquire(bucket, may_wait=False) is staging and transfer.waited_again == 1
+
+
+class BetweenHosts(Pending):
+    """A transfer on a stream that reads its buffer long before its sum is there."""
+
+    on_host = False
+
+    def __init__(self, log: list[str], name: int) -> None:
+        self.log, self.name = log, name
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        self.log.append(f"sum {self.name}")
+
+    def wait_for_buffer(self) -> None:
+        self.log.append(f"buffer {self.name}")
+
+
+def test_a_bucket_on_streams_waits_for_a_buffer_not_for_a_sum() -> None:
+    """With hybrid sharding, buffers were kept until the all-reduce between hosts was over."""
+    log: list[str] = []
+    pool = StagingPool(SingleProcessTransport())
+    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
+    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
+    bucket: Any = SimpleNamespace(**options)
+    pool.reserve([bucket, bucket])
+    for name in range(4):
+        pool._transport = OneTransfer(BetweenHosts(log, name))
+        staging = pool.acquire(bucket, may_wait=False)
+        pool.reduce_scatter(bucket, staging, accumulate=False, stats=GradStats(with_squares=False))
+    assert log == ["buffer 0", "buffer 1"] and len(list(pool.buffers())) == 2 and not pool.is_idle
+    pool.wait_all()
+    assert log[2:] == ["sum 0", "sum 1", "sum 2", "sum 3"] and pool.is_idle

@@ -740,7 +740,7 @@ MUTANTS = [
     Mutant(
         "hybrid's temporary sum is freed at once",
         "transport.hybrid:HybridTransport.reduce_scatter",
-        {"OnStream(stream, kept=total)": "OnStream(stream)"},
+        {"kept=total)": "kept=request.shard)"},
         replace(HYBRID, rounds=2),
         "reused",
     ),
@@ -766,13 +766,24 @@ MUTANTS = [
     Mutant(
         "staging is handed to a stream that has not waited for its transfer",
         "engine.reduction.staging:StagingPool.acquire",
-        {"last.pending.wait_on_this_stream()": "pass"},
+        {"last.pending.wait_for_buffer()": "pass"},
         Mode(sides=2, mixed=True),
     ),
     Mutant(
         "staging is reused without waiting",
-        "engine.reduction.staging:StagingPool._wait_oldest",
-        {"self._in_flight[0].pending.wait()": "pass"},
+        "engine.reduction.staging:StagingPool.acquire",
+        {"last.pending.wait_for_buffer()": "pass"},
+    ),
+    Mutant(
+        "sums whose buffers are used again are not waited for",
+        "engine.reduction.staging:StagingPool.wait_all",
+        {"self._on_streams.popleft().wait()": "self._on_streams.popleft()"},
+    ),
+    Mutant(
+        "staging of hybrid sharding is reused without waiting",
+        "transport.hybrid:_InTwoStages.wait_for_buffer",
+        {"self._reduce_scatter.wait_for_buffer()": "pass"},
+        HYBRID,
     ),
     Mutant(
         "the watchdog's counter is zeroed on another stream",

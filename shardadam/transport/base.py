@@ -40,6 +40,10 @@ class Pending(ABC):
         """Make another stream, the current one, wait as well. Call it after ``wait``."""
         return None
 
+    def wait_for_buffer(self) -> None:
+        """Make the current stream wait until the transfer has read what this rank sent. Before ``wait`` or after it."""
+        self.wait_on_this_stream()
+
     def is_released(self) -> bool:
         """Return True if no peer still reads what this rank sent, so that it may be written. Call it after ``wait``."""
         return True

@@ -83,7 +83,7 @@ class HybridTransport(Transport):
                 reduce_scatter.wait()
                 self._replica.all_reduce(total).wait()
                 finish()
-            return OnStream(stream, kept=total)
+            return _InTwoStages(stream, reduce_scatter, kept=total)
         # Ready all-reduces are started in `done`: sums may raise (memory), and nothing may once this is sent.
         transfer = _TwoStageSum(self, reduce_scatter, partial(self._replica.all_reduce, total), finish)
         self._unsummed.append(transfer)
@@ -143,6 +143,20 @@ class HybridTransport(Transport):
     def _start_all(self) -> None:
         if self._unsummed:
             self.start_through(self._unsummed[-1])
+
+
+class _InTwoStages(OnStream):
+    """All work that ``stream`` holds now: an all-reduce in the replica group, after ``reduce_scatter``.
+
+    The slow all-reduce between hosts does not keep the buffer that the reduce-scatter has read.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, reduce_scatter: Pending, *, kept: Tensor) -> None:
+        super().__init__(stream, kept=kept)
+        self._reduce_scatter = reduce_scatter
+
+    def wait_for_buffer(self) -> None:
+        self._reduce_scatter.wait_for_buffer()
 
 
 class _TwoStageSum(Pending):

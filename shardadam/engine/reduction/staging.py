@@ -38,10 +38,9 @@ class StagingPool:
         grows, it polls the peers for up to ``PATIENCE_S``, as most are only slightly behind; this cannot deadlock.
 
     Note: a buffer on another stream
-        Hooks run on the streams of their gradients. The stream that fills a buffer may not be the one that waited for
-        the buffer's last transfer, so ``acquire`` makes it wait as well. After ``trim`` that is not needed, as all
-        streams of a later backward run after the step; and not allowed, as a CUDA graph capture cannot wait for an
-        event from before it.
+        Hooks run on the streams of their gradients. ``acquire`` makes the stream that fills a buffer wait until the
+        buffer's last transfer has read it. After ``trim`` that is not needed, as all streams of a later backward run
+        after the step; and not allowed, as a CUDA graph capture cannot wait for an event from before it.
     """
 
     SIZE = 2
@@ -54,6 +53,7 @@ class StagingPool:
         self._free: dict[tuple[torch.dtype, torch.device], list[InFlight]] = {}
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._unreleased: deque[InFlight] = deque()  # waited for, but peers may still be reading the buffer
+        self._on_streams: deque[Pending] = deque()  # their buffers are used again, but nobody has waited for the sums
         self._may_poll = True
 
     def reserve(self, buckets: Sequence[FlatBucket]) -> None:
@@ -98,7 +98,7 @@ class StagingPool:
         if not free:
             return self._transport.allocate_staging(self._numel[key], *key)
         last = free.pop()
-        last.pending.wait_on_this_stream()
+        last.pending.wait_for_buffer()
         return last.staging
 
     def release(self, bucket: FlatBucket, staging: Staging) -> None:
@@ -126,6 +126,8 @@ class StagingPool:
         """Wait for all transfers. The gradient shards are complete afterwards."""
         while self._in_flight:
             self._wait_oldest()
+        while self._on_streams:
+            self._on_streams.popleft().wait()
 
     def trim(self) -> None:
         """Free all but ``SIZE`` unused buffers of each dtype and device. Does not wait for peers that read others."""
@@ -138,7 +140,7 @@ class StagingPool:
     @property
     def is_idle(self) -> bool:
         """Whether every transfer that was started has been waited for."""
-        return not self._in_flight
+        return not self._in_flight and not self._on_streams
 
     def buffers(self) -> Iterator[Staging]:
         """Yield all buffers, in use or not."""
@@ -158,8 +160,12 @@ class StagingPool:
 
     def _wait_oldest(self) -> None:
         # In order, for reproducible sums: several rounds may add their means to one shard.
-        with record("reduce_scatter"):
-            self._in_flight[0].pending.wait()
+        pending = self._in_flight[0].pending
+        if pending.on_host:
+            with record("reduce_scatter"):
+                pending.wait()
+        else:  # a stream keeps the order; `acquire` waits for the buffer only
+            self._on_streams.append(pending)
         self._may_poll = True
         self._unreleased.append(self._in_flight.popleft())
 
