@@ -130,7 +130,7 @@ class Branches(nn.Module):
 class Mode:
     """
     Args:
-        ranks: 1; 8; or "hybrid": 2 replicas of 4 shards.
+        ranks: 1; 8; "hybrid": 2 replicas of 4 shards; or "replicated": 8 replicas of one shard.
         sides: streams beside the default one that forward and backward run on.
         rounds: backwards of one step.
         local: those before the last run in ``no_sync``.
@@ -182,7 +182,8 @@ class Job:
         if mode.between == "unfreeze":
             self.frozen.requires_grad_(False)
         self.extra = nn.Parameter(torch.ones(300, device="cuda", dtype=mode.dtype))
-        mesh = init_device_mesh("cpu", (2, 4)) if mode.ranks == "hybrid" else None
+        shapes = {"hybrid": (2, 4), "replicated": (8, 1)}
+        mesh = init_device_mesh("cpu", shapes[mode.ranks]) if isinstance(mode.ranks, str) else None
         self.optimizer = ShardedAdamW(
             self.model.parameters(),
             lr=1e-3,
@@ -377,7 +378,7 @@ MODES = [
     for ranks in (1, RANKS, "hybrid")
     for sides in (0, 1, 2)
     if ranks == 1 or mode.between != "save"  # it waits for the other ranks in the store
-]
+] + [replace(mode, ranks="replicated", sides=sides) for mode in FEATURES[:6] for sides in (0, 2)]
 
 
 MAY_WAIT = ("engine/step_sync.py",)
@@ -773,6 +774,12 @@ MUTANTS = [
         "staging is reused without waiting",
         "engine.reduction.staging:StagingPool.acquire",
         {"last.pending.wait_for_buffer()": "pass"},
+    ),
+    Mutant(
+        "a sum that sends nothing has no event",
+        "transport.single:SingleProcessTransport.reduce_scatter",
+        {"if request.shard.is_cuda": "if False"},
+        Mode(ranks="replicated", sides=2),
     ),
     Mutant(
         "sums whose buffers are used again are not waited for",
