@@ -546,6 +546,29 @@ def test_a_refused_gradient_is_refused_again(gradient_sync: str) -> None:
             optimizer.step()
 
 
+def refuse_on_rank_0(gradient_sync: str, transport: str) -> tuple[str, Tensor]:
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = ShardedAdamW(model.parameters(), lr=LR, gradient_sync=gradient_sync, transport=transport)
+    model(torch.ones(2, 8)).sum().backward()
+    if rank == 0:
+        model.weight.grad = torch.ones(4, 8).to_sparse()
+    with pytest.raises(ValueError, match="sparse gradient") as refused:
+        optimizer.step()
+    optimizer.zero_grad()
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    return str(refused.value), clone(model.parameters())[0]
+
+
+@pytest.mark.parametrize(("gradient_sync", "transport"), [("step", "shared_memory"), ("step", "collective")])
+def test_a_gradient_refused_on_one_rank_raises_on_all(gradient_sync: str, transport: str) -> None:
+    """Over shared memory rank 0 once raised alone, and its next step went with its peer's first."""
+    (_, first), (_, second) = on_ranks(2, refuse_on_rank_0, gradient_sync, transport, deadline_s=30.0)
+    assert torch.equal(first, second)
+
+
 def call_full_grad_inside_no_sync() -> Tensor | None:
     rank, _ = rank_and_size()
     model = build_model()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardadam.engine.reduction.base import check_gradient
+from shardadam.engine.reduction.base import check_gradient, gradient_error
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, view_of
 from shardadam.sums.stats import is_within
 from shardadam.transport import Transport
@@ -85,22 +85,27 @@ class BucketViews:
             parameter.grad = view
         self._check(param.index, view)
 
-    def write(self, used: list[bool]) -> None:
+    def write(self, used: list[bool]) -> str | None:
         """Make every view equal to its ``p.grad``, or zero if that is None. Does not change ``p.grad``.
 
         Args:
             used: by param index; set to whether there is a gradient.
+
+        Returns:
+            An error if a gradient is sparse or has another shape than its parameter; it counts as absent.
         """
+        error = None
         gradients = [self._gradient_of(param) for param in self._params]
         for param, gradient in zip(self._params, gradients, strict=True):
             index = param.index
             view = self._views[index]
+            if gradient is not view and (found := gradient_error(param)) is not None:
+                error, gradient = error or found, None
             used[index] = gradient is not None
             if gradient is view:
                 if self._checked_version.get(index) != view._version:
                     self._check(index, view)
             elif gradient is not None:  # the user has replaced it
-                check_gradient(param)
                 view.copy_(gradient)
                 self._check(index, view)
             elif index not in self._zeroed:
@@ -108,6 +113,7 @@ class BucketViews:
                 self._zeroed.add(index)
                 self._not_finite.discard(index)
                 self._checked_version.pop(index, None)
+        return error
 
     def _gradient_of(self, param: ShardedParam) -> Tensor | None:
         gradient = param.parameter.grad

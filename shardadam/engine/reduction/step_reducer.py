@@ -66,7 +66,7 @@ class StepReducer(Reducer):
         if not is_current(self._taken, self._params):
             self.reset()
             self.rounds += 1
-            self._bucket_views.write(self.used)
+            self.local_error = self._bucket_views.write(self.used)
             self._taken = snapshot(self._params)
         for bucket in self._buckets:
             if bucket.index not in self._grad_stats and not self._bucket_views.holds(bucket):
