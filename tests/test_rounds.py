@@ -6,6 +6,8 @@ order.
 from __future__ import annotations
 
 import time
+import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -567,6 +569,45 @@ def test_a_gradient_refused_on_one_rank_raises_on_all(gradient_sync: str, transp
     """Over shared memory rank 0 once raised alone, and its next step went with its peer's first."""
     (_, first), (_, second) = on_ranks(2, refuse_on_rank_0, gradient_sync, transport, deadline_s=30.0)
     assert torch.equal(first, second)
+
+
+class Tagged(torch.autograd.Function):
+    """The identity; its node holds ``tag``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tag: object) -> Tensor:
+        ctx.tag = tag
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def test_gradients_taken_out_of_p_grad_do_not_keep_their_graph() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = ShardedAdamW(model.parameters(), lr=LR)
+    tag = nn.Module()
+    alive = weakref.ref(tag)
+    loss = Tagged.apply(model(torch.ones(2, 8)), tag).square().sum()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of create_graph
+        loss.backward(create_graph=True)
+    del loss, tag
+    assert alive() is None
+    optimizer.step()
+
+
+def test_a_gradient_written_after_clipping_is_an_error_on_one_rank() -> None:
+    """It was ignored without a word, as nothing was reduced after the clipping."""
+    model = nn.Linear(8, 4)
+    optimizer = ShardedAdamW(model.parameters(), lr=LR)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.clip_grad_norm_(1.0)
+    model.weight.grad = torch.ones(4, 8)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="has a gradient in p.grad although"):
+            optimizer.step()
 
 
 def call_full_grad_inside_no_sync() -> Tensor | None:

@@ -186,7 +186,8 @@ class AloneReducer(LocalReducer):
         is_summed = self.used[param.index] or param.arena in self._in_shard
         streams = self._streams.get(parameter.device) if is_summed else None
         with joined_streams(streams, parameter.device):
-            self._take(param, gradient.to(param.buckets[0].wire_dtype))
+            # Detached: a gradient of create_graph=True would keep its graph alive until the step.
+            self._take(param, gradient.detach().to(param.buckets[0].wire_dtype))
         parameter.grad = None  # last: a gradient that is still there after a signal is an error, not lost
 
     @torch.no_grad()
@@ -198,6 +199,7 @@ class AloneReducer(LocalReducer):
                     continue
                 if self.used[param.index] and not self._has_local:
                     self.local_error = self.local_error or foreign_gradient(param)
+                    self.rounds += 1  # so that the next sync raises, even if nothing else has changed since the last
                 else:
                     self.local_error = self.local_error or gradient_error(param)
                     if gradient_error(param) is None:
@@ -230,8 +232,11 @@ class AloneReducer(LocalReducer):
 def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
     """Return the gradients of the arena's parameters for statistics and update; of one dtype."""
     dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
-    dtype = dtypes.pop() if len(dtypes) == 1 else arena.format.exact_dtype
-    same = [None if gradient is None else gradient.to(dtype) for gradient in gradients]
+    exact = arena.format.exact_dtype
+    # Another dtype than the wire's (p.grad_dtype) may be one that kernels do not read.
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {exact, torch.bfloat16, torch.float16} else exact
+    # A gradient may be a view that negates what its memory holds.
+    same = [None if gradient is None else gradient.to(dtype).resolve_neg() for gradient in gradients]
     if arena.squares is None:
         return Scattered(same, dtype)
     return Scattered.with_addresses(same, dtype, arena.parameters.device)
