@@ -155,12 +155,14 @@ class BackwardReducer(Reducer):
     # Rounds
 
     def _open_round(self) -> Round:
-        if any(self._launches):
-            self.make_exact()
+        replaced = self.make_exact() if any(self._launches) else []
         self.rounds += 1
         self._has_local = False
         self._completed.clear()
         self._round = self._round_of(self.order)
+        for bucket in (bucket for arena in replaced for bucket in arena.buckets):
+            if bucket.parameters.is_cuda:  # another stream may launch it, and must wait for the copy of its shard
+                self._round.streams[bucket.index] = {torch.cuda.current_stream(bucket.parameters.device)}
         return self._round
 
     def _round_of(self, order: list[int]) -> Round:

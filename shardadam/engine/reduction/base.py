@@ -146,11 +146,15 @@ class Reducer(ABC):
         self.wait_all()
 
     @torch.no_grad()
-    def make_exact(self) -> None:
+    def make_exact(self) -> list[FlatArena]:
         """Keep gradient shards in the dtype of the arithmetic from now on, as several rounds or a write need it.
 
         The sums of one round have no more digits than the dtype in which they have arrived.
+
+        Returns:
+            The arenas whose shards have been replaced, by copies made on the current stream.
         """
+        replaced = []
         for arena in self._arenas():
             exact, before = arena.format.exact_dtype, arena.gradient_shard
             if before is not None and before.dtype != exact:
@@ -159,6 +163,8 @@ class Reducer(ABC):
                 for bucket in arena.buckets:
                     gradient_shard(bucket).copy_(before[bucket.shard_slice])
                 self._replaced.append(before)
+                replaced.append(arena)
+        return replaced
 
     def sources(self, bucket: FlatBucket) -> Sources | None:
         """Return the tensors that the update must sum up; None if it need not."""
