@@ -82,6 +82,31 @@ def test_sums_of_squares_of_shards_are_not_counted_for_gradients_outside(interpr
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6)
 
 
+def train_by_hand(on_kernel: bool, kind: str) -> Tensor:
+    """Return a parameter after steps with gradients of another kind than backward makes."""
+    from shardadam import ShardedAdamW, update
+
+    parameter = nn.Parameter(torch.randn(300, generator=torch.Generator().manual_seed(0)))
+    parameter.grad_dtype = None
+    update.KERNEL_DEVICES.update({"cpu"} if on_kernel else set())
+    try:
+        optimizer = ShardedAdamW([parameter], lr=1e-2, gradient_sync="step", max_grad_norm=0.5)
+        for step in range(2):
+            gradient = torch.randn(300, generator=torch.Generator().manual_seed(1 + step))
+            parameter.grad = gradient.double() if kind == "float64" else torch._neg_view(gradient)
+            optimizer.step()
+    finally:
+        update.KERNEL_DEVICES.discard("cpu")
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("kind", ["float64", "negated"])
+def test_kernels_read_gradients_of_other_dtypes_and_negated_views(interpreter: ProcessPoolExecutor, kind: str) -> None:
+    """A float64 one raised KeyError, and the kernel ignored the negation of a view."""
+    found = interpreter.submit(train_by_hand, True, kind).result(timeout=100)
+    torch.testing.assert_close(found, train_by_hand(False, kind), rtol=2e-5, atol=1e-6)
+
+
 def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tuple[list[Tensor], int]:
     """Update the shards of rank 1 of 4 once; return all their tensors, and the number of launches."""
     from shardadam import Precision, update

@@ -379,13 +379,16 @@ FEATURES = [
     Mode(kernels=True, dtype=BFLOAT16, precision=INT8, rounds=2, max_grad_norm=1.0),
     Mode(kernels=True, captures=True, overlaps=True, rounds=2),
 ]
-MODES = [
-    replace(mode, ranks=ranks, sides=sides)
-    for mode in FEATURES
-    for ranks in (1, RANKS, "hybrid")
-    for sides in (0, 1, 2)
-    if ranks == 1 or mode.between != "save"  # it waits for the other ranks in the store
-] + [replace(mode, ranks="replicated", sides=sides) for mode in FEATURES[:6] for sides in (0, 2)]
+MODES = (
+    [
+        replace(mode, ranks=ranks, sides=sides)
+        for mode in FEATURES
+        for ranks in (1, RANKS, "hybrid")
+        for sides in (0, 1, 2)
+        if ranks == 1 or mode.between != "save"  # it waits for the other ranks in the store
+    ]
+    + [replace(mode, ranks="replicated", sides=sides) for mode in FEATURES[:6] for sides in (0, 2)]
+)
 
 
 MAY_WAIT = ("engine/step_sync.py",)
