@@ -606,7 +606,7 @@ def test_a_gradient_written_after_clipping_is_an_error_on_one_rank() -> None:
     optimizer.clip_grad_norm_(1.0)
     model.weight.grad = torch.ones(4, 8)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="has a gradient in p.grad although"):
+        with pytest.raises(RuntimeError, match=r"has a gradient in p\.grad although"):
             optimizer.step()
 
 
