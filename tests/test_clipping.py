@@ -392,3 +392,24 @@ def clip_different_parameters() -> str:
 def test_ranks_that_clip_different_parameters_are_told() -> None:
     for message in on_ranks(2, clip_different_parameters):
         assert "of 1 parameters on rank 0" in message and "of 2 parameters on rank 1" in message
+
+
+def backward_after_an_infinite_gradient_was_clamped(gradient_sync: str) -> tuple[int, bool]:
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.ones(300)) for _ in range(3)]
+    optimizer = ShardedAdamW(weights, lr=0.1, gradient_sync=gradient_sync, bucket_mb=0.002)  # type: ignore[arg-type]
+    (weights[1] * (float("inf") if rank == 0 else 1.0)).sum().backward()
+    optimizer.clip_grad_value_(1.0)
+    if gradient_sync == "backward":
+        sum(weight.sum() for weight in weights).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    return int(optimizer.skipped_steps), all(torch.equal(weight, torch.ones(300)) for weight in weights)
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_clamped_infinite_gradient_skips_the_step_whatever_comes_after(world_size: int, gradient_sync: str) -> None:
+    """A second backward measured the shard anew, and forgot what it had held."""
+    for found in on_ranks(world_size, backward_after_an_infinite_gradient_was_clamped, gradient_sync):
+        assert found == (1, True)

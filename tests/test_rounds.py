@@ -737,3 +737,20 @@ def test_a_bucket_on_streams_waits_for_a_buffer_not_for_a_sum() -> None:
     assert log == ["buffer 0", "buffer 1"] and len(list(pool.buffers())) == 2 and not pool.is_idle
     pool.wait_all()
     assert log[2:] == ["sum 0", "sum 1", "sum 2", "sum 3"] and pool.is_idle
+
+
+def test_transfers_on_another_device_are_not_waited_for() -> None:
+    """A hook that widens gradient shards must not wait for peers of parameters on the CPU."""
+    log: list[str] = []
+    pool = StagingPool(SingleProcessTransport())
+    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
+    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
+    bucket: Any = SimpleNamespace(**options)
+    pool.reserve([bucket])
+    pool._transport = OneTransfer(BetweenHosts(log, 0))
+    staging = pool.acquire(bucket, may_wait=False)
+    pool.reduce_scatter(bucket, staging, accumulate=False, stats=GradStats(with_squares=False))
+    pool.wait_for_device(torch.device("meta"))
+    assert log == []
+    pool.wait_for_device(torch.device("cpu"))
+    assert log == ["sum 0"] and not pool.is_idle

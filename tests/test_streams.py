@@ -797,7 +797,7 @@ MUTANTS = [
     Mutant(
         "sums whose buffers are used again are not waited for",
         "engine.reduction.staging:StagingPool.wait_all",
-        {"self._on_streams.popleft().wait()": "self._on_streams.popleft()"},
+        {"self._on_streams.popleft().pending.wait()": "self._on_streams.popleft()"},
     ),
     Mutant(
         "staging of hybrid sharding is reused without waiting",

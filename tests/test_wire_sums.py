@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardadam import GradScaler, ShardedAdamW
+from shardadam import GradScaler, Precision, ShardedAdamW
 from shardadam.transport import (
     ByDeviceTransport,
     NcclTransport,
@@ -141,3 +141,22 @@ def test_transports_for_two_kinds_of_devices_ask_the_one_of_the_device(wrapper: 
     for device, dtype, scales in (("cpu", torch.float32, True), ("cuda", torch.bfloat16, False)):
         assert transport.sum_dtype(torch.bfloat16, torch.float32, torch.device(device)) == dtype
         assert transport.scales_sums(torch.device(device)) == scales
+
+
+def train_with_gradients_in_bfloat16(gradient_sync: Any) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 7))
+    precision = Precision(reduce=torch.bfloat16)
+    optimizer = ShardedAdamW(model.parameters(), lr=1e-2, gradient_sync=gradient_sync, precision=precision)
+    for step in range(3):
+        model(torch.randn(8, 20, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+def test_gradients_are_rounded_to_the_wire_on_one_rank_too(gradient_sync: str) -> None:
+    one = train_with_gradients_in_bfloat16(gradient_sync)
+    for found in on_ranks(2, train_with_gradients_in_bfloat16, gradient_sync):
+        assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))

@@ -60,12 +60,9 @@ class GradStats:
 
             kernel.measure(gradient, self.squares)
 
-    def again(self, gradient: Tensor) -> GradStats:
-        """Return statistics of the shard after it has been written; non-finite ones stay non-finite."""
-        after = GradStats(with_squares=self.with_squares, scale=self.scale, squares=self.squares)
-        after.flags += self.flags if self.squares is None else [*self.flags, self.squares.sum()]
-        after.measure(gradient)
-        return after
+    def finite_flags(self) -> list[Tensor]:
+        """Return ``flags`` that stay as they are when the shard is written and measured again."""
+        return self.flags if self.squares is None else [*self.flags, self.squares.sum()]
 
     def mark_nonfinite(self) -> None:
         """Make ``are_finite`` return False for these statistics."""

@@ -20,7 +20,8 @@ class Pending(ABC):
     """A transfer in flight. Its buffers must not be used until ``wait`` has returned.
 
     Call ``wait`` once. If the transfer runs on a CUDA stream, ``wait`` makes the current stream wait and returns at
-    once. If the host takes part (Gloo, shared memory), ``wait`` blocks until all ranks have started the transfer.
+    once; a second call changes nothing. If the host takes part (Gloo, shared memory), ``wait`` blocks until all ranks
+    have started the transfer.
 
     Attributes:
         on_host: whether ``wait`` is work of the host. If so, it is worth calling as soon as ``done`` returns True.

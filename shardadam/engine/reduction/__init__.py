@@ -22,6 +22,6 @@ def reducer_for(gradient_sync: str, transport: Transport, *, with_squares: bool)
     if gradient_sync == "external":
         return LocalReducer()
     if not transport.sends:
-        return AloneReducer() if gradient_sync == "backward" else LocalReducer()
+        return AloneReducer() if gradient_sync == "backward" else LocalReducer(to_wire=True)
     kind = BackwardReducer if gradient_sync == "backward" else StepReducer
     return kind(transport, with_squares=with_squares)

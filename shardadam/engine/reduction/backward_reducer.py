@@ -274,6 +274,9 @@ class BackwardReducer(Reducer):
     def wait_all(self) -> None:
         self._pool.wait_all()
 
+    def _wait_for_device(self, device: torch.device) -> None:
+        self._pool.wait_for_device(device)
+
     def learn_order(self) -> None:
         # Incomplete buckets (unused parameters) go last. If rank 0 had no gradient, the next step tries again. The host
         # waits for the device here, so it must not try again only because no bucket was complete.

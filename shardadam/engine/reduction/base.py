@@ -78,6 +78,7 @@ class Reducer(ABC):
         self._buckets: list[FlatBucket] = []
         # Since reset
         self._grad_stats: dict[int, GradStats] = {}  # by bucket index: of what its shard holds
+        self._overwritten = GradStats(with_squares=False)  # of shards before they were clipped by value or scaled
         self._replaced: list[Tensor] = []  # gradient shards that streams may still be reading
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
@@ -141,6 +142,10 @@ class Reducer(ABC):
         """Wait for all transfers that were started."""
         return None
 
+    def _wait_for_device(self, device: torch.device) -> None:
+        """Make the current stream of ``device`` wait for all transfers there; for others only if the host must."""
+        return None
+
     def sum_up(self) -> None:
         """Write the means to all gradient shards, if that is not done yet. Collective: all ranks must call it."""
         self.wait_all()
@@ -158,7 +163,7 @@ class Reducer(ABC):
         for arena in self._arenas():
             exact, before = arena.format.exact_dtype, arena.gradient_shard
             if before is not None and before.dtype != exact:
-                self.wait_all()
+                self._wait_for_device(arena.parameters.device)
                 arena.allocate_gradient_shard(exact)
                 for bucket in arena.buckets:
                     gradient_shard(bucket).copy_(before[bucket.shard_slice])
@@ -189,7 +194,7 @@ class Reducer(ABC):
             stats = self._grad_stats.get(bucket.index)
             if stats is None or (with_squares and not stats.with_squares):
                 self._measure(bucket, with_squares=with_squares)
-        return list(self._grad_stats.values())
+        return [*self._grad_stats.values(), self._overwritten]
 
     def _arenas(self) -> list[FlatArena]:
         return list(dict.fromkeys(bucket.arena for bucket in self._buckets))
@@ -205,7 +210,9 @@ class Reducer(ABC):
 
     def measure_again(self, bucket: FlatBucket) -> None:
         """Replace the statistics of a bucket whose gradient shard has been written; non-finite ones stay non-finite."""
-        self._grad_stats[bucket.index] = self._grad_stats[bucket.index].again(gradient_shard(bucket))
+        before = self._grad_stats[bucket.index]
+        self._overwritten.flags += before.finite_flags()
+        self._measure(bucket, with_squares=before.with_squares)
 
     def learn_order(self) -> None:
         """Set ``order`` to that in which rank 0's last backward completed the buckets, if reduction runs in backward.
@@ -218,6 +225,7 @@ class Reducer(ABC):
         """Discard the reduced gradients, after completing all transfers. Does not change ``p.grad``."""
         self.used = [False] * len(self._params)
         self._grad_stats.clear()
+        self._overwritten = GradStats(with_squares=False)
         self._replaced.clear()
 
     def gradient_bytes(self) -> int:

@@ -35,12 +35,17 @@ from shardadam.sums.stats import GradStats
 
 
 class LocalReducer(Reducer):
-    """Finds the gradients in ``close``, unless none was written or replaced since the last time. Sends nothing."""
+    """Finds the gradients in ``close``, unless none was written or replaced since the last time. Sends nothing.
+
+    Args:
+        to_wire: round gradients as if they were sent, so that results do not depend on the number of ranks.
+    """
 
     keeps_gradients = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, to_wire: bool = False) -> None:
         super().__init__()
+        self._to_wire = to_wire
         self._gradients: list[Tensor | None] = []  # by param index: those that are not in a shard
         self._scattered: dict[FlatArena, Scattered] = {}  # of the arenas whose gradients are not in the shard
         self._in_shard: set[FlatArena] = set()  # the arenas whose gradients are
@@ -60,7 +65,10 @@ class LocalReducer(Reducer):
         for param in self._params:
             self.local_error = self.local_error or gradient_error(param)
             if gradient_error(param) is None:
-                self._take(param, param.parameter.grad)
+                gradient = param.parameter.grad
+                if self._to_wire and gradient is not None:
+                    gradient = gradient.to(param.buckets[0].wire_dtype)
+                self._take(param, gradient)
         self._taken = snapshot(self._params)
 
     def _take(self, param: ShardedParam, gradient: Tensor | None) -> None:
@@ -103,7 +111,7 @@ class LocalReducer(Reducer):
 
     @torch.no_grad()
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
-        found = []
+        found = [self._overwritten]
         for arena in self._arenas():
             scattered = self.scattered(arena)
             if scattered is None:

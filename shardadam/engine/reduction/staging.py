@@ -53,7 +53,7 @@ class StagingPool:
         self._free: dict[tuple[torch.dtype, torch.device], list[InFlight]] = {}
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._unreleased: deque[InFlight] = deque()  # waited for, but peers may still be reading the buffer
-        self._on_streams: deque[Pending] = deque()  # their buffers are used again, but nobody has waited for the sums
+        self._on_streams: deque[InFlight] = deque()  # their buffers may be used again, but nobody awaited the sums
         self._may_poll = True
 
     def reserve(self, buckets: Sequence[FlatBucket]) -> None:
@@ -127,7 +127,16 @@ class StagingPool:
         while self._in_flight:
             self._wait_oldest()
         while self._on_streams:
-            self._on_streams.popleft().wait()
+            self._on_streams.popleft().pending.wait()
+
+    def wait_for_device(self, device: torch.device) -> None:
+        """Wait for all transfers on ``device``. Waits for others only if the host takes part in the former."""
+        transfers = [one for one in (*self._on_streams, *self._in_flight) if one.staging.send.device == device]
+        if any(one.pending.on_host for one in transfers):
+            self.wait_all()
+        else:
+            for one in transfers:
+                one.pending.wait()
 
     def trim(self) -> None:
         """Free all but ``SIZE`` unused buffers of each dtype and device. Does not wait for peers that read others."""
@@ -165,7 +174,7 @@ class StagingPool:
             with record("reduce_scatter"):
                 pending.wait()
         else:  # a stream keeps the order; `acquire` waits for the buffer only
-            self._on_streams.append(pending)
+            self._on_streams.append(self._in_flight[0])
         self._may_poll = True
         self._unreleased.append(self._in_flight.popleft())
 

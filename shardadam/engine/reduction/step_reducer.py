@@ -87,6 +87,9 @@ class StepReducer(Reducer):
     def wait_all(self) -> None:
         self._pool.wait_all()
 
+    def _wait_for_device(self, device: torch.device) -> None:
+        self._pool.wait_for_device(device)
+
     @torch.no_grad()
     def sum_up(self) -> None:
         self.wait_all()
@@ -119,8 +122,8 @@ class StepReducer(Reducer):
         if with_squares:
             return super().grad_stats(with_squares=True)
         self.wait_all()
-        grad_stats = list(self._grad_stats.values())
-        if len(grad_stats) < len(self._buckets) and not self._bucket_views.are_finite():
+        grad_stats = [*self._grad_stats.values(), self._overwritten]
+        if len(self._grad_stats) < len(self._buckets) and not self._bucket_views.are_finite():
             grad_stats.append(GradStats(with_squares=False))
             grad_stats[-1].mark_nonfinite()
         return grad_stats
