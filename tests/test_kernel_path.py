@@ -57,7 +57,7 @@ def train(on_kernel: bool, gradient_sync: Any, dtype: torch.dtype, moments: Any,
     return [*(parameter.detach().clone() for parameter in model.parameters()), *norms]
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize(
     ("gradient_sync", "dtype", "moments", "way"),
     [

@@ -175,7 +175,7 @@ def test_the_default_bucket_size_is_the_optimizers() -> None:
 def test_the_default_bucket_on_gpus_grows_with_ranks_up_to_a_share_of_the_parameters(
     gib: float, ranks: int, mib: int
 ) -> None:
-    parameters = [PlannedParameter((2**18,), torch.bfloat16)] * round(gib * 2**11)
+    parameters = [PlannedParameter((2**20,), torch.bfloat16)] * round(gib * 2**9)
     found = lay_out(parameters, Setting(device="cuda", world_size=ranks))
     assert found == lay_out(parameters, Setting(device="cuda", world_size=ranks, bucket_mb=mib))
 

@@ -95,7 +95,7 @@ def train(dtype: torch.dtype, gradient_sync: str, way: str, like_nccl: bool) -> 
     return found
 
 
-@pytest.mark.sweep(14)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize(
     ("world_size", "gradient_sync", "way", "dtype"),
     [*itertools.product([2, 3], ["backward", "step"], WAYS, [torch.float32, torch.bfloat16, torch.float16])],
