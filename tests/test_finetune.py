@@ -159,7 +159,7 @@ def test_a_run_that_does_not_fit_is_refused_and_the_proposed_settings_run(few_te
 
     for limit, expected in (
         ("390MB", "--moments"),
-        ("320MB", "--moments int8 --accumulate"),
+        ("290MB", "--moments int8 --accumulate"),
         ("130MB", "--tune lora"),
         ("95MB", None),
     ):
