@@ -63,14 +63,31 @@ class Scattered:
             target: 1-D, ``stop - start`` long, of any floating dtype.
             segments: of one bucket and this rank, by ascending offset; ``Segment.parameter`` is the index in the arena.
         """
-        end = start  # where the elements that are not written yet begin
+        numels: list[int] = []  # of the parts of target, in order
+        sources: list[Tensor | None] = []  # None for zeros
+        end = start  # where the part after these begins
         for segment in segments:
+            if segment.offset >= stop:
+                break
             low, high = max(start, segment.offset), min(stop, segment.offset + segment.numel)
             tensor = self.tensors[segment.parameter]
             if tensor is None or low >= high:
                 continue
-            target[end - start : low - start].zero_()
+            if low > end:
+                numels.append(low - end)
+                sources.append(None)
             first = segment.start + low - segment.offset
-            target[low - start : high - start].copy_(tensor[first : first + high - low])
+            numels.append(high - low)
+            sources.append(tensor if tensor.numel() == high - low else tensor[first : first + high - low])
             end = high
-        target[end - start :].zero_()
+        if end < stop:
+            numels.append(stop - end)
+            sources.append(None)
+        # Few calls, as there may be many small parameters.
+        parts = list(zip(torch.split(target, numels), sources, strict=True))
+        copied = [(part, source) for part, source in parts if source is not None]
+        zeros = [part for part, source in parts if source is None]
+        if copied:
+            torch._foreach_copy_([part for part, _ in copied], [source for _, source in copied])
+        if zeros:
+            torch._foreach_zero_(zeros)

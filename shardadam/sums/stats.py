@@ -6,6 +6,7 @@ Works on any device, on the gradients of one rank. Only ``is_within`` waits for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from shardadam.chunks import chunks
 from shardadam.layout import ALIGNMENT_NUMEL
 
+_SMALL_NUMEL = 1 << 15
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -49,6 +51,26 @@ class GradStats:
             exact = torch.promote_types(gradient.dtype, torch.float32)
             norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), dim=1, dtype=exact)
             self.sums_of_squares.append(norms.double().square().sum())
+
+    def update_pieces(self, pieces: Sequence[Tensor]) -> None:
+        """Add parts of any length by torch: 1-D, of one floating dtype; in few calls if many are small."""
+        small = [piece for piece in pieces if 0 < piece.numel() <= _SMALL_NUMEL]
+        if small:
+            # In float64, squares of narrower numbers cannot overflow, so one norm tells both.
+            one_tells_both = self.with_squares and small[0].dtype != torch.float64
+            if not one_tells_both:
+                self.flags.append(torch.stack(torch._foreach_norm(small, math.inf)).max())
+            if self.with_squares:
+                norms = torch.stack(torch._foreach_norm(small, 2, dtype=torch.float64))
+                self.sums_of_squares.append(norms.square().sum())
+                if one_tells_both:
+                    self.flags.append(norms.max())
+        for piece in pieces:
+            if piece.numel() > _SMALL_NUMEL:
+                whole = piece.numel() // ALIGNMENT_NUMEL * ALIGNMENT_NUMEL
+                for chunk in chunks(0, whole, piece.device):
+                    self.update(piece[chunk])
+                self.update_pieces([piece[whole:]])
 
     def measure(self, gradient: Tensor) -> None:
         """Measure the whole shard, as ``update`` takes it."""

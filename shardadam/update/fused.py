@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardadam.chunks import chunks
-from shardadam.layout import ALIGNMENT_NUMEL, Bucket
+from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Segment
 from shardadam.sums.scattered import Scattered
 from shardadam.sums.sources import sum_chunk_
 from shardadam.update import reference
@@ -50,6 +50,7 @@ class FusedUpdate:
         self._counters = counters
         self._seed = seed
         self._rank = rank
+        self._segments: dict[int, list[Segment]] = {}  # of the shards, by bucket offset
         self._runs = RunTable(rank, len(counters.steps))
         self._on_cpu = counters.steps.device.type == "cpu"
         self._gradients: Scattered | None = None
@@ -106,7 +107,8 @@ class FusedUpdate:
         if self._on_cpu and _is_common(shard):
             step = self._step_bfloat16_
         scratch = Scratch()
-        segments = list(bucket.shard_segments(self._rank))
+        if self._gradients is not None and bucket.offset not in self._segments:
+            self._segments[bucket.offset] = list(bucket.shard_segments(self._rank))
         for run in runs:
             for chunk in chunks(run.start, run.stop, shard.parameter.device):
                 if whole is not None and whole.dtype == exact:
@@ -114,7 +116,7 @@ class FusedUpdate:
                 else:
                     gradient = scratch.take(shard.parameter, chunk, "gradient", exact)
                     if self._gradients is not None:
-                        self._gradients.write_(gradient, segments, chunk.start, chunk.stop)
+                        self._gradients.write_(gradient, self._segments[bucket.offset], chunk.start, chunk.stop)
                     elif sources is not None:
                         sum_chunk_(gradient, [source[chunk] for source in sources.slices], scale=sources.scale)
                     elif whole is not None:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from shardadam.chunks import chunks
 from shardadam.engine.reduction.base import (
     Reducer,
     Snapshot,
@@ -63,8 +62,9 @@ class LocalReducer(Reducer):
         self.reset()
         self.rounds += 1
         for param in self._params:
-            self.local_error = self.local_error or gradient_error(param)
-            if gradient_error(param) is None:
+            error = gradient_error(param)
+            self.local_error = self.local_error or error
+            if error is None:
                 gradient = param.parameter.grad
                 if self._to_wire and gradient is not None:
                     gradient = gradient.to(param.buckets[0].wire_dtype)
@@ -267,16 +267,14 @@ def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> Gr
         )
         return stats
     stats = GradStats(with_squares=with_squares)
-    exact = torch.promote_types(scattered.dtype, torch.float32)
-    scratch: Tensor | None = None
+    pieces = []
     for bucket in arena.buckets:
-        segments = [segment for _, segment in bucket.shard_segments]
-        for chunk in chunks(0, bucket.plan.shard_numel, arena.parameters.device):
-            numel = chunk.stop - chunk.start
-            if scratch is None or scratch.numel() < numel:
-                scratch = torch.empty(numel, dtype=exact, device=arena.parameters.device)
-            scattered.write_(scratch[:numel], segments, chunk.start, chunk.stop)
-            stats.update(scratch[:numel])
+        for param, segment in bucket.shard_segments:
+            tensor = scattered.tensors[param.arena_index]
+            if tensor is not None:
+                is_whole = tensor.numel() == segment.numel
+                pieces.append(tensor if is_whole else tensor[segment.start : segment.start + segment.numel])
+    stats.update_pieces(pieces)
     return stats
 
 
