@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardadam import ShardedAdamW
 from shardadam import transport as transports
-from shardadam.engine.reduction import backward_reducer
+from shardadam.engine.reduction import backward_reducer, copy_in
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.sums.stats import GradStats
 from shardadam.transport import Pending, SingleProcessTransport, Transport
@@ -666,6 +666,13 @@ def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(mon
     assert log == ["current waits for side", "copy", "side waits for current", "copy"]
 
 
+def bucket_of_eight() -> Any:
+    """As much of a bucket as staging needs."""
+    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
+    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
+    return SimpleNamespace(**options)
+
+
 class OnAStream(Finished):
     def __init__(self) -> None:
         self.waited_again = 0
@@ -688,9 +695,7 @@ def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_s
     """
     transfer = OnAStream()
     pool = StagingPool(OneTransfer(transfer))
-    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
-    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
-    bucket: Any = SimpleNamespace(**options)
+    bucket = bucket_of_eight()
     pool.reserve([bucket])
     send = partial(pool.reduce_scatter, bucket, accumulate=False, stats=GradStats(with_squares=False))
     send(pool.acquire(bucket, may_wait=False))
@@ -702,6 +707,32 @@ def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_s
     pool.wait_all()
     pool.trim()
     assert pool.acquire(bucket, may_wait=False) is staging and transfer.waited_again == 1
+
+
+def test_streams_wait_for_the_step_before_their_gradients_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank gradients are not copied: the update is the last to read them."""
+    optimizer = ShardedAdamW(build_model().parameters())
+    reducer: Any = optimizer._engine.reducer
+    log: list[str] = []
+    current, side = Stream("current", log), Stream("side", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+    reducer._streams = {torch.device("cpu"): {current, side}}
+    reducer.reset()
+    reducer.reset()
+    assert log == ["side waits for current"]
+
+
+def test_one_concatenation_fills_staging_as_copies_do() -> None:
+    """On GPUs; here on the CPU. With padding after parameters and at the end, and an empty parameter."""
+    random = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(numel, generator=random) for numel in (7, 0, 128, 40)]
+    send, expected = torch.full((400,), float("nan")), torch.zeros(400)
+    targets = [send[start : start + g.numel()] for start, g in zip((0, 128, 128, 256), gradients, strict=True)]
+    for target, gradient in zip(targets, gradients, strict=True):
+        expected[target.storage_offset() : target.storage_offset() + target.numel()] = gradient
+    out = send[:384]
+    copy_in._concatenate(targets[::-1], gradients[::-1], [send[7:128], send[296:384]], out=out)
+    assert torch.equal(out, expected[:384]) and send[384:].isnan().all()
 
 
 class BetweenHosts(Pending):
@@ -726,9 +757,7 @@ def test_a_bucket_on_streams_waits_for_a_buffer_not_for_a_sum() -> None:
     """With hybrid sharding, buffers were kept until the all-reduce between hosts was over."""
     log: list[str] = []
     pool = StagingPool(SingleProcessTransport())
-    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
-    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
-    bucket: Any = SimpleNamespace(**options)
+    bucket = bucket_of_eight()
     pool.reserve([bucket, bucket])
     for name in range(4):
         pool._transport = OneTransfer(BetweenHosts(log, name))
@@ -743,9 +772,7 @@ def test_transfers_on_another_device_are_not_waited_for() -> None:
     """A hook that widens gradient shards must not wait for peers of parameters on the CPU."""
     log: list[str] = []
     pool = StagingPool(SingleProcessTransport())
-    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
-    options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
-    bucket: Any = SimpleNamespace(**options)
+    bucket = bucket_of_eight()
     pool.reserve([bucket])
     pool._transport = OneTransfer(BetweenHosts(log, 0))
     staging = pool.acquire(bucket, may_wait=False)
