@@ -18,19 +18,16 @@ Note: hooks do not wait
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardadam.engine.reduction.base import Reducer, allocate_gradient_shards, check_gradient, foreign_gradient
+from shardadam.engine.reduction.base import allocate_gradient_shards, check_gradient, foreign_gradient
 from shardadam.engine.reduction.copy_in import copy_in, joined_streams
-from shardadam.engine.reduction.hooks import GradientHooks
+from shardadam.engine.reduction.during_backward import DuringBackward
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.storage import FlatBucket, ShardedParam
 from shardadam.ranks.signals import defer_signals
@@ -68,7 +65,7 @@ class Round:
         return self.next < len(self.order) and self.missing[self.order[self.next]] <= 0
 
 
-class BackwardReducer(Reducer):
+class BackwardReducer(DuringBackward):
     """Reduces every bucket once in each backward, and adds up the means of several backwards in the gradient shards.
 
     Args:
@@ -82,18 +79,14 @@ class BackwardReducer(Reducer):
         self._transport = transport
         self._with_squares = with_squares
         self._pool = StagingPool(transport)
-        self._hooks = GradientHooks(self)
-        self._lock = threading.RLock()  # hooks of parameters on two devices run in two threads
         self._round: Round | None = None
         self._graph_task: int | None = None  # the backward whose end closes a round
-        self._is_synchronizing = True  # False in no_sync
         # Used until the order is learned
         self._order_is_learned = False
         self._completed: list[int] = []  # indices of the buckets that the last round completed, in order
         # Since reset
         self._refused: str | None = None  # why a gradient was reduced as zeros
         self._launches: list[int] = []  # by bucket index
-        self._has_local = False  # p.grad has gradients from no_sync that no round has reduced
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
@@ -103,15 +96,6 @@ class BackwardReducer(Reducer):
         allocate_gradient_shards(buckets, self._transport)
         self._pool.reserve(buckets)
         self._hooks.register(params)
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        self._hooks.remove()
-
-    def why_not_in_grad(self, parameter: Tensor) -> str | None:
-        if parameter.grad is None and any(self._launches):
-            return "the gradients have been reduced and freed during backward, so that it finds none."
-        return None
 
     # While backward runs
 
@@ -239,16 +223,6 @@ class BackwardReducer(Reducer):
         with self._lock:
             self._close_round(may_wait=True)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        self.close_open_round()
-        before, self._is_synchronizing = self._is_synchronizing, False
-        try:
-            yield
-        finally:
-            self._is_synchronizing = before
-            self._has_local = True
-
     @property
     def rounds_since_reset(self) -> int:
         if not self.order:
@@ -296,7 +270,6 @@ class BackwardReducer(Reducer):
         self._pool.trim()
         super().reset()
         self._launches = [0] * len(self._buckets)
-        self._has_local = False
         self._refused = None
 
     def staging_bytes(self) -> int:

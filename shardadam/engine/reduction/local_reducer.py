@@ -8,9 +8,7 @@ something writes to them there: clipping by value, a second backward.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from shardadam.engine.reduction.base import (
     snapshot,
 )
 from shardadam.engine.reduction.copy_in import joined_streams
-from shardadam.engine.reduction.hooks import GradientHooks
+from shardadam.engine.reduction.during_backward import DuringBackward
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard, memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Segment
 from shardadam.sums.reference import program_count
@@ -144,7 +142,7 @@ class LocalReducer(Reducer):
         self.local_error = None
 
 
-class AloneReducer(LocalReducer):
+class AloneReducer(LocalReducer, DuringBackward):
     """``gradient_sync="backward"`` on one rank: takes gradients out of ``p.grad`` while backward runs.
 
     Those of several backwards are summed up in the gradient shard, as on several ranks.
@@ -154,24 +152,11 @@ class AloneReducer(LocalReducer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._hooks = GradientHooks(self)
-        self._lock = threading.RLock()  # hooks of parameters on two devices run in two threads
-        self._is_synchronizing = True  # False in no_sync
-        self._has_local = False  # p.grad has gradients from no_sync
         self._streams: dict[torch.device, set[torch.cuda.Stream]] = {}  # those that have computed gradients
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
         self._hooks.register(params)
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        self._hooks.remove()
-
-    def why_not_in_grad(self, parameter: Tensor) -> str | None:
-        if parameter.grad is None and any(self.used):
-            return "the gradients have been reduced and freed during backward, so that it finds none."
-        return None
 
     @torch.no_grad()
     def on_gradient(self, index: int) -> None:
@@ -209,22 +194,14 @@ class AloneReducer(LocalReducer):
                     self.local_error = self.local_error or foreign_gradient(param)
                     self.rounds += 1  # so that the next sync raises, even if nothing else has changed since the last
                 else:
-                    self.local_error = self.local_error or gradient_error(param)
-                    if gradient_error(param) is None:
+                    error = gradient_error(param)
+                    self.local_error = self.local_error or error
+                    if error is None:
                         self._take_out(param)
             self._has_local = not self._is_synchronizing
 
     def gradient_bytes(self) -> int:
         return sum(gradient.nbytes for gradient in self._gradients if gradient is not None)
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        before, self._is_synchronizing = self._is_synchronizing, False
-        try:
-            yield
-        finally:
-            self._is_synchronizing = before
-            self._has_local = True
 
     def reset(self) -> None:
         # The memory of gradients that are freed now belongs to the streams that have computed them.
@@ -234,7 +211,6 @@ class AloneReducer(LocalReducer):
                 stream.wait_stream(current)
         self._streams.clear()
         super().reset()
-        self._has_local = False
 
 
 def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
