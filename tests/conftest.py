@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the test suite: ``--long`` runs every case of each sweep, an ordinary run a seeded sample."""
+"""Options of the test suite: ``--long`` runs every case of each sweep, an ordinary run a seeded sample. Fixtures that
+several files use.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import hypothesis
 import pytest
 import torch
+
+from tests.triton_processes import process
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("sample", max_examples=50, deadline=None, derandomize=True)
@@ -21,6 +27,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sweep(keep): an ordinary run keeps a seeded sample of that many of its cases")
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "sample")
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process that interprets Triton kernels."""
+    with process(interpret=True) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    """A process that compiles Triton kernels."""
+    with process(interpret=False) as pool:
+        yield pool
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -16,12 +15,6 @@ from tests import test_triton as interpreted
 
 pytestmark = interpreted.pytestmark
 WAYS = ("clipped", "rounds", "no_sync", "clip_grad_value_", "only some steps clip values", "unused", "full_grad")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with interpreted.process(interpret=True) as pool:
-        yield pool
 
 
 def train(on_kernel: bool, gradient_sync: Any, dtype: torch.dtype, moments: Any, way: str) -> list[Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ import ledger
 from fake_cuda import fake_cuda
 from ledger import FP32, INT8, SPLIT, Form, Ledger
 from scale_model import DECODERS, Decoder
-
-from tests import test_triton as interpreted
 
 SMALL = Decoder("small", 4, 1024, 8, 8, 2816, 4096)  # 60M parameters, in several buckets
 
@@ -183,9 +182,8 @@ def measured_kernels() -> list[tuple[str, tuple[int, int], tuple[int, int], int]
     return launches
 
 
-def test_kernels_read_and_write_what_the_ledger_says() -> None:
-    with interpreted.process(interpret=True) as pool:
-        launches = pool.submit(measured_kernels).result(timeout=100)
+def test_kernels_read_and_write_what_the_ledger_says(interpreter: ProcessPoolExecutor) -> None:
+    launches = interpreter.submit(measured_kernels).result(timeout=100)
     assert {name for name, *_ in launches} == set(ledger.KERNELS)
     wrong = [
         (name, by_rule, measured)

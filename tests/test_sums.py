@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -33,24 +33,11 @@ from tests.test_triton import (
     build_arena_shard,
     compile_kernel,
     gradients_of_arena,
-    process,
 )
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 DTYPES = ("float32", "bfloat16", "float16")
 LENGTHS = (1, 127, TILE_NUMEL + 128, PROGRAM_NUMEL, 2 * PROGRAM_NUMEL + 3)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with process(interpret=True) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[ProcessPoolExecutor]:
-    with process(interpret=False) as pool:
-        yield pool
 
 
 # The kernels in the interpreter

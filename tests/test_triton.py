@@ -11,15 +11,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -54,34 +49,6 @@ class Variant:
 
 VARIANTS = [Variant(moments, *weights) for moments in ("fp32", "bf16", "int8") for weights in FORMATS]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-
-
-@contextmanager
-def process(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(1, mp_context=context, initializer=_enter, initargs=(interpret, cache)) as pool,
-    ):
-        yield pool
-
-
-def _enter(interpret: bool, cache: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # NumPy warns of infinities, which are intended
-    os.environ.update(TRITON_INTERPRET=str(int(interpret)), TRITON_CACHE_DIR=cache)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with process(interpret=True) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[ProcessPoolExecutor]:
-    with process(interpret=False) as pool:
-        yield pool
 
 
 # The kernel in the interpreter
