@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a parameter lies on the ranks of a model-parallel mesh. Everything behind ``ShardedParam`` sees local tensors.
+
+A DTensor (tensor parallelism, ``fully_shard``) holds a part of a parameter on each rank: its local tensor, which is one
+box of the whole. A plain tensor is its own local tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+
+
+class Box(NamedTuple):
+    """The elements ``whole[offset[0] : offset[0] + shape[0], ...]`` of a tensor of ``global_shape``."""
+
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.global_shape
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of ``tensor``: itself, or the local tensor of a DTensor. Writes change ``tensor``."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor._local_tensor
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """Return what this rank holds of ``parameter.grad``, placed as the parameter is.
+
+    A gradient with other placements (Partial under SequenceParallel) is redistributed first, in ``parameter.grad``:
+    collective then, over the mesh of the parameter.
+    """
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+        return gradient
+    if gradient.placements != parameter.placements:
+        with torch.no_grad():
+            gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
+    return local_tensor(gradient)
+
+
+def like(parameter: Tensor, local: Tensor) -> Tensor:
+    """Return ``local``, of the shape of the local tensor, as a tensor that is placed like ``parameter``."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def box_of(tensor: Tensor) -> Box:
+    """Return where the local tensor lies in the whole.
+
+    Raises:
+        ValueError: it is not one box.
+    """
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Box(shape, (0,) * len(shape), shape)
+    chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    if len(chunks) != 1:
+        raise ValueError(f"found a local tensor of {len(chunks)} separate parts ({tensor.placements}), expected one")
+    return Box(shape, tuple(chunks[0].offsets), tuple(chunks[0].sizes))
+
+
+def placements_of(tensor: Tensor) -> Sequence[Placement]:
+    """Return the placements of a DTensor, and none of a plain tensor."""
+    return tensor.placements if isinstance(tensor, DTensor) else ()
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def mesh_ranks(tensor: Tensor) -> frozenset[int]:
+    """Return the ranks of the default group that hold parts of a DTensor; none of a plain tensor."""
+    mesh = mesh_of(tensor)
+    return frozenset() if mesh is None else frozenset(mesh.mesh.flatten().tolist())
+
+
+def copies_of(tensor: Tensor) -> int:
+    """Return how many ranks of its mesh hold each element; 1 for a plain tensor."""
+    copies = 1
+    for dim, placement in enumerate(placements_of(tensor)):
+        if placement.is_replicate():
+            mesh = mesh_of(tensor)
+            assert mesh is not None
+            copies *= mesh.size(dim)
+    return copies
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Return whether this rank is the first of those of its mesh that hold the same elements."""
+    mesh = mesh_of(tensor)
+    if mesh is None:
+        return True
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    return all(coordinate[dim] == 0 for dim, placement in enumerate(placements_of(tensor)) if placement.is_replicate())
+
+
+def ranks_along(mesh: DeviceMesh, dim: int) -> frozenset[int]:
+    """Return the ranks of ``mesh`` that differ from this one along ``dim`` at most."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    index = tuple(slice(None) if other == dim else position for other, position in enumerate(coordinate))
+    return frozenset(mesh.mesh[index].tolist())
