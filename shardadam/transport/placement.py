@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
@@ -34,7 +33,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     local = tensor._local_tensor
-    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+    wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor, which a collective is still writing
+    return local if wait is None else wait()  # type: ignore[no-any-return]
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
