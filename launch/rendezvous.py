@@ -79,7 +79,8 @@ def destroyed_on_success() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        statuses.append(exit_status(error))
+        if dist.is_initialized():  # otherwise there is nothing to destroy, and the caller may handle the error
+            statuses.append(exit_status(error))
         raise
     finally:
         if not any(statuses) and dist.is_initialized():

@@ -111,3 +111,20 @@ def test_a_block_that_raises_ends_with_pythons_status(
     for handler in handlers:
         handler()
     assert calls == ([status] if status else ["destroyed"])
+
+
+def test_a_process_without_a_process_group_ends_as_its_caller_decides() -> None:
+    """An error that a caller of a launch script's ``run`` had handled ended the caller, at its exit, with its status."""
+    code = """
+import sys
+sys.path.insert(0, "launch")
+from rendezvous import destroyed_on_success
+
+try:
+    with destroyed_on_success():
+        sys.exit(2)
+except SystemExit:
+    print("handled")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
