@@ -41,6 +41,7 @@ class ShardedAdamW(ShardedAdam):
         precision: Precision | None = None,
         bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
+        model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -61,4 +62,5 @@ class ShardedAdamW(ShardedAdam):
             precision=precision,
             bucket_mb=bucket_mb,
             transport=transport,
+            model_parallel_group=model_parallel_group,
         )

@@ -22,16 +22,23 @@ from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
 from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
-from shardadam.engine.parameters import agreed, agreed_or_closed, built_or_aborted, named_parameters
+from shardadam.engine.parameters import (
+    ShardedParameters,
+    agreed,
+    agreed_or_closed,
+    built_or_aborted,
+    named_parameters,
+)
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.precision import Precision
 from shardadam.ranks import agreement, desync
+from shardadam.ranks.agreement import Claim
 from shardadam.state import memory
 from shardadam.state.memory import Memory
 from shardadam.state.stateful_optimizer import StatefulOptimizer
-from shardadam.transport import Transport, connect
+from shardadam.transport import Transport, connect, connect_job, placement
 
 GradientSync = Literal["backward", "step", "external"]
 
@@ -68,6 +75,18 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         capturable: as ``foreach``.
         fused: as ``foreach``.
         differentiable: not supported, must be False.
+        model_parallel_group: a ProcessGroup, or a DeviceMesh of any dimensions, of the ranks that hold other parts of
+            the same copy of the model: tensor- and pipeline-parallel ranks, this rank among them, but no other of
+            ``process_group``. Norms, skipped steps and checkpoints are then those of the whole model. None: the ranks
+            along the meshes of DTensor parameters, if there are any.
+
+    A param group may have ``process_group``: those ranks of the optimizer's process group that hold the same parameters
+    (experts), a ProcessGroup or a 1-D DeviceMesh; their state is split over these ranks. It may have
+    ``gradient_divisor``, by which the sum of gradients over its ranks is divided: by default the size of the
+    optimizer's process group, as one expert sees the tokens of all its ranks. Both are read when the group is added.
+
+    Parameters may be DTensors (``parallelize_module``, ``distribute_tensor``): this rank trains their local tensors.
+    Those of ``fully_shard`` need ``gradient_sync="external"``; their storage stays FSDP's.
 
     Raises:
         ValueError, TypeError: an argument is not as described, a parameter cannot be trained or broadcast, or ranks
@@ -102,6 +121,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         precision: Precision | None = None,
         bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
+        model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -129,15 +149,18 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             if not isinstance(transport, Transport):
                 exact_sums = getattr(precision, "accumulate", None) == "fp32"
                 transport = connect(process_group, kind=transport, exact_sums=exact_sums)
+            self._parameters = ShardedParameters(transport, options)
             with agreed_or_closed(transport) as claims:
                 options.check()
                 super().__init__(params, defaults)
                 named = named_parameters(self.param_groups)
-                arguments.check_parameters(named, options.precision, transport)
-                claims += [*options.claims(), *arguments.claims(self.param_groups, named)]
-            device = next((p.parameter.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
+                self._parameters.check(named)
+                parts = arguments.model_parallel_ranks(model_parallel_group, named, transport)
+                claims += [*options.claims(), *self._parameters.claims(self.param_groups, named)]
+                claims.append(Claim("the number of model-parallel ranks:", "", str(len(parts))))
+            device = next((p.local.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
             with built_or_aborted(transport):
-                self._engine = StepEngine(transport, options, device)
+                self._engine = StepEngine(self._parameters, connect_job(transport, parts), device)
                 self.skipped_steps = self._engine.skipped_steps
                 self._add_params(named)
         watch_torch(self._engine.reducer)
@@ -185,7 +208,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._add_unfrozen_params()
-        if self._engine.parameters.params:
+        if self._engine.must_sync:
             refuse_torchs_grad_scaler(self.__dict__)
             self._engine.step(self.param_groups)
             self._consolidated = None
@@ -294,7 +317,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """Call ``StepEngine.unscale``, for GradScaler. Collective."""
         self._add_unfrozen_params()
-        if not self._engine.parameters.params:
+        if not self._engine.must_sync:
             return torch.zeros((), device="cpu")
         return self._engine.unscale(inverse_scale, self.param_groups, in_place=in_place)
 
@@ -308,21 +331,24 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     @collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as in torch. Collective: all ranks must add the same. Raises as the constructor does."""
+        count = len(self.param_groups)
         if not self._is_built:  # called by torch.optim.Optimizer.__init__
             arguments.check_group(param_group, self.defaults)
-            super().add_param_group(param_group)
+            super().add_param_group(self._parameters.take_group(count, param_group))
             return
-        count = len(self.param_groups)
-        engine = self._engine
+        engine, parameters = self._engine, self._parameters
         try:
             with agreed(engine.transport.control) as claims:
                 arguments.check_group(param_group, self.defaults)
-                super().add_param_group(param_group)
+                super().add_param_group(parameters.take_group(count, param_group))
                 named = named_parameters(self.param_groups, count)
-                engine.parameters.check(named)
-                claims += arguments.claims(self.param_groups[count:], named, first_group=count)
+                parameters.check(named)
+                parts = [*parameters.taken(), *(one.parameter for one in named)]
+                arguments.check_parts(parts, engine.job, engine.transport)
+                claims += parameters.claims(self.param_groups[count:], named, first_group=count)
         except Exception:
             del self.param_groups[count:]
+            parameters.forget_group(count)
             raise
         self._add_params(named)
 
@@ -337,7 +363,8 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         gradients.
         """
         self._engine.gatherer.synchronize()
-        self._engine.parameters.broadcast([*self._engine.outside(module).values(), *module.buffers()])
+        outside = [*self._engine.outside(module).values(), *module.buffers()]
+        self._engine.parameters.broadcast([placement.local_tensor(tensor) for tensor in outside])
 
     @collective
     def average_gradients(self, parameters: Tensor | Iterable[Tensor]) -> None:
@@ -373,17 +400,17 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         """
         engine = self._engine
         engine.step_sync.read_all()
-        claims = arguments.claims(self.param_groups, named_parameters(self.param_groups))
+        claims = self._parameters.claims(self.param_groups, named_parameters(self.param_groups))
         agreement.require(claims, engine.transport.control, remedy=f"{ALIKE} Nothing has been written.")
         self._add_unfrozen_params()
         engine.gatherer.synchronize()
-        parameters = engine.parameters
-        tensors = replicas.replicated_tensors(
-            parameters.params, parameters.frozen, engine.skipped_steps, engine.transport
-        )
-        if model is not None:
-            tensors += replicas.outside_tensors(engine.outside(model))
-        replicas.check(tensors, engine.transport.rank, engine.transport.control)
+        for transport in dict.fromkeys(engine.parameters.transports):
+            tensors = replicas.replicated_tensors(
+                *engine.parameters.of_transport(transport), engine.skipped_steps, transport
+            )
+            if model is not None and transport is engine.transport:
+                tensors += replicas.outside_tensors(engine.outside(model))
+            replicas.check(tensors, transport.rank, transport.control)
 
     @collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:

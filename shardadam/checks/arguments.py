@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from numbers import Real
@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.engine.storage import NamedParameter, is_dense
 from shardadam.precision import Precision
 from shardadam.ranks.agreement import Claim
-from shardadam.transport import Transport
+from shardadam.transport import Job, Transport, placement
+from shardadam.transport.groups import ranks_of
+from shardadam.transport.job import ranks_of_transport
 
 _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
 # On GPUs: large, for few launches, and as NCCL needs megabytes of each rank for its full bandwidth; but not larger than
@@ -162,14 +165,19 @@ def _check_repeated(parameters: Iterable[Any]) -> None:
 
 
 def check_parameters(
-    parameters: Sequence[NamedParameter], precision: Precision, transport: Transport, taken: Sequence[Tensor] = ()
+    parameters: Sequence[NamedParameter],
+    options: Options,
+    transport: Transport,
+    own_ranks: Mapping[int, frozenset[int]],
+    taken: Sequence[Tensor] = (),
 ) -> None:
     """Raise if a trainable parameter cannot become a view of a flat buffer, or a frozen one cannot be broadcast.
 
     Args:
         parameters: new ones, trainable or frozen.
-        precision: says which dtypes are supported.
-        transport: broadcasts all of them.
+        options: say which dtypes are supported, and who averages gradients.
+        transport: of the optimizer.
+        own_ranks: by the index of a param group: the ranks of its own process group.
         taken: trainable parameters that the optimizer already has.
 
     Raises:
@@ -208,24 +216,169 @@ def check_parameters(
                 "train it. Build or load the model outside of it (torch.no_grad does not have this effect), or give "
                 "the module a copy: nn.Parameter(p.detach().clone())."
             )
-        if is_traceable_wrapper_subclass(parameter):
-            raise TypeError(
-                f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor: tensor parallelism "
-                "and fully_shard are not supported yet. Use torch.optim.AdamW for it."
-            )
+        ranks = own_ranks.get(named.group_index, ranks_of_transport(transport))
+        _check_placement(parameter, name, ranks, is_external=options.gradient_sync == "external")
         if parameter.layout != torch.strided:
             raise TypeError(
                 f"Parameter {name!r} has layout {parameter.layout}, expected a dense tensor (torch.strided). Do not "
                 "pass it to the optimizer, or give the module a dense parameter."
             )
-        precision.check_parameter(parameter.dtype, name)
-        if not is_dense(parameter):
+        options.precision.check_parameter(parameter.dtype, name)
+        if not is_dense(named.local):
             raise ValueError(
-                f"Parameter {name!r} has gaps or overlaps in memory (shape {tuple(parameter.shape)}, strides "
-                f"{parameter.stride()}), expected a dense tensor. Give the module a parameter of its own: "
+                f"Parameter {name!r} has gaps or overlaps in memory (shape {tuple(named.local.shape)}, strides "
+                f"{named.local.stride()}), expected a dense tensor. Give the module a parameter of its own: "
                 "nn.Parameter(p.detach().clone())."
             )
+    parts_of([*(named.parameter for named in parameters), *taken], transport)
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
+
+
+def _check_placement(parameter: Tensor, name: str, ranks: frozenset[int], *, is_external: bool) -> None:
+    """Raise unless the parameter is an ordinary tensor, or a DTensor of which this rank can train its local tensor.
+
+    Args:
+        ranks: of the process group that reduces its gradients and splits its state.
+    """
+    mesh = placement.mesh_of(parameter)
+    if mesh is None:
+        if is_traceable_wrapper_subclass(parameter):
+            raise TypeError(
+                f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor or a DTensor. Use "
+                "torch.optim.AdamW for it."
+            )
+        return
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"Parameter {name!r} is on the mesh {mesh.mesh.tolist()}, which rank {dist.get_rank()} is not in, expected "
+            "a mesh with this rank. Give the parameter only to the ranks that hold a part of it."
+        )
+    placements = placement.placements_of(parameter)
+    if any(one.is_partial() for one in placements):
+        raise ValueError(
+            f"Parameter {name!r} has placements {tuple(placements)}, expected Shard and Replicate only: nobody holds "
+            "its values. Redistribute it first."
+        )
+    if overlaps(parameter, ranks) and not (is_external and is_stored_elsewhere(parameter, ranks)):
+        raise ValueError(
+            f"Parameter {name!r} is a DTensor on ranks {sorted(placement.mesh_ranks(parameter))}, and process_group "
+            f"has ranks {sorted(ranks)}, expected groups that share this rank only: the parts of a parameter are not "
+            'copies of each other. Pass the data-parallel dimension of your mesh (process_group=mesh["dp"]). For '
+            'parameters of fully_shard, which averages their gradients, also pass gradient_sync="external".'
+        )
+
+
+def overlaps(parameter: Tensor, ranks: frozenset[int]) -> bool:
+    """Return whether other ranks of a group hold another part of a DTensor, or another copy of one."""
+    return len(placement.mesh_ranks(parameter) & ranks) > 1
+
+
+def is_stored_elsewhere(parameter: Tensor, ranks: frozenset[int]) -> bool:
+    """Return whether a DTensor lies along the data-parallel ``ranks``: ``fully_shard`` stores its local tensor then."""
+    mesh = placement.mesh_of(parameter)
+    return mesh is not None and any(placement.ranks_along(mesh, dim) <= ranks for dim in range(mesh.ndim))
+
+
+def parts_of(parameters: Iterable[Tensor], transport: Transport) -> frozenset[int]:
+    """Return the ranks, with this one, that hold different parts of DTensors for the same data; empty if none do.
+
+    Raises:
+        ValueError: they are not the same for all DTensors.
+    """
+    data_parallel = ranks_of_transport(transport)
+    found = {placement.ranks_outside(mesh, data_parallel) for mesh in map(placement.mesh_of, parameters) if mesh}
+    largest = max(found, key=len, default=frozenset())
+    if any(not one <= largest for one in found):
+        raise ValueError(
+            f"Found DTensors on meshes of the ranks {sorted(map(sorted, found))}, expected one mesh of all model-"
+            "parallel ranks, or parts of it. Build all meshes from one DeviceMesh."
+        )
+    return largest if len(largest) > 1 else frozenset()
+
+
+def model_parallel_ranks(
+    group: dist.ProcessGroup | DeviceMesh | None, parameters: Sequence[NamedParameter], transport: Transport
+) -> list[int]:
+    """Return the ranks of ``model_parallel_group``, ascending; without one, those along the meshes of DTensors. Local.
+
+    Raises:
+        ValueError: they are not those of the DTensors, or share other ranks than this one with the data-parallel group.
+    """
+    parts = parts_of([named.parameter for named in parameters], transport)
+    if group is None:
+        return sorted(parts)
+    ranks = ranks_of("model_parallel_group", group)
+    data_parallel = ranks_of_transport(transport)
+    if len(data_parallel.intersection(ranks)) > 1:
+        raise ValueError(
+            f"model_parallel_group: found ranks {ranks}, and process_group has ranks {sorted(data_parallel)}, "
+            "expected groups that share this rank only: data-parallel ranks hold copies of one part of the model, "
+            "model-parallel ranks hold different parts of one copy. Pass other dimensions of your mesh."
+        )
+    if not parts.issubset(ranks):
+        raise ValueError(
+            f"model_parallel_group: found ranks {ranks}, expected also those that hold other parts of DTensor "
+            f"parameters (ranks {sorted(parts)})."
+        )
+    return ranks
+
+
+def check_parts(parameters: Sequence[Tensor], job: Job, transport: Transport) -> None:
+    """Raise ValueError if new DTensors have parts on ranks that are not model-parallel ranks of the optimizer."""
+    parts = parts_of(parameters, transport)
+    known = frozenset() if job.model_parallel is None else ranks_of_transport(job.model_parallel)
+    if not parts <= known:
+        raise ValueError(
+            f"add_param_group: found DTensors on the model-parallel ranks {sorted(parts)}, expected them among "
+            f"those that the optimizer was built with ({sorted(known) or 'none'}). Pass model_parallel_group to its "
+            "constructor."
+        )
+
+
+def check_own_group(
+    index: int, ranks: Sequence[int] | None, divisor: Any, options: Options, transport: Transport
+) -> None:
+    """Raise ValueError or TypeError if a param group's own process group or gradient divisor is invalid. Local.
+
+    Args:
+        index: of the param group.
+        ranks: of its process group; None if it has none.
+        divisor: of its gradients; None if it has none.
+    """
+    common = ranks_of_transport(transport)
+    if ranks is not None and not common.issuperset(ranks):
+        raise ValueError(
+            f"Param group {index}, process_group: found ranks {list(ranks)}, expected some of the optimizer's process "
+            f"group (ranks {sorted(common)}): the ranks that hold the same experts."
+        )
+    if divisor is None:
+        return
+    _check_kind("gradient_divisor", divisor)
+    if options.gradient_sync == "external":
+        raise ValueError(
+            f'Param group {index}, gradient_divisor: found {divisor!r}, expected none with gradient_sync="external": '
+            "other code averages the gradients."
+        )
+    if not (divisor > 0 and math.isfinite(divisor)):
+        raise ValueError(f"Param group {index}, gradient_divisor: found {divisor!r}, expected a positive number")
+
+
+def check_partition(index: int, groups: Sequence[Sequence[int] | None], ranks: Sequence[int]) -> None:
+    """Raise ValueError unless every member of a param group's process groups names the same ranks. On all ranks alike.
+
+    Args:
+        index: of the param group.
+        groups: by position in ``ranks``: the ranks of the process group that this rank gives.
+    """
+    for rank, group in zip(ranks, groups, strict=True):
+        for other in () if group is None else group:
+            theirs = groups[list(ranks).index(other)]
+            if theirs != group:
+                raise ValueError(
+                    f"Param group {index}, process_group: rank {rank} gives the ranks {group}, rank {other} gives "
+                    f"{theirs}, expected the same from both: ranks that share an expert hold the same ones, and each "
+                    "expert is in one group. Build the groups from one DeviceMesh."
+                )
 
 
 def check_device(what: str, tensor: Tensor, transport: Transport, *, trains: bool = False) -> None:
@@ -253,7 +406,7 @@ def _check_frozen(parameter: Tensor, name: str, *, is_alone: bool) -> None:
         kind = f"layout {parameter.layout}"
     elif is_alone:
         return
-    elif is_traceable_wrapper_subclass(parameter):
+    elif is_traceable_wrapper_subclass(parameter) and placement.mesh_of(parameter) is None:
         kind = f"type {type(parameter).__name__}"
     elif parameter.is_quantized:
         kind = f"dtype {parameter.dtype}"
@@ -271,9 +424,9 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
     Only one of them would move into the flat buffer, and the other would keep its old values.
     """
     extents = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), p.requires_grad, named.name)
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), trains, named.name)
         for named in parameters
-        for p in (named.parameter,)
+        for p, trains in ((named.local, named.parameter.requires_grad),)
         if p.numel() > 0
     )
     for (device, _, end, trains, name), (next_device, start, _, next_trains, next_name) in pairwise(extents):
@@ -290,6 +443,8 @@ def claims(
     *,
     first_group: int = 0,
     may_wait: bool = True,
+    unnamed: Set[int] = frozenset(),
+    elsewhere: Set[int] = frozenset(),
 ) -> list[Claim]:
     """Return what must be equal on all ranks: hyperparameters, and the names, shapes and formats of parameters.
 
@@ -299,15 +454,28 @@ def claims(
         first_group: the index of ``groups[0]`` in the optimizer's ``param_groups``.
         may_wait: whether to read a learning rate that is a tensor on a device, which waits for the device. If False,
             only its device type is compared.
+        unnamed: the ``param_id`` of parameters (experts) that may have other names on other ranks.
+        elsewhere: of those of which each rank holds another part (``fully_shard``).
     """
     result = []
     for position, named in enumerate(parameters):
         parameter = named.parameter
-        result.append(Claim(f"the name of parameter {position}", "", repr(named.name), is_name=True))
+        local = named.local
         subject = f"parameter {named.name!r}"
-        result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
+        if named.param_id in unnamed:
+            subject = f"parameter {position}"
+        else:
+            result.append(Claim(f"the name of parameter {position}", "", repr(named.name), is_name=True))
+            if placement.mesh_of(parameter) is not None:
+                result.append(Claim(subject, "placements", str(tuple(placement.placements_of(parameter)))))
+                if named.param_id not in elsewhere:
+                    result.append(Claim(subject, "part", placement.part_of(parameter)))
         result.append(Claim(subject, "dtype", str(parameter.dtype)))
-        result.append(Claim(subject, "strides", str(tuple(parameter.stride()))))
+        if named.param_id in elsewhere:
+            result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
+        else:
+            result.append(Claim(subject, "shape", str(tuple(local.shape))))
+            result.append(Claim(subject, "strides", str(tuple(local.stride()))))
         result.append(Claim(subject, "device type", parameter.device.type))
         result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
     if groups:

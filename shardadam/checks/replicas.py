@@ -57,7 +57,7 @@ def replicated_tensors(
     Shards of the state are replicated only with hybrid sharding.
     """
     every: list[ShardedParam | NamedParameter] = [*params, *frozen]
-    tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.parameter.detach()) for one in every]
+    tensors = [ReplicatedTensor(f"parameter {one.name!r}", one.local.detach()) for one in every]
     if transport.replicas > 1:
         for param in params:  # some replicas may have looked at the state since the parameters were written
             refresh_(param)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
 from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.transport import Transport
+from shardadam.transport import Job, Transport
 
 
 def buckets_of(params: Sequence[ShardedParam]) -> list[FlatBucket]:
@@ -24,38 +24,41 @@ def buckets_of(params: Sequence[ShardedParam]) -> list[FlatBucket]:
 
 
 @torch.no_grad()
-def total_norm(params: Sequence[ShardedParam], norm_type: float, transport: Transport) -> Tensor:
-    """Return the norm of the gradients of all params together, as torch.nn.utils.get_total_norm does. Collective.
+def total_norm(
+    params: Sequence[ShardedParam], norm_type: float, transport: Transport, job: Job, device: torch.device
+) -> Tensor:
+    """Return the norm of the gradients of all params together, as torch.nn.utils.get_total_norm does.
+
+    Collective over the job.
 
     Args:
-        params: at least one.
+        params: those of this rank.
         norm_type: p of the p-norm, positive; ``math.inf`` for the largest absolute value.
 
     Returns:
-        0-dim float64 on the device of the first param.
+        0-dim float64 on ``device``.
     """
-    device = params[0].parameter.device
     is_max = norm_type == math.inf
-    # The transport only sums. To get the largest value, each rank of the shard group has an element of its own.
-    block = torch.zeros(transport.world_size if is_max else 1, dtype=torch.float64, device=device)
-    mine = block[transport.rank] if is_max else block[0]
-    for gradient, scale in _gradients(params):
+    # The transports only sum. To get the largest value, each rank of the job has an element of its own.
+    block = torch.zeros(job.world_size if is_max else 1, dtype=torch.float64, device=device)
+    mine = block[job.rank] if is_max else block[0]
+    for gradient, scale, weight in _gradients(params):
         # By rows, then in float64, as in sums/stats.py.
         norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), norm_type, dim=1).double().to(device)
         norms = norms if scale == 1 else norms * scale
         if is_max:
             torch.maximum(mine, norms.max(), out=mine)
         else:
-            mine += norms.pow(norm_type).sum()
+            mine += norms.pow(norm_type).sum() * weight
     transport.all_reduce(block).wait()
-    block /= transport.replicas  # every replica has added the same
+    job.sum_parts_(block)
     return block.max() if is_max else block[0].pow(1 / norm_type)
 
 
 @torch.no_grad()
 def scale_(params: Sequence[ShardedParam], coefficient: Tensor) -> None:
     """Multiply this rank's shards of the gradients of ``params`` by ``coefficient``, of one element."""
-    for gradient, _ in _gradients(params):
+    for gradient, _, _ in _gradients(params):
         gradient.mul_(coefficient.to(gradient))
 
 
@@ -64,18 +67,19 @@ def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
     """Clamp this rank's shards of the gradients of ``params`` to [-limit, limit]; NaN stays NaN."""
     if isinstance(limit, Tensor) and limit.device.type == "cpu":
         limit = float(limit)  # a copy to the device would wait for it
-    for gradient, scale in _gradients(params):
+    for gradient, scale, _ in _gradients(params):
         bound = (limit / scale).to(gradient) if isinstance(limit, Tensor) else float(limit) / scale
         gradient.clamp_(-bound, bound)  # type: ignore[arg-type]  # both are tensors, or both numbers
 
 
-def _gradients(params: Sequence[ShardedParam]) -> Iterator[tuple[Tensor, float]]:
-    """Yield the parts of the gradients in this rank's shards, each with the zeros that pad it to whole blocks, and
-    what they must be multiplied by to be means.
+def _gradients(params: Sequence[ShardedParam]) -> Iterator[tuple[Tensor, float, float]]:
+    """Yield the parts of the gradients in this rank's shards, each with the zeros that pad it to whole blocks; what
+    they must be multiplied by to be means; and their weight in sums over all ranks.
     """
     wanted = {param.index for param in params}
     for bucket in buckets_of(params):
         for param, segment in bucket.shard_segments:
             if param.index in wanted:
                 numel = -(-segment.numel // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
-                yield gradient_shard(bucket)[segment.offset : segment.offset + numel], bucket.arena.gradient_scale
+                gradient, arena = gradient_shard(bucket)[segment.offset : segment.offset + numel], bucket.arena
+                yield gradient, arena.gradient_scale, arena.norm_weight

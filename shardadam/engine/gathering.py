@@ -14,7 +14,7 @@ from torch import Tensor
 from shardadam.engine.profiling import record
 from shardadam.engine.storage import FlatBucket
 from shardadam.ranks.signals import defer_signals
-from shardadam.transport import Pending, Transport
+from shardadam.transport import Pending
 from shardadam.transport.base import own_slice
 
 
@@ -23,8 +23,7 @@ class ParameterGatherer:
     update of the next bucket.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self) -> None:
         self._pending: dict[int, Pending] = {}  # by bucket index, in the order of dispatch
         self._on_some_streams: dict[int, Pending] = {}  # by bucket index: other streams may have to wait, too
         self._unreleased: list[Pending] = []  # waited for, but peers may still be reading this rank's shards
@@ -32,7 +31,7 @@ class ParameterGatherer:
     def dispatch(self, bucket: FlatBucket) -> None:
         """Start the all-gather of the bucket's parameters. Collective: all ranks must use the same order of buckets."""
         with record("all_gather"):
-            self._pending[bucket.index] = self._transport.all_gather(bucket.parameters)
+            self._pending[bucket.index] = bucket.arena.transport.all_gather(bucket.parameters)
         self._on_some_streams.pop(bucket.index, None)
 
     @property
@@ -77,7 +76,6 @@ class ParameterGatherer:
 def gather_shards(
     buckets: Sequence[FlatBucket],
     shard_of: Callable[[FlatBucket], Tensor],
-    transport: Transport,
     *,
     keep: Set[int],
     device: torch.device | str,
@@ -100,12 +98,13 @@ def gather_shards(
     for bucket in buckets:
         shard = shard_of(bucket)
         whole = torch.zeros(bucket.numel, dtype=shard.dtype, device=shard.device)
+        transport = bucket.arena.transport
         own_slice(whole, transport.rank, transport.world_size).copy_(shard)
         transport.all_gather(whole).wait()
         for param, segment in bucket.segments:
             if param.index in params:
                 if param.index not in flat:
-                    flat[param.index] = torch.empty(param.parameter.numel(), dtype=shard.dtype, device=device)
+                    flat[param.index] = torch.empty(param.shape.numel(), dtype=shard.dtype, device=device)
                 target = flat[param.index][segment.start : segment.start + segment.numel]
                 target.copy_(whole[segment.offset : segment.offset + segment.numel])
     return {index: tensor.as_strided(params[index].shape, params[index].stride) for index, tensor in flat.items()}

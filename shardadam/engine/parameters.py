@@ -9,26 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.checks import arguments
-from shardadam.checks.arguments import Options
+from shardadam.checks.arguments import Options, is_stored_elsewhere, parts_of
 from shardadam.engine.storage import (
     FlatArena,
     FlatBucket,
     NamedParameter,
     ShardedParam,
+    ShardGroup,
     allocate,
     is_dense,
+    lent,
     unrepeated,
 )
 from shardadam.ranks import agreement, desync
 from shardadam.ranks.agreement import Claim
-from shardadam.transport import Transport
+from shardadam.transport import SingleProcessTransport, Transport, connect, placement
+from shardadam.transport.groups import ranks_of
+from shardadam.transport.job import ranks_of_transport
 
 
 def named_parameters(param_groups: Sequence[Mapping[str, Any]], first_group: int = 0) -> list[NamedParameter]:
@@ -92,6 +96,18 @@ def built_or_aborted(transport: Transport) -> Iterator[None]:
         raise
 
 
+class _OwnGroup(NamedTuple):
+    """What a param group says of the ranks that hold its parameters, None where it says nothing.
+
+    Args:
+        ranks: of the process group, ascending.
+    """
+
+    process_group: Any
+    ranks: tuple[int, ...] | None
+    divisor: float | None
+
+
 class ShardedParameters:
     """All parameters of one optimizer.
 
@@ -106,8 +122,96 @@ class ShardedParameters:
         self.arenas: list[FlatArena] = []
         self.buckets: list[FlatBucket] = []
         self.frozen: list[NamedParameter] = []
-        self._transport = transport
-        self._options = options
+        self.transport = transport
+        self.options = options
+        self._common = ShardGroup(transport, transport.world_size * transport.replicas)
+        self._requested: dict[int, _OwnGroup] = {}  # by the index of a param group that has one of its own
+        self._own: dict[int, ShardGroup] = {}  # the same, once connected
+        self._alone = ShardGroup(SingleProcessTransport(), 1)  # of parameters that other code stores
+        self._parts: frozenset[int] = frozenset()  # the ranks that hold different parts of DTensors
+
+    @property
+    def transports(self) -> list[Transport]:
+        """The transport of the optimizer, and those of param groups that have one of their own."""
+        return [self.transport, *(group.transport for group in self._own.values())]
+
+    def take_group(self, index: int, param_group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``param_group`` without ``process_group`` and ``gradient_divisor``, which are remembered. Local.
+
+        Raises:
+            ValueError, TypeError: they are invalid.
+        """
+        left = dict(param_group)
+        process_group, divisor = left.pop("process_group", None), left.pop("gradient_divisor", None)
+        if process_group is None and divisor is None:
+            return left
+        ranks = None
+        if process_group is not None:
+            ranks = ranks_of(f"Param group {index}, process_group", process_group)
+        arguments.check_own_group(index, ranks, divisor, self.options, self.transport)
+        self._requested[index] = _OwnGroup(process_group, None if ranks is None else tuple(ranks), divisor)
+        return left
+
+    def forget_group(self, index: int) -> None:
+        """Forget a group that could not be added."""
+        self._requested.pop(index, None)
+
+    def _connect_groups(self, named: Sequence[NamedParameter]) -> None:
+        """Connect the ranks of param groups that have a process group of their own. Collective.
+
+        Raises:
+            ValueError: on all ranks of the optimizer, if the process groups overlap; or on those of a group, if its
+                parameters differ.
+        """
+        everyone = sorted(ranks_of_transport(self.transport))
+        for index, one in self._requested.items():
+            if index in self._own:
+                continue
+            transport = self.transport
+            if one.ranks is not None and self.transport.control is not None:
+                given = agreement.exchange(one.ranks, self.transport.control)
+                order = list(self.transport.store_barrier.ranks)
+                arguments.check_partition(index, given, order)
+                if list(one.ranks) != everyone:
+                    exact_sums = self.options.precision.accumulate == "fp32"
+                    transport = connect(one.process_group, kind=self.options.transport, exact_sums=exact_sums)
+            divisor = self._common.divisor if one.divisor is None else float(one.divisor)
+            self._own[index] = ShardGroup(transport, divisor)
+            if transport is not self.transport:
+                with agreed(transport.control) as claims:
+                    claims += arguments.claims([], [p for p in named if p.group_index == index])
+
+    def shard_group_of(self, named: NamedParameter) -> ShardGroup:
+        """Return the ranks that split the state of a parameter, once they are connected."""
+        return self._alone if self._is_elsewhere(named) else self._own.get(named.group_index, self._common)
+
+    def _is_elsewhere(self, named: NamedParameter) -> bool:
+        """Return whether other code stores the parameter (``fully_shard``)."""
+        ranks = self._ranks_of(named)
+        return self.options.gradient_sync == "external" and is_stored_elsewhere(named.parameter, ranks)
+
+    def _ranks_of(self, named: NamedParameter) -> frozenset[int]:
+        one = self._requested.get(named.group_index)
+        return ranks_of_transport(self.transport) if one is None or one.ranks is None else frozenset(one.ranks)
+
+    def own_groups(self) -> list[tuple[Transport, slice]]:
+        """Return the transports of param groups that have one of their own, each with indices of params."""
+        if not self._own:
+            return []
+        return [
+            (arena.transport, arena.indices)
+            for arena in self.arenas
+            if arena.transport is not self.transport and not arena.is_borrowed
+        ]
+
+    def of_transport(self, transport: Transport) -> tuple[list[ShardedParam], list[NamedParameter]]:
+        """Return the params and the frozen parameters that all ranks of ``transport`` hold alike."""
+        params = [param for param in self.params if param.arena.transport is transport]
+        return params, [one for one in self.frozen if self.shard_group_of(one).transport is transport]
+
+    def has_own_group(self, named: NamedParameter) -> bool:
+        """Return whether other ranks of the optimizer's group may hold another parameter in this one's place."""
+        return self._ranks_of(named) != ranks_of_transport(self.transport)
 
     def add(self, named: Sequence[NamedParameter]) -> tuple[list[ShardedParam], list[FlatBucket]]:
         """Bind the trainable parameters to new flat storage, and broadcast rank 0's values of all parameters.
@@ -117,30 +221,49 @@ class ShardedParameters:
         Returns:
             The new ``params`` and the new ``buckets``.
         """
+        self._connect_groups(named)
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
-        arenas = allocate(
-            trainable,
-            transport=self._transport,
-            precision=self._options.precision,
-            bucket_bytes=self._options.bucket_bytes(
-                {p.parameter.device.type for p in trainable},
-                sum(p.parameter.nbytes for p in trainable),
-                self._transport.world_size,
-            ),
-            first_index=len(self.params),
-        )
+        self._parts |= parts_of([p.parameter for p in named], self.transport)
+        of_groups: dict[ShardGroup, list[NamedParameter]] = {}
+        for one in trainable:
+            of_groups.setdefault(self.shard_group_of(one), []).append(one)
+        arenas: list[FlatArena] = []
+        for group, members in of_groups.items():
+            arenas += allocate(
+                members,
+                shard_group=group,
+                copies=[self._copies_of(p.parameter) for p in members],
+                is_borrowed=group is self._alone,
+                precision=self.options.precision,
+                bucket_bytes=self.options.bucket_bytes(
+                    {p.local.device.type for p in members},
+                    sum(p.local.nbytes for p in members),
+                    group.transport.world_size,
+                ),
+                first_index=len(self.params) + sum(len(arena.params) for arena in arenas),
+            )
         params = [param for arena in arenas for param in arena.params]
         buckets = [bucket for arena in arenas for bucket in arena.buckets]
-        self.broadcast([*(bucket.parameters for bucket in buckets), *(p.parameter for p in frozen)])
-        for bucket in buckets:
-            if bucket.shard.master is not None:
-                bucket.shard.master.copy_(bucket.shard.parameter)
+        for group in {**of_groups, **{self.shard_group_of(one): None for one in frozen}}:
+            own = [bucket.parameters for bucket in buckets if bucket.arena.shard_group is group]
+            own += [one.local for one in frozen if self.shard_group_of(one) is group]
+            if group is not self._alone:
+                self.broadcast(own, group.transport)
+        with lent(arenas, written=False):
+            for bucket in buckets:
+                if bucket.shard.master is not None:
+                    bucket.shard.master.copy_(bucket.shard.parameter)
         self.arenas += arenas
         self.params += params
         self.buckets += buckets
         self.frozen += frozen
         return params, buckets
+
+    def _copies_of(self, parameter: Tensor) -> int:
+        """Return how many model-parallel ranks hold the elements of the parameter, or its shards in ``external``."""
+        held = len(self._parts & placement.mesh_ranks(parameter)) or 1
+        return placement.copies_of(parameter) * max(1, len(self._parts)) // held
 
     def take_unfrozen(self) -> list[NamedParameter]:
         """Remove and return the ``frozen`` parameters that now have ``requires_grad=True``, checked on all ranks.
@@ -149,15 +272,24 @@ class ShardedParameters:
         """
         unfrozen = [p for p in self.frozen if p.parameter.requires_grad]
         if unfrozen:
-            with agreed(self._transport.control) as claims:
+            with agreed(self.transport.control) as claims:
                 self.check(unfrozen)
-                claims += arguments.claims([], unfrozen)
+                claims += self.claims([], unfrozen)
             self.frozen = [p for p in self.frozen if not p.parameter.requires_grad]
         return unfrozen
 
+    def claims(
+        self, groups: Sequence[Mapping[str, Any]], named: Sequence[NamedParameter], first_group: int = 0
+    ) -> list[Claim]:
+        """Return what must be equal on all ranks of the optimizer; not the names of experts, which differ."""
+        different = {one.param_id for one in named if self.has_own_group(one)}
+        elsewhere = {one.param_id for one in named if self._is_elsewhere(one)}
+        return arguments.claims(groups, named, first_group=first_group, unnamed=different, elsewhere=elsewhere)
+
     def check(self, named: Sequence[NamedParameter]) -> None:
         """Raise ValueError or TypeError if ``named`` cannot be added. Local."""
-        arguments.check_parameters(named, self._options.precision, self._transport, taken=self.taken())
+        own = {one.group_index: self._ranks_of(one) for one in named}
+        arguments.check_parameters(named, self.options, self.transport, own, taken=self.taken())
 
     def taken(self) -> list[Tensor]:
         return [param.parameter for param in self.params]
@@ -184,7 +316,12 @@ class ShardedParameters:
     def outside(self, module: torch.nn.Module) -> dict[str, Tensor]:
         """Return the module's parameters that this optimizer does not have, by name."""
         mine = {id(named.parameter) for named in self.frozen} | self.by_id().keys()
-        return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in mine}
+        ranks = ranks_of_transport(self.transport)
+        return {
+            name: parameter
+            for name, parameter in module.named_parameters()
+            if id(parameter) not in mine and not is_stored_elsewhere(parameter, ranks)
+        }
 
     def trainable(self, parameters: Tensor | Iterable[Tensor]) -> list[ShardedParam]:
         """Return the ``ShardedParam`` of each of the parameters that is trainable, each once.
@@ -219,17 +356,21 @@ class ShardedParameters:
             arena.buckets.clear()
 
     @torch.no_grad()
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor], transport: Transport | None = None) -> None:
         """Broadcast rank 0's values of ``tensors``, of any dtype and strides. Collective.
+
+        Args:
+            transport: None for the optimizer's.
 
         Raises:
             TypeError: a tensor is sparse, or of another layout that is not ``torch.strided``. Nothing has been sent.
             ValueError: the process group has no backend for the device of a tensor. Nothing has been sent.
         """
+        transport = self.transport if transport is None else transport
         transfers = []
         tensors = list(tensors)
         for tensor in tensors:
-            arguments.check_device(f"A tensor of shape {tuple(tensor.shape)}", tensor, self._transport)
+            arguments.check_device(f"A tensor of shape {tuple(tensor.shape)}", tensor, transport)
             if tensor.layout != torch.strided:
                 raise TypeError(
                     f"Found a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} to broadcast from rank "
@@ -241,7 +382,7 @@ class ShardedParameters:
                 continue
             whole = unrepeated(tensor.detach())
             dense = (whole if is_dense(whole) else whole.contiguous()).resolve_conj().resolve_neg()
-            transfers.append((self._transport.broadcast(dense), whole, dense))
+            transfers.append((transport.broadcast(dense), whole, dense))
         for pending, whole, dense in transfers:
             pending.wait()
             if dense is not whole:

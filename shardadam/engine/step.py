@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from shardadam.checks import arguments
-from shardadam.checks.arguments import Options
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.gathering import ParameterGatherer
@@ -24,7 +23,7 @@ from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import reducer_for
-from shardadam.engine.step_sync import GlobalGradStats, Poison, StepSync
+from shardadam.engine.step_sync import Claims, GlobalGradStats, Poison, StepSync
 from shardadam.engine.storage import (
     FlatArena,
     FlatBucket,
@@ -32,6 +31,7 @@ from shardadam.engine.storage import (
     ShardedParam,
     adjoining,
     gradient_shard,
+    lent,
     merged,
     rebind_moved,
 )
@@ -39,7 +39,7 @@ from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
 from shardadam.sums.stats import clip_coefficient
-from shardadam.transport import Transport
+from shardadam.transport import Job
 from shardadam.transport.streams import is_capturing
 from shardadam.update import StepInputs, formats
 
@@ -54,19 +54,23 @@ class StepEngine:
         poison: why the optimizer must not step, if it must not.
 
     Args:
-        device: of ``skipped_steps``.
+        parameters: none yet.
+        job: all ranks, with those that hold other parts of the model.
+        device: of ``skipped_steps``, and of what ranks tell each other before a step.
     """
 
-    def __init__(self, transport: Transport, options: Options, device: torch.device) -> None:
+    def __init__(self, parameters: ShardedParameters, job: Job, device: torch.device) -> None:
+        transport, options = parameters.transport, parameters.options
         self.transport = transport
+        self.job = job
         self.options = options
-        self.parameters = ShardedParameters(transport, options)
+        self.parameters = parameters
         with_squares = options.max_grad_norm is not None
         self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares)
-        self.gatherer = ParameterGatherer(transport)
+        self.gatherer = ParameterGatherer()
         self.warnings = MisuseWarnings(self.parameters.params)
         self.poison = Poison()
-        self.step_sync = StepSync(transport, self.reducer, self.warnings, self.poison)
+        self.step_sync = StepSync(transport, job, self.reducer, self.warnings, self.poison)
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._is_joining = False
@@ -111,7 +115,8 @@ class StepEngine:
             self._clip(stats, max_norm)
         self.step_sync.step_begins()
         try:
-            self._update(stats, param_groups)
+            with lent(self.parameters.arenas, written=True):
+                self._update(stats, param_groups)
             self.forget_gradients()
         except Exception as error:
             self.poison.reason = f"step() did not complete ({type(error).__name__})"
@@ -134,17 +139,27 @@ class StepEngine:
         self.reducer.close()
         if self.reducer.rounds != self.step_sync.rounds and self.options.gradient_sync != "backward":
             self._coefficient = self._inverse_scale  # the gradients have changed since they were clipped
-        device = self.parameters.buckets[0].parameters.device
-        return self.step_sync.sync(partial(self._claims, call, param_groups), with_norm=with_norm, device=device)
+        buckets = self.parameters.buckets
+        return self.step_sync.sync(
+            partial(self._claims, call, param_groups),
+            with_norm=with_norm,
+            device=buckets[0].parameters.device if buckets else self.skipped_steps.device,
+            own_groups=self.parameters.own_groups(),
+        )
 
-    def _claims(self, call: str, param_groups: ParamGroups) -> list[Claim]:
+    def _claims(self, call: str, param_groups: ParamGroups) -> Claims:
         """Return what must be the same on all ranks at each sync."""
-        return [
+        of_job = [
             Claim("which call they are in:", "", call),
             Claim("how many steps they have taken:", "", str(self.step_sync.steps)),
             Claim("their gradients:", "", self.reducer.local_error or "in order"),
-            *arguments.claims(param_groups, [], may_wait=False),
         ]
+        return Claims([*of_job, *arguments.claims(param_groups, [], may_wait=False)], of_job)
+
+    @property
+    def must_sync(self) -> bool:
+        """Whether a step is more than nothing: this rank or another of the job has trainable parameters."""
+        return bool(self.parameters.params) or self.job.is_parallel
 
     def _check_may_step(self) -> None:
         if self.reducer.is_superseded:
@@ -176,9 +191,7 @@ class StepEngine:
             self.gatherer.synchronize()
         # The update has written to flat buffers. Tell autograd that parameters have changed: backward through a graph
         # from before the step must raise instead of using the new values.
-        torch.autograd.graph.increment_version(
-            [param.parameter for param in parameters.params if used is None or used[param.index]]
-        )
+        _mark_written([param for param in parameters.params if used is None or used[param.index]])
         self.reducer.learn_order()
         self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
         if self.grad_norm is not None and self._inverse_scale is not None:
@@ -249,14 +262,16 @@ class StepEngine:
         norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type: found {norm_type!r}, expected a positive number, such as 2.0, or inf")
-        if not self.parameters.params:
-            return torch.zeros((), device=self.skipped_steps.device)
+        device = self.skipped_steps.device
+        if not self.must_sync:
+            return torch.zeros((), device=device)
         if parameters is None and norm_type == 2.0:
             return self._clip(self.sync_before("clip_grad_norm_", param_groups, with_norm=True), max_norm)
         params = self._sum_up_before(f"clip_grad_norm_ with norm_type={norm_type}", param_groups, parameters)
-        if not params:
-            return torch.zeros((), device=self.skipped_steps.device)
-        norm = self._in_norm_dtype(clipping.total_norm(params, norm_type, self.transport))
+        if not params and not self.job.is_parallel:
+            return torch.zeros((), device=device)
+        device = params[0].local.device if params else device
+        norm = self._in_norm_dtype(clipping.total_norm(params, norm_type, self.transport, self.job, device))
         if self._coefficient is not None:
             norm = norm * self._coefficient
         coefficient = clip_coefficient(norm, max_norm)
@@ -272,7 +287,7 @@ class StepEngine:
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
         arguments.check_limit("clip_value", clip_value)
-        if not self.parameters.params:
+        if not self.must_sync:
             return
         params = self._sum_up_before("clip_grad_value_", param_groups, parameters)
         # The shards hold gradients before the coefficient: limit them so that the product is within clip_value.
@@ -285,7 +300,9 @@ class StepEngine:
     ) -> list[ShardedParam]:
         """Write the means to all gradient shards; return the params of ``parameters``, or all. Collective."""
         params = self.parameters.params if parameters is None else self.parameters.trainable(parameters)
-        self.sync_before(f"{call} of {len(params)} parameters", param_groups, with_norm=False)
+        # Other parts of the model have other parameters.
+        count = "" if self.job.is_parallel else f" of {len(params)} parameters"
+        self.sync_before(f"{call}{count}", param_groups, with_norm=False)
         self.reducer.sum_up()
         self.reducer.make_exact()
         return params
@@ -302,6 +319,28 @@ class StepEngine:
         norm = norm if self._coefficient is None else norm * self._coefficient
         self._scale_by(clip_coefficient(norm, max_norm))
         return norm
+
+    def measure(self, call: str, param_groups: ParamGroups) -> tuple[Tensor, Tensor]:
+        """Return the squared norm of the gradients, as the next step would use them, and whether one is not finite.
+
+        Collective over the job.
+
+        Returns:
+            0-dim: float64, and 1 or 0 in float32.
+        """
+        if not self.must_sync:
+            nothing = torch.zeros((), dtype=torch.float64, device=self.skipped_steps.device)
+            return nothing, nothing.float()
+        stats = self.sync_before(call, param_groups, with_norm=True)
+        assert stats.norm is not None
+        norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
+        return norm.square(), stats.found_inf
+
+    def scale_together(self, coefficient: Tensor, found_inf: Tensor) -> None:
+        """Make the next step multiply gradients by ``coefficient``, and skip if ``found_inf``. After ``measure``."""
+        device = self.skipped_steps.device
+        self._scale_by(coefficient.to(device))
+        self.step_sync.skip_if(found_inf.to(device))
 
     def _in_norm_dtype(self, norm: Tensor) -> Tensor:
         """Return ``norm`` in the dtype of torch.nn.utils.clip_grad_norm_'s: the widest of the gradients', at least
@@ -333,7 +372,7 @@ class StepEngine:
         return self.sync_before("GradScaler.unscale_", param_groups, with_norm=with_norm).found_inf
 
     def _unscale_in_place(self, inverse_scale: Tensor) -> None:
-        gradients = [(param, param.parameter.grad) for param in self.parameters.params]
+        gradients = [(param, param.gradient) for param in self.parameters.params]
         for param, gradient in gradients:
             if gradient is not None and gradient.dtype == torch.float16:
                 raise ValueError(
@@ -352,7 +391,7 @@ class StepEngine:
         if not bool(stats.used[param.index]):
             return None
         self.reducer.sum_up()
-        gradient = whole.gather(param, _exact_gradient, self.transport)
+        gradient = whole.gather(param, _exact_gradient)
         coefficient = self._coefficient_for(param.arena)
         return gradient if coefficient is None else gradient.mul_(coefficient)
 
@@ -439,15 +478,26 @@ class StepEngine:
             for bucket in self.parameters.buckets:
                 self.gatherer.dispatch(bucket)
             self.gatherer.synchronize()
-            torch.autograd.graph.increment_version(self.parameters.taken())
+            _mark_written(self.parameters.params)
 
     def release(self) -> None:
         """Remove hooks, and free memory and the transport, once the optimizer is gone. Local."""
         try:
             self.reducer.remove_hooks()
-            self.transport.close(clean=self.reducer.is_idle)
+            is_idle = self.reducer.is_idle
+            for transport in self.parameters.transports:
+                transport.close(clean=is_idle)
+            if self.job.model_parallel is not None:
+                self.job.model_parallel.close(clean=True)
         finally:
             self.parameters.release()
+
+
+def _mark_written(params: Sequence[ShardedParam]) -> None:
+    """Tell autograd that parameters have changed. Graphs hold DTensors, or their local tensors."""
+    changed = [param.parameter for param in params]
+    changed += [param.local for param in params if param.local is not param.parameter]
+    torch.autograd.graph.increment_version(changed)
 
 
 def _exact_gradient(bucket: FlatBucket) -> Tensor:

@@ -33,11 +33,12 @@ from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
 from shardadam.sums.to_device import send
-from shardadam.transport import Transport
+from shardadam.transport import Job, Transport
 from shardadam.transport.streams import is_capturing
 
 _FINGERPRINT_BITS = 17
 _HEADER = 4  # norm^2, non-finite, sum of f, sum of f^2; one element per parameter follows
+_PARTS_HEADER = 5  # the same of all parts of the model, and how many data-parallel groups have different fingerprints
 _MOST_UNREAD = 16
 ALIKE = "Call the same methods in the same order on every rank, and change param groups (schedulers) alike."
 
@@ -69,30 +70,72 @@ class GlobalGradStats:
         block: summed over all ranks.
         ranks: number of ranks.
         compares: whether the block holds fingerprints.
+        parts: what the ranks with other parts of the model have found; None without model parallelism.
     """
 
-    def __init__(self, block: Tensor, ranks: int, *, with_norm: bool, compares: bool, all_used: bool) -> None:
+    def __init__(
+        self,
+        block: Tensor,
+        ranks: int,
+        *,
+        with_norm: bool,
+        compares: bool,
+        all_used: bool,
+        parts: PartStats | None = None,
+    ) -> None:
         self._block = block
         self._ranks = ranks
-        self.norm = block[0].sqrt() if with_norm else None
-        is_skipped = block[1] > 0
-        if compares:
-            total, squares = block[2:_HEADER].long().unbind()
-            is_skipped |= squares * ranks != total * total
+        self._parts = parts
+        head = block if parts is None else parts.block
+        self.norm = head[0].sqrt() if with_norm else None
+        is_skipped = head[1] > 0
+        if parts is None:
+            if compares:
+                is_skipped |= _differ(block[2:_HEADER], ranks)
+        else:
+            is_skipped |= head[_PARTS_HEADER - 1] > 0
+            if compares:
+                is_skipped |= _differ(head[2:_HEADER], parts.ranks)
         self.found_inf = is_skipped.float()
         self.used = block[_HEADER:] > 0
         self.all_used = all_used
 
     def host_copy(self) -> HostCopy:
-        return HostCopy(self._block, self._ranks)
+        return HostCopy(self._block, self._ranks, self._parts)
+
+    def skip_if(self, found_inf: Tensor) -> None:
+        """Also make the step skip if ``found_inf``, 0-dim, is not 0."""
+        self.found_inf = torch.maximum(self.found_inf, found_inf.to(self.found_inf))
+
+
+class PartStats(NamedTuple):
+    """Sums over all parts of the model: norm^2, non-finite, f and f^2 of fingerprints, and in how many data-parallel
+    groups fingerprints differ.
+
+    Args:
+        ranks: of the job.
+    """
+
+    block: Tensor
+    ranks: int
+
+
+def _differ(fingerprints: Tensor, ranks: int) -> Tensor:
+    """Return whether ranks had different fingerprints f: sum(f) and sum(f^2), float64, on any device."""
+    total, squares = fingerprints.long().unbind()
+    return squares * ranks != total * total
 
 
 class HostCopy:
     """A copy of the block on the host. The copy is asynchronous; reading a property waits for it."""
 
-    def __init__(self, block: Tensor, ranks: int) -> None:
+    def __init__(self, block: Tensor, ranks: int, parts: PartStats | None) -> None:
         self._ranks = ranks
         self._event: torch.cuda.Event | None = None
+        self._ranks_of_job = ranks if parts is None else parts.ranks
+        self._parts_numel = 0 if parts is None else parts.block.numel()
+        if parts is not None:
+            block = torch.cat([block, parts.block])
         self._block = block
         if block.is_cuda:
             self._block = torch.empty_like(block, device="cpu", pin_memory=True).copy_(block, non_blocking=True)
@@ -105,19 +148,29 @@ class HostCopy:
             self._event = None
         return self._block
 
+    def _await_own(self) -> Tensor:
+        """Return the block of this part of the model."""
+        block = self._await()
+        return block[: block.numel() - self._parts_numel]
+
     @property
     def agrees(self) -> bool:
-        """Whether all ranks had the same fingerprint."""
-        total, squares = map(int, self._await()[2:_HEADER].tolist())
-        return self._ranks * squares == total**2
+        """Whether all ranks of the job had the same fingerprints."""
+        if bool(_differ(self._await_own()[2:_HEADER], self._ranks)):
+            return False
+        if self._parts_numel == 0:
+            return True
+        parts = self._await()[-self._parts_numel :]
+        return not bool(_differ(parts[2:_HEADER], self._ranks_of_job)) and not bool(parts[-1] > 0)
 
     @property
     def found_inf(self) -> bool:
-        return bool(self._await()[1] > 0)
+        block = self._await()
+        return bool(block[1 if self._parts_numel == 0 else -self._parts_numel + 1] > 0)
 
     @property
     def used(self) -> Tensor:
-        return self._await()[_HEADER:] > 0
+        return self._await_own()[_HEADER:] > 0
 
 
 @torch.no_grad()
@@ -130,6 +183,9 @@ def all_reduce_stats(
     device: torch.device,
     skips: bool = False,
     fingerprint: int | None = None,
+    own_groups: Sequence[tuple[Transport, slice]] = (),
+    job: Job | None = None,
+    job_fingerprint: int = 0,
 ) -> GlobalGradStats:
     """Sum the statistics of all ranks. Collective: all ranks must call it.
 
@@ -139,25 +195,53 @@ def all_reduce_stats(
         skips: make all ranks skip the step, as if a gradient were infinite.
         fingerprint: of what this rank is about to do, from 0 to 2^32; its low 17 bits are compared. None, on all ranks,
             if nothing is compared.
+        own_groups: param indices whose use is summed over a transport of their own (experts).
+        job: None without model parallelism.
+        job_fingerprint: as ``fingerprint``, of what all ranks of the job are about to do.
     """
     block = torch.empty(len(used) + _HEADER, dtype=torch.float64, device=device)
     if with_norm:
-        block[0] = sum_of_squares(stats, device) / transport.replicas  # every replica adds it
+        block[0] = sum_of_squares(stats, device)
     else:
         block[0] = 0.0
     block[1] = 1.0 if skips else are_finite(stats, device).logical_not()
     # Assigning Python numbers fills; copying a tensor from the host would wait for the device.
-    mine = 0 if fingerprint is None else fingerprint % (1 << _FINGERPRINT_BITS)
-    block[2], block[3] = mine, mine**2
+    _write_fingerprint_(block[2:_HEADER], 0 if fingerprint is None else fingerprint)
     all_used = all(used)
     if all_used:
         block[_HEADER:] = 1.0
     else:
         block[_HEADER:] = send(used, block.dtype, device)
+    own_used = [block[_HEADER:][indices].clone() for _, indices in own_groups]
     transport.all_reduce(block).wait()
-    transport.expect_progress(device)
+    for (own, indices), used_here in zip(own_groups, own_used, strict=True):
+        own.all_reduce(used_here).wait()
+        block[_HEADER:][indices] = used_here
     ranks = transport.world_size * transport.replicas
-    return GlobalGradStats(block, ranks, with_norm=with_norm, compares=fingerprint is not None, all_used=all_used)
+    compares = fingerprint is not None
+    parts = None
+    if job is not None and job.is_parallel:
+        parts = PartStats(torch.zeros(_PARTS_HEADER, dtype=block.dtype, device=device), job.world_size)
+        parts.block[:2] = block[:2]
+        # Every rank of a data-parallel group adds the same, but to another sum.
+        _write_fingerprint_(parts.block[2:_HEADER], job_fingerprint, times=ranks)
+        if compares:
+            parts.block[_PARTS_HEADER - 1] = _differ(block[2:_HEADER], ranks)
+        job.sum_parts_(parts.block)
+    transport.expect_progress(device)
+    return GlobalGradStats(block, ranks, with_norm=with_norm, compares=compares, all_used=all_used, parts=parts)
+
+
+def _write_fingerprint_(target: Tensor, fingerprint: int, *, times: int = 1) -> None:
+    mine = fingerprint % (1 << _FINGERPRINT_BITS)
+    target[0], target[1] = times * mine, times * mine**2
+
+
+class Claims(NamedTuple):
+    """What must be equal: on the ranks of the optimizer's process group, and on all ranks of the job."""
+
+    of_group: list[Claim]
+    of_job: list[Claim]
 
 
 class _Unread(NamedTuple):
@@ -171,7 +255,7 @@ class _Unread(NamedTuple):
 
     step: int
     host_copy: HostCopy
-    claims: list[Claim] | None
+    claims: Claims | None
     local_error: str | None
 
 
@@ -183,10 +267,13 @@ class StepSync:
         rounds: the reducer's ``rounds`` at the last sync.
     """
 
-    def __init__(self, transport: Transport, reducer: Reducer, warnings: MisuseWarnings, poison: Poison) -> None:
+    def __init__(
+        self, transport: Transport, job: Job, reducer: Reducer, warnings: MisuseWarnings, poison: Poison
+    ) -> None:
         self.steps = 0
         self.rounds = 0
         self._transport = transport
+        self._job = job
         self._reducer = reducer
         self._warnings = warnings
         self._poison = poison
@@ -195,13 +282,21 @@ class StepSync:
         self._host_copy: HostCopy | None = None  # of the last sync, until the warnings have seen it
         self._used_here: list[bool] | None = None  # in the step that followed it
 
-    def sync(self, claims: Callable[[], list[Claim]], *, with_norm: bool, device: torch.device) -> GlobalGradStats:
-        """Return the statistics of the closed rounds of all ranks. Collective.
+    def sync(
+        self,
+        claims: Callable[[], Claims],
+        *,
+        with_norm: bool,
+        device: torch.device,
+        own_groups: Sequence[tuple[Transport, slice]] = (),
+    ) -> GlobalGradStats:
+        """Return the statistics of the closed rounds of all ranks. Collective over the job.
 
         Skips the all-reduce if there was no round since the last one, and its result has the norm if it is needed.
 
         Args:
             claims: returns what must be equal on all ranks.
+            own_groups: as in ``all_reduce_stats``.
 
         Raises:
             ValueError: on every rank, if ranks disagree now, or disagreed before the last step.
@@ -213,7 +308,7 @@ class StepSync:
         is_captured = is_capturing(device)
         if not is_captured:
             self._read(self.steps if len(self._unread) < _MOST_UNREAD else self.steps + 1)
-        mine = None if is_captured or self._transport.control is None else claims()
+        mine = None if is_captured or self._job.control is None else claims()
         local_error = self._reducer.local_error
         with record("step_sync"):
             stats = all_reduce_stats(
@@ -223,7 +318,10 @@ class StepSync:
                 with_norm=with_norm,
                 device=device,
                 skips=local_error is not None,
-                fingerprint=None if mine is None else zlib.crc32(repr(mine).encode()),
+                fingerprint=None if mine is None else _fingerprint(mine.of_group),
+                own_groups=own_groups,
+                job=self._job,
+                job_fingerprint=0 if mine is None else _fingerprint(mine.of_job),
             )
         if not is_captured:
             self._host_copy = stats.host_copy()
@@ -242,6 +340,11 @@ class StepSync:
         self._used_here = list(self._reducer.used)
         if not self._unread:
             self._warn()
+
+    def skip_if(self, found_inf: Tensor) -> None:
+        """Make the next step skip if ``found_inf`` is not 0, unless gradients change before."""
+        if self._last is not None:
+            self._last.skip_if(found_inf)
 
     def forget(self) -> None:
         """Make the next ``sync`` all-reduce: the gradients have been used or discarded."""
@@ -275,14 +378,33 @@ class StepSync:
         if not self._unread:
             self._warn()
 
-    def _compare(self, host_copy: HostCopy, claims: list[Claim] | None, consequence: str) -> None:
-        if claims is not None and not host_copy.agrees:
-            agreement.require(claims, self._transport.control, remedy=f"{ALIKE} {consequence}")
+    def _compare(self, host_copy: HostCopy, claims: Claims | None, consequence: str) -> None:
+        if claims is None or host_copy.agrees:
+            return
+        remedy = f"{ALIKE} {consequence}"
+        found: Exception | None = None
+        try:
+            agreement.require(claims.of_group, self._transport.control, remedy=remedy)
+        except ValueError as error:
+            found = error
+        if self._job.is_parallel:
+            # Ranks with other parts of the model may be in order among themselves, and must not go on, either.
+            verdict = Claim("the data-parallel ranks of a part:", "", "in order" if found is None else str(found))
+            try:
+                agreement.require([*claims.of_job, verdict], self._job.control, remedy=remedy)
+            except ValueError as error:
+                found = found or error
+        if found is not None:
+            raise found
 
     def _warn(self) -> None:
         if self._host_copy is not None and self._used_here is not None:
             self._warnings.check_stats(self._host_copy.used, self._used_here, self._host_copy.found_inf)
             self._host_copy = self._used_here = None
+
+
+def _fingerprint(claims: list[Claim]) -> int:
+    return zlib.crc32(repr(claims).encode())
 
 
 def host_runs_ahead(device: torch.device) -> bool:

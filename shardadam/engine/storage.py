@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
 from shardadam.sums import has_kernel
 from shardadam.sums.reference import program_count
-from shardadam.transport import Transport
+from shardadam.transport import Transport, placement
 from shardadam.transport.base import own_slice
 from shardadam.update import Counters, Shard, Update, formats
 
@@ -33,12 +34,14 @@ class ShardedParam:
     """One trainable parameter of the optimizer, and its position in the flat storage.
 
     Args:
-        parameter: a view of ``arena.parameters`` at ``offset``, in elements.
+        parameter: the user's tensor: it has the gradient and the hooks.
+        local: what this rank holds of it (``transport/placement.py``); a view of ``arena.parameters`` at ``offset``, in
+            elements, unless the arena is borrowed. The parameter itself, except for a DTensor.
         index: position among all ``ShardedParam`` of the optimizer, arena by arena.
         arena_index: position in its arena.
         param_id: position in the optimizer's ``param_groups``, counted over all groups, frozen parameters included.
-        shape, stride: of the parameter when it was added.
-        address: of the view's memory; differs from that of ``parameter`` if ``p.data`` was replaced.
+        shape, stride: of ``local`` when it was added.
+        address: of the view's memory; differs from that of ``local`` if ``p.data`` was replaced.
         buckets: those that hold a part of it.
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
             state, in ``state_slice``.
@@ -48,6 +51,7 @@ class ShardedParam:
     """
 
     parameter: Tensor
+    local: Tensor
     name: str
     index: int
     arena_index: int
@@ -63,6 +67,13 @@ class ShardedParam:
     kept_master: Tensor | None = None
 
     @property
+    def gradient(self) -> Tensor | None:
+        """What this rank holds of ``p.grad``. Of a DTensor, it may be Partial: then collective over its mesh."""
+        if self.local is self.parameter:
+            return self.parameter.grad
+        return placement.local_gradient(self.parameter)
+
+    @property
     def state_slice(self) -> slice:
         return slice(self.state_start, self.state_start + sum(segment.numel for segment in self.shard_segments))
 
@@ -73,11 +84,32 @@ class ShardedParam:
         return slice(state.start // ALIGNMENT_NUMEL, -(-state.stop // ALIGNMENT_NUMEL))
 
 
-@dataclass(eq=False, slots=True)
-class FlatArena:
-    """The flat storage of one (param group, dtype, device).
+@dataclass(eq=False, frozen=True, slots=True)
+class ShardGroup:
+    """The ranks that split the state of some param groups.
 
     Args:
+        transport: between them.
+        divisor: of the sum of gradients over these ranks and their replicas.
+    """
+
+    transport: Transport
+    divisor: float
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks whose gradients are summed up."""
+        return self.transport.world_size * self.transport.replicas
+
+
+@dataclass(eq=False, slots=True)
+class FlatArena:
+    """The flat storage of one (param group, dtype, device, number of copies) and shard group.
+
+    Args:
+        shard_group: the ranks that it is split over.
+        norm_weight: of its squares in the sum over all ranks: 1 / the number of ranks that add the same ones.
+        is_borrowed: other code stores the parameters (``fully_shard``): ``parameters`` has memory in ``lent`` only.
         parameters: whole. All other tensors are this rank's shards.
         gradient_shard: None while no gradients are reduced to it; see ``allocate_gradient_shard``.
         state: by the names in ``update/formats.py``.
@@ -88,6 +120,9 @@ class FlatArena:
     """
 
     group_index: int
+    shard_group: ShardGroup
+    norm_weight: float
+    is_borrowed: bool
     format: Format
     params: list[ShardedParam]
     buckets: list[FlatBucket]
@@ -100,6 +135,11 @@ class FlatArena:
     update: Update
     gradient_scale: float = 1.0
     squares: Tensor | None = None
+
+    @property
+    def transport(self) -> Transport:
+        """The transport of the shard group."""
+        return self.shard_group.transport
 
     @property
     def indices(self) -> slice:
@@ -166,30 +206,43 @@ class NamedParameter:
     group_index: int
     param_id: int
 
+    @property
+    def local(self) -> Tensor:
+        """What this rank holds of the parameter."""
+        return placement.local_tensor(self.parameter)
+
 
 def allocate(
     parameters: Sequence[NamedParameter],
     *,
-    transport: Transport,
+    shard_group: ShardGroup,
+    copies: Sequence[int],
+    is_borrowed: bool,
     precision: Precision,
     bucket_bytes: int,
     first_index: int,
 ) -> list[FlatArena]:
-    """Build flat storage for ``parameters`` and make them views of it; their values do not change. Collective.
+    """Build flat storage for ``parameters`` and make them views of it; their values do not change.
+
+    Collective over the shard group.
 
     Args:
+        copies: how many model-parallel ranks hold the elements of each parameter.
+        is_borrowed: as in ``FlatArena``.
         first_index: the number of ``ShardedParam`` that the optimizer has already.
     """
     specs = [
-        layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device))
-        for named in parameters
-        for p in (named.parameter,)
+        layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device, count))
+        for named, count in zip(parameters, copies, strict=True)
+        for p in (named.local,)
     ]
+    transport = shard_group.transport
     plan = layout.build_layout(specs, world_size=transport.world_size, bucket_bytes=bucket_bytes)
     arenas = []
     for index, arena_plan in enumerate(plan.arenas):
         in_arena = [parameters[i] for i in arena_plan.parameters]
-        arena = _allocate_arena(arena_plan, in_arena, transport, precision, first_index)
+        weight = 1 / (transport.replicas * copies[arena_plan.parameters[0]])
+        arena = _allocate_arena(arena_plan, in_arena, shard_group, weight, is_borrowed, precision, first_index)
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         buckets = [bucket for bucket in plan.buckets if bucket.arena == index]
         for bucket in buckets:
@@ -199,7 +252,7 @@ def allocate(
         _add_kernel_tables(arena, buckets)
         first_index += len(arena.params)
         arenas.append(arena)
-    if any(named.parameter.device.type == "cpu" for named in parameters):
+    if any(named.local.device.type == "cpu" for named in parameters):
         _return_freed_memory()
     return arenas
 
@@ -214,19 +267,24 @@ def _return_freed_memory() -> None:
 def _allocate_arena(
     plan: layout.Arena,
     parameters: Sequence[NamedParameter],
-    transport: Transport,
+    shard_group: ShardGroup,
+    norm_weight: float,
+    is_borrowed: bool,
     precision: Precision,
     first_index: int,
 ) -> FlatArena:
-    first = parameters[0]
-    dtype, device = first.parameter.dtype, first.parameter.device
+    first, transport = parameters[0], shard_group.transport
+    dtype, device = first.local.dtype, first.local.device
     numel = plan.numel // transport.world_size
     format = precision.format(dtype, device)
-    numels = [named.parameter.numel() for named in parameters]
+    numels = [named.local.numel() for named in parameters]
     counters = allocate_counters([named.param_id for named in parameters], plan.offsets, numels, device)
     block_count, block_dtype = block_table(numel, len(parameters), format, device)
     arena = FlatArena(
         group_index=first.group_index,
+        shard_group=shard_group,
+        norm_weight=norm_weight,
+        is_borrowed=is_borrowed,
         format=format,
         params=[],
         buckets=[],
@@ -239,11 +297,24 @@ def _allocate_arena(
         update=update.choose(counters, dtype, seed=precision.seed, rank=transport.rank),
     )
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
-        shape, stride = named.parameter.shape, named.parameter.stride()
-        numbers = (first_index + index, index, named.param_id)
-        param = ShardedParam(named.parameter, named.name, *numbers, arena, offset, shape, stride)
-        bind(param)
+        local = named.local
+        param = ShardedParam(
+            parameter=named.parameter,
+            local=local,
+            name=named.name,
+            index=first_index + index,
+            arena_index=index,
+            param_id=named.param_id,
+            arena=arena,
+            offset=offset,
+            shape=local.shape,
+            stride=local.stride(),
+        )
+        if not is_borrowed:
+            bind(param)
         arena.params.append(param)
+    if is_borrowed:
+        arena.parameters.untyped_storage().resize_(0)
     return arena
 
 
@@ -397,12 +468,12 @@ def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
 
 def bind(param: ShardedParam) -> None:
     """Copy the parameter into its arena and make it a view; shape, strides and identity stay."""
-    parameter = param.parameter
-    if parameter.numel() > 0:
+    local = param.local
+    if local.numel() > 0:
         view = view_of(param.arena.parameters, param)
-        view.copy_(parameter.detach())
-        parameter.data = view
-    param.address = parameter.data_ptr()
+        view.copy_(local.detach())
+        local.data = view
+    param.address = local.data_ptr()
 
 
 def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
@@ -411,9 +482,8 @@ def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
     The view has a storage of its own over the same memory. So torch.save, safetensors and deepcopy see an ordinary
     tensor, not a slice of a large one, and a write to one view does not change the versions of all.
     """
-    parameter = param.parameter
     begin = param.offset * flat.element_size()
-    storage = flat.untyped_storage()[begin : begin + parameter.numel() * flat.element_size()]
+    storage = flat.untyped_storage()[begin : begin + param.shape.numel() * flat.element_size()]
     view = torch.empty(0, dtype=flat.dtype, device=flat.device)
     return view.set_(storage, 0, param.shape, param.stride)
 
@@ -425,19 +495,50 @@ def rebind_moved(params: Sequence[ShardedParam]) -> None:
         RuntimeError: a parameter has another device, dtype, shape or memory format than when it was added. Nothing has
             been changed.
     """
-    moved = [param for param in params if param.parameter.data_ptr() != param.address]
+    for param in params:
+        if param.local is not param.parameter:  # module.to() swaps the contents of a DTensor
+            param.local = placement.local_tensor(param.parameter)
+    moved = [param for param in params if param.local.data_ptr() != param.address or param.arena.is_borrowed]
     for param in moved:
-        parameter, flat = param.parameter, param.arena.parameters
-        found = (parameter.device, parameter.dtype, parameter.shape)
+        local, flat = param.local, param.arena.parameters
+        found = (local.device, local.dtype, local.shape)
         expected = (flat.device, flat.dtype, param.shape)
-        if found != expected or not same_order(parameter.stride(), param.stride, param.shape):
+        if found != expected or not same_order(local.stride(), param.stride, param.shape):
             raise RuntimeError(
                 f"Parameter {param.name!r} was replaced after the optimizer was built: found {_describe(*found)} with "
-                f"strides {parameter.stride()}, expected {_describe(*expected)} with strides {param.stride}. Call "
+                f"strides {local.stride()}, expected {_describe(*expected)} with strides {param.stride}. Call "
                 "model.to(...) before building the optimizer."
             )
     for param in moved:
-        bind(param)
+        if not param.arena.is_borrowed:
+            bind(param)
+
+
+@contextmanager
+def lent(arenas: Sequence[FlatArena], *, written: bool) -> Iterator[None]:
+    """Context manager: give borrowed arenas a flat copy of their parameters.
+
+    Args:
+        written: copy the flat copy back at the end. Not if the block raises.
+    """
+    borrowed = [arena for arena in arenas if arena.is_borrowed]
+    flats, locals_ = [], []
+    for arena in borrowed:
+        storage = arena.parameters.untyped_storage()
+        storage.resize_(arena.parameters.numel() * arena.parameters.element_size())
+        arena.parameters.zero_()
+        flats += [view_of(arena.parameters, param) for param in arena.params]
+        locals_ += [param.local.detach() for param in arena.params]
+    try:
+        if flats:
+            torch._foreach_copy_(flats, locals_)
+        yield
+        if flats and written:
+            torch._foreach_copy_(locals_, flats)
+    finally:
+        flats.clear()
+        for arena in borrowed:
+            arena.parameters.untyped_storage().resize_(0)
 
 
 def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:

@@ -143,7 +143,7 @@ def _own_part(param: ShardedParam, name: str, saved: Tensor, shape: Sequence[int
             f"Parameter {param.name!r}: {name} has shape {tuple(saved.shape)} in state_dict, expected {tuple(shape)}."
         )
     if isinstance(saved, FlatShard):
-        in_order = name in formats.SCALES or saved.order == dimension_order(param.parameter)
+        in_order = name in formats.SCALES or saved.order == dimension_order(param.local)
         if saved.spans != tuple(spans) or not in_order:
             raise ValueError(
                 f"Parameter {param.name!r}: state_dict has the elements {_describe(saved.spans)} of {name}, expected "
@@ -172,7 +172,7 @@ def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[f
     steps = float(saved.get("step", 0.0))
     state["step"].fill_(steps)
     param.arena.counters.bounds[param.arena_index] = saved.get("bound", reference.bound_squared_at(steps, betas))
-    parameter = own_elements(param, param.parameter.detach())
+    parameter = own_elements(param, param.local.detach())
     names = (*formats.MOMENTS, *formats.SCALES)
     if not saved:
         for name in names:

@@ -62,8 +62,8 @@ def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
             saved[key] = _whole_or_shard(tensor, state_spans(name, param), (block_count(param),), (0,), world_size)
         else:
             if name == "remainder":
-                tensor = reference.join(own_elements(param, param.parameter.detach()), tensor)
-            order = dimension_order(param.parameter)
+                tensor = reference.join(own_elements(param, param.local.detach()), tensor)
+            order = dimension_order(param.local)
             saved[key] = _whole_or_shard(tensor, state_spans(name, param), param.shape, order, world_size)
     return saved
 
@@ -106,7 +106,7 @@ def block_count(param: ShardedParam) -> int:
 
 def own_elements(param: ShardedParam, whole: Tensor) -> Tensor:
     """Returns this rank's elements of a tensor of the parameter's shape, 1-D."""
-    return take(memory_order(whole, param.parameter), spans_of(param))
+    return take(memory_order(whole, param.local), spans_of(param))
 
 
 def take(flat: Tensor, spans: Sequence[Span]) -> Tensor:

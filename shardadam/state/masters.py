@@ -74,7 +74,7 @@ def settle_(params: Iterable[ShardedParam]) -> None:
 
 
 def _parameter(param: ShardedParam) -> Tensor:
-    return own_elements(param, param.parameter.detach())
+    return own_elements(param, param.local.detach())
 
 
 def _exact(param: ShardedParam) -> Tensor:

@@ -38,7 +38,7 @@ def whole_state_dict(
     if to is not None and not 0 <= to < len(barrier.ranks):
         raise ValueError(f"to: found {to!r}, expected a rank from 0 to {len(barrier.ranks) - 1}")
     is_here = to is None or barrier.rank == to
-    found = whole.of_all(parameters.arenas, transport, keep=is_here)
+    found = whole.of_all(parameters.arenas, keep=is_here)
     if not is_here:
         return None
     positions = _positions(param_groups)

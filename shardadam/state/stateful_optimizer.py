@@ -60,7 +60,7 @@ class StatefulOptimizer(Optimizer):
         self._engine.gatherer.synchronize()
         param = self._engine.parameters.find(parameter)
         self._engine.refresh_masters([param])
-        return whole.of_one(param, self._engine.transport)
+        return whole.of_one(param)
 
     @collective
     def state_dict(self) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class ParamState(dict[str, Tensor]):
         if name == _MASTER:
             self._param.kept_master = None
         if name == _MASTER and value.dtype != target.dtype:
-            parameter = local.own_elements(self._param, self._param.parameter.detach())
+            parameter = local.own_elements(self._param, self._param.local.detach())
             write_master_(self._param, value, state=local.local_state(self._param), parameter=parameter)
         else:
             target.copy_(value)

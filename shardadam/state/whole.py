@@ -9,29 +9,32 @@ from operator import methodcaller
 from torch import Tensor
 
 from shardadam.engine.gathering import gather_shards
-from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam
-from shardadam.transport import Transport
+from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, lent
+from shardadam.transport import placement
 from shardadam.update import formats
 
 
-def gather(param: ShardedParam, shard_of: Callable[[FlatBucket], Tensor], transport: Transport) -> Tensor:
-    """Gathers what ``shard_of`` returns for the parameter's buckets into a new tensor of its shape, on its device."""
-    device = param.parameter.device
-    return gather_shards(param.buckets, shard_of, transport, keep={param.index}, device=device)[param.index]
+def gather(param: ShardedParam, shard_of: Callable[[FlatBucket], Tensor]) -> Tensor:
+    """Gathers what ``shard_of`` returns for the parameter's buckets into a new tensor of its shape, on its device.
+
+    That of a DTensor is a DTensor.
+    """
+    device = param.local.device
+    local = gather_shards(param.buckets, shard_of, keep={param.index}, device=device)[param.index]
+    return placement.like(param.parameter, local)
 
 
-def of_one(param: ShardedParam, transport: Transport) -> dict[str, Tensor]:
+def of_one(param: ShardedParam) -> dict[str, Tensor]:
     """Returns step, moments and, if there is one, master of a parameter, as new tensors on its device."""
     whole = {"step": _step(param).clone()}
-    for name in _names(param.arena):
-        whole[name] = gather(param, methodcaller("exact_state", name), transport)
+    with lent([param.arena], written=False):
+        for name in _names(param.arena):
+            whole[name] = gather(param, methodcaller("exact_state", name))
     return whole
 
 
-def of_all(
-    arenas: Sequence[FlatArena], transport: Transport, *, keep: bool
-) -> list[tuple[ShardedParam, dict[str, Tensor]]]:
-    """Returns the same of every parameter, on the CPU.
+def of_all(arenas: Sequence[FlatArena], *, keep: bool) -> list[tuple[ShardedParam, dict[str, Tensor]]]:
+    """Returns the same of every parameter, on the CPU. Those of DTensors are whole, too: collective over their mesh.
 
     Args:
         keep: whether this rank needs the tensors; otherwise the dicts contain only the step.
@@ -40,13 +43,18 @@ def of_all(
         param.index: (param, {"step": _step(param).cpu().clone()}) for arena in arenas for param in arena.params
     }
     for arena in arenas:
-        wanted = {param.index for param in arena.params} if keep else set()
-        for name in _names(arena):
-            gathered = gather_shards(
-                arena.buckets, methodcaller("exact_state", name), transport, keep=wanted, device="cpu"
-            )
-            for index, tensor in gathered.items():
-                found[index][1][name] = tensor
+        # Ranks that shard with each other (fully_shard) all take part, even if only one needs the result.
+        wanted = {param.index for param in arena.params} if keep or arena.is_borrowed else set()
+        with lent([arena], written=False):
+            for name in _names(arena):
+                has_dtensors = any(param.local is not param.parameter for param in arena.params)
+                device = arena.parameters.device if has_dtensors else "cpu"
+                gathered = gather_shards(arena.buckets, methodcaller("exact_state", name), keep=wanted, device=device)
+                for index, tensor in gathered.items():
+                    param, entry = found[index]
+                    whole = placement.whole(placement.like(param.parameter, tensor)).cpu()
+                    if keep:
+                        entry[name] = whole
     return list(found.values())
 
 

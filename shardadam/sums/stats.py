@@ -29,6 +29,7 @@ class GradStats:
     Args:
         with_squares: also compute the sum of squares. A kernel always does.
         scale: the mean gradient is ``scale`` times what the shard holds.
+        weight: of the squares in ``sum_of_squares``.
         squares: for a kernel to write: float64, one for every ``PROGRAM_NUMEL`` elements of the shard.
 
     Attributes:
@@ -36,9 +37,11 @@ class GradStats:
         sums_of_squares: of the parts measured by torch, 0-dim float64.
     """
 
-    def __init__(self, *, with_squares: bool, scale: float = 1.0, squares: Tensor | None = None) -> None:
+    def __init__(
+        self, *, with_squares: bool, scale: float = 1.0, weight: float = 1.0, squares: Tensor | None = None
+    ) -> None:
         self.with_squares = with_squares or squares is not None
-        self.scale = scale
+        self.factor = scale**2 * weight  # of a square in the shard, in the sum of squares
         self.squares = squares
         self.flags: list[Tensor] = []
         self.sums_of_squares: list[Tensor] = []
@@ -95,28 +98,28 @@ def are_finite(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
     """Return whether all measured elements are finite, 0-dim bool on ``device``; True if none were measured."""
     flags = [flag.to(device) for stats in grad_stats for flag in stats.flags]
     found = torch.stack(flags).isfinite().all() if flags else torch.ones((), dtype=torch.bool, device=device)
-    for squares in _by_scale(grad_stats).values():
+    for squares in _by_factor(grad_stats).values():
         found = found & squares.sum().isfinite().to(device)
     return found
 
 
 def sum_of_squares(grad_stats: Sequence[GradStats], device: torch.device) -> Tensor:
-    """Return the sum of squares of all mean gradients; 0-dim float64 on ``device``."""
-    sums = [(squares.sum().to(device), scale) for (scale, _), squares in _by_scale(grad_stats).items()]
+    """Return the weighted sum of squares of all mean gradients; 0-dim float64 on ``device``."""
+    sums = [(squares.sum().to(device), factor) for (factor, _), squares in _by_factor(grad_stats).items()]
     by_torch: dict[float, list[Tensor]] = {}
     for stats in grad_stats:
-        by_torch.setdefault(stats.scale, []).extend(square.to(device) for square in stats.sums_of_squares)
-    sums += [(torch.stack(squares).sum(), scale) for scale, squares in by_torch.items() if squares]
-    means = [total if scale == 1 else total * scale**2 for total, scale in sums]
+        by_torch.setdefault(stats.factor, []).extend(square.to(device) for square in stats.sums_of_squares)
+    sums += [(torch.stack(squares).sum(), factor) for factor, squares in by_torch.items() if squares]
+    means = [total if factor == 1 else total * factor for total, factor in sums]
     return reduce(torch.add, means) if means else torch.zeros((), dtype=torch.float64, device=device)
 
 
-def _by_scale(grad_stats: Sequence[GradStats]) -> dict[tuple[float, torch.device], Tensor]:
-    """Return all sums of squares that kernels have written, in one tensor for each scale and device."""
+def _by_factor(grad_stats: Sequence[GradStats]) -> dict[tuple[float, torch.device], Tensor]:
+    """Return all sums of squares that kernels have written, in one tensor for each factor and device."""
     found: dict[tuple[float, torch.device], list[Tensor]] = {}
     for stats in grad_stats:
         if stats.squares is not None:
-            found.setdefault((stats.scale, stats.squares.device), []).append(stats.squares)
+            found.setdefault((stats.factor, stats.squares.device), []).append(stats.squares)
     return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in found.items()}
 
 

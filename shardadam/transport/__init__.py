@@ -7,6 +7,7 @@ collective methods in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,8 +18,17 @@ from shardadam.ranks.agreement import exchange
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.by_device import ByDeviceTransport
 from shardadam.transport.gloo import GlooTransport
-from shardadam.transport.groups import CommGroups, backend_of_device, comm_groups, mesh_comm_groups, timeout_s
+from shardadam.transport.groups import (
+    CommGroups,
+    backend_of_device,
+    comm_groups,
+    comm_groups_over,
+    control_over,
+    mesh_comm_groups,
+    timeout_s,
+)
 from shardadam.transport.hybrid import HybridTransport
+from shardadam.transport.job import Job, ranks_of_job
 from shardadam.transport.nccl import STREAM_BACKENDS, NcclTransport
 from shardadam.transport.shared_memory import SharedMemoryTransport
 from shardadam.transport.single import SingleProcessTransport
@@ -29,6 +39,7 @@ __all__ = [
     "ByDeviceTransport",
     "GlooTransport",
     "HybridTransport",
+    "Job",
     "NcclTransport",
     "Pending",
     "ReduceScatter",
@@ -37,6 +48,7 @@ __all__ = [
     "Staging",
     "Transport",
     "connect",
+    "connect_job",
 ]
 
 
@@ -70,6 +82,21 @@ def connect(
     return HybridTransport(
         shard, _connect_collective(mesh.replica), control=mesh.control, store_barrier=mesh.store_barrier
     )
+
+
+def connect_job(transport: Transport, model_parallel_ranks: Sequence[int]) -> Job:
+    """Return the job of the data-parallel ``transport``. Collective over the job.
+
+    Args:
+        model_parallel_ranks: those that hold different parts of one copy of the model, with this rank, ascending.
+
+    Raises:
+        ValueError: the groups of all ranks are no grid.
+    """
+    if len(model_parallel_ranks) <= 1:
+        return Job(transport.control, transport.store_barrier)
+    model_parallel = _connect_collective(comm_groups_over(model_parallel_ranks))
+    return Job(*control_over(ranks_of_job(transport, model_parallel)), model_parallel)
 
 
 def _connect_collective(groups: CommGroups, *, exact_sums: bool = False) -> Transport:

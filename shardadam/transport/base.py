@@ -224,14 +224,14 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def scale_for_mean_(send: Tensor, ranks: int) -> float:
-    """Return the ``ReduceScatter.scale`` that makes the sum over ``ranks`` ranks their mean.
+def scale_for_mean_(send: Tensor, divisor: float) -> float:
+    """Return the ``ReduceScatter.scale`` that divides the sum over ranks by ``divisor``: their number, for the mean.
 
     Scales float16 in place instead: its sum would overflow long before the mean does.
     """
     if send.dtype != torch.float16:
-        return 1 / ranks
-    send.mul_(1 / ranks)
+        return 1 / divisor
+    send.mul_(1 / divisor)
     return 1.0
 
 

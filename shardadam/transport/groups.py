@@ -149,7 +149,53 @@ def comm_groups(process_group: dist.ProcessGroup | DeviceMesh | None) -> CommGro
     user_group = _resolve(process_group)
     if user_group is None or dist.get_world_size(user_group) == 1:
         return None
-    members = _Members.of(user_group)
+    return _comm_groups(_Members.of(user_group))
+
+
+def comm_groups_over(ranks: Sequence[int]) -> CommGroups:
+    """Return groups over these ranks, several, with the backends of the default group. Collective over them."""
+    return _comm_groups(_Members.of(_default_group(), ranks))
+
+
+def control_over(ranks: Sequence[int]) -> tuple[dist.ProcessGroup, StoreBarrier]:
+    """Return the control group and store barrier of these ranks, several. Collective over them."""
+    cache = _cache_of(_Members.of(_default_group(), ranks))
+    return cache.control, cache.store_barrier
+
+
+def ranks_of(argument: str, group: dist.ProcessGroup | DeviceMesh) -> list[int]:
+    """Return the ranks of a group or of a DeviceMesh of any dimensions, ascending. Local.
+
+    Args:
+        argument: its name, for messages.
+
+    Raises:
+        ValueError: this rank is not in it.
+        TypeError: it is something else.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(f"{argument}: given, but torch.distributed is not initialised. Call init_process_group first.")
+    if isinstance(group, DeviceMesh):
+        ranks = sorted(group.mesh.flatten().tolist())
+    elif isinstance(group, dist.ProcessGroup):
+        ranks = sorted(dist.get_process_group_ranks(group))
+    elif group == dist.GroupMember.NON_GROUP_MEMBER:
+        ranks = []
+    else:
+        raise TypeError(f"{argument}: found {type(group).__name__}, expected a ProcessGroup or a DeviceMesh.")
+    if dist.get_rank() not in ranks:
+        raise ValueError(
+            f"{argument}: rank {dist.get_rank()} is not in it (ranks {ranks}), expected a group that this rank is in."
+        )
+    return ranks
+
+
+def _default_group() -> dist.ProcessGroup:
+    default: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+    return default
+
+
+def _comm_groups(members: _Members) -> CommGroups:
     cache = _cache_of(members)
     mine = (cache.free, max(cache.training, default=-1))
     answers = exchange(mine, cache.control)
@@ -199,8 +245,7 @@ def store_barrier_of(process_group: dist.ProcessGroup | DeviceMesh | None) -> St
 
 
 def _world() -> _World:
-    default: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
-    return _worlds.setdefault(default, _World())
+    return _worlds.setdefault(_default_group(), _World())
 
 
 def _store_barrier(members: _Members, purpose: str) -> StoreBarrier:

@@ -34,7 +34,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     local = tensor._local_tensor
     wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor, which a collective is still writing
-    return local if wait is None else wait()  # type: ignore[no-any-return]
+    return local if wait is None else wait()
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
@@ -66,6 +66,11 @@ def like(parameter: Tensor, local: Tensor) -> Tensor:
     )
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return all elements of a DTensor on every rank of its mesh (collective over it); a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def box_of(tensor: Tensor) -> Box:
     """Return where the local tensor lies in the whole.
 
@@ -75,10 +80,28 @@ def box_of(tensor: Tensor) -> Box:
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Box(shape, (0,) * len(shape), shape)
-    chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    if len(chunks) != 1:
-        raise ValueError(f"found a local tensor of {len(chunks)} separate parts ({tensor.placements}), expected one")
-    return Box(shape, tuple(chunks[0].offsets), tuple(chunks[0].sizes))
+    indices = [torch.arange(size, device="cpu") for size in shape]
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for mesh_dim, one in enumerate(tensor.placements):
+        dim = getattr(one, "dim", None)
+        if dim is not None:
+            parts, _ = one._split_tensor(  # type: ignore[attr-defined]
+                indices[dim], tensor.device_mesh.size(mesh_dim), with_padding=False, contiguous=False
+            )
+            indices[dim] = parts[coordinate[mesh_dim]]
+    if any(len(part) > 0 and len(part) != part[-1] - part[0] + 1 for part in indices):
+        raise ValueError(
+            f"found a local tensor of separate parts of the whole (placements {tuple(tensor.placements)}), expected "
+            "one part"
+        )
+    return Box(shape, tuple(int(p[0]) if len(p) else 0 for p in indices), tuple(len(p) for p in indices))
+
+
+def part_of(tensor: Tensor) -> str:
+    """Return which part of a DTensor this rank holds, as text: its coordinates in the mesh, and the mesh's shape."""
+    mesh = mesh_of(tensor)
+    return "the whole" if mesh is None else f"{mesh.get_coordinate()} of a mesh of {tuple(mesh.shape)}"
 
 
 def placements_of(tensor: Tensor) -> Sequence[Placement]:
@@ -115,6 +138,15 @@ def is_first_copy(tensor: Tensor) -> bool:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     return all(coordinate[dim] == 0 for dim, placement in enumerate(placements_of(tensor)) if placement.is_replicate())
+
+
+def ranks_outside(mesh: DeviceMesh, ranks: frozenset[int]) -> frozenset[int]:
+    """Return the ranks of ``mesh`` that differ from this one along its dimensions outside of ``ranks``."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    outside = [dim for dim in range(mesh.ndim) if not ranks_along(mesh, dim) <= ranks]
+    index = tuple(slice(None) if dim in outside else position for dim, position in enumerate(coordinate))
+    return frozenset(mesh.mesh[index].flatten().tolist())
 
 
 def ranks_along(mesh: DeviceMesh, dim: int) -> frozenset[int]:

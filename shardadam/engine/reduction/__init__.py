@@ -20,8 +20,8 @@ def reducer_for(gradient_sync: str, transport: Transport, *, with_squares: bool)
         with_squares: sum up the squares for the norm during the reduction, while gradients are in the cache.
     """
     if gradient_sync == "external":
-        return LocalReducer()
+        return LocalReducer(is_external=True)
     if not transport.sends:
-        return AloneReducer() if gradient_sync == "backward" else LocalReducer(to_wire=True)
+        return AloneReducer() if gradient_sync == "backward" else LocalReducer(is_external=False)
     kind = BackwardReducer if gradient_sync == "backward" else StepReducer
     return kind(transport, with_squares=with_squares)

@@ -78,7 +78,7 @@ class BackwardReducer(DuringBackward):
         self.averages = transport.world_size * transport.replicas > 1
         self._transport = transport
         self._with_squares = with_squares
-        self._pool = StagingPool(transport)
+        self._pool = StagingPool()
         self._round: Round | None = None
         self._graph_task: int | None = None  # the backward whose end closes a round
         # Used until the order is learned
@@ -93,7 +93,7 @@ class BackwardReducer(DuringBackward):
         self._launches += [0] * len(buckets)
         self._order_is_learned = False
         self._completed.clear()
-        allocate_gradient_shards(buckets, self._transport)
+        allocate_gradient_shards(buckets)
         self._pool.reserve(buckets)
         self._hooks.register(params)
 
@@ -111,8 +111,8 @@ class BackwardReducer(DuringBackward):
             self._close_after_backward()
             current.ready[index] = True
             for bucket in param.buckets:
-                if param.parameter.is_cuda:
-                    stream = torch.cuda.current_stream(param.parameter.device)
+                if param.local.is_cuda:
+                    stream = torch.cuda.current_stream(param.local.device)
                     current.streams.setdefault(bucket.index, set()).add(stream)
                 current.missing[bucket.index] -= 1
                 if current.missing[bucket.index] == 0:
@@ -161,7 +161,8 @@ class BackwardReducer(DuringBackward):
             self._launch_next(self._round, may_wait=may_wait)
         self._round = None
         # The user's code may wait for the device before the next step.
-        self._transport.expect_progress(self._buckets[0].parameters.device)
+        for transport in {bucket.arena.transport for bucket in self._buckets}:
+            transport.expect_progress(self._buckets[0].parameters.device)
 
     def _launch_next(self, current: Round, *, may_wait: bool) -> None:
         with defer_signals():
@@ -194,7 +195,8 @@ class BackwardReducer(DuringBackward):
                 parameter.grad = None
                 continue
             if param.index not in partly_launched:
-                partly_launched[param.index], parameter.grad = parameter.grad, None
+                partly_launched[param.index] = param.gradient
+                parameter.grad = None
             if len({self._launches[other.index] for other in param.buckets}) == 1:  # this was the last of them
                 del partly_launched[param.index]
 
@@ -254,7 +256,7 @@ class BackwardReducer(DuringBackward):
     def learn_order(self) -> None:
         # Incomplete buckets (unused parameters) go last. If rank 0 had no gradient, the next step tries again. The host
         # waits for the device here, so it must not try again only because no bucket was complete.
-        if self._order_is_learned:
+        if self._order_is_learned or not self._buckets:
             return
         completed = set(self._completed)
         order = self._completed + [index for index in self.order if index not in completed]

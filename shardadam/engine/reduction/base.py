@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard
 from shardadam.sums.scattered import Scattered
 from shardadam.sums.stats import GradStats
-from shardadam.transport import Transport
+from shardadam.transport import placement
 from shardadam.update import Sources
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -201,8 +201,7 @@ class Reducer(ABC):
 
     def _new_stats(self, bucket: FlatBucket, *, with_squares: bool) -> GradStats:
         """Replace the statistics of a bucket by new ones, of nothing yet."""
-        scale, squares = bucket.arena.gradient_scale, bucket.squares
-        stats = self._grad_stats[bucket.index] = GradStats(with_squares=with_squares, scale=scale, squares=squares)
+        stats = self._grad_stats[bucket.index] = stats_of(bucket.arena, bucket.squares, with_squares=with_squares)
         return stats
 
     def _measure(self, bucket: FlatBucket, *, with_squares: bool) -> None:
@@ -237,14 +236,20 @@ class Reducer(ABC):
         return 0
 
 
-def allocate_gradient_shards(buckets: Sequence[FlatBucket], transport: Transport) -> None:
+def stats_of(arena: FlatArena, squares: Tensor | None, *, with_squares: bool) -> GradStats:
+    """Return statistics, of nothing yet, for gradients of the arena."""
+    scale, weight = arena.gradient_scale, arena.norm_weight
+    return GradStats(with_squares=with_squares, scale=scale, weight=weight, squares=squares)
+
+
+def allocate_gradient_shards(buckets: Sequence[FlatBucket]) -> None:
     """Allocate the gradient shards of new buckets, in the dtype in which the transport's sums arrive."""
-    ranks = transport.world_size * transport.replicas
     for bucket in buckets:
         arena, device = bucket.arena, bucket.parameters.device
+        transport = arena.transport
         arena.allocate_gradient_shard(transport.sum_dtype(bucket.wire_dtype, arena.format.exact_dtype, device))
         leaves_scale = bucket.wire_dtype != torch.float16 and not transport.scales_sums(device)
-        arena.gradient_scale = 1 / ranks if leaves_scale else 1.0
+        arena.gradient_scale = 1 / arena.shard_group.divisor if leaves_scale else 1.0
 
 
 Snapshot = tuple[Tensor | None, int]
@@ -253,7 +258,15 @@ Snapshot = tuple[Tensor | None, int]
 
 def snapshot(params: list[ShardedParam]) -> list[Snapshot]:
     """Return the gradients that are in ``p.grad`` now, for ``is_current``."""
-    return [(g, -1 if g is None else g._version) for g in (param.parameter.grad for param in params)]
+    return [(gradient, _version(param, gradient)) for param in params for gradient in (param.gradient,)]
+
+
+def _version(param: ShardedParam, gradient: Tensor | None) -> int:
+    if gradient is None:
+        return -1
+    whole = param.parameter.grad
+    # Operations on a DTensor need not count for its local tensor.
+    return gradient._version if whole is gradient or whole is None else gradient._version + whole._version
 
 
 def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
@@ -269,7 +282,7 @@ def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
 
 def gradient_error(param: ShardedParam) -> str | None:
     """Return an error if ``p.grad`` is sparse or its shape differs from the parameter's when it was added."""
-    gradient = param.parameter.grad
+    gradient, parameter = param.parameter.grad, param.parameter
     if gradient is None:
         return None
     if gradient.layout != torch.strided:
@@ -277,10 +290,20 @@ def gradient_error(param: ShardedParam) -> str | None:
             f"Parameter {param.name!r} has a sparse gradient ({gradient.layout}), expected a dense one. Build the "
             "embedding with sparse=False, or give the parameter to an optimizer of its own (torch.optim.SparseAdam)."
         )
-    if gradient.shape != param.shape:
+    if param.local is parameter:
+        shape = param.shape
+    else:
+        shape = parameter.shape
+        if placement.mesh_of(gradient) != placement.mesh_of(parameter):
+            return (
+                f"Parameter {param.name!r} is a DTensor on {placement.mesh_of(parameter)}, but its gradient is a "
+                f"{type(gradient).__name__} on {placement.mesh_of(gradient)}, expected the same mesh. Leave p.grad to "
+                "autograd, or distribute what you write there."
+            )
+    if gradient.shape != shape:
         return (
             f"Parameter {param.name!r} has a gradient of shape {tuple(gradient.shape)}, expected "
-            f"{tuple(param.shape)} as when the optimizer was built. Build a new optimizer after changing a shape."
+            f"{tuple(shape)} as when the optimizer was built. Build a new optimizer after changing a shape."
         )
     return None
 

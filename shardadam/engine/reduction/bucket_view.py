@@ -23,9 +23,7 @@ class BucketViews:
     Each gradient is checked while it is in the cache: it must be finite, and so small that no sum over ranks overflows.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._ranks = transport.world_size * transport.replicas
+    def __init__(self) -> None:
         self._flats: dict[FlatArena, Tensor] = {}
         self._params: list[ShardedParam] = []  # those with a view
         self._sources: dict[int, Sources] = {}  # by bucket index
@@ -35,6 +33,7 @@ class BucketViews:
         self._not_finite: set[int] = set()
         self._zeroed: set[int] = set()  # the view holds zeros
         self._index_of_view: dict[int, int] = {}  # by id() of the view
+        self._ranks: dict[int, int] = {}  # the number of ranks whose gradients are summed up
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> list[ShardedParam]:
         """Create bucket views for the gradients of ``params``, if the transport has memory that peers can read.
@@ -46,18 +45,20 @@ class BucketViews:
         """
         for bucket in buckets:
             arena = bucket.arena
-            if arena not in self._flats and bucket.wire_dtype == arena.parameters.dtype:
+            is_plain = all(param.local is param.parameter for param in arena.params)
+            if arena not in self._flats and is_plain and bucket.wire_dtype == arena.parameters.dtype:
                 parameters = arena.parameters
-                flat = self._transport.allocate_gradients(parameters.numel(), parameters.dtype, parameters.device)
+                flat = arena.transport.allocate_gradients(parameters.numel(), parameters.dtype, parameters.device)
                 if flat is not None:
                     self._flats[arena] = flat
             if arena in self._flats:
                 whole = self._flats[arena][bucket.plan.offset : bucket.plan.offset + bucket.numel]
-                self._sources[bucket.index] = Sources(self._transport.sources(whole), 1 / self._ranks)
+                self._sources[bucket.index] = Sources(arena.transport.sources(whole), 1 / arena.shard_group.divisor)
         viewed = [param for param in params if param.arena in self._flats]
         for param in viewed:
             view = self._views[param.index] = view_of(self._flats[param.arena], param)
             self._index_of_view[id(view)] = param.index
+            self._ranks[param.index] = param.arena.shard_group.ranks
             self._zeroed.add(param.index)
         self._params += viewed
         return viewed
@@ -116,7 +117,7 @@ class BucketViews:
         return error
 
     def _gradient_of(self, param: ShardedParam) -> Tensor | None:
-        gradient = param.parameter.grad
+        gradient = param.gradient
         if gradient is not None and self._index_of_view.get(id(gradient), param.index) != param.index:
             return gradient.clone()  # another parameter's view, which may be written first
         return gradient
@@ -124,6 +125,10 @@ class BucketViews:
     def are_finite(self) -> bool:
         """Return whether no gradient of this rank can make a sum over ranks infinite or NaN."""
         return not self._not_finite
+
+    def transports(self) -> list[Transport]:
+        """Return the transports of the ranks that read the views."""
+        return list(dict.fromkeys(arena.transport for arena in self._flats))
 
     def nbytes(self) -> int:
         return sum(flat.nbytes for flat in self._flats.values())
@@ -134,7 +139,7 @@ class BucketViews:
         if view.numel() == 0:
             return
         exact = torch.promote_types(view.dtype, torch.float32)  # the dtype of the sum
-        if is_within(view, torch.finfo(exact).max / self._ranks):
+        if is_within(view, torch.finfo(exact).max / self._ranks[index]):
             self._not_finite.discard(index)
         else:
             self._not_finite.add(index)

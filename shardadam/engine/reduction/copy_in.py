@@ -36,15 +36,18 @@ def copy_in(
         zeros = [send[start:stop] for start, stop in bucket.plan.gaps]
         for param, segment in bucket.segments:
             target = send[segment.offset : segment.offset + segment.numel]
-            gradient = instead.get(param.index, param.parameter.grad)
-            if param.index not in instead and (found := gradient_error(param)) is not None:
+            if param.index in instead:
+                gradient = instead[param.index]
+            elif (found := gradient_error(param)) is not None:
                 error, gradient = error or found, None
+            else:
+                gradient = param.gradient
             if gradient is None:
                 zeros.append(target)
                 continue
             used[param.index] = True
             targets.append(target)
-            gradients.append(memory_order(gradient, param.parameter)[segment.start : segment.start + segment.numel])
+            gradients.append(memory_order(gradient, param.local)[segment.start : segment.start + segment.numel])
         has_all = len(zeros) == len(bucket.plan.gaps)
         if send.is_cuda and has_all and all(gradient.dtype == send.dtype for gradient in gradients):
             _concatenate(targets, gradients, zeros, out=send[: bucket.numel])

@@ -21,6 +21,7 @@ from shardadam.engine.reduction.base import (
     gradient_error,
     is_current,
     snapshot,
+    stats_of,
 )
 from shardadam.engine.reduction.copy_in import joined_streams
 from shardadam.engine.reduction.during_backward import DuringBackward
@@ -35,14 +36,15 @@ class LocalReducer(Reducer):
     """Finds the gradients in ``close``, unless none was written or replaced since the last time. Sends nothing.
 
     Args:
-        to_wire: round gradients as if they were sent, so that results do not depend on the number of ranks.
+        is_external: other code has averaged them. Otherwise they are rounded as if they were sent, so that results do
+            not depend on the number of ranks.
     """
 
     keeps_gradients = True
 
-    def __init__(self, *, to_wire: bool = False) -> None:
+    def __init__(self, *, is_external: bool) -> None:
         super().__init__()
-        self._to_wire = to_wire
+        self._is_external = is_external
         self._gradients: list[Tensor | None] = []  # by param index: those that are not in a shard
         self._scattered: dict[FlatArena, Scattered] = {}  # of the arenas whose gradients are not in the shard
         self._in_shard: set[FlatArena] = set()  # the arenas whose gradients are
@@ -52,6 +54,9 @@ class LocalReducer(Reducer):
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
         self._gradients += [None] * len(params)
+        if not self._is_external:
+            for bucket in buckets:
+                bucket.arena.gradient_scale = 1 / bucket.arena.shard_group.divisor
 
     @torch.no_grad()
     def close(self) -> None:
@@ -63,8 +68,8 @@ class LocalReducer(Reducer):
             error = gradient_error(param)
             self.local_error = self.local_error or error
             if error is None:
-                gradient = param.parameter.grad
-                if self._to_wire and gradient is not None:
+                gradient = param.gradient
+                if not self._is_external and gradient is not None:
                     gradient = gradient.to(param.buckets[0].wire_dtype)
                 self._take(param, gradient)
         self._taken = snapshot(self._params)
@@ -74,7 +79,7 @@ class LocalReducer(Reducer):
         if gradient is None:
             return
         is_first, self.used[param.index] = not self.used[param.index], True
-        ordered = memory_order(gradient, param.parameter)
+        ordered = memory_order(gradient, param.local)
         self._arena_stats.pop(param.arena, None)
         self._scattered.pop(param.arena, None)
         if is_first and param.arena not in self._in_shard:
@@ -151,7 +156,7 @@ class AloneReducer(LocalReducer, DuringBackward):
     keeps_gradients = False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(is_external=False)
         self._streams: dict[torch.device, set[torch.cuda.Stream]] = {}  # those that have computed gradients
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
@@ -167,18 +172,18 @@ class AloneReducer(LocalReducer, DuringBackward):
                 self._take_out(param)
 
     def _take_out(self, param: ShardedParam) -> None:
-        parameter = param.parameter
-        if parameter.is_cuda:
-            stream = torch.cuda.current_stream(parameter.device)
-            self._streams.setdefault(parameter.device, set()).add(stream)
-        gradient = parameter.grad
+        parameter, local = param.parameter, param.local
+        if local.is_cuda:
+            stream = torch.cuda.current_stream(local.device)
+            self._streams.setdefault(local.device, set()).add(stream)
+        gradient = param.gradient
         self.rounds += 1
         if gradient is None:
             return
         # A sum in the shard reads and writes what other streams have written.
         is_summed = self.used[param.index] or param.arena in self._in_shard
-        streams = self._streams.get(parameter.device) if is_summed else None
-        with joined_streams(streams, parameter.device):
+        streams = self._streams.get(local.device) if is_summed else None
+        with joined_streams(streams, local.device):
             # Detached: a gradient of create_graph=True would keep its graph alive until the step.
             self._take(param, gradient.detach().to(param.buckets[0].wire_dtype))
         parameter.grad = None  # last: a gradient that is still there after a signal is an error, not lost
@@ -232,7 +237,7 @@ def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> Gr
         from shardadam.sums import kernel
 
         squares = arena.squares[: program_count(arena.blocks.numel() * ALIGNMENT_NUMEL)]
-        stats = GradStats(with_squares=True, squares=squares)
+        stats = stats_of(arena, squares, with_squares=True)
         kernel.measure_scattered(
             scattered.addresses,
             squares,
@@ -242,7 +247,7 @@ def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> Gr
             positions=arena.positions,
         )
         return stats
-    stats = GradStats(with_squares=with_squares)
+    stats = stats_of(arena, None, with_squares=with_squares)
     pieces = []
     for bucket in arena.buckets:
         for param, segment in bucket.shard_segments:

@@ -19,15 +19,19 @@ from shardadam.transport.base import Finished, scale_for_mean_
 
 @dataclass(slots=True)
 class InFlight:
-    """A staging buffer, and the last transfer that used it, complete or not."""
+    """A staging buffer, the transport that allocated it, and the last transfer that used it, complete or not."""
 
     staging: Staging
+    transport: Transport
     pending: Pending
 
 
+Key = tuple[Transport, torch.dtype, torch.device]
+
+
 class StagingPool:
-    """Staging buffers, each as large as the largest bucket of its dtype and device, used in turn. Up to ``SIZE`` of
-    each are allocated with the buckets: where that fails, no rank has sent anything yet.
+    """Staging buffers, each as large as the largest bucket of its transport, dtype and device, used in turn. Up to
+    ``SIZE`` of each are allocated with the buckets: where that fails, no rank has sent anything yet.
 
     ``acquire`` a buffer, fill it, and ``reduce_scatter`` it. Only ``reduce_scatter`` is collective.
 
@@ -46,11 +50,10 @@ class StagingPool:
     SIZE = 2
     PATIENCE_S = 0.25
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._numel: dict[tuple[torch.dtype, torch.device], int] = {}  # of each buffer
-        self._users: Counter[tuple[torch.dtype, torch.device]] = Counter()  # the number of buckets
-        self._free: dict[tuple[torch.dtype, torch.device], list[InFlight]] = {}
+    def __init__(self) -> None:
+        self._numel: dict[Key, int] = {}  # of each buffer
+        self._users: Counter[Key] = Counter()  # the number of buckets
+        self._free: dict[Key, list[InFlight]] = {}
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._unreleased: deque[InFlight] = deque()  # waited for, but peers may still be reading the buffer
         self._on_streams: deque[InFlight] = deque()  # their buffers may be used again, but nobody awaited the sums
@@ -60,16 +63,18 @@ class StagingPool:
         """Allocate buffers for new buckets, and make all large enough for them. No transfer may be in flight."""
         self._reclaim()
         for bucket in buckets:
-            key = (bucket.wire_dtype, bucket.parameters.device)
+            key = _key(bucket)
             self._users[key] += 1
             if bucket.numel > self._numel.get(key, 0):
                 self._numel[key] = bucket.numel
                 for free in self._free.get(key, []):
-                    self._transport.free_staging(free.staging)
+                    _free(free)
                 self._free[key] = []
         for key, numel in self._numel.items():
             while len(self._free[key]) < min(self.SIZE, self._users[key]):
-                self._free[key].append(InFlight(self._transport.allocate_staging(numel, *key), Finished()))
+                transport, dtype, device = key
+                staging = transport.allocate_staging(numel, dtype, device)
+                self._free[key].append(InFlight(staging, transport, Finished()))
 
     def acquire(self, bucket: FlatBucket, *, may_wait: bool) -> Staging:
         """Return a buffer for ``bucket``, in its wire dtype, that the current stream may write.
@@ -78,7 +83,7 @@ class StagingPool:
             may_wait: once there are ``SIZE`` buffers, wait for the oldest transfer instead of allocating another.
         """
         self._complete_on_host()
-        key = (bucket.wire_dtype, bucket.parameters.device)
+        key = _key(bucket)
         free = self._free[key]
         self._reclaim()
         while not free and self._in_flight and self._is_full():
@@ -91,19 +96,19 @@ class StagingPool:
             self._reclaim()
         if not free and self._is_full() and self._may_poll:
             end = time.monotonic() + self.PATIENCE_S
-            while not free and (left := end - time.monotonic()) > 0 and self._transport.poll(left):
+            while not free and (left := end - time.monotonic()) > 0 and bucket.arena.transport.poll(left):
                 self._complete_on_host()
                 self._reclaim()
             self._may_poll = bool(free)  # after a poll without result, not again until a transfer is complete
         if not free:
-            return self._transport.allocate_staging(self._numel[key], *key)
+            return bucket.arena.transport.allocate_staging(self._numel[key], bucket.wire_dtype, key[2])
         last = free.pop()
         last.pending.wait_for_buffer()
         return last.staging
 
     def release(self, bucket: FlatBucket, staging: Staging) -> None:
         """Return a buffer from ``acquire`` that has not been sent."""
-        self._free[bucket.wire_dtype, bucket.parameters.device].append(InFlight(staging, Finished()))
+        self._free[_key(bucket)].append(InFlight(staging, bucket.arena.transport, Finished()))
 
     def reduce_scatter(self, bucket: FlatBucket, staging: Staging, *, accumulate: bool, stats: GradStats) -> None:
         """Start a reduce-scatter of ``staging`` to the bucket's gradient shard. Collective.
@@ -113,14 +118,14 @@ class StagingPool:
             accumulate: add to what the shard holds.
             stats: measure the shard when it is complete, at the latest in ``wait_all``.
         """
-        ranks = self._transport.world_size * self._transport.replicas
-        scale = scale_for_mean_(staging.send[: bucket.numel], ranks) / bucket.arena.gradient_scale
+        transport, divisor = bucket.arena.transport, bucket.arena.shard_group.divisor
+        scale = scale_for_mean_(staging.send[: bucket.numel], divisor) / bucket.arena.gradient_scale
         with record("reduce_scatter"):
             request = ReduceScatter(
                 staging, bucket.numel, gradient_shard(bucket), scale=scale, accumulate=accumulate, stats=stats
             )
-            pending = self._transport.reduce_scatter(request)
-        self._in_flight.append(InFlight(staging, pending))
+            pending = transport.reduce_scatter(request)
+        self._in_flight.append(InFlight(staging, transport, pending))
 
     def wait_all(self) -> None:
         """Wait for all transfers. The gradient shards are complete afterwards."""
@@ -139,12 +144,12 @@ class StagingPool:
                 one.pending.wait()
 
     def trim(self) -> None:
-        """Free all but ``SIZE`` unused buffers of each dtype and device. Does not wait for peers that read others."""
+        """Free all but ``SIZE`` unused buffers of each transport, dtype and device. Does not wait for peers."""
         self._reclaim()
         for free in self._free.values():
             for last in free[self.SIZE :]:
-                self._transport.free_staging(last.staging)
-            free[:] = [InFlight(last.staging, Finished()) for last in free[: self.SIZE]]
+                _free(last)
+            free[:] = [InFlight(last.staging, last.transport, Finished()) for last in free[: self.SIZE]]
 
     @property
     def is_idle(self) -> bool:
@@ -183,7 +188,16 @@ class StagingPool:
         while self._unreleased and self._unreleased[0].pending.is_released():
             last = self._unreleased.popleft()
             send = last.staging.send
-            if send.numel() == self._numel[send.dtype, send.device]:
-                self._free[send.dtype, send.device].append(last)
+            key = (last.transport, send.dtype, send.device)
+            if send.numel() == self._numel[key]:
+                self._free[key].append(last)
             else:  # too small since the last `reserve`
-                self._transport.free_staging(last.staging)
+                _free(last)
+
+
+def _key(bucket: FlatBucket) -> Key:
+    return bucket.arena.transport, bucket.wire_dtype, bucket.parameters.device
+
+
+def _free(last: InFlight) -> None:
+    last.transport.free_staging(last.staging)

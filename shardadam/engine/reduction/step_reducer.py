@@ -34,10 +34,9 @@ class StepReducer(Reducer):
     def __init__(self, transport: Transport, *, with_squares: bool) -> None:
         super().__init__()
         self.averages = transport.world_size * transport.replicas > 1
-        self._transport = transport
         self._with_squares = with_squares
-        self._pool = StagingPool(transport)
-        self._bucket_views = BucketViews(transport)
+        self._pool = StagingPool()
+        self._bucket_views = BucketViews()
         self._hooks = GradientHooks(self)
         self._taken: list[Snapshot] = []  # the gradients that have been reduced since reset
 
@@ -45,7 +44,7 @@ class StepReducer(Reducer):
         super().add(params, buckets)
         viewed = self._bucket_views.add(params, buckets)
         copied = [bucket for bucket in buckets if not self._bucket_views.holds(bucket)]
-        allocate_gradient_shards(copied, self._transport)
+        allocate_gradient_shards(copied)
         self._pool.reserve(copied)
         self._hooks.register(viewed)
 
@@ -96,14 +95,17 @@ class StepReducer(Reducer):
         left = [bucket for bucket in self._buckets if self.sources(bucket) is not None]
         if not left:
             return
-        self._transport.fence()  # every rank has written its gradients
+        transports = list(dict.fromkeys(bucket.arena.transport for bucket in left))
+        for transport in transports:
+            transport.fence()  # every rank has written its gradients
         for bucket in left:
             sources = self._bucket_views.sources(bucket)
             bucket.arena.allocate_gradient_shard(bucket.arena.format.exact_dtype)
             stats = self._new_stats(bucket, with_squares=self._with_squares)
             with record("reduce_scatter"):
                 sum_sources_(gradient_shard(bucket), sources.slices, scale=sources.scale, accumulate=False, stats=stats)
-        self._transport.fence()  # no rank reads them any more
+        for transport in transports:
+            transport.fence()  # no rank reads them any more
 
     def sources(self, bucket: FlatBucket) -> Sources | None:
         if not self._bucket_views.holds(bucket) or bucket.index in self._grad_stats:
@@ -111,8 +113,8 @@ class StepReducer(Reducer):
         return self._bucket_views.sources(bucket)
 
     def await_readers(self) -> None:
-        if self._bucket_views.nbytes() > 0:
-            self._transport.fence()
+        for transport in self._bucket_views.transports():
+            transport.fence()
 
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
         """Return statistics as ``Reducer.grad_stats``; without squares, do not sum up gradients in bucket views.
