@@ -6,7 +6,7 @@ ranks.
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, load, save
 from shardadam.grad_scaler import GradScaler
-from shardadam.optimizer import ShardedAdam
+from shardadam.optimizer import ShardedAdam, clip_grad_norm_
 from shardadam.precision import Precision
 from shardadam.ranks.desync import RankDesyncError
 from shardadam.state.memory import Memory
@@ -22,6 +22,7 @@ __all__ = [
     "ShardedAdam",
     "ShardedAdamW",
     "__version__",
+    "clip_grad_norm_",
     "has_checkpoint",
     "load",
     "save",

@@ -36,11 +36,11 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("engine.step_sync", "engine.parameters", "engine.clipping"),
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
     ("state.masters",),
-    ("engine.reduction", "engine.gathering", "engine.outside", "state.local", "checks.arguments"),
+    ("engine.reduction", "engine.gathering", "engine.outside", "engine.borrowing", "state.local", "checks.arguments"),
     ("engine.storage", "engine.profiling"),
     ("update", "transport"),
     ("ranks", "sums", "state.flat_shard"),
-    ("layout", "precision", "chunks", "version", "checks.torch_patches"),
+    ("layout", "precision", "chunks", "version", "checks.torch_patches", "engine.strides"),
 )
 LISTED_BY_FILE = ("engine", "checks", "state")
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}

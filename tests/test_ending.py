@@ -114,7 +114,7 @@ def test_a_block_that_raises_ends_with_pythons_status(
 
 
 def test_a_process_without_a_process_group_ends_as_its_caller_decides() -> None:
-    """An error that a caller of a launch script's ``run`` had handled ended the caller, at its exit, with its status."""
+    """A caller of a launch script's ``run`` that had handled its error ended, at its exit, with the error's status."""
     code = """
 import sys
 sys.path.insert(0, "launch")

@@ -103,7 +103,7 @@ def test_kernels_read_gradients_of_other_dtypes_and_negated_views(interpreter: P
 def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tuple[list[Tensor], int]:
     """Update the shards of rank 1 of 4 once; return all their tensors, and the number of launches."""
     from shardadam import Precision, update
-    from shardadam.engine.storage import NamedParameter, adjoining, allocate, merged
+    from shardadam.engine.storage import NamedParameter, ShardGroup, adjoining, allocate, merged
     from shardadam.transport import SingleProcessTransport
     from shardadam.update import StepInputs
     from shardadam.update.triton import TritonUpdate
@@ -116,7 +116,15 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
     update.KERNEL_DEVICES.add("cpu")
     try:
         precision = Precision(moments=moments)
-        (arena,) = allocate(named, transport=transport, precision=precision, bucket_bytes=4096, first_index=0)
+        (arena,) = allocate(
+            named,
+            shard_group=ShardGroup(transport, 4),
+            copies=[1] * len(named),
+            is_borrowed=False,
+            precision=precision,
+            bucket_bytes=4096,
+            first_index=0,
+        )
     finally:
         update.KERNEL_DEVICES.discard("cpu")
     assert isinstance(arena.update, TritonUpdate)

@@ -24,6 +24,7 @@ from shardadam import transport as transports
 from shardadam.engine.reduction import backward_reducer, copy_in
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.sums.stats import GradStats
+from shardadam.engine.storage import ShardGroup
 from shardadam.transport import Pending, SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
 from tests.adversarial import AdversarialTransport
@@ -366,7 +367,7 @@ def grow_and_shrink() -> tuple[int, int, int]:
     if rank == 0:
         time.sleep(0.5)
     loss.backward()
-    one = optimizer._engine.reducer._pool._transport.allocate_staging(
+    one = optimizer._engine.transport.allocate_staging(
         optimizer._engine.parameters.buckets[0].numel, torch.float32, torch.device("cpu")
     )
     during = optimizer.memory().staging
@@ -666,9 +667,11 @@ def test_a_copy_waits_for_all_streams_of_its_gradients_and_they_for_the_copy(mon
     assert log == ["current waits for side", "copy", "side waits for current", "copy"]
 
 
-def bucket_of_eight() -> Any:
+def bucket_of_eight(transport: Transport) -> Any:
     """As much of a bucket as staging needs."""
-    shard, arena = SimpleNamespace(gradient=torch.empty(8)), SimpleNamespace(gradient_scale=1.0)
+    group = ShardGroup(transport, 1)
+    shard = SimpleNamespace(gradient=torch.empty(8))
+    arena = SimpleNamespace(gradient_scale=1.0, shard_group=group, transport=transport)
     options: Any = dict(wire_dtype=torch.float32, parameters=torch.empty(8), numel=8, shard=shard, arena=arena)
     return SimpleNamespace(**options)
 
@@ -694,8 +697,8 @@ def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_s
     forbids waiting for an event recorded before it.
     """
     transfer = OnAStream()
-    pool = StagingPool(OneTransfer(transfer))
-    bucket = bucket_of_eight()
+    pool = StagingPool()
+    bucket = bucket_of_eight(OneTransfer(transfer))
     pool.reserve([bucket])
     send = partial(pool.reduce_scatter, bucket, accumulate=False, stats=GradStats(with_squares=False))
     send(pool.acquire(bucket, may_wait=False))
@@ -756,11 +759,12 @@ class BetweenHosts(Pending):
 def test_a_bucket_on_streams_waits_for_a_buffer_not_for_a_sum() -> None:
     """With hybrid sharding, buffers were kept until the all-reduce between hosts was over."""
     log: list[str] = []
-    pool = StagingPool(SingleProcessTransport())
-    bucket = bucket_of_eight()
+    pool = StagingPool()
+    transport = OneTransfer(Finished())
+    bucket = bucket_of_eight(transport)
     pool.reserve([bucket, bucket])
     for name in range(4):
-        pool._transport = OneTransfer(BetweenHosts(log, name))
+        transport.transfer = BetweenHosts(log, name)
         staging = pool.acquire(bucket, may_wait=False)
         pool.reduce_scatter(bucket, staging, accumulate=False, stats=GradStats(with_squares=False))
     assert log == ["buffer 0", "buffer 1"] and len(list(pool.buffers())) == 2 and not pool.is_idle
@@ -771,10 +775,9 @@ def test_a_bucket_on_streams_waits_for_a_buffer_not_for_a_sum() -> None:
 def test_transfers_on_another_device_are_not_waited_for() -> None:
     """A hook that widens gradient shards must not wait for peers of parameters on the CPU."""
     log: list[str] = []
-    pool = StagingPool(SingleProcessTransport())
-    bucket = bucket_of_eight()
+    pool = StagingPool()
+    bucket = bucket_of_eight(OneTransfer(BetweenHosts(log, 0)))
     pool.reserve([bucket])
-    pool._transport = OneTransfer(BetweenHosts(log, 0))
     staging = pool.acquire(bucket, may_wait=False)
     pool.reduce_scatter(bucket, staging, accumulate=False, stats=GradStats(with_squares=False))
     pool.wait_for_device(torch.device("meta"))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from shardadam.checkpoint.files import CheckpointError, TensorSpec
 from shardadam.checkpoint.objects import python_state
-from shardadam.engine.storage import ShardedParam, is_dense
+from shardadam.engine.storage import ShardedParam
+from shardadam.engine.strides import is_dense
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order
 from shardadam.state.local import block_count, local_state

@@ -33,7 +33,8 @@ from shardadam.checkpoint.objects import check_fits_scheduler
 from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.checkpoint.reader import MAX_CHOICES, Reader
 from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, SavedOptimizer, random_state_key
-from shardadam.engine.storage import ShardedParam, memory_order
+from shardadam.engine.storage import ShardedParam
+from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order, in_shape

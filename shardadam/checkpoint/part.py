@@ -24,7 +24,7 @@ from shardadam.checkpoint.files import CheckpointError, TensorSpec
 from shardadam.checkpoint.objects import safely_pickled, with_plain_numbers
 from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, random_state_key
-from shardadam.engine.storage import is_dense
+from shardadam.engine.strides import is_dense
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.local import local_state

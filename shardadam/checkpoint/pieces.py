@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardadam.engine.storage import ShardedParam, memory_order
+from shardadam.engine.storage import ShardedParam
+from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.state.local import local_state, spans_of
 from shardadam.update import formats

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shardadam.engine.storage import NamedParameter, is_dense
+from shardadam.engine.storage import NamedParameter
+from shardadam.engine.strides import is_dense
 from shardadam.precision import Precision
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import Job, Transport, placement

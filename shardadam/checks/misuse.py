@@ -65,6 +65,8 @@ class MisuseWarnings:
         """
         if not bool(used.all()) or self._idle_steps.numel() > 0:
             self._check_replaced(used)
+        if used.numel() == 0:
+            return  # a part of the model without trainable parameters
         if not bool(used.any()):
             self._found(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.engine.storage import NamedParameter, ShardedParam, is_dense
+from shardadam.engine.storage import NamedParameter, ShardedParam
+from shardadam.engine.strides import is_dense
 from shardadam.ranks.agreement import exchange, name_ranks
 from shardadam.state.local import local_state
 from shardadam.state.masters import refresh_

@@ -17,17 +17,9 @@ from torch import Tensor
 
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options, is_stored_elsewhere, parts_of
-from shardadam.engine.storage import (
-    FlatArena,
-    FlatBucket,
-    NamedParameter,
-    ShardedParam,
-    ShardGroup,
-    allocate,
-    is_dense,
-    lent,
-    unrepeated,
-)
+from shardadam.engine.borrowing import lent
+from shardadam.engine.storage import FlatArena, FlatBucket, NamedParameter, ShardedParam, ShardGroup, allocate
+from shardadam.engine.strides import is_dense, unrepeated
 from shardadam.ranks import agreement, desync
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import SingleProcessTransport, Transport, connect, placement

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shardadam.checks import arguments
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
+from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
@@ -31,7 +32,6 @@ from shardadam.engine.storage import (
     ShardedParam,
     adjoining,
     gradient_shard,
-    lent,
     merged,
     rebind_moved,
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardadam import layout, update
+from shardadam.engine.strides import same_order
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
 from shardadam.sums import has_kernel
@@ -514,63 +514,5 @@ def rebind_moved(params: Sequence[ShardedParam]) -> None:
             bind(param)
 
 
-@contextmanager
-def lent(arenas: Sequence[FlatArena], *, written: bool) -> Iterator[None]:
-    """Context manager: give borrowed arenas a flat copy of their parameters.
-
-    Args:
-        written: copy the flat copy back at the end. Not if the block raises.
-    """
-    borrowed = [arena for arena in arenas if arena.is_borrowed]
-    flats, locals_ = [], []
-    for arena in borrowed:
-        storage = arena.parameters.untyped_storage()
-        storage.resize_(arena.parameters.numel() * arena.parameters.element_size())
-        arena.parameters.zero_()
-        flats += [view_of(arena.parameters, param) for param in arena.params]
-        locals_ += [param.local.detach() for param in arena.params]
-    try:
-        if flats:
-            torch._foreach_copy_(flats, locals_)
-        yield
-        if flats and written:
-            torch._foreach_copy_(locals_, flats)
-    finally:
-        flats.clear()
-        for arena in borrowed:
-            arena.parameters.untyped_storage().resize_(0)
-
-
 def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
     return f"{dtype} of shape {tuple(shape)} on {device}"
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Return True if the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return tensor.numel() == 0
-        expected *= size
-    return True
-
-
-def unrepeated(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` without dimensions that repeat the same memory (``expand``), which torch does not write to."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return ``tensor`` in one dimension, in the memory order of ``like``; a view if its strides allow one."""
-    if not same_order(tensor.stride(), like.stride(), like.shape):
-        ordered = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
-        tensor = ordered.copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def same_order(one: tuple[int, ...], other: tuple[int, ...], shape: torch.Size) -> bool:
-    """Return True if strides are equal, except in dimensions of size 1, where they mean nothing."""
-    return one == other or all(a == b for a, b, size in zip(one, other, shape, strict=True) if size != 1)

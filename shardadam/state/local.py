@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardadam.engine.storage import ShardedParam, memory_order
+from shardadam.engine.storage import ShardedParam
+from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Span
 from shardadam.state.flat_shard import FlatShard, dimension_order, in_shape
 from shardadam.update import formats, reference

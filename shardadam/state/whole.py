@@ -8,8 +8,9 @@ from operator import methodcaller
 
 from torch import Tensor
 
+from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import gather_shards
-from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, lent
+from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam
 from shardadam.transport import placement
 from shardadam.update import formats
 

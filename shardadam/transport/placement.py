@@ -80,7 +80,7 @@ def box_of(tensor: Tensor) -> Box:
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Box(shape, (0,) * len(shape), shape)
-    indices = [torch.arange(size, device="cpu") for size in shape]
+    indices = [_along(dim, torch.arange(size, device="cpu"), len(shape)) for dim, size in enumerate(shape)]
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     for mesh_dim, one in enumerate(tensor.placements):
@@ -90,12 +90,18 @@ def box_of(tensor: Tensor) -> Box:
                 indices[dim], tensor.device_mesh.size(mesh_dim), with_padding=False, contiguous=False
             )
             indices[dim] = parts[coordinate[mesh_dim]]
+    indices = [part.flatten() for part in indices]
     if any(len(part) > 0 and len(part) != part[-1] - part[0] + 1 for part in indices):
         raise ValueError(
             f"found a local tensor of separate parts of the whole (placements {tuple(tensor.placements)}), expected "
             "one part"
         )
     return Box(shape, tuple(int(p[0]) if len(p) else 0 for p in indices), tuple(len(p) for p in indices))
+
+
+def _along(dim: int, values: Tensor, ndim: int) -> Tensor:
+    """Return ``values`` along ``dim`` of a tensor of ``ndim`` dimensions."""
+    return values.view([-1 if other == dim else 1 for other in range(ndim)])
 
 
 def part_of(tensor: Tensor) -> str:

@@ -103,17 +103,21 @@ class BackwardReducer(DuringBackward):
         param = self._params[index]
         check_gradient(param)
         with self._lock:
+            will_change = self._hooks.put_last(index)
             if not self._is_synchronizing:
                 return
             if self._round is not None and self._round.ready[index]:
                 self._close_round()
             current = self._open_round() if self._round is None else self._round
             self._close_after_backward()
+            if param.local.is_cuda:
+                stream = torch.cuda.current_stream(param.local.device)
+                for bucket in param.buckets:
+                    current.streams.setdefault(bucket.index, set()).add(stream)
+            if will_change:
+                return  # its buckets are launched when the round closes
             current.ready[index] = True
             for bucket in param.buckets:
-                if param.local.is_cuda:
-                    stream = torch.cuda.current_stream(param.local.device)
-                    current.streams.setdefault(bucket.index, set()).add(stream)
                 current.missing[bucket.index] -= 1
                 if current.missing[bucket.index] == 0:
                     self._completed.append(bucket.index)

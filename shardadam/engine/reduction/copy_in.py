@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction.base import gradient_error
-from shardadam.engine.storage import FlatBucket, memory_order
+from shardadam.engine.storage import FlatBucket
+from shardadam.engine.strides import memory_order
 
 _NOTHING: dict[int, Tensor | None] = {}
 

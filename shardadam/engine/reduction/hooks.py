@@ -30,16 +30,52 @@ class GradientHooks:
     def __init__(self, reducer: HookedReducer) -> None:
         self._reducer = weakref.ref(reducer)
         self._handles: list[Any] = []
+        self._unchecked: list[tuple[ShardedParam, Any]] = []  # whose hooks may not be the last of their parameter
 
     def register(self, params: Iterable[ShardedParam]) -> None:
         for param in params:
             hook = _hook(self._reducer, param.index)
-            self._handles.append(param.parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            handle = param.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
+            self._unchecked.append((param, handle))
+
+    def put_last(self, running: int) -> bool:
+        """Make these hooks run after others that the first forward has registered: some of transformers' all-reduce a
+        gradient over tensor-parallel ranks. Cheap after the first call.
+
+        Args:
+            running: index of the param whose hooks are running, which cannot be changed now.
+
+        Returns:
+            Whether a hook that may change the gradient of that one is still to run.
+        """
+        if not self._unchecked:
+            return False
+        left = []
+        for param, handle in self._unchecked:
+            hooks: dict[int, Any] = param.parameter._post_accumulate_grad_hooks or {}
+            if not _has_later(hooks, handle.id):
+                continue
+            if param.index == running:
+                left.append((param, handle))
+            else:
+                hooks[handle.id] = hooks.pop(handle.id)
+        self._unchecked = left
+        return bool(left)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._unchecked.clear()
+
+
+def _has_later(hooks: dict[int, Any], mine: int) -> bool:
+    """Return whether hooks of others come after ``mine``."""
+    if mine not in hooks:
+        return False
+    later = list(hooks)[list(hooks).index(mine) + 1 :]
+    return any(not getattr(hooks[key], "__module__", "").startswith("shardadam.") for key in later)
 
 
 def _hook(reducer: weakref.ref[HookedReducer], index: int) -> Callable[[Tensor], None]:

@@ -25,7 +25,8 @@ from shardadam.engine.reduction.base import (
 )
 from shardadam.engine.reduction.copy_in import joined_streams
 from shardadam.engine.reduction.during_backward import DuringBackward
-from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard, memory_order
+from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard
+from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Segment
 from shardadam.sums.reference import program_count
 from shardadam.sums.scattered import Scattered
@@ -168,7 +169,8 @@ class AloneReducer(LocalReducer, DuringBackward):
         param = self._params[index]
         check_gradient(param)
         with self._lock:
-            if self._is_synchronizing:
+            will_change = self._hooks.put_last(index)  # if so, `close` takes it
+            if self._is_synchronizing and not will_change:
                 self._take_out(param)
 
     def _take_out(self, param: ShardedParam) -> None:
