@@ -250,6 +250,8 @@ def allocate(
             wire_dtype = precision.wire_dtype(arena.parameters.dtype)
             _add_bucket(arena, replace(bucket, segments=segments), transport.rank, wire_dtype)
         _add_kernel_tables(arena, buckets)
+        if is_borrowed:
+            arena.parameters.untyped_storage().resize_(0)
         first_index += len(arena.params)
         arenas.append(arena)
     if any(named.local.device.type == "cpu" for named in parameters):
@@ -313,8 +315,6 @@ def _allocate_arena(
         if not is_borrowed:
             bind(param)
         arena.params.append(param)
-    if is_borrowed:
-        arena.parameters.untyped_storage().resize_(0)
     return arena
 
 

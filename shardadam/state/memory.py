@@ -16,7 +16,8 @@ class Memory:
     """Bytes that an optimizer holds on this rank, by kind.
 
     Args:
-        parameters: the flat buffers that trainable parameters are views of, whole on every rank.
+        parameters: the flat buffers that trainable parameters are views of, whole on every rank; none for parameters of
+            ``fully_shard``, which are copied for the length of a step.
         gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory. On
             one rank, the gradients that backward has made and the next step will use.
         gradient_shard: this rank's shard of the reduced gradients. Where gradients are not reduced by this optimizer
@@ -55,7 +56,7 @@ class Memory:
 def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
     """Returns the bytes that these arenas and this reducer hold now."""
     return Memory(
-        parameters=sum(arena.parameters.nbytes for arena in arenas),
+        parameters=sum(arena.parameters.nbytes for arena in arenas if not arena.is_borrowed),
         gradients=reducer.gradient_bytes(),
         gradient_shard=sum(0 if arena.gradient_shard is None else arena.gradient_shard.nbytes for arena in arenas),
         staging=reducer.staging_bytes(),
