@@ -264,9 +264,11 @@ def snapshot(params: list[ShardedParam]) -> list[Snapshot]:
 def _version(param: ShardedParam, gradient: Tensor | None) -> int:
     if gradient is None:
         return -1
+    if param.local is param.parameter:
+        return gradient._version
     whole = param.parameter.grad
-    # Operations on a DTensor need not count for its local tensor.
-    return gradient._version if whole is gradient or whole is None else gradient._version + whole._version
+    assert whole is not None
+    return gradient._version + whole._version  # operations on a DTensor need not count for its local tensor
 
 
 def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
