@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from shardadam.engine.step import StepEngine
 from shardadam.engine.storage import ShardedParam, rebind_moved
 from shardadam.ranks.store_barrier import StoreBarrier
+from shardadam.transport.placement import is_first_copy
 
 
 class _AfterLoad(Protocol):
@@ -31,13 +32,12 @@ class CheckpointSeam:
 
     @property
     def store_barrier(self) -> StoreBarrier:
-        """The barrier of the ranks of the optimizer's process group."""
+        """The barrier of all ranks of the job: data-parallel ones, and those that hold other parts of the model."""
         return self._engine.transport.store_barrier
 
-    @property
-    def is_writer(self) -> bool:
-        """True on the first of the ranks that hold equal shards (replicas); only that rank writes them."""
-        return self._engine.transport.replica == 0
+    def writes(self, param: ShardedParam) -> bool:
+        """Returns whether this rank is the first of those that hold equal shards of ``param``, which are saved once."""
+        return self._engine.transport.replica == 0 and is_first_copy(param.parameter)
 
     @property
     def params(self) -> Sequence[ShardedParam]:
