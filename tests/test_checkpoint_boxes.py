@@ -18,20 +18,28 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from shardadam import CheckpointError
+import shardadam
+from shardadam import CheckpointError, Precision, ShardedAdamW
 from shardadam.checkpoint import DcpReader, files
 from shardadam.checkpoint.boxes import BoxSpec, Region, Run, check_tiling, whole_box
 from shardadam.checkpoint.contents import random_state
 from shardadam.checkpoint.export import export
 from shardadam.checkpoint.files import MANIFEST, PartWriter, TensorSpec, index_to_json, manifest_text, merge
 from shardadam.checkpoint.objects import safely_pickled
-from shardadam.checkpoint.reader import Reader
+from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import index_from_json, random_state_key
 from shardadam.checkpoint.values import Values
 from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.transport.placement import box_of, like, local_tensor
+from tests.ranks import on_ranks, rank_and_size
+from tests.runs import differences
 from tests.test_checkpoint_safety import rewrite_manifest
+
+Everything = dict[str, Tensor]
 
 # Tilings
 
@@ -297,3 +305,116 @@ def test_scales_of_boxes_follow_each_other_in_one_dimension() -> None:
         tensor = reader.index.tensors["model.x"]
         assert tensor.spec == TensorSpec(torch.float32, (sum(counts),), (0,))
         assert torch.equal(torch.cat(list(Values(reader).chunks("model.x"))), torch.cat([flat for _, flat in parts]))
+
+
+# Whole runs
+
+SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "columns": ((24, 40), 0),
+    "rows": ((40, 24), 1),
+    "blocks": ((6, 512), 1),
+    "uneven": ((5, 7), 0),
+    "single": ((1, 3), 0),
+    "convolution": ((4, 6, 3, 5), 1),
+    "norm": ((33,), None),
+    "plain": ((19,), None),
+    "frozen": ((6, 10), 1),
+    "empty": ((0, 4), 0),
+}
+"""Shape and sharded dimension of each parameter; None: equal on all ranks of the mesh, plain if so named."""
+
+EXACT = [
+    (torch.float32, "fp32", "auto"),
+    (torch.bfloat16, "fp32", "split"),
+    (torch.bfloat16, "bf16", "split"),
+    (torch.bfloat16, "bf16", "fp32"),
+]
+
+
+class Placed(nn.Module):
+    """Parameters as DTensors of a mesh of one dimension, or whole."""
+
+    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, (shape, dim) in SHAPES.items():
+            value = torch.randn(shape, generator=generator).to(dtype)
+            if name == "convolution":
+                value = value.to(memory_format=torch.channels_last)
+            if mesh is not None and name != "plain":
+                value = distribute_tensor(value, mesh, [Replicate() if dim is None else Shard(dim)])
+            self.register_parameter(name, nn.Parameter(value, requires_grad=name != "frozen"))
+        buffer = torch.randn(8, 3, generator=generator)
+        self.register_buffer("table", buffer if mesh is None else distribute_tensor(buffer, mesh, [Shard(0)]))
+        self.register_buffer("count", torch.tensor(seed))
+        self.tied = self.rows
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class PlacedRun:
+    def __init__(self, tp: int, format: Any = EXACT[0], *, seed: int = 0) -> None:
+        dtype, moments, master = format
+        self.rank, size = rank_and_size()
+        self.mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp")) if size > 1 else None
+        self.model = Placed(self.mesh["tp"] if self.mesh is not None and tp > 1 else None, dtype, seed)
+        self.optimizer = ShardedAdamW(
+            self.model.named_parameters(),
+            lr=0.01,
+            process_group=None if self.mesh is None else self.mesh["dp"],
+            gradient_sync="step",
+            precision=Precision(moments=moments, master=master),
+            bucket_mb=0.002,
+        )
+
+    def train(self, steps: range) -> PlacedRun:
+        coordinate = 0 if self.mesh is None else self.mesh["dp"].get_local_rank()
+        for step in steps:
+            generator = torch.Generator().manual_seed(100 * step + coordinate)
+            for parameter in self.model.parameters():
+                gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                if parameter.requires_grad:
+                    box = box_of(parameter)
+                    place = tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))
+                    local = torch.empty_like(local_tensor(parameter)).copy_(gradient[place])
+                    parameter.grad = like(parameter, local)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def everything(self) -> dict[str, Tensor]:
+        found = {f"model.{name}": whole_of(value) for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                found |= {f"{name}.{k}": whole_of(v) for k, v in self.optimizer.full_state(parameter).items()}
+        return found
+
+
+def save_model(directory: str, tp: int, load: str | None) -> Everything:
+    _, size = rank_and_size()
+    mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp")) if tp > 1 else None
+    model = Placed(None if mesh is None else mesh["tp"], torch.float32, seed=1 if load is None else 2)
+    if load is not None:
+        shardadam.load(load, model=model)
+    shardadam.save(directory, step=3, model=model)
+    return {name: whole_of(value) for name, value in model.state_dict().items()}
+
+
+def test_the_tensors_of_a_model_go_from_any_mesh_to_any_other(tmp_path: Path) -> None:
+    expected, load = None, None
+    for number, (ranks, tp) in enumerate([(4, 2), (3, 1), (4, 4), (1, 1), (2, 2)]):
+        directory = str(tmp_path / str(number))
+        for found in on_ranks(ranks, save_model, directory, tp, load):
+            expected = expected or found
+            assert differences(expected, found) == []
+        load = directory
+        assert_written_once(directory)
+
+
+def assert_written_once(directory: str) -> None:
+    with open_newest(Path(directory)) as reader:
+        tensors = sum(tensor.nbytes for tensor in reader.index.tensors.values())
+        objects = sum(stored.nbytes for stored in reader.index.objects.values())
+        assert sum(nbytes for _, nbytes in reader.index.files) == tensors + objects

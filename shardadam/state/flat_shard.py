@@ -2,7 +2,8 @@
 """``FlatShard``: a tensor of which this rank holds some spans, for torch.distributed.checkpoint (DCP) to reshard.
 
 Knows no optimizer; moves nothing between ranks. The optimizer cuts tensors into spans in memory order, DCP into boxes
-(offsets and sizes, one number for each dimension); ``boxes`` converts spans.
+(offsets and sizes, one number for each dimension); ``boxes`` converts spans. Of a DTensor, spans are those of the local
+tensor, which is a box of the whole itself.
 """
 
 from __future__ import annotations
@@ -87,30 +88,41 @@ def dimension_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 class FlatShard(Tensor):
-    """A tensor of ``shape`` of which this rank holds ``spans``, one after the other in ``local``.
+    """A tensor of ``shape`` of which this rank holds ``spans`` of one box, one after the other in ``local``.
 
     It has shape, dtype, device and the methods that DCP calls, but no arithmetic. ``local`` is not copied, so DCP loads
     into it in place.
 
     Args:
         local: 1-D, with as many elements as ``spans``.
-        spans: the parts of the whole tensor that ``local`` holds, ascending.
+        spans: the parts of the box that ``local`` holds, ascending.
         shape: of the whole tensor.
-        order: its dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
+        order: the box's dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
+        offset, box_shape: of the box in the whole tensor; None: it is the whole.
     """
 
-    __slots__ = ["local", "order", "spans"]
+    __slots__ = ["box_shape", "local", "offset", "order", "spans"]
 
     local: Tensor
     spans: tuple[Span, ...]
     order: tuple[int, ...]
+    offset: tuple[int, ...]
+    box_shape: tuple[int, ...]
 
     @staticmethod
     def __new__(
-        cls: type[FlatShard], local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int]
+        cls: type[FlatShard],
+        local: Tensor,
+        spans: Sequence[Span],
+        shape: Sequence[int],
+        order: Sequence[int],
+        offset: Sequence[int] | None = None,
+        box_shape: Sequence[int] | None = None,
     ) -> FlatShard:
         whole: FlatShard = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
         whole.local, whole.spans, whole.order = local, tuple(spans), tuple(order)
+        whole.offset = (0,) * len(shape) if offset is None else tuple(offset)
+        whole.box_shape = tuple(shape if box_shape is None else box_shape)
         return whole
 
     def _parts(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
@@ -118,9 +130,11 @@ class FlatShard(Tensor):
         begin = 0
         for span in self.spans:
             for start, stop in cut(span.start, span.stop, ITEM_BYTES // self.dtype.itemsize):
-                for box in boxes(Span(start, stop - start), self.shape, self.order):
+                for box in boxes(Span(start, stop - start), self.box_shape, self.order):
                     end = begin + box.sizes.numel()
-                    yield box, in_shape(self.local[begin:end], box.sizes, self.order)
+                    offsets = torch.Size(map(sum, zip(self.offset, box.offsets, strict=True)))
+                    part = in_shape(self.local[begin:end], box.sizes, self.order)
+                    yield ChunkStorageMetadata(offsets, box.sizes), part
                     begin = end
 
     # The protocol of torch.distributed._checkpointable
@@ -164,7 +178,7 @@ class FlatShard(Tensor):
         )
 
     def _with(self, local: Tensor) -> FlatShard:
-        return FlatShard(local, self.spans, self.shape, self.order)
+        return FlatShard(local, self.spans, self.shape, self.order, self.offset, self.box_shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatShard:
         memo[id(self)] = copied = self._with(self.local.clone())
@@ -181,4 +195,5 @@ class FlatShard(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         held = ", ".join(f"{span.start}:{span.stop}" for span in self.spans)
-        return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, held=[{held}])"
+        of_box = f", of a box of {self.box_shape} at {self.offset}" if self.box_shape != tuple(self.shape) else ""
+        return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, held=[{held}]{of_box})"
