@@ -418,3 +418,28 @@ def assert_written_once(directory: str) -> None:
         tensors = sum(tensor.nbytes for tensor in reader.index.tensors.values())
         objects = sum(stored.nbytes for stored in reader.index.objects.values())
         assert sum(nbytes for _, nbytes in reader.index.files) == tensors + objects
+
+
+def save_placed(directory: str, tp: int, format: Any, load: str | None) -> Everything:
+    run = PlacedRun(tp, format, seed=1 if load is None else 2).train(range(3 if load is None else 1))
+    if load is not None:
+        shardadam.load(load, model=run.model, optimizer=run.optimizer)
+    shardadam.save(directory, step=3, model=run.model, optimizer=run.optimizer)
+    return run.everything()
+
+
+ROUND = [(4, 2), (3, 1), (4, 2), (4, 4), (1, 1), (2, 2)]
+"""Ranks, and tensor-parallel ones among them."""
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("format", EXACT, ids=str)
+def test_a_run_goes_from_any_mesh_to_any_other_and_back_bit_for_bit(tmp_path: Path, format: Any) -> None:
+    expected, load = None, None
+    for number, (ranks, tp) in enumerate(ROUND):
+        directory = str(tmp_path / str(number))
+        for found in on_ranks(ranks, save_placed, directory, tp, format, load):
+            expected = expected or found
+            assert differences(expected, found) == []
+        assert_written_once(directory)
+        load = directory

@@ -12,7 +12,6 @@ from shardadam.engine.storage import ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.state.local import local_state, spans_of
-from shardadam.transport.placement import local_tensor
 from shardadam.update import formats
 
 PIECE_NUMEL = 4 * ITEM_BYTES
@@ -33,7 +32,7 @@ class Piece:
 
     def parameter(self) -> Tensor:
         """Returns a view of the elements, 1-D."""
-        local = local_tensor(self.param.parameter).detach()
+        local = self.param.local.detach()
         return memory_order(local, local)[self.start : self.stop]
 
     def state(self) -> dict[str, Tensor]:
