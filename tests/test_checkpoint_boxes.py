@@ -35,8 +35,9 @@ from shardadam.checkpoint.schema import index_from_json, random_state_key
 from shardadam.checkpoint.values import Values
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.transport.placement import box_of, like, local_tensor
+from shardadam.update import formats
 from tests.ranks import on_ranks, rank_and_size
-from tests.runs import differences
+from tests.runs import differences, digest
 from tests.test_checkpoint_safety import rewrite_manifest
 
 Everything = dict[str, Tensor]
@@ -441,5 +442,218 @@ def test_a_run_goes_from_any_mesh_to_any_other_and_back_bit_for_bit(tmp_path: Pa
         for found in on_ranks(ranks, save_placed, directory, tp, format, load):
             expected = expected or found
             assert differences(expected, found) == []
+        assert_written_once(directory)
+        load = directory
+
+
+INT8 = (torch.bfloat16, "int8", "split")
+SAME_BLOCKS = ("blocks", "norm", "plain", "single")
+"""Parameters of which each block of 128 elements here is one there, on 1 and on 2 tensor-parallel ranks."""
+
+
+def test_codes_move_bit_for_bit_where_blocks_are_the_same(tmp_path: Path) -> None:
+    """Elsewhere they are decoded, and encoded again."""
+    saved = on_ranks(4, save_placed, str(tmp_path / "0"), 2, INT8, None)[0]
+    (again,) = {digest(found) for found in on_ranks(4, save_placed, str(tmp_path / "1"), 2, INT8, str(tmp_path / "0"))}
+    assert again == digest(saved)
+    whole = on_ranks(1, save_placed, str(tmp_path / "2"), 1, INT8, str(tmp_path / "1"))[0]
+    back = on_ranks(4, save_placed, str(tmp_path / "3"), 2, INT8, str(tmp_path / "2"))[0]
+    for found in (whole, back):
+        for name in differences(saved, found):
+            parameter, _, kind = name.rpartition(".")
+            assert kind in formats.MOMENTS and parameter not in SAME_BLOCKS, name
+            assert torch.allclose(found[name], saved[name], rtol=0.05, atol=0.02 * float(saved[name].abs().max()))
+        assert differences(saved, found), "some blocks are others"
+
+
+# Ranks with other names: pipeline stages, experts
+
+
+class Layer(nn.Module):
+    """With a frozen parameter, a buffer and an object."""
+
+    def __init__(self, index: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(10 * seed + index)
+        self.weight = nn.Parameter(torch.randn(5 + index, 30, generator=generator))
+        self.bias = nn.Parameter(torch.randn(5 + index, generator=generator))
+        self.frozen = nn.Parameter(torch.randn(3, generator=generator), requires_grad=False)
+        self.register_buffer("count", torch.tensor(index + 100 * seed))
+        self.extra = [index, seed]
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+class Stage(nn.Module):
+    def __init__(self, names: dict[str, int], seed: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: Layer(index, seed) for name, index in names.items()})
+
+
+def stage_run(stages: list[dict[str, int]], seed: int) -> tuple[Stage, ShardedAdamW]:
+    """Stages on consecutive ranks, as often as there are ranks."""
+    _, size = rank_and_size()
+    shape = (size // len(stages), len(stages))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "pp")) if size > 1 else None
+    model = Stage(stages[0 if mesh is None else mesh["pp"].get_local_rank()], seed)
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [(name, p) for name, p in named if p.ndim > 1]},
+        {"params": [(name, p) for name, p in named if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = ShardedAdamW(
+        groups,
+        lr=0.01 if seed else 0.02,
+        process_group=None if mesh is None else mesh["dp"],
+        model_parallel_group=mesh["pp"] if mesh is not None and len(stages) > 1 else None,
+        gradient_sync="step",
+        bucket_mb=0.001,
+    )
+    for step in range(2):
+        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            generator = torch.Generator().manual_seed(1000 * seed + 10 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return model, optimizer
+
+
+def everything_of(model: nn.Module, optimizer: ShardedAdamW) -> Everything:
+    found = {}
+    for name, value in model.state_dict().items():
+        found[name] = whole_of(value) if isinstance(value, Tensor) else torch.tensor(value)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found |= {f"{name}.{kind}": whole_of(v) for kind, v in optimizer.full_state(parameter).items()}
+    found["lr"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
+    return found
+
+
+def save_stages(directory: str, stages: list[dict[str, int]], load: str | None) -> Everything:
+    model, optimizer = stage_run(stages, seed=1 if load is None else 2)
+    if load is not None:
+        shardadam.load(load, model=model, optimizer=optimizer)
+    shardadam.save(directory, step=2, model=model, optimizer=optimizer)
+    return everything_of(model, optimizer)
+
+
+def stages_of(*sizes: int) -> list[dict[str, int]]:
+    ends = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+    return [{str(index): index for index in range(*pair)} for pair in pairwise(ends)]
+
+
+def test_pipeline_stages_move_between_ranks(tmp_path: Path) -> None:
+    expected: Everything = {}
+    load = None
+    for number, (ranks, sizes) in enumerate([(4, (2, 2)), (2, (4,)), (4, (1, 1, 1, 1)), (4, (3, 1)), (1, (4,))]):
+        directory = str(tmp_path / str(number))
+        whole: Everything = {}
+        for found in on_ranks(ranks, save_stages, directory, stages_of(*sizes), load):
+            whole |= found
+        expected = expected or whole
+        assert len(whole) == 4 * (5 + 2 * 3) + 1
+        assert differences(expected, whole) == []
+        assert_written_once(directory)
+        load = directory
+
+
+def refusal(function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+SAME_NAMES: dict[str, tuple[list[dict[str, int]], str]] = {
+    "equal shapes": ([{"0": 0}, {"0": 0}], "written by ranks"),
+    "other shapes": ([{"0": 0}, {"0": 1}], "found a tensor of shape (5, 30)"),
+}
+
+
+@pytest.mark.parametrize("how", SAME_NAMES)
+def test_stages_that_call_different_layers_the_same_are_refused_on_all_ranks(tmp_path: Path, how: str) -> None:
+    stages, words = SAME_NAMES[how]
+    for message in on_ranks(4, refusal, save_stages, str(tmp_path), stages, None):
+        assert words in message and "names in the whole model" in message, message
+    assert not shardadam.has_checkpoint(tmp_path)
+
+
+def test_a_stage_that_nobody_needs_is_named_on_all_ranks(tmp_path: Path) -> None:
+    on_ranks(4, save_stages, str(tmp_path / "saved"), stages_of(2, 2), None)
+    lacking = [{"0": 0, "1": 1}, {"2": 2}]
+    for message in on_ranks(4, refusal, save_stages, str(tmp_path / "new"), lacking, str(tmp_path / "saved")):
+        assert "Only in the checkpoint: model.layers.3.bias" in message
+    more = [{"0": 0, "1": 1}, {"2": 2, "3": 3, "4": 4}]
+    for message in on_ranks(4, refusal, save_stages, str(tmp_path / "new"), more, str(tmp_path / "saved")):
+        assert "Missing in the checkpoint: model.layers.4.bias" in message
+
+
+def save_unlike_groups(directory: str) -> None:
+    model, optimizer = stage_run(stages_of(2, 2), seed=1)
+    if rank_and_size()[0] % 2:
+        optimizer.param_groups[1]["lr"] = 0.5
+    shardadam.save(directory, step=2, model=model, optimizer=optimizer)
+
+
+def test_stages_with_other_hyperparameters_are_refused_on_all_ranks(tmp_path: Path) -> None:
+    """A checkpoint has one list of param groups."""
+    for message in on_ranks(4, refusal, save_unlike_groups, str(tmp_path)):
+        assert "lr of param group 1 is 0.01 on rank 0 and 0.5 on rank 1" in message
+
+
+class Experts(nn.Module):
+    """Of each expert a matrix of its own name, and a fused tensor of all."""
+
+    def __init__(self, mesh: DeviceMesh, seed: int) -> None:
+        super().__init__()
+        ep, number = mesh["ep"].size(), mesh["ep"].get_local_rank()
+        generator = torch.Generator().manual_seed(seed)
+        self.router = nn.Parameter(torch.randn(4, 33, generator=generator))
+        fused = torch.randn(4, 6, 5, generator=generator)
+        if ep > 1:
+            fused = distribute_tensor(fused, mesh["ep"], [Shard(0)])
+        self.fused = nn.Parameter(fused)
+        own = range(number * 4 // ep, (number + 1) * 4 // ep)
+        matrices = [torch.randn(7, 20, generator=generator) for _ in range(4)]
+        self.experts = nn.ParameterDict({str(index): nn.Parameter(matrices[index]) for index in own})
+
+
+def save_experts(directory: str, ep: int, load: str | None) -> Everything:
+    seed = 1 if load is None else 2
+    _, size = rank_and_size()
+    mesh = init_device_mesh("cpu", (size // ep, ep), mesh_dim_names=("edp", "ep"))
+    model = Experts(mesh, seed)
+    experts = [("fused", model.fused), *((f"experts.{index}", p) for index, p in model.experts.items())]
+    groups: list[dict[str, Any]] = [{"params": [("router", model.router)]}, {"params": experts}]
+    if ep > 1:
+        groups[1]["process_group"] = mesh["edp"]
+    optimizer = ShardedAdamW(groups, lr=0.01, gradient_sync="step", bucket_mb=0.001)
+    for step in range(2):
+        for index, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(1000 * seed + 10 * step + index)
+            parameter.grad = like(parameter, torch.randn(local_tensor(parameter).shape, generator=generator))
+        optimizer.step()
+    if load is not None:
+        shardadam.load(load, model=model, optimizer=optimizer)
+    shardadam.save(directory, step=2, model=model, optimizer=optimizer)
+    return everything_of(model, optimizer)
+
+
+def test_experts_move_between_ranks(tmp_path: Path) -> None:
+    expected: Everything = {}
+    load = None
+    for number, (ranks, ep) in enumerate([(4, 2), (4, 1), (4, 4), (2, 1), (2, 2)]):
+        directory = str(tmp_path / str(number))
+        whole: Everything = {}
+        for found in on_ranks(ranks, save_experts, directory, ep, load):
+            assert all(torch.equal(whole[name], found[name]) for name in whole.keys() & found.keys())
+            whole |= found
+        expected = expected or whole
+        assert len(whole) == 6 * 4 + 1
+        assert differences(expected, whole) == []
         assert_written_once(directory)
         load = directory
