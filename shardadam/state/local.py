@@ -12,6 +12,7 @@ from shardadam.engine.storage import ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Span
 from shardadam.state.flat_shard import FlatShard, dimension_order, in_shape
+from shardadam.transport import placement
 from shardadam.update import formats, reference
 
 CODES = {"exp_avg": "exp_avg_code", "exp_avg_sq": "exp_avg_sq_code"}
@@ -49,7 +50,7 @@ def torch_state(param: ShardedParam) -> dict[str, Tensor]:
     return {saved_name(name, param): tensor for name, tensor in local_state(param).items()}
 
 
-def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
+def saved_state(param: ShardedParam) -> dict[str, Tensor]:
     """Returns the parameter's entry of ``optimizer.state_dict()``: tensors of its shape, each with this rank's spans.
 
     They share memory with the optimizer, except a ``master`` that is computed from a remainder.
@@ -59,30 +60,48 @@ def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
         key = saved_name(name, param)
         if name in ("step", "bound"):
             saved[key] = tensor
-        elif name in formats.SCALES:
-            saved[key] = _whole_or_shard(tensor, state_spans(name, param), (block_count(param),), (0,), world_size)
-        else:
-            if name == "remainder":
-                tensor = reference.join(own_elements(param, param.local.detach()), tensor)
-            order = dimension_order(param.local)
-            saved[key] = _whole_or_shard(tensor, state_spans(name, param), param.shape, order, world_size)
+            continue
+        if name == "remainder":
+            tensor = reference.join(own_elements(param, param.local.detach()), tensor)
+        saved[key] = _whole_or_shard(name, tensor, param)
     return saved
 
 
+def _whole_or_shard(name: str, local: Tensor, param: ShardedParam) -> Tensor:
+    """Returns a ``FlatShard``, or a tensor like the parameter where this rank holds all that it has of it: without
+    other data-parallel ranks, or if it is empty.
+    """
+    box = box_in_state(name, param)
+    order = (0,) if name in formats.SCALES else dimension_order(param.local)
+    is_shared = param.arena.transport.world_size > 1 or (name in formats.SCALES and not box.is_whole)
+    if is_shared and torch.Size(box.global_shape).numel() > 0:
+        return FlatShard(local, state_spans(name, param), box.global_shape, order, box.offset, box.shape)
+    whole = in_shape(local, box.shape, order)
+    return whole if name in formats.SCALES else placement.like(param.parameter, whole)
+
+
+def box_in_state(name: str, param: ShardedParam) -> placement.Box:
+    """Returns the box that this rank holds of a tensor of the state.
+
+    Each scale belongs to a block of its box. Scales have one dimension, in which those of all boxes follow each other.
+    """
+    box = placement.box_of(param.parameter)
+    if name not in formats.SCALES:
+        return box
+    counts = (
+        {box.offset: -(-box.numel // ALIGNMENT_NUMEL)}
+        if box.is_whole
+        else {each.offset: -(-each.numel // ALIGNMENT_NUMEL) for each in placement.boxes_of_mesh(param.parameter)}
+    )
+    before = sum(count for offset, count in counts.items() if offset < box.offset) if box.numel > 0 else 0
+    return placement.Box((sum(counts.values()),), (before,), (block_count(param),))
+
+
 def state_spans(name: str, param: ShardedParam) -> list[Span]:
-    """Returns the spans of the whole tensor that a tensor of ``local_state`` holds; none for step and bound."""
+    """Returns the spans of the box that a tensor of ``local_state`` holds; none for step and bound."""
     if name in ("step", "bound"):
         return []
     return block_spans(param) if name in formats.SCALES else spans_of(param)
-
-
-def _whole_or_shard(
-    local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int], world_size: int
-) -> Tensor:
-    """Returns a ``FlatShard``, or an ordinary tensor where the shard is the whole: on one rank, or if it is empty."""
-    if world_size > 1 and torch.Size(shape).numel() > 0:
-        return FlatShard(local, spans, shape, order)
-    return in_shape(local, shape, order)
 
 
 def spans_of(param: ShardedParam) -> list[Span]:
