@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import shardadam
 from shardadam import CheckpointError, Precision, ShardedAdamW
@@ -34,7 +36,7 @@ from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import index_from_json, random_state_key
 from shardadam.checkpoint.values import Values
 from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.transport.placement import box_of, like, local_tensor
+from shardadam.transport.placement import like, local_tensor, runs_of
 from shardadam.update import formats
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences, digest
@@ -66,9 +68,28 @@ def tilings(draw: Any, shape: tuple[int, ...], cuts: int) -> list[Region]:
 
 @st.composite
 def box_specs(draw: Any, shape: tuple[int, ...]) -> list[BoxSpec]:
-    """A tiling whose boxes have any order of dimensions each."""
+    """A tiling whose boxes have any order of dimensions each; or several boxes side by side in the memory of each."""
+    if draw(st.booleans()):
+        of_dims = [draw(runs_of_ranks(size)) for size in shape]
+        return [with_runs(runs, draw(st.permutations(range(len(shape))))) for runs in itertools.product(*of_dims)]
     regions = draw(tilings(shape, draw(st.integers(0, 6))))
     return [BoxSpec(*region, tuple(draw(st.permutations(range(len(shape)))))) for region in regions]
+
+
+@st.composite
+def runs_of_ranks(draw: Any, size: int) -> list[tuple[tuple[int, int], ...]]:
+    """Cuts a dimension; each of up to three ranks has some of the pieces, in any order."""
+    ends = sorted(draw(st.sets(st.integers(0, size), max_size=4)) | {0, size})
+    pieces = [(start, stop - start) for start, stop in pairwise(ends)]
+    owners = [draw(st.integers(0, 2)) for _ in pieces]
+    shares = [[piece for piece, owner in zip(pieces, owners, strict=True) if owner == rank] for rank in range(3)]
+    return [tuple(draw(st.permutations(share))) for share in shares if share]
+
+
+def with_runs(runs: Any, order: Any) -> BoxSpec:
+    offset, shape = tuple(one[0][0] for one in runs), tuple(sum(length for _, length in one) for one in runs)
+    is_box = all(len(one) == 1 for one in runs)
+    return BoxSpec(offset, shape, tuple(order), () if is_box else tuple(runs))
 
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
@@ -155,8 +176,9 @@ def values_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def in_memory(whole: Tensor, box: BoxSpec) -> Tensor:
     """The elements of the box in its memory order."""
-    place = tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))
-    return whole[place].permute(box.order).reshape(-1)
+    for dim, runs in enumerate(box.all_runs):
+        whole = torch.cat([whole.narrow(dim, at, length) for at, length in runs], dim)
+    return whole.permute(box.order).reshape(-1)
 
 
 @settings(deadline=None, max_examples=40)
@@ -245,6 +267,15 @@ WRONG: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "too few dimensions": (lambda t: t["model.x"]["boxes"][1].update(offset=[0]), "expected 2 numbers"),
     "an order of others": (lambda t: t["model.x"]["boxes"][1].update(order=[0, 2]), "in the order of dimensions"),
+    "runs of another length": (
+        lambda t: t["model.x"]["boxes"][1].update(runs=[[[0, 4]], [[3, 1], [5, 1]]]),
+        "found runs",
+    ),
+    "runs elsewhere": (lambda t: t["model.x"]["boxes"][1].update(runs=[[[0, 4]], [[4, 2], [3, 1]]]), "found runs"),
+    "runs over others": (
+        lambda t: t["model.x"]["boxes"][1].update(runs=[[[0, 4]], [[3, 2], [2, 1]]]),
+        "expected none that overlap",
+    ),
     "blocks": (lambda t: t["model.x"].update(block_numel=2), "found blocks of 2 elements"),
     "items twice": (
         lambda t: t["model.x"]["boxes"][1].update(items=t["model.x"]["boxes"][0]["items"]),
@@ -317,12 +348,15 @@ SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {
     "uneven": ((5, 7), 0),
     "single": ((1, 3), 0),
     "convolution": ((4, 6, 3, 5), 1),
+    "fused": ((16, 9), 0),
     "norm": ((33,), None),
     "plain": ((19,), None),
     "frozen": ((6, 10), 1),
     "empty": ((0, 4), 0),
 }
-"""Shape and sharded dimension of each parameter; None: equal on all ranks of the mesh, plain if so named."""
+"""Shape and sharded dimension of each parameter; None: equal on all ranks of the mesh, plain if so named. The rows of
+``fused`` are those of two projections, some of each on each rank.
+"""
 
 EXACT = [
     (torch.float32, "fp32", "auto"),
@@ -343,7 +377,10 @@ class Placed(nn.Module):
             if name == "convolution":
                 value = value.to(memory_format=torch.channels_last)
             if mesh is not None and name != "plain":
-                value = distribute_tensor(value, mesh, [Replicate() if dim is None else Shard(dim)])
+                placement = Replicate() if dim is None else Shard(dim)
+                value = distribute_tensor(
+                    value, mesh, [_StridedShard(0, split_factor=2) if name == "fused" else placement]
+                )
             self.register_parameter(name, nn.Parameter(value, requires_grad=name != "frozen"))
         buffer = torch.randn(8, 3, generator=generator)
         self.register_buffer("table", buffer if mesh is None else distribute_tensor(buffer, mesh, [Shard(0)]))
@@ -377,9 +414,9 @@ class PlacedRun:
             for parameter in self.model.parameters():
                 gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                 if parameter.requires_grad:
-                    box = box_of(parameter)
-                    place = tuple(slice(at, at + size) for at, size in zip(box.offset, box.shape, strict=True))
-                    local = torch.empty_like(local_tensor(parameter)).copy_(gradient[place])
+                    for dim, runs in enumerate(runs_of(parameter)):
+                        gradient = torch.cat([gradient.narrow(dim, at, length) for at, length in runs], dim)
+                    local = torch.empty_like(local_tensor(parameter)).copy_(gradient)
                     parameter.grad = like(parameter, local)
             self.optimizer.step()
             self.optimizer.zero_grad()

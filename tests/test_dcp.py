@@ -344,7 +344,8 @@ def test_the_parts_of_a_flat_shard_are_views_at_the_right_offsets(
     local = torch.cat([flat[:0], *(flat[span.start :][: span.numel] for span in spans)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat_shard, "ITEM_BYTES", item_numel * flat.itemsize)
-        shard = FlatShard(local, spans, whole, order, offset, shape)
+        runs = tuple(((at, size),) for at, size in zip(offset, shape, strict=True))
+        shard = FlatShard(local, spans, whole, order, runs)
         assert list(shard.shape) == whole
         for item in shard.__create_write_items__("p", shard):
             chunk = item.tensor_data.chunk  # type: ignore[union-attr]

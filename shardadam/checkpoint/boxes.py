@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from shardadam.layout import Span
-from shardadam.state.flat_shard import boxes, in_shape
+from shardadam.state.flat_shard import Runs, boxes, in_shape, narrowed, split_by_runs
 
 Ints = tuple[int, ...]
 
@@ -36,33 +36,69 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BoxSpec:
-    """A region that is dense in memory. ``order``: its dimensions, from the outermost to the innermost in memory."""
+    """A part of a tensor that is dense in memory: a box, or several that a rank has side by side.
+
+    Args:
+        offset: of the first element.
+        order: its dimensions, from the outermost to the innermost in memory.
+        runs: for each dimension, offset and length of each run of the whole, in order; empty if it is one box. Fused
+            projections are placed so (``_StridedShard``): a rank has some columns of each.
+    """
 
     offset: Ints
     shape: Ints
     order: Ints
+    runs: Runs = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def region(self) -> Region:
-        return Region(self.offset, self.shape)
+    def all_runs(self) -> Runs:
+        return self.runs or tuple(((at, size),) for at, size in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def parts(self) -> list[Region]:
+        """All that it has: one region, if it is a box."""
+        if not self.runs:
+            return [Region(self.offset, self.shape)]
+        return [Region(*zip(*runs, strict=True)) for runs in product(*self.runs)]
+
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """Yield what follows each other in ``start : stop`` of it, counted in memory order."""
+        runs = self.all_runs
+        for chunk in boxes(Span(start, stop - start), self.shape, self.order):
+            split = split_by_runs(chunk.offsets, chunk.sizes, runs)
+            regions = [(Region(tuple(place.offsets), tuple(place.sizes)), begins) for place, begins in split]
+            yield Chunk(start, tuple(chunk.sizes), regions)
+            start += chunk.sizes.numel()
 
     def regions(self, start: int, stop: int) -> list[Region]:
-        """Return the regions that follow each other in ``start : stop`` of the box, counted in memory order."""
-        return [
-            Region(tuple(map(sum, zip(self.offset, chunk.offsets, strict=True))), tuple(chunk.sizes))
-            for chunk in boxes(Span(start, stop - start), self.shape, self.order)
-        ]
+        """Return all regions of ``chunks``."""
+        return [region for chunk in self.chunks(start, stop) for region, _ in chunk.regions]
 
     def position(self, element: Sequence[int]) -> int:
-        """Return where an element, by its coordinates in the whole tensor, lies in the box, in memory order."""
+        """Return where an element, by its coordinates in the whole tensor, lies in memory order."""
         position = 0
         for dim in self.order:
-            position = position * self.shape[dim] + element[dim] - self.offset[dim]
+            begin = index = 0
+            for at, length in self.all_runs[dim]:
+                if at <= element[dim] < at + length:
+                    index = begin + element[dim] - at
+                begin += length
+            position = position * self.shape[dim] + index
         return position
+
+
+class Chunk(NamedTuple):
+    """Elements of a part from ``start`` on, in memory order, of this shape there: some regions of the whole, each with
+    the place in the shape where it begins.
+    """
+
+    start: int
+    shape: Ints
+    regions: list[tuple[Region, Ints]]
 
 
 def whole_box(shape: Ints, order: Ints) -> BoxSpec:
@@ -78,30 +114,30 @@ def common(one: Region, other: Region) -> Region | None:
 
 
 class Run:
-    """Elements of a box from ``start`` on, in memory order: ``flat``, 1-D."""
+    """Elements of a box from ``start`` on, in memory order: ``flat``, 1-D. ``parts``: views of it, one a region."""
 
     def __init__(self, box: BoxSpec, start: int, flat: Tensor) -> None:
-        self.regions = box.regions(start, start + flat.numel())
-        self._parts: list[Tensor] = []
-        begin = 0
-        for region in self.regions:
-            end = begin + math.prod(region.shape)
-            self._parts.append(in_shape(flat[begin:end], region.shape, box.order))
-            begin = end
+        self.regions: list[Region] = []
+        self.parts: list[Tensor] = []
+        for chunk in box.chunks(start, start + flat.numel()):
+            begin = chunk.start - start
+            held = in_shape(flat[begin : begin + math.prod(chunk.shape)], chunk.shape, box.order)
+            for region, begins in chunk.regions:
+                self.regions.append(region)
+                self.parts.append(narrowed(held, begins, region.shape))
 
     def copy_(self, other: Run) -> None:
         """Copy the elements that both have from ``other``."""
-        for region, part in zip(self.regions, self._parts, strict=True):
-            for other_region, other_part in zip(other.regions, other._parts, strict=True):
+        for region, part in zip(self.regions, self.parts, strict=True):
+            for other_region, other_part in zip(other.regions, other.parts, strict=True):
                 shared = common(region, other_region)
                 if shared is not None:
                     _cut_out(part, region, shared).copy_(_cut_out(other_part, other_region, shared))
 
 
 def _cut_out(part: Tensor, region: Region, shared: Region) -> Tensor:
-    for dim, size in enumerate(shared.shape):
-        part = part.narrow(dim, shared.offset[dim] - region.offset[dim], size)
-    return part
+    begins = [at - start for at, start in zip(shared.offset, region.offset, strict=True)]
+    return narrowed(part, begins, shared.shape)
 
 
 def check_tiling(shape: Ints, found: Iterable[Region]) -> None:

@@ -26,7 +26,7 @@ from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order
 from shardadam.state.local import local_state
-from shardadam.transport.placement import box_of, local_tensor, placements_of
+from shardadam.transport.placement import local_tensor, placements_of, runs_of
 from shardadam.update import formats
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -168,21 +168,22 @@ def load_objects(contents: Contents, objects: dict[str, Any]) -> None:
 
 
 def spec_of(key: str, tensor: Tensor) -> tuple[TensorSpec, BoxSpec]:
-    """Returns the spec of the whole tensor, and which box of it this rank holds.
+    """Returns the spec of the whole tensor, and which part of it this rank holds.
 
     Raises:
-        CheckpointError: what this rank holds is not one box.
+        CheckpointError: it is a DTensor of partial sums.
     """
-    local = local_tensor(tensor)
-    try:
-        if any(placement.is_partial() for placement in placements_of(tensor)):
-            raise ValueError("found a DTensor of partial sums, expected values")
-        whole, offset, shape = box_of(tensor)
-    except ValueError as error:
-        raise CheckpointError(f"{key} cannot be saved: {error}. Redistribute it to Shard or Replicate.") from error
-    box = BoxSpec(tuple(offset), tuple(shape), _order(local))
-    order = box.order if shape == whole else _order(tensor)
-    return TensorSpec(tensor.dtype, tuple(whole), order), box
+    if any(placement.is_partial() for placement in placements_of(tensor)):
+        raise CheckpointError(
+            f"{key} cannot be saved or loaded: found a DTensor of partial sums, expected values. Redistribute it to "
+            "Shard or Replicate."
+        )
+    local, shape, runs = local_tensor(tensor), tuple(tensor.shape), runs_of(tensor)
+    is_box = all(len(of_dim) == 1 for of_dim in runs)
+    offset = tuple(of_dim[0][0] for of_dim in runs)
+    box = BoxSpec(offset, tuple(local.shape), _order(local), () if is_box else runs)
+    order = box.order if box.shape == shape else _order(tensor)
+    return TensorSpec(tensor.dtype, shape, order), box
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:

@@ -29,13 +29,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardadam.checkpoint.boxes import Region
+from shardadam.checkpoint.boxes import Region, Run
 from shardadam.checkpoint.directory import has_checkpoint, newest
 from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
 from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import PARAM_GROUPS
 from shardadam.checkpoint.values import Values
-from shardadam.state.flat_shard import in_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +52,12 @@ class _Chunk:
 
     Args:
         box: number of the stored box.
-        start: position of the first element in the box, in memory order.
-        order: of the box.
+        start, stop: positions in the box, in memory order, between which it lies.
     """
 
     box: int
     start: int
-    order: tuple[int, ...]
+    stop: int
     region: Region
 
 
@@ -167,8 +165,8 @@ class DcpReader(StorageReader):
                 read = values.opened_box(key, box)
                 for *_, start, item in items:
                     chunk = self._tensors[item.storage_index.fqn].chunks[_offsets(item)]
-                    flat = read(start, start + math.prod(chunk.region.shape))
-                    _load_into(planner, item, in_shape(flat, chunk.region.shape, chunk.order))
+                    run = Run(reader.index.tensors[key].boxes[box].spec, start, read(start, chunk.stop))
+                    _load_into(planner, item, run.parts[run.regions.index(chunk.region)])
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -191,11 +189,11 @@ def _tensors_of(reader: Reader, values: Values) -> dict[str, _Tensor]:
     for key, spec in values.specs.items():
         tensor = tensors[key] = _Tensor(key, spec, {})
         for number, box in enumerate(reader.index.tensors[key].boxes):
-            start = 0
             for item in box.items:
-                for region in box.spec.regions(item.start, item.start + item.numel):
-                    tensor.chunks[region.offset] = _Chunk(number, start, box.spec.order, region)
-                    start += math.prod(region.shape)
+                for chunk in box.spec.chunks(item.start, item.start + item.numel):
+                    stop = chunk.start + math.prod(chunk.shape)
+                    for region, _ in chunk.regions:
+                        tensor.chunks[region.offset] = _Chunk(number, chunk.start, stop, region)
     for alias, name in _names(values):
         if f"model.{name}" in tensors:
             tensors[f"model.{alias}"] = tensors[f"model.{name}"]

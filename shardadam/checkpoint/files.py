@@ -322,14 +322,16 @@ def check_whole(key: str, tensor: StoredTensor) -> None:
         end, numel = 0, -(-box.spec.numel // tensor.spec.block_numel)
         for item in box.items:
             if 0 <= item.start < end:
-                raise CheckpointError(f"{key}: found two items with element {item.start} of the box {box.spec.region}")
+                raise CheckpointError(
+                    f"{key}: found two items with element {item.start} of the box at {box.spec.offset}"
+                )
             if item.start != end or item.numel < 1:
                 raise CheckpointError(f"{key}: found an item at element {item.start}, expected one at {end}")
             end += item.numel
         if end != numel:
             raise CheckpointError(f"{key}: found items up to element {end}, expected {numel}")
     try:
-        check_tiling(tensor.spec.shape, (box.spec.region for box in tensor.boxes))
+        check_tiling(tensor.spec.shape, (part for box in tensor.boxes for part in box.spec.parts))
     except ValueError as error:
         raise CheckpointError(f"{key}: {error}") from error
 
@@ -398,6 +400,7 @@ def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
         return found | {"items": tensor.boxes[0].items}
     boxes = [
         {"offset": box.spec.offset, "shape": box.spec.shape, "order": box.spec.order, "items": box.items}
+        | ({"runs": box.spec.runs} if box.spec.runs else {})
         for box in tensor.boxes
     ]
     return found | {"boxes": boxes}

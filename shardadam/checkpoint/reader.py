@@ -11,6 +11,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -262,8 +263,8 @@ def _is_known(version: Any) -> bool:
 def items_within(box: StoredBox, regions: Sequence[Region]) -> list[Item]:
     """Returns the items of a stored box that have elements of ``regions``, ascending."""
     found: set[int] = set()
-    for region in regions:
-        shared = common(region, box.spec.region)
+    for region, part in product(regions, box.spec.parts):
+        shared = common(region, part)
         if shared is None:
             continue
         # Of a region, its first corner comes first in every order of dimensions, and its last corner last.

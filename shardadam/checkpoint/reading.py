@@ -171,7 +171,7 @@ def _read_other(tensor: Tensor, reader: Reader, key: str) -> None:
     stored = reader.index.tensors[key]
     _, box = spec_of(key, tensor)
     # Read in the memory order that is stored, the copy reorders.
-    same = next((each.spec for each in stored.boxes if each.spec.region == box.region), box)
+    same = next((each.spec for each in stored.boxes if each.spec.all_runs == box.all_runs), box)
     flat = torch.empty(box.numel, dtype=stored.spec.dtype, device="cpu")
     reader.read_(key, same, 0, flat)
     local_tensor(tensor).detach().copy_(in_shape(flat, same.shape, same.order))

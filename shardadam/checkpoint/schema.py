@@ -12,7 +12,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +31,7 @@ from shardadam.checkpoint.files import (
     file_name,
 )
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES
+from shardadam.state.flat_shard import Runs
 from shardadam.update import formats
 
 PARAM_GROUPS = "optimizer.param_groups"
@@ -41,6 +42,8 @@ PARAMETER_PREFIX = "optimizer.parameter."
 
 MAX_NUMBER = 2**63 - 1
 MAX_DIMENSIONS = 64
+MAX_PARTS = 4096
+"""How many boxes may lie side by side in the memory of one rank."""
 MAX_STEP = 2.0**53
 _MASTERS = ("own", "split", "fp32", "none")
 _MOMENTS = ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16))
@@ -258,7 +261,10 @@ def _tensor_of(value: Any, what: str) -> StoredTensor:
     for entry in _list(found["boxes"], f"{what}, boxes"):
         box = _dict(entry, f"{what}, boxes")
         offset = tuple(_numbers(_get(box, "offset"), f"{what}, offset", len(shape)))
-        boxes.append(_box_of(box, BoxSpec(offset, *_dense(box, what, len(shape))), what))
+        box_spec = BoxSpec(offset, *_dense(box, what, len(shape)))
+        if "runs" in box:
+            box_spec = replace(box_spec, runs=_runs_of(box["runs"], box_spec, what))
+        boxes.append(_box_of(box, box_spec, what))
     return StoredTensor(spec, boxes)
 
 
@@ -268,6 +274,18 @@ def _dense(found: Mapping[str, Any], what: str, length: int | None = None) -> tu
     if len(shape) > MAX_DIMENSIONS or sorted(order) != list(range(len(shape))):
         raise ValueError(f"{what}: found shape {shown(shape)} in the order of dimensions {shown(order)}")
     return shape, order
+
+
+def _runs_of(value: Any, box: BoxSpec, what: str) -> Runs:
+    runs: list[tuple[tuple[int, int], ...]] = []
+    for dim, of_dim in enumerate(_list(value, f"{what}, runs")):
+        found = [tuple(_numbers(run, f"{what}, runs", 2)) for run in _list(of_dim, f"{what}, runs")]
+        if dim >= len(box.shape) or not found or sum(length for _, length in found) != box.shape[dim]:
+            raise ValueError(f"{what}: found runs {shown(of_dim)} of a box of shape {shown(box.shape)}")
+        runs.append(tuple((at, length) for at, length in found))
+    if tuple(of_dim[0][0] for of_dim in runs) != box.offset or math.prod(map(len, runs)) > MAX_PARTS:
+        raise ValueError(f"{what}: found runs {shown(value)} of a box at {shown(box.offset)}")
+    return tuple(runs)
 
 
 def _box_of(found: Mapping[str, Any], spec: BoxSpec, what: str) -> StoredBox:

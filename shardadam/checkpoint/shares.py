@@ -74,7 +74,7 @@ def share(exchange: RankExchange, contents: Contents, part: Part, listing: Listi
     holders = _holders(listings)
     turns: Counter[tuple[int, ...]] = Counter()
     for other in part.others:
-        ranks = tuple(sorted(holders[_identity(*_entry(other))]))
+        ranks = tuple(sorted(holders[_identity(_entry(other))]))
         holds = other.is_parameter or rank == ranks[0]
         if holds and (other.box.numel > 0 or other.spec.numel == 0):
             part.boxes[other.key] = other.spec, other.box
@@ -87,25 +87,26 @@ def share(exchange: RankExchange, contents: Contents, part: Part, listing: Listi
 
 def _entry(other: OtherTensor) -> tuple[Any, ...]:
     if not other.is_parameter and not placements_of(other.tensor):  # its shape may differ between ranks, too
-        return other.key, "some buffer", (), ()
-    return other.key, described(other.spec), other.box.offset, other.box.shape
+        return other.key, "some buffer", (), (), ()
+    return other.key, described(other.spec), other.box.offset, other.box.shape, other.box.runs
 
 
-def _identity(key: str, spec: str, offset: Sequence[int], shape: Sequence[int]) -> tuple[Any, ...]:
-    return key, spec, tuple(offset), tuple(shape)
+def _identity(entry: Sequence[Any]) -> str:
+    """Returns the same text for equal entries, of this rank or from others."""
+    return json.dumps(entry)
 
 
 Listings = Sequence[tuple[Listing, Sequence[int]]]
 """Different listings, and the ranks that have each."""
 
 
-def _holders(listings: Listings) -> dict[tuple[Any, ...], list[int]]:
+def _holders(listings: Listings) -> dict[str, list[int]]:
     """Returns the ranks that hold each box; of a buffer that is no DTensor, those that have one of this name.
 
     Raises:
         CheckpointError: tensors of one name have different shapes or dtypes.
     """
-    holders: dict[tuple[Any, ...], list[int]] = {}
+    holders: dict[str, list[int]] = {}
     first: dict[str, tuple[str, int]] = {}
     for listing, ranks in listings:
         for entry in listing["others"]:
@@ -116,7 +117,7 @@ def _holders(listings: Listings) -> dict[tuple[Any, ...], list[int]]:
                     f"{key}: found a tensor of {known} on rank {rank} and of {spec} on rank {ranks[0]}, expected the "
                     f"same. {DISTINCT_NAMES}"
                 )
-            holders.setdefault(_identity(*entry), []).extend(ranks)
+            holders.setdefault(_identity(entry), []).extend(ranks)
     return holders
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -142,8 +143,8 @@ class _Assembled:
         flat = torch.empty(stop - start, dtype=self._spec.dtype, device="cpu")
         target = Run(whole_box(self._spec.shape, self._spec.order), start, flat)
         for number, box in enumerate(self._boxes):
-            for region in target.regions:
-                shared = common(region, box.region)
+            for region, part in product(target.regions, box.parts):
+                shared = common(region, part)
                 if shared is not None:
                     for low, high in _spans(box, shared):
                         target.copy_(Run(box, low, self._open(number)(low, high)))

@@ -16,7 +16,7 @@ from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.storage import NamedParameter, ShardedParam
 from shardadam.layout import Span
 from shardadam.state.flat_shard import FlatShard, dimension_order
-from shardadam.state.local import CODES, block_spans, box_in_state, local_state, own_elements, spans_of, take
+from shardadam.state.local import CODES, block_spans, local_state, own_elements, place_in_state, spans_of, take
 from shardadam.state.masters import write_master_
 from shardadam.transport import placement
 from shardadam.update import formats, reference
@@ -140,14 +140,14 @@ def _own(param: ShardedParam, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_part(param: ShardedParam, name: str, saved: Tensor, spans: Sequence[Span]) -> Tensor:
-    shape, offset, box_shape = box = box_in_state(name, param)
+    shape, runs = place_in_state(name, param)
     if tuple(saved.shape) != shape:
         raise ValueError(
             f"Parameter {param.name!r}: {name} has shape {tuple(saved.shape)} in state_dict, expected {shape}."
         )
     if isinstance(saved, FlatShard):
         in_order = name in formats.SCALES or saved.order == dimension_order(param.local)
-        if (saved.spans, saved.offset, saved.box_shape) != (tuple(spans), offset, box_shape) or not in_order:
+        if saved.spans != tuple(spans) or saved.runs != runs or not in_order:
             raise ValueError(
                 f"Parameter {param.name!r}: state_dict has the elements {_describe(saved.spans)} of {name}, expected "
                 f"this rank's {_describe(spans)}. It comes from another rank, number of ranks, bucket_mb or memory "
@@ -156,14 +156,16 @@ def _own_part(param: ShardedParam, name: str, saved: Tensor, spans: Sequence[Spa
             )
         return saved.local
     if isinstance(saved, DTensor):
-        if placement.box_of(saved) != box:
+        if placement.runs_of(saved) != runs:
             raise ValueError(
                 f"Parameter {param.name!r}: state_dict has a DTensor {saved.placements} as {name}, expected one that "
                 "is placed like the parameter. Pass its full_tensor() on all ranks."
             )
         saved = placement.local_tensor(saved)
-    elif not box.is_whole:
-        saved = saved[tuple(slice(start, start + size) for start, size in zip(offset, box_shape, strict=True))]
+    else:
+        for dim, of_dim in enumerate(runs):
+            parts = [saved.narrow(dim, start, length) for start, length in of_dim]
+            saved = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
     if name in formats.SCALES:
         return take(saved, spans)
     return own_elements(param, saved)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from shardadam.engine.storage import ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Span
-from shardadam.state.flat_shard import FlatShard, dimension_order, in_shape
+from shardadam.state.flat_shard import FlatShard, Runs, dimension_order, in_shape, runs_of_whole
 from shardadam.transport import placement
 from shardadam.update import formats, reference
 
@@ -71,34 +72,38 @@ def _whole_or_shard(name: str, local: Tensor, param: ShardedParam) -> Tensor:
     """Returns a ``FlatShard``, or a tensor like the parameter where this rank holds all that it has of it: without
     other data-parallel ranks, or if it is empty.
     """
-    box = box_in_state(name, param)
+    shape, runs = place_in_state(name, param)
     order = (0,) if name in formats.SCALES else dimension_order(param.local)
-    is_shared = param.arena.transport.world_size > 1 or (name in formats.SCALES and not box.is_whole)
-    if is_shared and torch.Size(box.global_shape).numel() > 0:
-        return FlatShard(local, state_spans(name, param), box.global_shape, order, box.offset, box.shape)
-    whole = in_shape(local, box.shape, order)
-    return whole if name in formats.SCALES else placement.like(param.parameter, whole)
+    is_shared = param.arena.transport.world_size > 1 or (name in formats.SCALES and runs != runs_of_whole(shape))
+    if is_shared and torch.Size(shape).numel() > 0:
+        return FlatShard(local, state_spans(name, param), shape, order, runs)
+    if name in formats.SCALES:
+        return local
+    return placement.like(param.parameter, in_shape(local, param.shape, order))
 
 
-def box_in_state(name: str, param: ShardedParam) -> placement.Box:
-    """Returns the box that this rank holds of a tensor of the state.
+def place_in_state(name: str, param: ShardedParam) -> tuple[tuple[int, ...], Runs]:
+    """Returns the shape of a tensor of the state, and where in it the part lies that this rank has of the parameter.
 
-    Each scale belongs to a block of its box. Scales have one dimension, in which those of all boxes follow each other.
+    Each scale belongs to a block of such a part. Scales have one dimension, in which those of all parts follow each
+    other.
     """
-    box = placement.box_of(param.parameter)
+    runs = placement.runs_of(param.parameter)
     if name not in formats.SCALES:
-        return box
-    counts = (
-        {box.offset: -(-box.numel // ALIGNMENT_NUMEL)}
-        if box.is_whole
-        else {each.offset: -(-each.numel // ALIGNMENT_NUMEL) for each in placement.boxes_of_mesh(param.parameter)}
-    )
-    before = sum(count for offset, count in counts.items() if offset < box.offset) if box.numel > 0 else 0
-    return placement.Box((sum(counts.values()),), (before,), (block_count(param),))
+        return tuple(param.parameter.shape), runs
+    if param.local is param.parameter:
+        return (block_count(param),), (((0, block_count(param)),),)
+    counts = {part: -(-_numel(part) // ALIGNMENT_NUMEL) for part in placement.runs_of_mesh(param.parameter)}
+    before = sum(count for part, count in counts.items() if part < runs) if _numel(runs) > 0 else 0
+    return (sum(counts.values()),), (((before, block_count(param)),),)
+
+
+def _numel(runs: Runs) -> int:
+    return math.prod(sum(length for _, length in of_dim) for of_dim in runs)
 
 
 def state_spans(name: str, param: ShardedParam) -> list[Span]:
-    """Returns the spans of the box that a tensor of ``local_state`` holds; none for step and bound."""
+    """Returns the spans of the part that a tensor of ``local_state`` holds; none for step and bound."""
     if name in ("step", "bound"):
         return []
     return block_spans(param) if name in formats.SCALES else spans_of(param)

@@ -7,7 +7,6 @@ box of the whole. A plain tensor is its own local tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise, product
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+from shardadam.state.flat_shard import Runs, runs_of_whole
+
 
 class Box(NamedTuple):
     """The elements ``whole[offset[0] : offset[0] + shape[0], ...]`` of a tensor of ``global_shape``."""
@@ -25,10 +26,6 @@ class Box(NamedTuple):
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def is_whole(self) -> bool:
@@ -90,32 +87,23 @@ def box_of(tensor: Tensor) -> Box:
     return _box_at(shape, _runs_at(*_where(tensor)), tuple(tensor.placements))
 
 
-Runs = tuple[tuple[tuple[int, int], ...], ...]
-"""For each dimension, offset and length of each run of the whole that a local tensor has, in its order."""
-
-
 def runs_of(tensor: Tensor) -> Runs:
     """Return where the local tensor lies in the whole. It is one box if it has one run in each dimension.
 
     Several are placed by ``_StridedShard``, as in the columns of fused projections.
     """
     if not isinstance(tensor, DTensor):
-        return tuple(((0, size),) for size in tensor.shape)
+        return runs_of_whole(tensor.shape)
     return _runs_at(*_where(tensor))
 
 
-def boxes_of_mesh(tensor: Tensor) -> list[Box]:
-    """Return the different boxes, but no empty ones, of all ranks of a DTensor's mesh, ascending by offset.
-
-    Raises:
-        ValueError: some are no boxes.
-    """
+def runs_of_mesh(tensor: Tensor) -> list[Runs]:
+    """Return the different results of ``runs_of``, but no empty ones, on all ranks of a DTensor's mesh, ascending."""
     if not isinstance(tensor, DTensor):
-        return [box_of(tensor)]
+        return [runs_of(tensor)]
     shape, placements, mesh_shape, _ = _where(tensor)
-    coordinates = product(*map(range, mesh_shape))
-    found = (_box_at(shape, _runs_at(shape, placements, mesh_shape, one), placements) for one in coordinates)
-    return sorted({box for box in found if box.numel > 0})
+    found = {_runs_at(shape, placements, mesh_shape, one) for one in product(*map(range, mesh_shape))}
+    return sorted(runs for runs in found if all(of_dim[0][1] > 0 for of_dim in runs))
 
 
 def _where(tensor: DTensor) -> tuple[tuple[int, ...], tuple[Placement, ...], tuple[int, ...], tuple[int, ...]]:
