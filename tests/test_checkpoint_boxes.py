@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -694,3 +695,114 @@ def test_experts_move_between_ranks(tmp_path: Path) -> None:
         assert differences(expected, whole) == []
         assert_written_once(directory)
         load = directory
+
+
+# Meshes of several dimensions
+
+
+class ParallelStage(nn.Module):
+    """Layers of a pipeline stage, tensor-parallel, with a parameter that all tensor-parallel ranks have alike."""
+
+    def __init__(self, indices: range, mesh: DeviceMesh | None, seed: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for index in indices:
+            generator = torch.Generator().manual_seed(10 * seed + index)
+            layer = self.layers[str(index)] = nn.Module()
+            for name, dim in (("up", 0), ("down", 1), ("norm", None)):
+                value = torch.randn(6, 4 + index, generator=generator)
+                if mesh is not None and dim is not None:
+                    value = distribute_tensor(value, mesh, [Shard(dim)])
+                layer.register_parameter(name, nn.Parameter(value))
+
+
+def save_parallel_stages(directory: str, pp: int, tp: int, load: str | None) -> Everything:
+    _, size = rank_and_size()
+    seed = 1 if load is None else 2
+    shape = (size // pp // tp, pp, tp)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "pp", "tp"))
+    stage = mesh["pp"].get_local_rank()
+    indices = range(stage * 4 // pp, (stage + 1) * 4 // pp)
+    model = ParallelStage(indices, mesh["tp"] if tp > 1 else None, seed)
+    optimizer = ShardedAdamW(
+        model.named_parameters(),
+        lr=0.01,
+        process_group=mesh["dp"],
+        model_parallel_group=mesh["pp", "tp"] if pp * tp > 1 else None,
+        gradient_sync="step",
+    )
+    for step in range(2):
+        for parameter in model.parameters():
+            generator = torch.Generator().manual_seed(seed + step)
+            parameter.grad = like(parameter, torch.randn(local_tensor(parameter).shape, generator=generator))
+        optimizer.step()
+    if load is not None:
+        shardadam.load(load, model=model, optimizer=optimizer)
+    shardadam.save(directory, step=2, model=model, optimizer=optimizer)
+    return everything_of(model, optimizer)
+
+
+def test_tensor_parallel_pipeline_stages_become_data_parallel_ranks_and_back(tmp_path: Path) -> None:
+    expected: Everything = {}
+    load = None
+    for number, (ranks, pp, tp) in enumerate([(4, 2, 2), (2, 1, 1), (4, 1, 2), (4, 4, 1), (4, 2, 2)]):
+        directory = str(tmp_path / str(number))
+        whole: Everything = {}
+        for found in on_ranks(ranks, save_parallel_stages, directory, pp, tp, load):
+            assert all(torch.equal(whole[name], found[name]) for name in whole.keys() & found.keys())
+            whole |= found
+        expected = expected or whole
+        assert differences(expected, whole) == []
+        assert_written_once(directory)
+        load = directory
+
+
+def save_fully_sharded(directory: str, ranks: int, load: str | None) -> Everything:
+    """With ``fully_shard``, where FSDP stores the parameters, on several ranks."""
+    seed = 1 if load is None else 2
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 5, bias=False))
+    for parameter in model.parameters():
+        parameter.detach().copy_(torch.randn(parameter.shape, generator=generator))
+    if ranks > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    optimizer = ShardedAdamW(model.named_parameters(), lr=0.01, gradient_sync="external" if ranks > 1 else "backward")
+    for step in range(2):
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(seed + step))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if load is not None:
+        shardadam.load(load, model=model, optimizer=optimizer)
+    shardadam.save(directory, step=2, model=model, optimizer=optimizer)
+    return everything_of(model, optimizer)
+
+
+def test_fully_sharded_models_go_to_other_numbers_of_ranks(tmp_path: Path) -> None:
+    expected, load = None, None
+    for number, ranks in enumerate([2, 1, 3, 2]):
+        directory = str(tmp_path / str(number))
+        for found in on_ranks(ranks, save_fully_sharded, directory, ranks, load):
+            expected = expected or found
+            assert differences(expected, found) == []
+        assert_written_once(directory)
+        load = directory
+
+
+# Export
+
+
+def test_export_writes_whole_tensors(tmp_path: Path) -> None:
+    saved = on_ranks(4, save_placed, str(tmp_path), 2, INT8, None)[0]
+    paths = export(tmp_path, format="torch", output=tmp_path / "torch")
+    model, optimizer = (torch.load(path, weights_only=True) for path in paths)
+    assert model.keys() == {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    assert all(torch.equal(saved[f"model.{name}"], value) for name, value in model.items())
+    run = PlacedRun(1, INT8)
+    names = [name for name, _ in run.model.named_parameters()]
+    for index, state in optimizer["state"].items():
+        for kind, value in state.items():
+            assert torch.equal(saved[f"{names[index]}.{kind}"], value), (names[index], kind)
+    assert len(optimizer["state"]) == len(names) - 1
+    torch.optim.AdamW(run.model.parameters()).load_state_dict(optimizer)
+    assert len(export(tmp_path, format="safetensors", output=tmp_path / "safetensors")) == 2

@@ -68,13 +68,16 @@ def load(
 ) -> Checkpoint:
     """Loads the newest checkpoint in ``directory``, or ``directory`` itself if it is one, in place.
 
-    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
-    Number of ranks and ``bucket_mb`` may differ from those of ``save``. State saved in another ``Precision`` is
-    converted; in the same one it is loaded bit for bit. Never runs code that a checkpoint contains.
+    Collective: all ranks of the job must call it, as ``save``. Numbers of ranks, meshes and placements of DTensors,
+    pipeline stages, the ranks of experts, and ``bucket_mb`` may differ from those of ``save``. State saved in another
+    ``Precision`` is converted; in the same one it is loaded bit for bit. Codes of int8 moments are, if their blocks are
+    the same: 128 elements that follow each other in the memory of a rank's part of the parameter. Those that are not,
+    as on another number of tensor-parallel ranks, are decoded, and encoded again. Never runs code that a checkpoint
+    contains.
 
     Args:
         directory: as given to ``save``, or one checkpoint in it.
-        model: as given to ``save``; None: not loaded.
+        model: as given to ``save``, or another part of it; all ranks together have all of it. None: not loaded.
         optimizer: the same.
         scheduler: the same.
         random_states: restore the random number generators too, on ranks below the number of ranks that saved.

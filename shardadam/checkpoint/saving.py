@@ -84,17 +84,19 @@ def save(
 ) -> Path | Future[Path]:
     """Writes a checkpoint of step ``step`` into ``directory``, from which ``load`` resumes on any number of ranks.
 
-    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
-    The checkpoint appears at once and whole, or not at all; a crash at any moment leaves the earlier ones intact. Each
-    rank writes 1/N of all tensors that are sharded or equal on all ranks. Buffers of the model are saved from rank 0.
-    The states of the random number generators of torch, Python and NumPy are saved from each rank. Gradients are not
+    Collective: all ranks of the job must call it: those of the optimizer's process group and of its model-parallel
+    groups (without an optimizer: of the default group). The checkpoint appears at once and whole, or not at all; a
+    crash at any moment leaves the earlier ones intact. Each of N ranks that have the same tensors writes 1/N of those
+    that are sharded or equal on all of them. Buffers of the model are saved from the first rank that has them. The
+    states of the random number generators of torch, Python and NumPy are saved from each rank. Gradients are not
     saved: save between steps.
 
     Args:
         directory: created if missing; all ranks must see the same one (a shared file system). No other job may save
             into it.
         step: number of steps taken; names the checkpoint.
-        model: its ``state_dict()`` is saved.
+        model: its ``state_dict()`` is saved. This rank may have a part of the whole: DTensors, a pipeline stage, some
+            experts. Different tensors must have different names on all ranks.
         optimizer: its moments, masters, steps and hyperparameters are saved.
         scheduler: any object with ``state_dict()``, equal on all ranks.
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
@@ -111,8 +113,8 @@ def save(
 
     Raises:
         TimeoutError: names ranks that did not call ``save``, or died in it.
-        CheckpointError: a rank could not write, or another job saves into ``directory``; earlier checkpoints are
-            unchanged.
+        CheckpointError: a rank could not write, another job saves into ``directory``, or ranks have different tensors
+            of one name; earlier checkpoints are unchanged.
         RuntimeError: a step was interrupted on a rank while it wrote.
     """
     directory = Path(directory).absolute()
