@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import random
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
@@ -42,6 +44,7 @@ from shardadam.update import formats
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences, digest
 from tests.test_checkpoint_safety import rewrite_manifest
+from tests.test_checkpoint_schema import mutations
 
 Everything = dict[str, Tensor]
 
@@ -295,6 +298,38 @@ def test_boxes_that_are_no_tiling_are_refused(how: str) -> None:
         with pytest.raises(CheckpointError, match="is damaged") as error:
             Reader(directory)
     assert words in str(error.value)
+
+
+def strided_halves() -> dict[str, Any]:
+    whole = values_of((4, 6), torch.float32)
+    halves = [with_runs([((0, 4),), runs], (0, 1)) for runs in (((0, 2), (3, 1)), ((2, 1), (4, 2)))]
+    spec = TensorSpec(torch.float32, (4, 6), (0, 1))
+    return {"model.x": (spec, [(box, in_memory(whole, box)) for box in halves])}
+
+
+@pytest.mark.parametrize("tensors", [two_halves, strided_halves])
+def test_any_wrong_value_of_boxes_is_refused_or_harmless(tensors: Callable[[], Any]) -> None:
+    expected = values_of((4, 6), torch.float32)
+    with stored(tensors(), item_bytes=16) as directory:
+        content = json.loads((directory / MANIFEST).read_text())["content"]
+        refused = harmless = 0
+        cases = mutations(content["index"]["tensors"])
+        for what, change in random.Random(0).sample(cases, 300):
+            changed = copy.deepcopy(content)
+            change(changed["index"]["tensors"])
+            try:
+                (directory / MANIFEST).write_text(manifest_text(changed))
+                with Reader(directory) as reader:
+                    found = {key: torch.cat(list(Values(reader).chunks(key))) for key in reader.index.tensors}
+            except RecursionError:  # it cannot be written
+                continue
+            except CheckpointError as error:
+                assert str(directory) in str(error) and len(str(error)) < 2000, what
+                refused += 1
+                continue
+            harmless += 1
+            assert all(torch.equal(value.view(-1), expected.view(-1)) for value in found.values()), what
+        assert refused > 200 and harmless < 60, (refused, harmless)
 
 
 def test_boxes_cut_in_many_dimensions_are_refused() -> None:
