@@ -73,7 +73,7 @@ wrap(ParameterGatherer, "dispatch", before="step")  # a bucket is updated but no
 wrap(saving, "_write_part", after="save")  # this rank's file is written; other ranks' may not be
 wrap(saving, "_write_manifest", after="save-manifest")  # all files are written but not published
 wrap(saving, "publish", after="save-published")  # published, but the other ranks do not know yet
-wrap(loading, "_read_tensors", after="load")  # this rank's shards are read, its random state is not
+wrap(loading, "read_tensors", after="load")  # this rank's shards are read, its random state is not
 
 training_starts, forward, metrics = data.training_starts, model.Decoder.forward, report.Report.metrics
 

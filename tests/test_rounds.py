@@ -23,8 +23,8 @@ from shardadam import ShardedAdamW
 from shardadam import transport as transports
 from shardadam.engine.reduction import backward_reducer, copy_in
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.sums.stats import GradStats
 from shardadam.engine.storage import ShardGroup
+from shardadam.sums.stats import GradStats
 from shardadam.transport import Pending, SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
 from tests.adversarial import AdversarialTransport

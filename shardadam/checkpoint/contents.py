@@ -2,7 +2,8 @@
 """What a checkpoint contains, and under which keys.
 
 Keys: ``model.NAME`` as in ``model.state_dict()``; ``optimizer.state.NAME.exp_avg`` and so on, by the parameter's name
-in the model (its name in the optimizer if the model does not have it). Names of wrappers are left out.
+in the model (its name in the optimizer if the model does not have it). Names of wrappers are left out. Ranks may have
+different parts of a model: other names (pipeline stages, experts), or other boxes of a DTensor.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shardadam.checkpoint.boxes import BoxSpec
 from shardadam.checkpoint.files import CheckpointError, TensorSpec
 from shardadam.checkpoint.objects import python_state
 from shardadam.engine.storage import ShardedParam
 from shardadam.engine.strides import is_dense
+from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order
-from shardadam.state.local import block_count, local_state
+from shardadam.state.local import local_state
+from shardadam.transport.placement import local_tensor, placements_of, runs_of
 from shardadam.update import formats
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -51,7 +55,7 @@ class Contents:
 
     Args:
         owned: every trainable parameter of the optimizer.
-        replicated: the model's other parameters and its buffers, whole on every rank.
+        others: the model's other parameters and its buffers, which are not sharded over the data-parallel ranks.
         aliases: key of the same tensor, for tensors that the model has under several names.
         objects: other entries of ``model.state_dict()``, which the model makes on each call.
         groups: names of all parameters in each param group.
@@ -60,7 +64,7 @@ class Contents:
     model: nn.Module | None
     optimizer: ShardedAdam | None
     owned: list[OwnedParameter] = field(default_factory=list)
-    replicated: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
     groups: list[list[str]] = field(default_factory=list)
@@ -68,7 +72,7 @@ class Contents:
     @property
     def model_keys(self) -> set[str]:
         in_model = {parameter.value_key for parameter in self.owned if parameter.in_model}
-        return in_model | self.replicated.keys() | self.aliases.keys()
+        return in_model | self.others.keys() | self.aliases.keys()
 
 
 def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Contents:
@@ -102,7 +106,7 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
                 contents.aliases[f"model.{name}"] = f"model.{names[id(value)]}"
             else:
                 names[id(value)] = name
-                contents.replicated[f"model.{name}"] = value
+                contents.others[f"model.{name}"] = value
     if optimizer is None:
         return contents
     params = {id(param.parameter): param for param in optimizer._checkpoint_seam.params}
@@ -117,7 +121,7 @@ def contents_of(model: nn.Module | None, optimizer: ShardedAdam | None) -> Conte
                 in_model = id(parameter) in names
                 contents.owned.append(OwnedParameter(name, params[id(parameter)], in_model))
                 if in_model:
-                    del contents.replicated[f"model.{name}"]
+                    del contents.others[f"model.{name}"]
             position += 1
     _check_distinct([name for group in contents.groups for name in group])
     return contents
@@ -163,22 +167,39 @@ def load_objects(contents: Contents, objects: dict[str, Any]) -> None:
 # Tensors as they are stored
 
 
-def spec_of(tensor: Tensor) -> TensorSpec:
-    order = dimension_order(tensor) if is_dense(tensor) else tuple(range(tensor.ndim))
-    return TensorSpec(tensor.dtype, tuple(tensor.shape), order)
+def spec_of(key: str, tensor: Tensor) -> tuple[TensorSpec, BoxSpec]:
+    """Returns the spec of the whole tensor, and which part of it this rank holds.
+
+    Raises:
+        CheckpointError: it is a DTensor of partial sums.
+    """
+    if any(placement.is_partial() for placement in placements_of(tensor)):
+        raise CheckpointError(
+            f"{key} cannot be saved or loaded: found a DTensor of partial sums, expected values. Redistribute it to "
+            "Shard or Replicate."
+        )
+    local, shape, runs = local_tensor(tensor), tuple(tensor.shape), runs_of(tensor)
+    is_box = all(len(of_dim) == 1 for of_dim in runs)
+    offset = tuple(of_dim[0][0] for of_dim in runs)
+    box = BoxSpec(offset, tuple(local.shape), _order(local), () if is_box else runs)
+    order = box.order if box.shape == shape else _order(tensor)
+    return TensorSpec(tensor.dtype, shape, order), box
 
 
-def state_specs(param: ShardedParam) -> dict[str, TensorSpec]:
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    return dimension_order(tensor) if is_dense(tensor) else tuple(range(tensor.ndim))
+
+
+def state_specs(param: ShardedParam, of_parameter: TensorSpec) -> dict[str, TensorSpec]:
     """Returns the specs of a parameter's state, by kind. A remainder is stored as the float32 master it encodes."""
-    of_parameter = spec_of(param.parameter)
     specs = {}
     for kind, tensor in local_state(param).items():
         if kind in formats.SCALES:
-            specs[kind] = TensorSpec(tensor.dtype, (block_count(param),), (0,))
+            specs[kind] = replace(of_parameter, dtype=tensor.dtype, block_numel=ALIGNMENT_NUMEL)
         elif kind == "remainder":
-            specs["master"] = TensorSpec(torch.float32, of_parameter.shape, of_parameter.order)
+            specs["master"] = replace(of_parameter, dtype=torch.float32)
         elif kind not in ("step", "bound"):
-            specs[kind] = TensorSpec(tensor.dtype, of_parameter.shape, of_parameter.order)
+            specs[kind] = replace(of_parameter, dtype=tensor.dtype)
     return specs
 
 

@@ -8,6 +8,7 @@ DCP plans and copies, ``Values`` reads and verifies. Only ``Reader`` unpickles w
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,22 +29,36 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from shardadam.checkpoint.boxes import Region, Run
 from shardadam.checkpoint.directory import has_checkpoint, newest
 from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
 from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import PARAM_GROUPS
 from shardadam.checkpoint.values import Values
-from shardadam.layout import Span
-from shardadam.state.flat_shard import boxes, in_shape
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor in DCP's terms. ``boxes``: by offsets, with the position of the first element in memory order."""
+    """A tensor in DCP's terms. ``chunks``: by offsets."""
 
     key: str
     spec: TensorSpec
-    boxes: dict[tuple[int, ...], tuple[int, ChunkStorageMetadata]]
+    chunks: dict[tuple[int, ...], _Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A region of a tensor that lies in one item.
+
+    Args:
+        box: number of the stored box.
+        start, stop: positions in the box, in memory order, between which it lies.
+    """
+
+    box: int
+    start: int
+    stop: int
+    region: Region
 
 
 class DcpReader(StorageReader):
@@ -91,7 +106,10 @@ class DcpReader(StorageReader):
         self._numbers = _numbers_of(values) | values.model_objects()
         described: dict[str, Any] = {}
         for key, tensor in self._tensors.items():
-            chunks = [box for _, box in tensor.boxes.values()]
+            chunks = [
+                ChunkStorageMetadata(torch.Size(chunk.region.offset), torch.Size(chunk.region.shape))
+                for chunk in tensor.chunks.values()
+            ]
             properties = TensorProperties(tensor.spec.dtype)
             described[key] = TensorStorageMetadata(properties, torch.Size(tensor.spec.shape), chunks)
         for key, value in self._numbers.items():
@@ -131,24 +149,24 @@ class DcpReader(StorageReader):
             if reader.checksum != self._checksum:
                 raise CheckpointError(f"{reader.path} has been replaced while it was read. Load it again.")
             values = Values(reader)
-            wanted: list[tuple[str, int, ReadItem]] = []
+            wanted: list[tuple[str, int, int, ReadItem]] = []
             for item in plan.items:
                 key = item.storage_index.fqn
                 if key in self._tensors:
                     tensor = self._tensors[key]
-                    wanted.append((tensor.key, tensor.boxes[_offsets(item)][0], item))
+                    chunk = tensor.chunks[_offsets(item)]
+                    wanted.append((tensor.key, chunk.box, chunk.start, item))
                 elif item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, _pickled(self._numbers[key]))
                 else:
                     _load_into(planner, item, self._numbers[key])
-            wanted.sort(key=lambda one: one[:2])
-            for key, items in groupby(wanted, key=lambda one: one[0]):
-                read = values.opened(key)
-                for _, _, item in items:
-                    tensor = self._tensors[item.storage_index.fqn]
-                    start, box = tensor.boxes[_offsets(item)]
-                    flat = read(start, start + box.sizes.numel())
-                    _load_into(planner, item, in_shape(flat, box.sizes, tensor.spec.order))
+            wanted.sort(key=lambda one: one[:3])
+            for (key, box), items in groupby(wanted, key=lambda one: one[:2]):
+                read = values.opened_box(key, box)
+                for *_, start, item in items:
+                    chunk = self._tensors[item.storage_index.fqn].chunks[_offsets(item)]
+                    run = Run(reader.index.tensors[key].boxes[box].spec, start, read(start, chunk.stop))
+                    _load_into(planner, item, run.parts[run.regions.index(chunk.region)])
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -170,11 +188,12 @@ def _tensors_of(reader: Reader, values: Values) -> dict[str, _Tensor]:
     tensors = {}
     for key, spec in values.specs.items():
         tensor = tensors[key] = _Tensor(key, spec, {})
-        start = 0
-        for item in reader.index.tensors[key].items:
-            for box in boxes(Span(item.start, item.numel), spec.shape, spec.order):
-                tensor.boxes[box.offsets] = start, box
-                start += box.sizes.numel()
+        for number, box in enumerate(reader.index.tensors[key].boxes):
+            for item in box.items:
+                for chunk in box.spec.chunks(item.start, item.start + item.numel):
+                    stop = chunk.start + math.prod(chunk.shape)
+                    for region, _ in chunk.regions:
+                        tensor.chunks[region.offset] = _Chunk(number, chunk.start, stop, region)
     for alias, name in _names(values):
         if f"model.{name}" in tensors:
             tensors[f"model.{alias}"] = tensors[f"model.{name}"]

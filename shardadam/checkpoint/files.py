@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The format of a checkpoint: files of plain bytes, ``rank-00000.bin`` and so on, and the manifest ``checkpoint.json``.
 
-Every tensor is cut into items of at most ``ITEM_BYTES``, by positions in memory order; each item has a checksum.
-Describes files, writes them, and opens them; ``schema`` checks what a manifest says, ``reader`` reads. Knows no
+A tensor is stored as boxes: one, the whole, unless DTensors of other ranks hold other parts of it. Each box is cut into
+items of at most ``ITEM_BYTES``, by positions in its memory order; each item has a checksum. Describes files, writes
+them, and opens them; ``schema`` checks what a manifest says, ``reader`` reads. Knows no
 optimizers, and ranks only as numbers of files.
 """
 
@@ -24,11 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shardadam.checkpoint.boxes import BoxSpec, check_tiling, whole_box
 from shardadam.checkpoint.disk import on_disk
 from shardadam.layout import ITEM_BYTES, cut
 
 MANIFEST = "checkpoint.json"
-FORMAT, VERSION = "shardadam checkpoint", 1
+FORMAT = "shardadam checkpoint"
+VERSIONS = (1, 2)
+"""Of the format. 2: some tensor is stored as several boxes; what has none is written as 1, which all versions read."""
 
 
 MAX_MANIFEST_BYTES = 512 * 2**20
@@ -60,7 +64,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 class Item(NamedTuple):
-    """``tensor[start : start + numel]``, 1-D in memory order, lies at byte ``offset`` of file number ``file``."""
+    """``box[start : start + numel]``, 1-D in memory order, lies at byte ``offset`` of file number ``file``."""
 
     start: int
     numel: int
@@ -80,11 +84,18 @@ class StoredObject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A whole tensor. ``order``: its dimensions, from the outermost to the innermost in memory."""
+    """A whole tensor.
+
+    Args:
+        order: its dimensions, from the outermost to the innermost in memory.
+        block_numel: if it is not 1, there is one element for each block of so many elements of each box. Only parts
+            have such tensors; ``merge`` makes them 1-D.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     order: tuple[int, ...]
+    block_numel: int = 1
 
     @property
     def numel(self) -> int:
@@ -92,14 +103,34 @@ class TensorSpec:
 
 
 @dataclass(slots=True)
-class StoredTensor:
-    spec: TensorSpec
+class StoredBox:
+    """``starts``: those of the items."""
+
+    spec: BoxSpec
     items: list[Item]
     starts: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """``boxes``: ascending by offset."""
+
+    spec: TensorSpec
+    boxes: list[StoredBox]
 
     @property
     def nbytes(self) -> int:
         return self.spec.numel * self.spec.dtype.itemsize
+
+    @property
+    def items(self) -> list[Item]:
+        """The items of all boxes."""
+        return self.boxes[0].items if len(self.boxes) == 1 else [item for box in self.boxes for item in box.items]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one box, the whole, which needs no description of its own."""
+        return len(self.boxes) == 1 and self.boxes[0].spec == whole_box(self.spec.shape, self.spec.order)
 
 
 @dataclass(slots=True)
@@ -129,16 +160,20 @@ class PartWriter:
         self._writeback_until = 0
         self.index = Index()
 
-    def add_tensor(self, key: str, spec: TensorSpec) -> None:
-        """Adds a tensor to the index. Each rank adds all tensors that it writes a part of, and empty ones."""
+    def add_box(self, key: str, spec: TensorSpec, box: BoxSpec) -> StoredBox:
+        """Adds a box of a tensor to the index. Each rank adds all boxes that it writes a part of, and empty tensors."""
         known = self.index.tensors.setdefault(key, StoredTensor(spec, []))
         if known.spec != spec:
             raise CheckpointError(f"Two different tensors are called {key!r}: {known.spec} and {spec}.")
+        for stored in known.boxes:
+            if stored.spec == box:
+                return stored
+        known.boxes.append(StoredBox(box, []))
+        return known.boxes[-1]
 
-    def write(self, key: str, spec: TensorSpec, start: int, flat: Tensor) -> None:
-        """Writes ``flat`` (1-D, contiguous, on the CPU) as the elements from ``start`` on."""
-        self.add_tensor(key, spec)
-        items = self.index.tensors[key].items
+    def write(self, key: str, spec: TensorSpec, box: BoxSpec, start: int, flat: Tensor) -> None:
+        """Writes ``flat`` (1-D, contiguous, on the CPU) as the elements of the box from ``start`` on."""
+        items = self.add_box(key, spec, box).items
         for low, high in cut(start, start + flat.numel(), ITEM_BYTES // spec.dtype.itemsize):
             offset, crc32 = self._append(memory_of(flat[low - start : high - start]), flat)
             items.append(Item(low, high - low, self._rank, offset, crc32))
@@ -224,37 +259,81 @@ def memory_of(flat: Tensor) -> memoryview:
 
 
 def merge(parts: Sequence[Index]) -> Index:
-    """Merges the indices of all ranks.
+    """Merges the indices of all ranks, in rank order.
 
     Raises:
-        CheckpointError: items are missing or overlap.
+        CheckpointError: items or boxes are missing, or several ranks wrote the same elements.
     """
     merged = Index()
-    for part in parts:
+    for rank, part in enumerate(parts):
         merged.files += part.files
         merged.objects.update(part.objects)
         for key, tensor in part.tensors.items():
             known = merged.tensors.setdefault(key, StoredTensor(tensor.spec, []))
             if known.spec != tensor.spec:
+                first = next(first for first, other in enumerate(parts) if key in other.tensors)
                 raise CheckpointError(
-                    f"{key} is {known.spec} on one rank and {tensor.spec} on another, expected the same."
+                    f"{key}: found a tensor of {described(known.spec)} on rank {first} and of {described(tensor.spec)} "
+                    f"on rank {rank}, expected the same. {DISTINCT_NAMES}"
                 )
-            known.items += tensor.items
+            boxes = {box.spec: box for box in known.boxes}
+            for box in tensor.boxes:
+                if box.spec in boxes:
+                    boxes[box.spec].items += box.items
+                else:
+                    known.boxes.append(box)
     for key, tensor in merged.tensors.items():
-        tensor.items.sort()
-        check_whole(key, tensor)
+        tensor.boxes.sort(key=lambda box: box.spec.offset)
+        for box in tensor.boxes:
+            box.items.sort()
+        try:
+            check_whole(key, tensor)
+        except CheckpointError as error:
+            ranks = sorted({item.file for item in tensor.items})
+            raise CheckpointError(f"{error}. It was written by ranks {ranks}. {DISTINCT_NAMES}") from error
+        if tensor.spec.block_numel > 1:
+            merged.tensors[key] = _one_dimensional(tensor)
     return merged
 
 
+DISTINCT_NAMES = (
+    "Different tensors need different names: give each pipeline stage, and each expert, its names in the whole model, "
+    "not its own ones such as '0.weight'."
+)
+
+
+def described(spec: TensorSpec) -> str:
+    return f"shape {spec.shape} and dtype {str(spec.dtype).removeprefix('torch.')}"
+
+
+def _one_dimensional(tensor: StoredTensor) -> StoredTensor:
+    """Returns the tensor with its boxes one after the other."""
+    boxes, end = [], 0
+    for box in tensor.boxes:
+        shape = (-(-box.spec.numel // tensor.spec.block_numel),)
+        boxes.append(StoredBox(BoxSpec((end,), shape, (0,)), box.items))
+        end += shape[0]
+    return StoredTensor(TensorSpec(tensor.spec.dtype, (end,), (0,)), boxes)
+
+
 def check_whole(key: str, tensor: StoredTensor) -> None:
-    """Raises CheckpointError unless the items make up the tensor."""
-    end = 0
-    for item in tensor.items:
-        if item.start != end or item.numel < 1:
-            raise CheckpointError(f"{key}: found an item at element {item.start}, expected one at {end}")
-        end += item.numel
-    if end != tensor.spec.numel:
-        raise CheckpointError(f"{key}: found items up to element {end}, expected {tensor.spec.numel}")
+    """Raises CheckpointError unless the items make up the boxes, and the boxes make up the tensor."""
+    for box in tensor.boxes:
+        end, numel = 0, -(-box.spec.numel // tensor.spec.block_numel)
+        for item in box.items:
+            if 0 <= item.start < end:
+                raise CheckpointError(
+                    f"{key}: found two items with element {item.start} of the box at {box.spec.offset}"
+                )
+            if item.start != end or item.numel < 1:
+                raise CheckpointError(f"{key}: found an item at element {item.start}, expected one at {end}")
+            end += item.numel
+        if end != numel:
+            raise CheckpointError(f"{key}: found items up to element {end}, expected {numel}")
+    try:
+        check_tiling(tensor.spec.shape, (part for box in tensor.boxes for part in box.spec.parts))
+    except ValueError as error:
+        raise CheckpointError(f"{key}: {error}") from error
 
 
 def write_durably(path: Path, text: str, *, through: Path) -> None:
@@ -278,13 +357,22 @@ def manifest_text(content: Mapping[str, Any]) -> str:
     """Raises CheckpointError if the manifest would be larger than what is read."""
     content = json.loads(json.dumps(content))  # as a reader finds it: no tuples, all keys are texts
     text = json.dumps(
-        {"format": FORMAT, "version": VERSION, "sha256": digest(content), "content": content}, separators=(",", ":")
+        {"format": FORMAT, "version": _version_of(content), "sha256": digest(content), "content": content},
+        separators=(",", ":"),
     )
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
             f"The manifest would have {len(text)} bytes, expected at most {MAX_MANIFEST_BYTES}. Pass less as extra."
         )
     return text
+
+
+def _version_of(content: Mapping[str, Any]) -> int:
+    """Returns the first version of the format that has all that ``content`` has."""
+    try:
+        return VERSIONS[any("boxes" in tensor for tensor in content["index"]["tensors"].values())]
+    except (AttributeError, KeyError, TypeError):  # it is no manifest
+        return VERSIONS[0]
 
 
 def digest(content: Any) -> str:
@@ -294,17 +382,28 @@ def digest(content: Any) -> str:
 def index_to_json(index: Index) -> dict[str, Any]:
     return {
         "files": index.files,
-        "tensors": {
-            key: {
-                "dtype": str(tensor.spec.dtype).removeprefix("torch."),
-                "shape": tensor.spec.shape,
-                "order": tensor.spec.order,
-                "items": tensor.items,
-            }
-            for key, tensor in index.tensors.items()
-        },
+        "tensors": {key: _tensor_to_json(tensor) for key, tensor in index.tensors.items()},
         "objects": index.objects,
     }
+
+
+def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
+    spec = tensor.spec
+    found: dict[str, Any] = {
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "shape": spec.shape,
+        "order": spec.order,
+    }
+    if spec.block_numel > 1:
+        found["block_numel"] = spec.block_numel
+    if tensor.is_plain:
+        return found | {"items": tensor.boxes[0].items}
+    boxes = [
+        {"offset": box.spec.offset, "shape": box.spec.shape, "order": box.spec.order, "items": box.items}
+        | ({"runs": box.spec.runs} if box.spec.runs else {})
+        for box in tensor.boxes
+    ]
+    return found | {"boxes": boxes}
 
 
 # Opening files

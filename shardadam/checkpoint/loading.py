@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``load``: each rank reads the elements of its own shards, saved on any number of ranks; parameters are then gathered.
 
-Checks everything that can be checked without reading tensors before it changes anything.
+Everything that can be checked without reading tensors is checked before anything is changed. ``reading`` reads tensors.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,31 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shardadam.checkpoint import directory as directories
 from shardadam.checkpoint.background import raise_failure, wait_for_background_save
 from shardadam.checkpoint.contents import (
     Contents,
-    OwnedParameter,
     contents_of,
     load_objects,
     set_random_state,
 )
 from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, store_barrier_for
-from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError, TensorSpec
+from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError
 from shardadam.checkpoint.objects import check_fits_scheduler
-from shardadam.checkpoint.pieces import Piece, pieces_of
+from shardadam.checkpoint.pieces import pieces_of
 from shardadam.checkpoint.reader import MAX_CHOICES, Reader
-from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, SavedOptimizer, random_state_key
-from shardadam.engine.storage import ShardedParam
-from shardadam.engine.strides import memory_order
-from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.checkpoint.reading import read_tensors
+from shardadam.checkpoint.schema import MODEL_PREFIX, PARAM_GROUPS, SCHEDULER, SavedOptimizer, random_state_key
 from shardadam.optimizer import ShardedAdam
-from shardadam.state.flat_shard import dimension_order, in_shape
 from shardadam.state.loading import load_groups_
-from shardadam.state.masters import write_master_
 from shardadam.update import formats, reference
 
 
@@ -73,13 +68,16 @@ def load(
 ) -> Checkpoint:
     """Loads the newest checkpoint in ``directory``, or ``directory`` itself if it is one, in place.
 
-    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
-    Number of ranks and ``bucket_mb`` may differ from those of ``save``. State saved in another ``Precision`` is
-    converted; in the same one it is loaded bit for bit. Never runs code that a checkpoint contains.
+    Collective: all ranks of the job must call it, as ``save``. Numbers of ranks, meshes and placements of DTensors,
+    pipeline stages, the ranks of experts, and ``bucket_mb`` may differ from those of ``save``. State saved in another
+    ``Precision`` is converted; in the same one it is loaded bit for bit. Codes of int8 moments are, if their blocks are
+    the same: 128 elements that follow each other in the memory of a rank's part of the parameter. Those that are not,
+    as on another number of tensor-parallel ranks, are decoded, and encoded again. Never runs code that a checkpoint
+    contains.
 
     Args:
         directory: as given to ``save``, or one checkpoint in it.
-        model: as given to ``save``; None: not loaded.
+        model: as given to ``save``, or another part of it; all ranks together have all of it. None: not loaded.
         optimizer: the same.
         scheduler: the same.
         random_states: restore the random number generators too, on ranks below the number of ranks that saved.
@@ -118,9 +116,10 @@ def load(
                     optimizer._checkpoint_seam.bind_moved()
                 _check_fit(contents, reader, scheduler)
                 objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
-                phase.value = {"checksum": reader.checksum}
+                phase.value = {"checksum": reader.checksum, "names": _compare_names(contents, reader)}
             if not any(removals := _removals(phase)):
                 _check_same(paths[-1], phase)
+                _check_names(reader, [value["names"] for value in phase.values])
                 if not is_begun:
                     begun.enter_context(_halfway(paths[-1], optimizer))
                     is_begun = True
@@ -130,7 +129,7 @@ def load(
                     torch.no_grad(),
                     store_barrier.heartbeat(disk.status),
                 ):
-                    _read_tensors(contents, reader)
+                    read_tensors(contents, reader)
                 if not any(removals := _removals(phase)):
                     break
             opened.close()
@@ -219,18 +218,14 @@ def _halfway(path: Path, optimizer: ShardedAdam | None) -> Iterator[None]:
 
 
 def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
-    """Raises CheckpointError unless names and shapes of everything to be loaded are those of the checkpoint."""
-    tensors = reader.index.tensors
+    """Raises CheckpointError unless the shapes of everything to be loaded are those of the checkpoint."""
     aliases = reader.manifest.aliases
     if contents.model is not None:
-        found = {key for key in tensors if key.startswith("model.")} | aliases.keys()
-        objects = {key for key in reader.index.objects if key.startswith("model.")}
-        if not found | objects and contents.model_keys:
+        tensors, objects, _ = _names_in(reader)
+        if not tensors | objects and contents.model_keys:
             raise CheckpointError(f"{reader.path} was saved without a model. Call load without model.")
-        _check_names("the model", reader, expected=contents.model_keys, found=found)
-        _check_names("the model", reader, expected=contents.objects.keys(), found=objects)
-        shapes = {key: tuple(tensor.shape) for key, tensor in contents.replicated.items()}
-        shapes |= {p.value_key: tuple(p.param.shape) for p in contents.owned}
+        shapes = {key: tuple(tensor.shape) for key, tensor in contents.others.items()}
+        shapes |= {p.value_key: tuple(p.param.parameter.shape) for p in contents.owned}
         _check_shapes(reader, {aliases.get(key, key): shape for key, shape in shapes.items()})
         _check_dtypes(contents, reader)
     if contents.optimizer is not None:
@@ -238,35 +233,69 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
         if saved is None:
             raise CheckpointError(f"{reader.path} was saved without an optimizer. Call load without optimizer.")
         _check_groups(contents, reader, saved.groups)
-        frozen = sorted(set(saved.parameters) - {parameter.name for parameter in contents.owned})
+        mine = {name for group in contents.groups for name in group}
+        frozen = sorted(mine & set(saved.parameters) - {parameter.name for parameter in contents.owned})
         if frozen:
             raise CheckpointError(
                 f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad on "
                 "them before loading. You may freeze them again afterwards; their state stays."
             )
-        for parameter in contents.owned:
-            if parameter.name in saved.parameters:
-                numel = torch.Size(parameter.param.shape).numel()
-                blocks = (-(-numel // ALIGNMENT_NUMEL),)
-                shapes = {
-                    key: blocks if kind in formats.SCALES else tuple(parameter.param.shape)
-                    for kind in (*formats.MOMENTS, *formats.SCALES, "master")
-                    for key in (parameter.state_key(kind),)
-                    if key in tensors or kind in formats.MOMENTS
-                }
-                _check_names("the optimizer", reader, expected=shapes.keys(), found=shapes.keys() & tensors.keys())
-                _check_shapes(reader, shapes)
+        kinds = (*formats.MOMENTS, "master")
+        _check_shapes(reader, {p.state_key(k): tuple(p.param.parameter.shape) for p in contents.owned for k in kinds})
     if scheduler is not None and SCHEDULER not in reader.index.objects:
         raise CheckpointError(f"{reader.path} was saved without a scheduler. Call load without scheduler.")
 
 
-def _check_names(whose: str, reader: Reader, *, expected: Collection[str], found: Collection[str]) -> None:
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only in the "
-            f"checkpoint: {_some(unexpected)}. Build the model that was saved."
-        )
+def _names_in(reader: Reader) -> tuple[set[str], set[str], set[str]]:
+    """Returns the names of the model's tensors and of its objects, and those of the optimizer's parameters."""
+    tensors, objects = (
+        {key for key in found if key.startswith(MODEL_PREFIX)} for found in (reader.index.tensors, reader.index.objects)
+    )
+    saved = reader.manifest.optimizer
+    return (
+        tensors | reader.manifest.aliases.keys(),
+        objects,
+        {name for group in saved.groups for name in group} if saved else set(),
+    )
+
+
+def _compare_names(contents: Contents, reader: Reader) -> list[dict[str, Any]]:
+    """Returns which names this rank needs and the checkpoint lacks, and which of the checkpoint's it needs, as a number
+    with a bit for each: other ranks may need the others.
+    """
+    needed = (
+        (contents.model is not None, contents.model_keys),
+        (contents.model is not None, contents.objects.keys()),
+        (contents.optimizer is not None, {name for group in contents.groups for name in group}),
+    )
+    compared = []
+    for (is_loaded, mine), found in zip(needed, _names_in(reader), strict=True):
+        bits = "".join("1" if name in mine or not is_loaded else "0" for name in sorted(found))
+        compared.append({"missing": sorted(mine - found), "needed": f"{int(bits or '0', 2):x}"})
+    return compared
+
+
+def _check_names(reader: Reader, compared: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Raises CheckpointError on all ranks unless the checkpoint has what each rank needs, and nothing that none needs.
+
+    Args:
+        compared: what ``_compare_names`` returned on all ranks.
+    """
+    for whose, found, of_ranks in zip(
+        ("the model", "the model", "the optimizer"), _names_in(reader), zip(*compared, strict=True), strict=True
+    ):
+        names = sorted(found)
+        needed = 0
+        for one in of_ranks:
+            needed |= int(one["needed"], 16)
+        bits = f"{needed:0{len(names)}b}" if names else ""
+        unexpected = [name for name, bit in zip(names, bits, strict=True) if bit == "0"]
+        missing = sorted({name for one in of_ranks for name in one["missing"]})
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{reader.path} does not fit {whose}. Missing in the checkpoint: {_some(missing)}. Only in the "
+                f"checkpoint: {_some(unexpected)}. Build the model that was saved."
+            )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -290,7 +319,7 @@ def _check_shapes(reader: Reader, expected: Mapping[str, tuple[int, ...]]) -> No
 def _check_dtypes(contents: Contents, reader: Reader) -> None:
     """Raises CheckpointError unless torch converts what is stored to the dtypes of the model's tensors."""
     aliases = reader.manifest.aliases
-    targets = {key: tensor.dtype for key, tensor in contents.replicated.items()}
+    targets = {key: tensor.dtype for key, tensor in contents.others.items()}
     targets |= {p.value_key: p.param.parameter.dtype for p in contents.owned}
     for key, dtype in targets.items():
         stored = reader.index.tensors.get(aliases.get(key, key))
@@ -317,11 +346,14 @@ def _is_converted(stored: torch.dtype, dtype: torch.dtype) -> bool:
 
 
 def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[str]]) -> None:
-    mine = contents.groups
-    found, expected = {name for group in saved for name in group}, {name for group in mine for name in group}
-    _check_names("the optimizer", reader, expected=expected, found=found)
-    if [set(group) for group in mine] != [set(group) for group in saved]:
-        sizes, saved_sizes = [len(group) for group in mine], [len(group) for group in saved]
+    """Raises CheckpointError unless each param group has the parameters that it had, as far as this rank has them."""
+    mine = {name for group in contents.groups for name in group}
+    here = [{name for name in group if name in mine} for group in saved]
+    known = {name for group in saved for name in group}
+    if not mine <= known:
+        return  # ``_check_names`` names them
+    if len(contents.groups) != len(saved) or here != [set(group) for group in contents.groups]:
+        sizes, saved_sizes = [len(group) for group in contents.groups], [len(group) for group in saved]
         raise CheckpointError(
             f"{reader.path} does not fit the optimizer: found param groups of {saved_sizes} parameters, expected "
             f"{sizes}, with the same ones in each. Build the optimizer over the same groups."
@@ -346,112 +378,6 @@ def _read_objects(contents: Contents, reader: Reader, scheduler: Any, rank: int)
         except ValueError as error:
             raise CheckpointError(f"{reader.path} does not fit the scheduler: {error}.") from error
     return objects
-
-
-def _read_tensors(contents: Contents, reader: Reader) -> None:
-    """Reads replicated tensors, and this rank's pieces of parameters and their state, in place."""
-    aliases, saved = reader.manifest.aliases, reader.manifest.optimizer
-    trained = saved.parameters if saved is not None else {}
-    for key, tensor in contents.replicated.items():
-        _read_whole(tensor, reader, aliases.get(key, key))
-    for parameter in contents.owned:
-        source = _Source(reader, parameter, aliases)
-        parameter.param.kept_master = None
-        for piece in pieces_of(parameter.param):
-            if contents.model is not None and source.dtype("parameter") is not None:
-                _read_parameter(piece, source)
-            if parameter.name in trained:
-                _read_state(piece, source)
-
-
-class _Source:
-    """The stored tensors of one parameter, read in the memory order that the parameter has in this process."""
-
-    def __init__(self, reader: Reader, parameter: OwnedParameter, aliases: Mapping[str, str]) -> None:
-        self._reader = reader
-        self._keys = {kind: parameter.state_key(kind) for kind in (*formats.MOMENTS, *formats.SCALES, "master")}
-        self._keys["parameter"] = aliases.get(parameter.value_key, parameter.value_key)
-        self._keys = {kind: key for kind, key in self._keys.items() if key in reader.index.tensors}
-        self._order = dimension_order(parameter.param.parameter)
-        self._reordered: dict[str, Tensor] = {}
-        if any(self._spec(kind).order != self._order for kind in self._keys if kind not in formats.SCALES):
-            self._reorder(parameter.param)
-
-    def dtype(self, kind: str) -> torch.dtype | None:
-        if self._reordered:
-            return self._reordered[kind].dtype if kind in self._reordered else None
-        return self._spec(kind).dtype if kind in self._keys else None
-
-    def read(self, kind: str, piece: Piece, into: Tensor | None = None) -> Tensor:
-        """Returns the piece of a tensor (of scales: its blocks); reads into ``into`` and returns it where possible."""
-        start, stop = piece.start, piece.stop
-        if kind in formats.SCALES:
-            start, stop = start // ALIGNMENT_NUMEL, -(-stop // ALIGNMENT_NUMEL)
-        if self._reordered:
-            return self._reordered[kind][start:stop]
-        dtype = self._spec(kind).dtype
-        direct = into is not None and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
-        flat = into if direct and into is not None else torch.empty(stop - start, dtype=dtype, device="cpu")
-        self._reader.read_(self._keys[kind], start, flat)
-        return flat
-
-    def _spec(self, kind: str) -> TensorSpec:
-        return self._reader.index.tensors[self._keys[kind]].spec
-
-    def _reorder(self, param: ShardedParam) -> None:
-        """Reads whole tensors and reorders them, because the saved parameter had another memory order."""
-        raw = {}
-        for kind in self._keys:
-            raw[kind] = torch.empty(self._spec(kind).numel, dtype=self._spec(kind).dtype, device="cpu")
-            self._reader.read_(self._keys[kind], 0, raw[kind])
-        if formats.MOMENTS[0] in raw:
-            raw.update(zip(formats.MOMENTS, formats.read_moments(raw), strict=True))
-        for kind, flat in raw.items():
-            if kind not in formats.SCALES:
-                spec = self._spec(kind)
-                self._reordered[kind] = memory_order(in_shape(flat, spec.shape, spec.order), param.parameter)
-
-
-def _read_parameter(piece: Piece, source: _Source) -> None:
-    parameter = piece.parameter()
-    if source.dtype("parameter") == parameter.dtype:
-        _copy_(parameter, source.read("parameter", piece, parameter))
-    else:
-        exact = source.read("parameter" if source.dtype("master") is None else "master", piece)
-        narrow = exact.dtype == torch.float32 and parameter.dtype in (torch.bfloat16, torch.float16)
-        parameter.copy_(reference.round_half_away(exact, parameter.dtype) if narrow else exact)
-
-
-def _read_state(piece: Piece, source: _Source) -> None:
-    state = piece.state()
-    kinds = (*formats.MOMENTS, *formats.SCALES)
-    own = [kind for kind in kinds if kind in state]
-    if all(source.dtype(kind) == state[kind].dtype for kind in own):
-        for kind in own:
-            _copy_(state[kind], source.read(kind, piece, state[kind]))
-    else:
-        device = state[formats.MOMENTS[0]].device
-        saved = {kind: source.read(kind, piece).to(device) for kind in kinds if source.dtype(kind) is not None}
-        formats.write_moments_(state, *formats.read_moments(saved))
-    if "master" in state or "remainder" in state:
-        parameter = master = piece.parameter()
-        if source.dtype("master") is not None:
-            master = source.read("master", piece).to(parameter.device)
-        elif source.dtype("parameter") == torch.float32:
-            master = source.read("parameter", piece).to(parameter.device)
-        write_master_(piece.param, master, state=state, parameter=parameter, start=piece.state_start)
-
-
-def _copy_(target: Tensor, value: Tensor) -> None:
-    if value is not target:
-        target.copy_(value)
-
-
-def _read_whole(tensor: Tensor, reader: Reader, key: str) -> None:
-    spec = reader.index.tensors[key].spec
-    flat = torch.empty(spec.numel, dtype=spec.dtype, device="cpu")
-    reader.read_(key, 0, flat)
-    tensor.detach().copy_(in_shape(flat, spec.shape, spec.order))
 
 
 # Objects and scalars

@@ -20,7 +20,7 @@ PIECE_NUMEL = 4 * ITEM_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements ``start : stop`` of a parameter, in memory order, which lie in this rank's shards.
+    """Elements ``start : stop`` of a local tensor, in memory order, which lie in this rank's shards.
 
     ``state_start``: where their state begins in the tensors of ``local_state``.
     """
@@ -32,7 +32,8 @@ class Piece:
 
     def parameter(self) -> Tensor:
         """Returns a view of the elements, 1-D."""
-        return memory_order(self.param.parameter.detach(), self.param.parameter)[self.start : self.stop]
+        local = self.param.local.detach()
+        return memory_order(local, local)[self.start : self.stop]
 
     def state(self) -> dict[str, Tensor]:
         """Returns views of their state, 1-D: moments, their scales, and master or remainder."""

@@ -10,22 +10,26 @@ import errno
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from shardadam.checkpoint.boxes import BoxSpec, Region, Run, common
 from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.disk import on_disk
 from shardadam.checkpoint.files import (
     FORMAT,
     MANIFEST,
     MAX_MANIFEST_BYTES,
-    VERSION,
+    VERSIONS,
     CheckpointError,
     CheckpointRemovedError,
     Item,
+    StoredBox,
     memory_of,
     open_regular,
     read_regular,
@@ -84,14 +88,27 @@ class Reader:
     def __del__(self) -> None:
         self.close()
 
-    def read_(self, key: str, start: int, target: Tensor) -> None:
-        """Fills ``target`` (1-D, contiguous, on the CPU, of the stored dtype) with the elements from ``start`` on."""
+    def read_(self, key: str, box: BoxSpec, start: int, target: Tensor) -> None:
+        """Fills ``target`` (1-D, contiguous, on the CPU, of the stored dtype) with the elements from ``start`` on of a
+        box of the tensor, in the box's memory order. The tensor may be stored as any other boxes.
+        """
         tensor = self.index.tensors[key]
-        itemsize = tensor.spec.dtype.itemsize
+        for stored in tensor.boxes:
+            if stored.spec == box:
+                self.read_stored_(key, stored, start, target)
+                return
+        run = Run(box, start, target)
+        for stored in tensor.boxes:
+            for item in items_within(stored, run.regions):
+                run.copy_(Run(stored.spec, item.start, self.read_item(key, item)))
+
+    def read_stored_(self, key: str, box: StoredBox, start: int, target: Tensor) -> None:
+        """As ``read_``, of a box that is stored."""
+        itemsize = self.index.tensors[key].spec.dtype.itemsize
         memory, stop = memory_of(target), start + target.numel()
-        position = bisect_right(tensor.starts, start) - 1
+        position = bisect_right(box.starts, start) - 1
         while start < stop:
-            item = tensor.items[position]
+            item = box.items[position]
             end = min(stop, item.start + item.numel)
             into = memory[: (end - start) * itemsize]
             if end - start == item.numel:
@@ -102,6 +119,13 @@ class Reader:
                 begin = (start - item.start) * itemsize
                 into[:] = whole[begin : begin + len(into)]
             memory, start, position = memory[len(into) :], end, position + 1
+
+    def read_item(self, key: str, item: Item) -> Tensor:
+        """Returns an item of a tensor, 1-D."""
+        dtype = self.index.tensors[key].spec.dtype
+        flat = torch.empty(item.numel, dtype=dtype, device="cpu")
+        self._read_item(key, item, dtype.itemsize, memory_of(flat))
+        return flat
 
     def read_object(self, key: str) -> Any:
         """Returns an object, of which ``objects.check_object`` approves."""
@@ -188,14 +212,14 @@ class Reader:
             checksum = checksum_of(found["content"])
             if found.get("sha256") != checksum:
                 raise ValueError("its content does not match its checksum")
-            manifest = manifest_of(found["content"]) if found.get("version") == VERSION else None
+            manifest = manifest_of(found["content"]) if _is_known(found.get("version")) else None
         except MemoryError as error:
             raise CheckpointError(f"{path} ({len(text)} bytes) does not fit in memory.") from error
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}. {self._remedy()}") from error
         if manifest is None:
             version = shown(found.get("version"))
-            raise CheckpointError(f"{path} has format version {version}, expected {VERSION}. Update shardadam.")
+            raise CheckpointError(f"{path} has format version {version}, expected {VERSIONS[-1]}. Update shardadam.")
         return checksum, manifest
 
     def _check_file(self, file: int) -> None:
@@ -230,6 +254,28 @@ class Reader:
 
     def _remedy(self) -> str:
         return "Copy it again from an intact source, or load another checkpoint by its own directory."
+
+
+def _is_known(version: Any) -> bool:
+    return type(version) is int and version in VERSIONS
+
+
+def items_within(box: StoredBox, regions: Sequence[Region]) -> list[Item]:
+    """Returns the items of a stored box that have elements of ``regions``, ascending."""
+    found: set[int] = set()
+    for region, part in product(regions, box.spec.parts):
+        shared = common(region, part)
+        if shared is None:
+            continue
+        # Of a region, its first corner comes first in every order of dimensions, and its last corner last.
+        last = tuple(at + size - 1 for at, size in zip(shared.offset, shared.shape, strict=True))
+        first_item, last_item = (bisect_right(box.starts, box.spec.position(end)) - 1 for end in (shared.offset, last))
+        for number in range(first_item, last_item + 1):
+            item = box.items[number]
+            of_item = box.spec.regions(item.start, item.start + item.numel)
+            if number not in found and any(common(shared, one) is not None for one in of_item):
+                found.add(number)
+    return [box.items[number] for number in sorted(found)]
 
 
 def open_newest(directory: Path) -> Reader:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -20,6 +19,7 @@ from shardadam.checkpoint.background import (
     start_background_save,
     wait_for_background_save,
 )
+from shardadam.checkpoint.contents import contents_of
 from shardadam.checkpoint.directory import create_unpublished, publish, remove_older
 from shardadam.checkpoint.disk import disk_time_limit, on_disk
 from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
@@ -34,6 +34,7 @@ from shardadam.checkpoint.files import (
 )
 from shardadam.checkpoint.part import Part, collect_part
 from shardadam.checkpoint.schema import index_from_json
+from shardadam.checkpoint.shares import digest_of, listing_of, merged_description, share
 from shardadam.checkpoint.unpublished import Unpublished
 from shardadam.optimizer import ShardedAdam
 from shardadam.ranks.store_barrier import StoreBarrier
@@ -83,17 +84,19 @@ def save(
 ) -> Path | Future[Path]:
     """Writes a checkpoint of step ``step`` into ``directory``, from which ``load`` resumes on any number of ranks.
 
-    Collective: all ranks of the optimizer's process group (without an optimizer: of the default group) must call it.
-    The checkpoint appears at once and whole, or not at all; a crash at any moment leaves the earlier ones intact. Each
-    rank writes 1/N of all tensors that are sharded or equal on all ranks. Buffers of the model are saved from rank 0.
-    The states of the random number generators of torch, Python and NumPy are saved from each rank. Gradients are not
+    Collective: all ranks of the job must call it: those of the optimizer's process group and of its model-parallel
+    groups (without an optimizer: of the default group). The checkpoint appears at once and whole, or not at all; a
+    crash at any moment leaves the earlier ones intact. Each of N ranks that have the same tensors writes 1/N of those
+    that are sharded or equal on all of them. Buffers of the model are saved from the first rank that has them. The
+    states of the random number generators of torch, Python and NumPy are saved from each rank. Gradients are not
     saved: save between steps.
 
     Args:
         directory: created if missing; all ranks must see the same one (a shared file system). No other job may save
             into it.
         step: number of steps taken; names the checkpoint.
-        model: its ``state_dict()`` is saved.
+        model: its ``state_dict()`` is saved. This rank may have a part of the whole: DTensors, a pipeline stage, some
+            experts. Different tensors must have different names on all ranks.
         optimizer: its moments, masters, steps and hyperparameters are saved.
         scheduler: any object with ``state_dict()``, equal on all ranks.
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
@@ -110,8 +113,8 @@ def save(
 
     Raises:
         TimeoutError: names ranks that did not call ``save``, or died in it.
-        CheckpointError: a rank could not write, or another job saves into ``directory``; earlier checkpoints are
-            unchanged.
+        CheckpointError: a rank could not write, another job saves into ``directory``, or ranks have different tensors
+            of one name; earlier checkpoints are unchanged.
         RuntimeError: a step was interrupted on a rank while it wrote.
     """
     directory = Path(directory).absolute()
@@ -125,25 +128,29 @@ def save(
             _check_arguments(step, keep)
             if isinstance(optimizer, ShardedAdam):
                 optimizer._checkpoint_seam.before_save()
+            contents = contents_of(model, optimizer)
             collected = collect_part(
-                model,
-                optimizer,
+                contents,
                 scheduler=scheduler,
                 extra=extra,
                 step=step,
                 rank=store_barrier.rank,
                 world_size=len(store_barrier.ranks),
             )
+            listing = listing_of(contents, collected)
             if store_barrier.rank == 0:
                 with disk_time_limit(timeout_s) as disk, store_barrier.heartbeat(disk.status):
                     unpublished = create_unpublished(directory, step)
-            arrival.value = {"step": step, **previous, **(unpublished.to_json() if unpublished else {})}
+            arrival.value = {"step": step, "contents": digest_of(listing), **previous}
+            if unpublished is not None:
+                arrival.value |= unpublished.to_json()
         raise_failure(arrival.values)
         steps = sorted({answer["step"] for answer in arrival.values})
         if len(steps) > 1:
             raise CheckpointError(
                 f"{exchange.what}: ranks disagree on the step, found {steps}. Pass the same step on all ranks."
             )
+        share(exchange, contents, collected, listing, [answer["contents"] for answer in arrival.values])
         if unpublished is None:
             unpublished = Unpublished(directory, arrival.values[0]["name"], arrival.values[0]["token"])
         part: Part | Exception = collected
@@ -197,7 +204,7 @@ def _write(
             with exchange.phase("published", is_last=True):
                 if is_first:
                     with store_barrier.heartbeat(disk.status):
-                        _write_manifest(unpublished, part.description, world_size)
+                        _write_manifest(unpublished, world_size)
                         listed = publish(unpublished)
         except BaseException:
             if is_first:
@@ -219,16 +226,17 @@ def _write_part(unpublished: Unpublished, part: Part, rank: int) -> None:
     try:
         writer = PartWriter(unpublished.path, rank)
         try:
-            for key, spec in part.specs.items():
-                writer.add_tensor(key, spec)
+            for key, (spec, box) in part.boxes.items():
+                writer.add_box(key, spec, box)
             for write in part.writes:
-                writer.write(write.key, write.spec, write.start, write.read().cpu().contiguous())
+                writer.write(write.key, write.spec, write.box, write.start, write.read().cpu().contiguous())
             for key, value in part.objects.items():
                 writer.write_object(key, value)
             index = writer.close()
         finally:
             writer.abandon()
         content = {"token": unpublished.token, "index": index_to_json(index), "extra": part.extra}
+        content["description"] = part.description
         path = unpublished.path / _part_name(rank)
         on_disk(f"writing {path}", _write_new, path, json.dumps(content, separators=(",", ":")))
     except FileNotFoundError as error:
@@ -243,8 +251,8 @@ def _write_new(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _write_manifest(unpublished: Unpublished, description: Mapping[str, Any], world_size: int) -> None:
-    indices, extras = [], []
+def _write_manifest(unpublished: Unpublished, world_size: int) -> None:
+    indices, extras, descriptions = [], [], []
     for rank in range(world_size):
         path = unpublished.path / _part_name(rank)
         try:
@@ -261,7 +269,11 @@ def _write_manifest(unpublished: Unpublished, description: Mapping[str, Any], wo
             )
         indices.append(index_from_json(found["index"]))
         extras.append(found["extra"])
-    content = {**description, "extras": extras, "index": index_to_json(merge(indices))}
+        descriptions.append(found["description"])
+    index = merge(indices)
+    content = {**merged_description(list(filter(None, descriptions))), "extras": extras, "index": index_to_json(index)}
+    # Tied on one rank, but not on another
+    content["aliases"] = {alias: key for alias, key in content["aliases"].items() if alias not in index.tensors}
     write_durably(unpublished.path / MANIFEST, manifest_text(content), through=unpublished.path / f".{MANIFEST}.saving")
     for rank in range(world_size):
         path = unpublished.path / _part_name(rank)

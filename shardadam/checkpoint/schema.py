@@ -12,14 +12,17 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from shardadam.checkpoint.boxes import BoxSpec, whole_box
 from shardadam.checkpoint.files import (
     Index,
     Item,
+    StoredBox,
     StoredObject,
     StoredTensor,
     TensorSpec,
@@ -28,6 +31,7 @@ from shardadam.checkpoint.files import (
     file_name,
 )
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES
+from shardadam.state.flat_shard import Runs
 from shardadam.update import formats
 
 PARAM_GROUPS = "optimizer.param_groups"
@@ -38,6 +42,8 @@ PARAMETER_PREFIX = "optimizer.parameter."
 
 MAX_NUMBER = 2**63 - 1
 MAX_DIMENSIONS = 64
+MAX_PARTS = 4096
+"""How many boxes may lie side by side in the memory of one rank."""
 MAX_STEP = 2.0**53
 _MASTERS = ("own", "split", "fp32", "none")
 _MOMENTS = ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16))
@@ -244,13 +250,47 @@ def index_from_json(value: Any) -> Index:
 def _tensor_of(value: Any, what: str) -> StoredTensor:
     found = _dict(value, what)
     dtype = _dtype(_get(found, "dtype"), what)
-    shape, order = (tuple(_numbers(_get(found, name), f"{what}, {name}")) for name in ("shape", "order"))
-    if len(shape) > MAX_DIMENSIONS or sorted(order) != list(range(len(shape))):
-        raise ValueError(f"{what}: found shape {shown(shape)} in the order of dimensions {shown(order)}")
+    shape, order = _dense(found, what)
     if math.prod(max(1, size) for size in shape) * dtype.itemsize > MAX_NUMBER:
         raise ValueError(f"{what}: found shape {shown(shape)}, which has more bytes than a file can have")
+    block_numel = _number(found.get("block_numel", 1), f"{what}, block_numel")
+    spec = TensorSpec(dtype, shape, order, max(1, block_numel))
+    if "boxes" not in found:
+        return StoredTensor(spec, [_box_of(found, whole_box(shape, order), what)])
+    boxes = []
+    for entry in _list(found["boxes"], f"{what}, boxes"):
+        box = _dict(entry, f"{what}, boxes")
+        offset = tuple(_numbers(_get(box, "offset"), f"{what}, offset", len(shape)))
+        box_spec = BoxSpec(offset, *_dense(box, what, len(shape)))
+        if "runs" in box:
+            box_spec = replace(box_spec, runs=_runs_of(box["runs"], box_spec, what))
+        boxes.append(_box_of(box, box_spec, what))
+    return StoredTensor(spec, boxes)
+
+
+def _dense(found: Mapping[str, Any], what: str, length: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns a shape and an order of its dimensions."""
+    shape, order = (tuple(_numbers(_get(found, name), f"{what}, {name}", length)) for name in ("shape", "order"))
+    if len(shape) > MAX_DIMENSIONS or sorted(order) != list(range(len(shape))):
+        raise ValueError(f"{what}: found shape {shown(shape)} in the order of dimensions {shown(order)}")
+    return shape, order
+
+
+def _runs_of(value: Any, box: BoxSpec, what: str) -> Runs:
+    runs: list[tuple[tuple[int, int], ...]] = []
+    for dim, of_dim in enumerate(_list(value, f"{what}, runs")):
+        found = [tuple(_numbers(run, f"{what}, runs", 2)) for run in _list(of_dim, f"{what}, runs")]
+        if dim >= len(box.shape) or not found or sum(length for _, length in found) != box.shape[dim]:
+            raise ValueError(f"{what}: found runs {shown(of_dim)} of a box of shape {shown(box.shape)}")
+        runs.append(tuple((at, length) for at, length in found))
+    if tuple(of_dim[0][0] for of_dim in runs) != box.offset or math.prod(map(len, runs)) > MAX_PARTS:
+        raise ValueError(f"{what}: found runs {shown(value)} of a box at {shown(box.offset)}")
+    return tuple(runs)
+
+
+def _box_of(found: Mapping[str, Any], spec: BoxSpec, what: str) -> StoredBox:
     items = [Item(*_numbers(item, f"{what}, items", 5)) for item in _list(_get(found, "items"), f"{what}, items")]
-    return StoredTensor(TensorSpec(dtype, shape, order), items, [item.start for item in items])
+    return StoredBox(spec, items, [item.start for item in items])
 
 
 def _dtype(name: Any, what: str) -> torch.dtype:
@@ -261,7 +301,7 @@ def _dtype(name: Any, what: str) -> torch.dtype:
 
 
 def _check_extents(index: Index) -> None:
-    """Checks that tensors are whole, and that everything has bytes of its own inside a file.
+    """Checks that tensors are whole, with boxes in ascending order, and that everything has bytes of its own in a file.
 
     So a checkpoint has at most as much data as its files have bytes, and nothing larger than an item is read at once.
     """
@@ -270,7 +310,12 @@ def _check_extents(index: Index) -> None:
             raise ValueError(f"found {name} as file number {rank}, expected {file_name(rank)}")
     extents: list[tuple[int, int, int, str]] = []
     for key, tensor in index.tensors.items():
+        if tensor.spec.block_numel != 1:
+            raise ValueError(f"{key}: found blocks of {tensor.spec.block_numel} elements, expected single ones")
         check_whole(key, tensor)
+        offsets = [box.spec.offset for box in tensor.boxes]
+        if offsets != sorted(offsets):
+            raise ValueError(f"{key}: found boxes in another order than that of their offsets")
         itemsize = tensor.spec.dtype.itemsize
         for item in tensor.items:
             nbytes = item.numel * itemsize
@@ -348,16 +393,16 @@ def _parameter_of(found: Mapping[str, Any], what: str) -> SavedParameter:
 
 def _check_state(parameters: Iterable[str], masters: set[str], index: Index) -> None:
     """Checks that each parameter has the state that its format needs, in its own shape, and nothing else has state."""
-    specs = {key: tensor.spec for key, tensor in index.tensors.items()}
-    states: dict[str, dict[str, TensorSpec]] = {name: {} for name in parameters}
-    for key, spec in specs.items():
+    tensors = index.tensors
+    states: dict[str, dict[str, StoredTensor]] = {name: {} for name in parameters}
+    for key, tensor in tensors.items():
         if key.startswith(STATE_PREFIX):
             name, _, kind = key.removeprefix(STATE_PREFIX).rpartition(".")
             if name not in states or kind not in (*formats.MOMENTS, *formats.SCALES, "master"):
                 raise ValueError(f"found {shown(key)}, expected the state of a parameter that the manifest lists")
-            states[name][kind] = spec
+            states[name][kind] = tensor
     # The model may have another tensor of the same name, which is not the optimizer's.
-    values = {name: specs.get(PARAMETER_PREFIX + name) or specs.get(MODEL_PREFIX + name) for name in states}
+    values = {name: tensors.get(PARAMETER_PREFIX + name) or tensors.get(MODEL_PREFIX + name) for name in states}
     if None in values.values() and any(values.values()):
         lacking = next(name for name, value in values.items() if value is None)
         raise ValueError(f"found the values of some parameters, but not of {shown(lacking)}")
@@ -365,7 +410,7 @@ def _check_state(parameters: Iterable[str], masters: set[str], index: Index) -> 
         value = values[name]
         _check_moments(f"parameter {shown(name)}", state, value)
         if value is not None:
-            own = value.dtype in (torch.float32, torch.float64)
+            own = value.spec.dtype in (torch.float32, torch.float64)
         else:
             own = "own" in masters and len(masters) == 1
         needs_master = not own and "none" not in masters
@@ -377,29 +422,37 @@ def _check_state(parameters: Iterable[str], masters: set[str], index: Index) -> 
             )
 
 
-def _check_moments(what: str, state: Mapping[str, TensorSpec], value: TensorSpec | None) -> None:
+def _check_moments(what: str, state: Mapping[str, StoredTensor], value: StoredTensor | None) -> None:
     for kind in formats.MOMENTS:
         if kind not in state:
             raise ValueError(f"{what}: {kind} is missing")
     first = state[formats.MOMENTS[0]]
-    blocks = (-(-first.numel // ALIGNMENT_NUMEL),)
-    dtypes = tuple(state[kind].dtype for kind in formats.MOMENTS)
+    shape = first.spec.shape
+    boxes = [box.spec for box in first.boxes]
+    counts = [-(-box.numel // ALIGNMENT_NUMEL) for box in boxes]
+    ends = accumulate(counts, initial=0)
+    blocks = [BoxSpec((start,), (count,), (0,)) for start, count in zip(ends, counts, strict=False)]
+    dtypes = tuple(state[kind].spec.dtype for kind in formats.MOMENTS)
     if dtypes not in (*_MOMENTS, _CODES):
         raise ValueError(f"{what}: found moments of {_names(dtypes)}")
     if {kind for kind in formats.SCALES if kind in state} != set(formats.SCALES if dtypes == _CODES else ()):
         raise ValueError(f"{what}: found moments of {_names(dtypes)}, and not the scales that these have")
-    for kind, spec in state.items():
-        shape, order = (blocks, (0,)) if kind in formats.SCALES else (first.shape, first.order)
-        if (spec.shape, spec.order) != (shape, order):
-            raise ValueError(f"{what}: found {kind} of shape {shown(spec.shape)}, expected {shown(shape)}")
+    for kind, tensor in state.items():
+        spec, expected, expected_boxes = tensor.spec, first.spec, boxes
+        if kind in formats.SCALES:
+            expected, expected_boxes = TensorSpec(spec.dtype, (sum(counts),), (0,)), blocks
+        if (spec.shape, spec.order) != (expected.shape, expected.order):
+            raise ValueError(f"{what}: found {kind} of shape {shown(spec.shape)}, expected {shown(expected.shape)}")
+        if [box.spec for box in tensor.boxes] != expected_boxes:
+            raise ValueError(f"{what}: found {kind} in other boxes than {formats.MOMENTS[0]}")
         if kind not in formats.MOMENTS and spec.dtype != torch.float32:
             raise ValueError(f"{what}: found {kind} of {_names([spec.dtype])}, expected float32")
     if value is None:
         return
-    if value.dtype not in _PARAMETERS or (value.shape, value.order) != (first.shape, first.order):
+    if value.spec.dtype not in _PARAMETERS or (value.spec.shape, value.spec.order) != (shape, first.spec.order):
         raise ValueError(
-            f"{what}: found a {_names([value.dtype])} tensor of shape {shown(value.shape)}, and moments of shape "
-            f"{shown(first.shape)}"
+            f"{what}: found a {_names([value.spec.dtype])} tensor of shape {shown(value.spec.shape)}, and moments of "
+            f"shape {shown(shape)}"
         )
 
 

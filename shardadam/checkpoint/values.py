@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint's tensors with moments decoded to floating point, read in chunks. For ``export`` and ``dcp``.
 
-Keeps one item of a tensor in memory, whatever the size of the tensor.
+Keeps one item of a tensor in memory, whatever the size of the tensor; one of each box, of up to 64 boxes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardadam.checkpoint.files import TensorSpec
+from shardadam.checkpoint.boxes import BoxSpec, Region, Run, common, whole_box
+from shardadam.checkpoint.files import StoredBox, StoredTensor, TensorSpec
 from shardadam.checkpoint.reader import Reader
 from shardadam.checkpoint.schema import MODEL_PREFIX, PARAM_GROUPS, STATE_PREFIX
 from shardadam.layout import ALIGNMENT_NUMEL, cut
@@ -24,6 +26,7 @@ CHUNK_NUMEL = 2**17
 """Elements in a chunk of ``Values.chunks``: a multiple of ``ALIGNMENT_NUMEL``."""
 
 STATE = (*formats.MOMENTS, "master")
+_MAX_OPEN = 64
 ReadFn = Callable[[int, int], Tensor]
 
 
@@ -78,9 +81,20 @@ class Values:
         """Returns a function that reads elements ``start : stop`` in memory order: 1-D, on the CPU, verified. It reads
         each item once if it is called with ascending ranges.
         """
-        stored = _Items(self._reader, key).read
+        stored = self._reader.index.tensors[key]
+        if stored.is_plain:
+            return self.opened_box(key, 0)
+        return _Assembled(self, key, stored).read
+
+    def opened_box(self, key: str, number: int) -> ReadFn:
+        """Returns the same function for one of the stored boxes."""
+        tensors = self._reader.index.tensors
+        box = tensors[key].boxes[number]
+        stored = _Items(self._reader, key, box).read
         if key in self._scale_of:
-            return _decoding(key, self.specs[key].numel, stored, _Items(self._reader, self._scale_of[key]).read)
+            scale_key = self._scale_of[key]
+            scales = _Items(self._reader, scale_key, tensors[scale_key].boxes[number]).read
+            return _decoding(key, stored, scales)
         dtype = self.specs[key].dtype
         return lambda start, stop: stored(start, stop).to(dtype)
 
@@ -92,23 +106,22 @@ class Values:
 
 
 class _Items:
-    """Reads a stored tensor; keeps the item that it read last."""
+    """Reads a stored box; keeps the item that it read last."""
 
-    def __init__(self, reader: Reader, key: str) -> None:
+    def __init__(self, reader: Reader, key: str, box: StoredBox) -> None:
         self._reader = reader
         self._key = key
-        self._stored = reader.index.tensors[key]
+        self._box = box
         self._position = -1
-        self._held = torch.empty(0, device="cpu")
+        self._held = torch.empty(0, dtype=reader.index.tensors[key].spec.dtype, device="cpu")
 
     def read(self, start: int, stop: int) -> Tensor:
         parts = []
-        position = bisect_right(self._stored.starts, start) - 1
+        position = bisect_right(self._box.starts, start) - 1
         while start < stop:
-            item = self._stored.items[position]
+            item = self._box.items[position]
             if position != self._position:
-                self._held = torch.empty(item.numel, dtype=self._stored.spec.dtype, device="cpu")
-                self._reader.read_(self._key, item.start, self._held)
+                self._held = self._reader.read_item(self._key, item)
                 self._position = position
             end = min(stop, item.start + item.numel)
             parts.append(self._held[start - item.start : end - item.start])
@@ -116,20 +129,73 @@ class _Items:
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self._held[:0]
 
 
-def _decoding(key: str, numel: int, codes: ReadFn, scales: ReadFn) -> ReadFn:
+class _Assembled:
+    """Reads a tensor that is stored as several boxes."""
+
+    def __init__(self, values: Values, key: str, stored: StoredTensor) -> None:
+        self._values = values
+        self._key = key
+        self._boxes = [box.spec for box in stored.boxes]
+        self._spec = values.specs[key]
+        self._opened: dict[int, ReadFn] = {}
+
+    def read(self, start: int, stop: int) -> Tensor:
+        flat = torch.empty(stop - start, dtype=self._spec.dtype, device="cpu")
+        target = Run(whole_box(self._spec.shape, self._spec.order), start, flat)
+        for number, box in enumerate(self._boxes):
+            for region, part in product(target.regions, box.parts):
+                shared = common(region, part)
+                if shared is not None:
+                    for low, high in _spans(box, shared):
+                        target.copy_(Run(box, low, self._open(number)(low, high)))
+        return flat
+
+    def _open(self, number: int) -> ReadFn:
+        read = self._opened.pop(number, None) or self._values.opened_box(self._key, number)
+        self._opened[number] = read
+        if len(self._opened) > _MAX_OPEN:
+            del self._opened[next(iter(self._opened))]
+        return read
+
+
+def _spans(box: BoxSpec, region: Region) -> Iterator[tuple[int, int]]:
+    """Yields short spans of the box, in memory order, that contain the region. One, of just the region, if the box has
+    the memory order of the whole tensor.
+    """
+    last = tuple(at + size - 1 for at, size in zip(region.offset, region.shape, strict=True))
+    low, high = box.position(region.offset), box.position(last) + 1
+    if high - low <= CHUNK_NUMEL:
+        yield low, high
+        return
+    dim = next(dim for dim in box.order if region.shape[dim] > 1)
+    half = region.shape[dim] // 2
+    for begin, size in ((0, half), (half, region.shape[dim] - half)):
+        offset, shape = list(region.offset), list(region.shape)
+        offset[dim], shape[dim] = offset[dim] + begin, size
+        yield from _spans(box, Region(tuple(offset), tuple(shape)))
+
+
+def _decoding(key: str, codes: ReadFn, scales: ReadFn) -> ReadFn:
     kind = key.rpartition(".")[2]
-    scale = formats.SCALES[formats.MOMENTS.index(kind)]
 
     def read(start: int, stop: int) -> Tensor:
-        low = start // ALIGNMENT_NUMEL * ALIGNMENT_NUMEL
-        high = min(-(-stop // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL, numel)
-        zeros = torch.zeros(high - low, dtype=torch.int8, device="cpu")
-        own_scales = scales(low // ALIGNMENT_NUMEL, -(-high // ALIGNMENT_NUMEL))
-        state = dict.fromkeys(formats.MOMENTS, zeros) | dict.fromkeys(
-            formats.SCALES, own_scales
-        )  # the other moment is 0
-        state |= {kind: codes(low, high), scale: own_scales}
-        values = formats.read_moments(state)[formats.MOMENTS.index(kind)]
-        return values[start - low : stop - low]
+        first = start // ALIGNMENT_NUMEL
+        own_scales = scales(first, -(-stop // ALIGNMENT_NUMEL))
+        return decoded(kind, codes(start, stop), own_scales, start - first * ALIGNMENT_NUMEL)
 
     return read
+
+
+def decoded(kind: str, codes: Tensor, scales: Tensor, skipped: int) -> Tensor:
+    """Returns the values of codes of a moment.
+
+    Args:
+        scales: of all blocks that have some of the codes.
+        skipped: how many codes of the first block come before these.
+    """
+    numel = skipped + codes.numel()
+    own, other = (torch.zeros(numel, dtype=dtype, device="cpu") for dtype in (codes.dtype, torch.uint8))
+    own[skipped:] = codes
+    state = dict.fromkeys(formats.MOMENTS, other) | dict.fromkeys(formats.SCALES, scales)  # the other moment is 0
+    state[kind] = own
+    return formats.read_moments(state)[formats.MOMENTS.index(kind)][skipped:]

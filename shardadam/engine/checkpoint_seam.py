@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from shardadam.engine.step import StepEngine
 from shardadam.engine.storage import ShardedParam, rebind_moved
 from shardadam.ranks.store_barrier import StoreBarrier
+from shardadam.transport import placement
 
 
 class _AfterLoad(Protocol):
@@ -31,13 +32,16 @@ class CheckpointSeam:
 
     @property
     def store_barrier(self) -> StoreBarrier:
-        """The barrier of the ranks of the optimizer's process group."""
-        return self._engine.transport.store_barrier
+        """The barrier of all ranks of the job: data-parallel ones, and those that hold other parts of the model."""
+        return self._engine.job.store_barrier
 
-    @property
-    def is_writer(self) -> bool:
-        """True on the first of the ranks that hold equal shards (replicas); only that rank writes them."""
-        return self._engine.transport.replica == 0
+    def writes(self, param: ShardedParam) -> bool:
+        """Returns whether this rank is the first of those that hold equal shards of ``param``, which are saved once."""
+        if param.arena.transport.replica > 0 or not placement.is_first_copy(param.parameter):
+            return False
+        # What lies on no mesh, or on one of some ranks that hold parts of the model, is equal on the other ones.
+        parts, barrier = self._engine.parameters._parts, self._engine.job.store_barrier
+        return not parts or min(parts) in (placement.mesh_ranks(param.parameter) or {barrier.ranks[barrier.rank]})
 
     @property
     def params(self) -> Sequence[ShardedParam]:

@@ -2,13 +2,15 @@
 """``FlatShard``: a tensor of which this rank holds some spans, for torch.distributed.checkpoint (DCP) to reshard.
 
 Knows no optimizer; moves nothing between ranks. The optimizer cuts tensors into spans in memory order, DCP into boxes
-(offsets and sizes, one number for each dimension); ``boxes`` converts spans.
+(offsets and sizes, one number for each dimension); ``boxes`` converts spans. Of a DTensor, spans are those of the local
+tensor, which is a part of the whole: one box, or some ``runs`` of dimensions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +39,39 @@ def boxes(span: Span, shape: Sequence[int], order: Sequence[int]) -> Iterator[Ch
 
 
 _Ints = tuple[int, ...]
+Runs = tuple[tuple[tuple[int, int], ...], ...]
+"""For each dimension, offset and length of the runs of a whole tensor that a part of it has, one after the other: one,
+if the part is a box.
+"""
+
+
+def split_by_runs(
+    offsets: Sequence[int], sizes: Sequence[int], runs: Runs
+) -> Iterator[tuple[ChunkStorageMetadata, _Ints]]:
+    """Cuts a box of a part into boxes of the whole; yields each, and where it begins in the box that is cut."""
+    cuts: list[list[tuple[int, int, int]]] = []  # for each dimension: begin, size, offset in the whole
+    for offset, size, of_dim in zip(offsets, sizes, runs, strict=True):
+        start, found = 0, []
+        for at, length in of_dim:
+            low, high = max(offset, start), min(offset + size, start + length)
+            if low < high or len(of_dim) == 1:
+                found.append((low - offset, high - low, at + low - start))
+            start += length
+        cuts.append(found)
+    for cut_out in product(*cuts):
+        begins, lengths, places = zip(*cut_out, strict=True) if cut_out else ((), (), ())
+        yield ChunkStorageMetadata(torch.Size(places), torch.Size(lengths)), begins
+
+
+def runs_of_whole(shape: Sequence[int]) -> Runs:
+    return tuple(((0, size),) for size in shape)
+
+
+def narrowed(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Returns a view of a box of ``tensor``."""
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
 
 
 def _row_major_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Ints, _Ints]]:
@@ -87,40 +122,51 @@ def dimension_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 class FlatShard(Tensor):
-    """A tensor of ``shape`` of which this rank holds ``spans``, one after the other in ``local``.
+    """A tensor of ``shape`` of which this rank holds ``spans`` of a part, one after the other in ``local``.
 
     It has shape, dtype, device and the methods that DCP calls, but no arithmetic. ``local`` is not copied, so DCP loads
     into it in place.
 
     Args:
         local: 1-D, with as many elements as ``spans``.
-        spans: the parts of the whole tensor that ``local`` holds, ascending.
+        spans: what ``local`` holds of the part, ascending.
         shape: of the whole tensor.
-        order: its dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
+        order: the part's dimensions from the outermost to the innermost in memory; row-major: ``(0, 1, ...)``.
+        runs: where the part lies in the whole tensor; None: it is the whole.
     """
 
-    __slots__ = ["local", "order", "spans"]
+    __slots__ = ["local", "order", "runs", "spans"]
 
     local: Tensor
     spans: tuple[Span, ...]
     order: tuple[int, ...]
+    runs: Runs
 
     @staticmethod
     def __new__(
-        cls: type[FlatShard], local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int]
+        cls: type[FlatShard],
+        local: Tensor,
+        spans: Sequence[Span],
+        shape: Sequence[int],
+        order: Sequence[int],
+        runs: Runs | None = None,
     ) -> FlatShard:
         whole: FlatShard = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
         whole.local, whole.spans, whole.order = local, tuple(spans), tuple(order)
+        whole.runs = runs_of_whole(shape) if runs is None else runs
         return whole
 
     def _parts(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
         """Yields this rank's boxes, each with its view of ``local``, in the tensor's own order of dimensions."""
         begin = 0
+        shape = [sum(length for _, length in of_dim) for of_dim in self.runs]
         for span in self.spans:
             for start, stop in cut(span.start, span.stop, ITEM_BYTES // self.dtype.itemsize):
-                for box in boxes(Span(start, stop - start), self.shape, self.order):
+                for box in boxes(Span(start, stop - start), shape, self.order):
                     end = begin + box.sizes.numel()
-                    yield box, in_shape(self.local[begin:end], box.sizes, self.order)
+                    held = in_shape(self.local[begin:end], box.sizes, self.order)
+                    for place, begins in split_by_runs(box.offsets, box.sizes, self.runs):
+                        yield place, narrowed(held, begins, place.sizes)
                     begin = end
 
     # The protocol of torch.distributed._checkpointable
@@ -164,7 +210,7 @@ class FlatShard(Tensor):
         )
 
     def _with(self, local: Tensor) -> FlatShard:
-        return FlatShard(local, self.spans, self.shape, self.order)
+        return FlatShard(local, self.spans, self.shape, self.order, self.runs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatShard:
         memo[id(self)] = copied = self._with(self.local.clone())
@@ -181,4 +227,5 @@ class FlatShard(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         held = ", ".join(f"{span.start}:{span.stop}" for span in self.spans)
-        return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, held=[{held}])"
+        of_part = f", of {self.runs}" if self.runs != runs_of_whole(self.shape) else ""
+        return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, held=[{held}]{of_part})"

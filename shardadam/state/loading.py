@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.storage import NamedParameter, ShardedParam
 from shardadam.layout import Span
 from shardadam.state.flat_shard import FlatShard, dimension_order
-from shardadam.state.local import CODES, block_count, block_spans, local_state, own_elements, spans_of, take
+from shardadam.state.local import CODES, block_spans, local_state, own_elements, place_in_state, spans_of, take
 from shardadam.state.masters import write_master_
+from shardadam.transport import placement
 from shardadam.update import formats, reference
 
 _NAMES = {code: name for name, code in CODES.items()}
@@ -130,21 +132,22 @@ def _own(param: ShardedParam, saved: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"Parameter {param.name!r}: found only {sorted(saved)} in state_dict, {missing} are missing.")
     for name in (*formats.MOMENTS, "master"):
         if name in own:
-            own[name] = _own_part(param, name, own[name], param.shape, spans_of(param))
+            own[name] = _own_part(param, name, own[name], spans_of(param))
     for name in formats.SCALES:
         if name in own:
-            own[name] = _own_part(param, name, own[name], (block_count(param),), block_spans(param))
+            own[name] = _own_part(param, name, own[name], block_spans(param))
     return own
 
 
-def _own_part(param: ShardedParam, name: str, saved: Tensor, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
-    if tuple(saved.shape) != tuple(shape):
+def _own_part(param: ShardedParam, name: str, saved: Tensor, spans: Sequence[Span]) -> Tensor:
+    shape, runs = place_in_state(name, param)
+    if tuple(saved.shape) != shape:
         raise ValueError(
-            f"Parameter {param.name!r}: {name} has shape {tuple(saved.shape)} in state_dict, expected {tuple(shape)}."
+            f"Parameter {param.name!r}: {name} has shape {tuple(saved.shape)} in state_dict, expected {shape}."
         )
     if isinstance(saved, FlatShard):
         in_order = name in formats.SCALES or saved.order == dimension_order(param.local)
-        if saved.spans != tuple(spans) or not in_order:
+        if saved.spans != tuple(spans) or saved.runs != runs or not in_order:
             raise ValueError(
                 f"Parameter {param.name!r}: state_dict has the elements {_describe(saved.spans)} of {name}, expected "
                 f"this rank's {_describe(spans)}. It comes from another rank, number of ranks, bucket_mb or memory "
@@ -152,6 +155,17 @@ def _own_part(param: ShardedParam, name: str, saved: Tensor, shape: Sequence[int
                 "shardadam.save and shardadam.load, or with torch.distributed.checkpoint."
             )
         return saved.local
+    if isinstance(saved, DTensor):
+        if placement.runs_of(saved) != runs:
+            raise ValueError(
+                f"Parameter {param.name!r}: state_dict has a DTensor {saved.placements} as {name}, expected one that "
+                "is placed like the parameter. Pass its full_tensor() on all ranks."
+            )
+        saved = placement.local_tensor(saved)
+    else:
+        for dim, of_dim in enumerate(runs):
+            parts = [saved.narrow(dim, start, length) for start, length in of_dim]
+            saved = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
     if name in formats.SCALES:
         return take(saved, spans)
     return own_elements(param, saved)

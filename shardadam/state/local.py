@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from shardadam.engine.storage import ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Span
-from shardadam.state.flat_shard import FlatShard, dimension_order, in_shape
+from shardadam.state.flat_shard import FlatShard, Runs, dimension_order, in_shape, runs_of_whole
+from shardadam.transport import placement
 from shardadam.update import formats, reference
 
 CODES = {"exp_avg": "exp_avg_code", "exp_avg_sq": "exp_avg_sq_code"}
@@ -49,7 +51,7 @@ def torch_state(param: ShardedParam) -> dict[str, Tensor]:
     return {saved_name(name, param): tensor for name, tensor in local_state(param).items()}
 
 
-def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
+def saved_state(param: ShardedParam) -> dict[str, Tensor]:
     """Returns the parameter's entry of ``optimizer.state_dict()``: tensors of its shape, each with this rank's spans.
 
     They share memory with the optimizer, except a ``master`` that is computed from a remainder.
@@ -59,30 +61,52 @@ def saved_state(param: ShardedParam, *, world_size: int) -> dict[str, Tensor]:
         key = saved_name(name, param)
         if name in ("step", "bound"):
             saved[key] = tensor
-        elif name in formats.SCALES:
-            saved[key] = _whole_or_shard(tensor, state_spans(name, param), (block_count(param),), (0,), world_size)
-        else:
-            if name == "remainder":
-                tensor = reference.join(own_elements(param, param.local.detach()), tensor)
-            order = dimension_order(param.local)
-            saved[key] = _whole_or_shard(tensor, state_spans(name, param), param.shape, order, world_size)
+            continue
+        if name == "remainder":
+            tensor = reference.join(own_elements(param, param.local.detach()), tensor)
+        saved[key] = _whole_or_shard(name, tensor, param)
     return saved
 
 
+def _whole_or_shard(name: str, local: Tensor, param: ShardedParam) -> Tensor:
+    """Returns a ``FlatShard``, or a tensor like the parameter where this rank holds all that it has of it: without
+    other data-parallel ranks, or if it is empty.
+    """
+    shape, runs = place_in_state(name, param)
+    order = (0,) if name in formats.SCALES else dimension_order(param.local)
+    is_shared = param.arena.transport.world_size > 1 or (name in formats.SCALES and runs != runs_of_whole(shape))
+    if is_shared and torch.Size(shape).numel() > 0:
+        return FlatShard(local, state_spans(name, param), shape, order, runs)
+    if name in formats.SCALES:
+        return local
+    return placement.like(param.parameter, in_shape(local, param.shape, order))
+
+
+def place_in_state(name: str, param: ShardedParam) -> tuple[tuple[int, ...], Runs]:
+    """Returns the shape of a tensor of the state, and where in it the part lies that this rank has of the parameter.
+
+    Each scale belongs to a block of such a part. Scales have one dimension, in which those of all parts follow each
+    other.
+    """
+    runs = placement.runs_of(param.parameter)
+    if name not in formats.SCALES:
+        return tuple(param.parameter.shape), runs
+    if param.local is param.parameter:
+        return (block_count(param),), (((0, block_count(param)),),)
+    counts = {part: -(-_numel(part) // ALIGNMENT_NUMEL) for part in placement.runs_of_mesh(param.parameter)}
+    before = sum(count for part, count in counts.items() if part < runs) if _numel(runs) > 0 else 0
+    return (sum(counts.values()),), (((before, block_count(param)),),)
+
+
+def _numel(runs: Runs) -> int:
+    return math.prod(sum(length for _, length in of_dim) for of_dim in runs)
+
+
 def state_spans(name: str, param: ShardedParam) -> list[Span]:
-    """Returns the spans of the whole tensor that a tensor of ``local_state`` holds; none for step and bound."""
+    """Returns the spans of the part that a tensor of ``local_state`` holds; none for step and bound."""
     if name in ("step", "bound"):
         return []
     return block_spans(param) if name in formats.SCALES else spans_of(param)
-
-
-def _whole_or_shard(
-    local: Tensor, spans: Sequence[Span], shape: Sequence[int], order: Sequence[int], world_size: int
-) -> Tensor:
-    """Returns a ``FlatShard``, or an ordinary tensor where the shard is the whole: on one rank, or if it is empty."""
-    if world_size > 1 and torch.Size(shape).numel() > 0:
-        return FlatShard(local, spans, shape, order)
-    return in_shape(local, shape, order)
 
 
 def spans_of(param: ShardedParam) -> list[Span]:

@@ -15,13 +15,11 @@ ParamGroups = Sequence[Mapping[str, Any]]
 StateDict = dict[str, Any]
 
 
-def local_state_dict(parameters: ShardedParameters, param_groups: ParamGroups, *, world_size: int) -> StateDict:
+def local_state_dict(parameters: ShardedParameters, param_groups: ParamGroups) -> StateDict:
     """Returns this rank's shard of every tensor, in the optimizer's own memory. Local."""
     params = parameters.by_id()
     entries = {
-        position: local.saved_state(params[key], world_size=world_size)
-        for key, position in _positions(param_groups).items()
-        if key in params
+        position: local.saved_state(params[key]) for key, position in _positions(param_groups).items() if key in params
     }
     return {"state": entries, "param_groups": _packed(param_groups)}
 

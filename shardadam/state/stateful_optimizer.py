@@ -66,9 +66,10 @@ class StatefulOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's shard of the state, in torch's form.
 
-        On several ranks, tensors are ``FlatShard``: they have the parameter's shape, hold this rank's elements only,
-        and share the optimizer's memory and format. torch.distributed.checkpoint saves them, and loads them on any
-        number of ranks; pickling one raises TypeError. On one rank they are ordinary tensors. After
+        On several data-parallel ranks, tensors are ``FlatShard``: they have the parameter's shape, hold this rank's
+        elements only, and share the optimizer's memory and format. torch.distributed.checkpoint saves them, and loads
+        them on any number of ranks; pickling one raises TypeError. On one rank they are ordinary tensors, and DTensors
+        for DTensor parameters. After
         ``consolidate_state_dict(to)`` and until the next step, rank ``to`` gets the whole state instead.
 
         Every trainable parameter has an entry, also before the first step, when its step and moments are zeros: torch
@@ -83,8 +84,7 @@ class StatefulOptimizer(Optimizer):
             state_dict = shallow_copy(self._consolidated)
         else:
             self._engine.refresh_masters()
-            world_size = self._engine.transport.world_size
-            state_dict = local_state_dict(self._engine.parameters, self.param_groups, world_size=world_size)
+            state_dict = local_state_dict(self._engine.parameters, self.param_groups)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict

@@ -8,12 +8,16 @@ box of the whole. A plain tensor is its own local tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+
+from shardadam.state.flat_shard import Runs, runs_of_whole
 
 
 class Box(NamedTuple):
@@ -80,23 +84,63 @@ def box_of(tensor: Tensor) -> Box:
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Box(shape, (0,) * len(shape), shape)
-    indices = [_along(dim, torch.arange(size, device="cpu"), len(shape)) for dim, size in enumerate(shape)]
+    return _box_at(shape, _runs_at(*_where(tensor)), tuple(tensor.placements))
+
+
+def runs_of(tensor: Tensor) -> Runs:
+    """Return where the local tensor lies in the whole. It is one box if it has one run in each dimension.
+
+    Several are placed by ``_StridedShard``, as in the columns of fused projections.
+    """
+    if not isinstance(tensor, DTensor):
+        return runs_of_whole(tensor.shape)
+    return _runs_at(*_where(tensor))
+
+
+def runs_of_mesh(tensor: Tensor) -> list[Runs]:
+    """Return the different results of ``runs_of``, but no empty ones, on all ranks of a DTensor's mesh, ascending."""
+    if not isinstance(tensor, DTensor):
+        return [runs_of(tensor)]
+    shape, placements, mesh_shape, _ = _where(tensor)
+    found = {_runs_at(shape, placements, mesh_shape, one) for one in product(*map(range, mesh_shape))}
+    return sorted(runs for runs in found if all(of_dim[0][1] > 0 for of_dim in runs))
+
+
+def _where(tensor: DTensor) -> tuple[tuple[int, ...], tuple[Placement, ...], tuple[int, ...], tuple[int, ...]]:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
-    for mesh_dim, one in enumerate(tensor.placements):
+    return tuple(tensor.shape), tuple(tensor.placements), tuple(tensor.device_mesh.shape), tuple(coordinate)
+
+
+@lru_cache(maxsize=4096)
+def _runs_at(
+    shape: tuple[int, ...], placements: tuple[Placement, ...], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...]
+) -> Runs:
+    indices = [_along(dim, torch.arange(size, device="cpu"), len(shape)) for dim, size in enumerate(shape)]
+    for mesh_dim, one in enumerate(placements):
         dim = getattr(one, "dim", None)
         if dim is not None:
             parts, _ = one._split_tensor(  # type: ignore[attr-defined]
-                indices[dim], tensor.device_mesh.size(mesh_dim), with_padding=False, contiguous=False
+                indices[dim], mesh_shape[mesh_dim], with_padding=False, contiguous=False
             )
             indices[dim] = parts[coordinate[mesh_dim]]
-    indices = [part.flatten() for part in indices]
-    if any(len(part) > 0 and len(part) != part[-1] - part[0] + 1 for part in indices):
+    return tuple(_runs(part.flatten()) for part in indices)
+
+
+def _runs(indices: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return offset and length of the runs of successive ``indices``; an empty one if there are no indices."""
+    if len(indices) == 0:
+        return ((0, 0),)
+    ends = (indices.diff() != 1).nonzero().flatten().add(1).tolist()
+    return tuple((int(indices[start]), stop - start) for start, stop in pairwise([0, *ends, len(indices)]))
+
+
+def _box_at(shape: tuple[int, ...], runs: Runs, placements: Sequence[Placement]) -> Box:
+    if any(len(of_dim) > 1 for of_dim in runs):
         raise ValueError(
-            f"found a local tensor of separate parts of the whole (placements {tuple(tensor.placements)}), expected "
-            "one part"
+            f"found a local tensor of separate parts of the whole (placements {placements}), expected one part"
         )
-    return Box(shape, tuple(int(p[0]) if len(p) else 0 for p in indices), tuple(len(p) for p in indices))
+    return Box(shape, tuple(offset for ((offset, _),) in runs), tuple(size for ((_, size),) in runs))
 
 
 def _along(dim: int, values: Tensor, ndim: int) -> Tensor:
