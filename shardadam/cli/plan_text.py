@@ -218,5 +218,8 @@ def _nothing_fits(found: Comparison, fit: Fit, unit: Unit) -> str:
     if fsdp.fits_from is None:
         remedy = "Shard parameters too (FSDP2, tensor parallelism), or use ranks with more memory."
     else:
-        remedy = f"FSDP2, which shards parameters too, would fit on about {plural(fsdp.fits_from, 'rank')} or more."
+        remedy = (
+            f"FSDP2, which shards parameters too, would fit on about {plural(fsdp.fits_from, 'rank')} or more. To "
+            "divide the model as well, give --tensor-parallel or --pipeline-parallel."
+        )
     return f"Nothing fits in {unit.named(fit.available)}: {why} {remedy}"
