@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import lcm, prod
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Master, Moments, Precision
 from shardadam.state.memory import Memory
+from shardadam.transport import placement
 from shardadam.update import formats
 
 
@@ -40,8 +41,9 @@ class PlannedParameter:
             that of the last, and then holds both and their sum.
         expert_parallel: number of groups that the data-parallel ranks are divided into for its param group
             (``process_group``): its state is split over ``Setting.world_size / expert_parallel`` ranks.
-        copies: number of ranks of the model-parallel group that hold each of its elements. Parameters that differ in
-            this never share a bucket.
+        copies: number of model-parallel ranks that hold each of its elements. Parameters that differ in this never
+            share a bucket.
+        is_dtensor: whether it is a DTensor; ``p.grad`` is then never a view of a flat buffer.
     """
 
     shape: tuple[int, ...]
@@ -51,11 +53,18 @@ class PlannedParameter:
     is_tied: bool = False
     expert_parallel: int = 1
     copies: int = 1
+    is_dtensor: bool = False
 
     @classmethod
     def of(cls, parameter: Tensor, group: int = 0) -> PlannedParameter:
-        """Describe a tensor, which may be on the meta device."""
-        return cls(tuple(parameter.shape), parameter.dtype, group, parameter.requires_grad)
+        """Describe a tensor, which may be on the meta device, or what this rank holds of a DTensor.
+
+        An optimizer that also has DTensors counts an ordinary tensor as a copy on each rank of their mesh. Set
+        ``copies`` to their number then; ``plan`` does so for tensors.
+        """
+        is_dtensor, copies = placement.mesh_of(parameter) is not None, placement.copies_of(parameter)
+        shape = tuple(placement.local_tensor(parameter).shape)
+        return cls(shape, parameter.dtype, group, parameter.requires_grad, copies=copies, is_dtensor=is_dtensor)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> dict[str, PlannedParameter]:
@@ -119,17 +128,25 @@ class Setting:
             raise ValueError(
                 f"expert_parallel: found {groups} with {self.world_size} ranks that split the state, expected a divisor"
             )
+        if groups > 1 and self.replicas > 1:
+            raise ValueError(
+                f"expert_parallel: found {groups} with {self.replicas} replicas, expected 1: no plan for experts in "
+                "hybrid sharding"
+            )
         return self.world_size // groups
 
-    def bucket_bytes(self, nbytes: int) -> int:
+    def bucket_bytes(self, nbytes: int, ranks: int | None = None) -> int:
         """Return the size of a bucket that the optimizer would use for parameters of ``nbytes``.
+
+        Args:
+            ranks: that split their state; None: ``world_size``.
 
         Raises:
             ValueError, TypeError: the optimizer would refuse these arguments.
         """
         options = Options(self.gradient_sync, None, self.precision, self.bucket_mb, self.transport)
         options.check()
-        return options.bucket_bytes({torch.device(self.device).type}, nbytes, self.world_size)
+        return options.bucket_bytes({torch.device(self.device).type}, nbytes, ranks or self.world_size)
 
 
 def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory:
@@ -153,20 +170,42 @@ def lay_out(parameters: Planned, setting: Setting) -> Layout:
     trainable = _trainable(_planned(parameters))
     for index, one in enumerate(trainable):
         setting.precision.check_parameter(one.dtype, str(index))
-    bucket_bytes = setting.bucket_bytes(sum(one.nbytes for one in trainable))
-    by_shard_group: dict[int, list[int]] = {setting.world_size: []}
+    of_groups: dict[int | None, list[int]] = {None: []}  # by param group, where it has a shard group of its own
     for index, one in enumerate(trainable):
-        by_shard_group.setdefault(setting.shard_group(one), []).append(index)
+        of_groups.setdefault(one.group if one.expert_parallel > 1 else None, []).append(index)
     layouts = []
-    for ranks, indices in by_shard_group.items():
+    for indices in of_groups.values():
         some = [trainable[index] for index in indices]
-        specs = [ParameterSpec(one.numel, one.dtype.itemsize, _arena_key(one, device)) for one in some]
+        ranks = setting.shard_group(some[0]) if some else setting.world_size
+        keys = [ArenaKey.of(one, device) for one in some]
+        of_dtensors = {key for key, one in zip(keys, some, strict=True) if one.is_dtensor}
+        specs = [
+            ParameterSpec(one.numel, one.dtype.itemsize, key._replace(is_plain=key not in of_dtensors))
+            for key, one in zip(keys, some, strict=True)
+        ]
+        bucket_bytes = setting.bucket_bytes(sum(one.nbytes for one in some), ranks)
         layouts.append(_renumbered(build_layout(specs, world_size=ranks, bucket_bytes=bucket_bytes), indices))
     return _joined(layouts)
 
 
-def _arena_key(one: PlannedParameter, device: torch.device) -> tuple[torch.dtype, torch.device, int, int]:
-    return one.dtype, device, one.group, one.copies
+class ArenaKey(NamedTuple):
+    """What parameters have in common that share an arena (``FlatArena``).
+
+    Args:
+        own_group: index of the param group if its state is split over ranks of its own; else None.
+        is_plain: whether there is no DTensor among them.
+    """
+
+    group: int
+    dtype: torch.dtype
+    device: torch.device
+    copies: int
+    own_group: int | None
+    is_plain: bool = True
+
+    @classmethod
+    def of(cls, one: PlannedParameter, device: torch.device) -> ArenaKey:
+        return cls(one.group, one.dtype, device, one.copies, one.group if one.expert_parallel > 1 else None)
 
 
 def _renumbered(layout: Layout, indices: Sequence[int]) -> Layout:
@@ -201,7 +240,16 @@ def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory
 
 
 def _planned(parameters: Planned) -> list[PlannedParameter]:
-    return [PlannedParameter.of(one) if isinstance(one, Tensor) else one for one in parameters]
+    listed = list(parameters)
+    meshes = {len(placement.mesh_ranks(one)) for one in listed if isinstance(one, Tensor)}
+    known = []
+    for one in listed:
+        if isinstance(one, Tensor):
+            planned = PlannedParameter.of(one)
+            held = len(placement.mesh_ranks(one)) or 1  # copies on other ranks of the largest mesh
+            one = replace(planned, copies=planned.copies * max(1, *meshes) // held)
+        known.append(one)
+    return known
 
 
 def _trainable(parameters: Sequence[PlannedParameter]) -> list[PlannedParameter]:
@@ -214,7 +262,8 @@ def shard_group_multiple(parameters: Iterable[PlannedParameter]) -> int:
 
 
 def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, peak: bool) -> dict[str, int]:
-    (dtype, device), ranks = _kind_of(arena), buckets[0].world_size
+    key, ranks = _key_of(arena), buckets[0].world_size
+    dtype, device = key.dtype, key.device
     numel = arena.numel // ranks
     format = setting.precision.format(dtype, device)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
@@ -228,7 +277,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
         from shardadam.update.triton import TritonUpdate
 
         tables += TritonUpdate(counters, seed=0).nbytes
-    is_bucket_view = _has_bucket_view(dtype, device, ranks, setting)
+    is_bucket_view = _has_bucket_view(key, ranks, setting)
     has_shard = not setting.is_local and (not is_bucket_view or (peak and setting.clips))
     # NCCL writes its sums to the shard, in the dtype on the wire.
     is_wire = device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
@@ -244,9 +293,8 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     }
 
 
-def _kind_of(arena: Arena) -> tuple[torch.dtype, torch.device]:
-    dtype, device, *_ = cast("tuple[torch.dtype, torch.device, int, int]", arena.key)
-    return dtype, device
+def _key_of(arena: Arena) -> ArenaKey:
+    return cast("ArenaKey", arena.key)
 
 
 def _is_shared(device: torch.device, ranks: int, setting: Setting) -> bool:
@@ -254,15 +302,15 @@ def _is_shared(device: torch.device, ranks: int, setting: Setting) -> bool:
     return device.type == "cpu" and ranks > 1 and setting.transport != "collective"
 
 
-def _has_bucket_view(dtype: torch.dtype, device: torch.device, ranks: int, setting: Setting) -> bool:
+def _has_bucket_view(key: ArenaKey, ranks: int, setting: Setting) -> bool:
     """Return whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``).
 
     Args:
         ranks: of the shard group.
     """
-    is_wire_dtype = setting.precision.wire_dtype(dtype) == dtype
-    is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(device, ranks, setting)
-    return is_read and is_wire_dtype
+    is_wire_dtype = setting.precision.wire_dtype(key.dtype) == key.dtype
+    is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(key.device, ranks, setting)
+    return is_read and is_wire_dtype and key.is_plain
 
 
 def _staging_bytes(layout: Layout, setting: Setting) -> int:
@@ -271,14 +319,14 @@ def _staging_bytes(layout: Layout, setting: Setting) -> int:
     """
     if setting.is_local:
         return 0
-    numels: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
+    numels: dict[tuple[int | None, int, torch.dtype, torch.device], list[int]] = {}
     for bucket in layout.buckets:
-        dtype, device = _kind_of(layout.arenas[bucket.arena])
-        if not _has_bucket_view(dtype, device, bucket.world_size, setting):
-            key = setting.precision.wire_dtype(dtype), device, bucket.world_size
-            numels.setdefault(key, []).append(bucket.numel)
+        key = _key_of(layout.arenas[bucket.arena])
+        if not _has_bucket_view(key, bucket.world_size, setting):
+            users = key.own_group, bucket.world_size, setting.precision.wire_dtype(key.dtype), key.device
+            numels.setdefault(users, []).append(bucket.numel)
     total = 0
-    for (dtype, device, ranks), some in numels.items():
+    for (_, ranks, dtype, device), some in numels.items():
         received = _received_numel(max(some), device, ranks, setting)
         total += min(StagingPool.SIZE, len(some)) * (max(some) + received) * dtype.itemsize
     return total
@@ -363,10 +411,12 @@ def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setti
             return nbytes + _while_summed([trainable[index] for index in bucket])
 
         return max(map(with_bucket, buckets), default=0)
-    device = torch.device(setting.device)
-    is_viewed = [_has_bucket_view(one.dtype, device, setting.shard_group(one), setting) for one in trainable]
-    viewed = [one for one, is_view in zip(trainable, is_viewed, strict=True) if is_view]
-    others = [one for one, is_view in zip(trainable, is_viewed, strict=True) if not is_view]
+    viewed: list[PlannedParameter] = []
+    others: list[PlannedParameter] = []
+    for arena in layout.arenas:
+        some = [trainable[index] for index in arena.parameters]
+        is_view = _has_bucket_view(_key_of(arena), setting.shard_group(some[0]), setting)
+        (viewed if is_view else others).extend(some)
     just_made = max((one.nbytes for one in viewed), default=0)  # by autograd, before it is copied into its view
     return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(viewed, of=3))
 

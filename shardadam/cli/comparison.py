@@ -100,6 +100,12 @@ class Comparison:
     def ranks(self) -> int:
         return self.data_parallel * self.part.parallel.ranks
 
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of a bucket; of experts that have a process group of their own, it may differ."""
+        common = (one for one in self.part.held.planned if one.trainable and one.expert_parallel == 1)
+        return self.asked.bucket_bytes(sum(one.nbytes for one in common))
+
     def is_asked(self, usage: Usage) -> bool:
         return usage.setting == self.asked
 

@@ -241,7 +241,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "gradient_sync": asked.gradient_sync,
             "moments": asked.precision.moments,
             "master": asked.precision.master,
-            "bucket_bytes": asked.bucket_bytes(found.part.held.trainable_bytes),
+            "bucket_bytes": found.bucket_bytes,
             "clip": asked.clips,
             "transport": asked.transport,
         },

@@ -228,7 +228,7 @@ def _local(name: str, one: PlannedParameter, cut: _Cut, parallel: ModelParallel)
     shape, is_cut = list(one.shape), cut.how != WHOLE and parallel.tensor > 1
     if is_cut:
         shape[cut.dim] = _chunk(shape[cut.dim], parallel.tensor)
-    one = replace(one, copies=1 if is_cut else parallel.tensor)
+    one = replace(one, copies=1 if is_cut else parallel.tensor, is_dtensor=is_cut)
     if cut.is_expert and parallel.expert > 1:
         if _is_fused(name) and shape:
             shape[0] = _chunk(shape[0], parallel.expert)

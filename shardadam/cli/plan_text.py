@@ -45,7 +45,7 @@ def _head(found: Comparison) -> str:
         ("parameters", _parameters(source)),
         ("ranks", where),
         ("optimizer", _call(asked, held)),
-        ("buckets", binary_size(asked.bucket_bytes(held.trainable_bytes))),
+        ("buckets", binary_size(found.bucket_bytes)),
     ]
     if found.available is not None:
         facts.append(("memory", f"{Unit(found.available).named(found.available)} per rank"))
