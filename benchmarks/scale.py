@@ -234,7 +234,7 @@ def print_parallel(parallel: ModelParallel, machine: Machine, args: argparse.Nam
                 *(f"{value / 1e9:.3f}" for value in (memory.parameters, memory.state, memory.total)),
                 f"{(sent.reduce_scatter + sent.all_gather) / 1e9:.3f}",
                 f"{100 * sent.experts:.0f}%",
-                f"{sent.data_sync:,} + {sent.model_sync}",
+                f"{sent.data_sync:,} + {sum(nbytes for _, nbytes in sent.expert_sync):,} + {sent.model_sync}",
                 f"{1e6 * ways[0].step_sync:.0f}",
                 *(f"{some.percent:.1f}" for some in ways),
             ]

@@ -30,14 +30,10 @@ Note: model parallelism
     parallelism innermost, then the groups of experts, then data parallelism, and stages outermost: data-parallel ranks
     are T apart, and those that hold the same experts T E apart, so that fewer of them share a host. Each bucket travels
     between the ranks that hold its parameters. A second small all-reduce, of norm and flags, joins the ranks of one
-    copy of the model. A rank still computes ``tokens`` of the whole model's FLOPs, so that percentages compare with
-    those of plain data parallelism. A stage computes ``microbatches`` for each stage; only the backward of the last one
-    hides reductions, and only the forward of the first one all-gathers. Traffic of model parallelism itself, and the
-    pipeline's bubble, are not in the model.
-
-    With the counts of ``ledger.py``, all bytes that the step moves through device memory, at ``memory``, take the place
-    of the update's, and all launches and events are added, as if the device waited for the host at each. That is the
-    worst case: a host that runs ahead of the device, as in a large model's backward, hides launches.
+    copy of the model, and one more those that hold the same experts. A rank still computes ``tokens`` of the whole
+    model's FLOPs, so that percentages compare with those of plain data parallelism. There are ``microbatches`` for each
+    stage; only the backward of the last one hides reductions, and only the forward of the first one hides all-gathers.
+    Traffic of model parallelism itself, and the pipeline's bubble, are not in the model.
 """
 
 from __future__ import annotations
@@ -285,17 +281,21 @@ class Traffic:
     Attributes:
         experts: share of both that travels between the ranks that hold the same experts.
         data_sync: block of the small all-reduce over the data-parallel ranks.
-        model_sync: block of the second one, over the ranks of one copy of the model; 0 if there is one rank.
+        expert_sync: blocks over the ranks that hold the same experts, of which of them had a gradient; by number of
+            ranks.
+        model_sync: block of the last small all-reduce, over the ranks of one copy of the model; 0 if there is one rank.
     """
 
     reduce_scatter: float
     all_gather: float
     experts: float
     data_sync: int
+    expert_sync: tuple[tuple[int, int], ...]
     model_sync: int
 
 
-HEADER_BYTES = 8 * 4  # of a block: norm^2, non-finite, sum of f, sum of f^2; see shardadam/engine/step_sync.py
+# Of blocks of float64, as in shardadam/engine/step_sync.py: norm^2, non-finite, sums of f and f^2; whether they differ.
+HEADER_BYTES, MODEL_HEADER_BYTES = 8 * 4, 8 * 5
 
 
 def traffic(layout: Layout, parallel: ModelParallel = WHOLE, itemsize: int = 2) -> Traffic:
@@ -307,12 +307,18 @@ def traffic(layout: Layout, parallel: ModelParallel = WHOLE, itemsize: int = 2) 
     total = sum(map(sent, layout.buckets))
     experts = sum(sent(bucket) for bucket in layout.buckets if bucket.world_size < layout.world_size)
     parameters = sum(len(arena.parameters) for arena in layout.arenas)
+    ranks_of = {bucket.arena: bucket.world_size for bucket in layout.buckets}
     return Traffic(
         reduce_scatter=total,
         all_gather=total,
         experts=experts / total if total else 0.0,
         data_sync=HEADER_BYTES + 8 * parameters if layout.world_size > 1 else 0,
-        model_sync=HEADER_BYTES if parallel.ranks > 1 else 0,
+        expert_sync=tuple(
+            (ranks_of[index], 8 * len(arena.parameters))
+            for index, arena in enumerate(layout.arenas)
+            if 1 < ranks_of[index] < layout.world_size
+        ),
+        model_sync=MODEL_HEADER_BYTES if parallel.ranks > 1 else 0,
     )
 
 
@@ -407,6 +413,8 @@ def predict(
     hiding = compute if parallel.pipeline == 1 else compute / (parallel.pipeline * machine.microbatches)
     blocks = traffic(layout, parallel)
     sync = machine.apart(parallel.tensor).all_reduce_s(blocks.data_sync, data)
+    for sharers, nbytes in blocks.expert_sync:
+        sync += machine.apart(parallel.tensor * (group // sharers)).all_reduce_s(nbytes, sharers)
     sync += machine.within(parallel.tensor).all_reduce_s(blocks.model_sync, parallel.ranks)
     return Overhead(
         reduce=exposed_reduce(numels, [reduce_of[size] for size in sizes], hiding * 2 / 3),

@@ -195,9 +195,10 @@ def test_a_rank_sends_what_it_holds_to_those_that_hold_the_same() -> None:
     assert found.reduce_scatter == found.all_gather
     assert found.reduce_scatter == pytest.approx(2 * (dense * 7 / 8 + experts * 1 / 2), rel=0.01)  # bf16
     assert found.experts == pytest.approx(experts / 2 / (dense * 7 / 8 + experts / 2), rel=0.01)
-    assert found.data_sync == 8 * (4 + len(MIXTURE.part(parallel).held.parameters)) and found.model_sync == 32
+    assert found.data_sync == 8 * (4 + len(MIXTURE.part(parallel).held.parameters)) and found.model_sync == 40
+    assert found.expert_sync == ((2, 8 * 2 * 6),)
     alone = traffic(MIXTURE.layout(8, 0.5))
-    assert alone.model_sync == 0 and alone.experts == 0
+    assert alone.model_sync == 0 and alone.experts == 0 and alone.expert_sync == ()
     assert alone.reduce_scatter == pytest.approx(2 * sum(MIXTURE.numels) * 7 / 8, rel=0.01)
     assert traffic(MIXTURE.layout(1, 0.5)).reduce_scatter == 0
 
@@ -217,7 +218,7 @@ def test_a_step_with_model_parallelism_has_a_second_small_all_reduce(counts: Cou
     layout = MIXTURE.layout(16, 0.5, parallel=parallel)
     some = predict(MIXTURE, layout, 96, "ring", machine, False, parallel=parallel)
     blocks = traffic(layout, parallel)
-    second = machine.within(2).all_reduce_s(32, 6)
+    second = machine.within(2).all_reduce_s(40, 6)
     assert some.step_sync == pytest.approx(machine.apart(2).all_reduce_s(blocks.data_sync, 16) + second)
     assert second > 0 and some.compute == machine.compute_s(MIXTURE.active_numel)
     # Only the last of 12 micro-batches hides reductions, and only the first all-gathers.
@@ -242,6 +243,9 @@ def test_experts_are_reduced_between_the_ranks_that_hold_them() -> None:
         near = machine.apart(16 // bucket.world_size)
         expected += near.ring_s(2 * bucket.numel, bucket.world_size)
     assert some.reduce == pytest.approx(expected, rel=1e-3)
+    blocks = traffic(layout, parallel)
+    small = machine.all_reduce_s(blocks.data_sync, 16) + machine.apart(4).all_reduce_s(8 * 2 * 6, 4)
+    assert some.step_sync == pytest.approx(small)
 
 
 def test_a_paper_with_model_parallelism_is_printed_as_a_prediction(
@@ -258,5 +262,5 @@ def test_a_paper_with_model_parallelism_is_printed_as_a_prediction(
     assert [row[:3] for row in rows] == [["tiny", "64", "8"], ["tiny", "512", "64"], ["tiny", "4,096", "512"],
                                          ["tiny", "16,384", "2,048"]]  # fmt: skip
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "| mixture" in line]
-    assert len(rows) == 4 and all(row[9].endswith("+ 32") for row in rows)
+    assert len(rows) == 4 and all(row[9].endswith("+ 40") for row in rows)
     assert rows[0][8] == "0%" and int(rows[-1][8][:-1]) > 0  # 8 data-parallel ranks: one holds each expert
