@@ -59,11 +59,10 @@ class PlannedParameter:
     def of(cls, parameter: Tensor, group: int = 0) -> PlannedParameter:
         """Describe a tensor, which may be on the meta device, or what this rank holds of a DTensor.
 
-        An optimizer that also has DTensors counts an ordinary tensor as a copy on each rank of their mesh. Set
-        ``copies`` to their number then; ``plan`` does so for tensors.
+        Among DTensors, an ordinary tensor counts as a copy on each rank of their mesh: set ``copies`` to their number.
         """
-        is_dtensor, copies = placement.mesh_of(parameter) is not None, placement.copies_of(parameter)
         shape = tuple(placement.local_tensor(parameter).shape)
+        copies, is_dtensor = placement.copies_of(parameter), placement.mesh_of(parameter) is not None
         return cls(shape, parameter.dtype, group, parameter.requires_grad, copies=copies, is_dtensor=is_dtensor)
 
     @classmethod
@@ -121,17 +120,13 @@ class Setting:
         """Return the number of ranks that split the state of ``parameter``.
 
         Raises:
-            ValueError: the ranks cannot be divided into ``parameter.expert_parallel`` groups.
+            ValueError: ranks cannot be divided into ``parameter.expert_parallel`` groups, or with hybrid sharding.
         """
         groups = parameter.expert_parallel
-        if groups < 1 or self.world_size % groups:
+        if groups < 1 or self.world_size % groups or (groups > 1 and self.replicas > 1):
             raise ValueError(
-                f"expert_parallel: found {groups} with {self.world_size} ranks that split the state, expected a divisor"
-            )
-        if groups > 1 and self.replicas > 1:
-            raise ValueError(
-                f"expert_parallel: found {groups} with {self.replicas} replicas, expected 1: no plan for experts in "
-                "hybrid sharding"
+                f"expert_parallel: found {groups} with {self.world_size} ranks that split the state in "
+                f"{self.replicas} replicas, expected a divisor of the ranks, and no replicas. Change one of them."
             )
         return self.world_size // groups
 
@@ -241,15 +236,14 @@ def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory
 
 def _planned(parameters: Planned) -> list[PlannedParameter]:
     listed = list(parameters)
-    meshes = {len(placement.mesh_ranks(one)) for one in listed if isinstance(one, Tensor)}
-    known = []
-    for one in listed:
-        if isinstance(one, Tensor):
-            planned = PlannedParameter.of(one)
-            held = len(placement.mesh_ranks(one)) or 1  # copies on other ranks of the largest mesh
-            one = replace(planned, copies=planned.copies * max(1, *meshes) // held)
-        known.append(one)
-    return known
+    largest = max((len(placement.mesh_ranks(one)) for one in listed if isinstance(one, Tensor)), default=0)
+
+    def of(tensor: Tensor) -> PlannedParameter:
+        """Count copies on the ranks of the largest mesh."""
+        one, held = PlannedParameter.of(tensor), len(placement.mesh_ranks(tensor)) or 1
+        return replace(one, copies=max(1, one.copies * largest // held))
+
+    return [of(one) if isinstance(one, Tensor) else one for one in listed]
 
 
 def _trainable(parameters: Sequence[PlannedParameter]) -> list[PlannedParameter]:

@@ -236,8 +236,9 @@ def test_state_of_experts_is_split_over_the_ranks_that_hold_them() -> None:
     assert memory.parameters == 2 * (dense.nbytes + expert.nbytes)
     alone = plan([dense, dense], setting)
     assert memory.gradient_shard - alone.gradient_shard == 2 * expert.nbytes // 2
-    with pytest.raises(ValueError, match="expert_parallel: found 4 with 6 ranks"):
-        plan([expert], Setting(world_size=6))
+    for other in (Setting(world_size=6), Setting(world_size=8, replicas=2)):
+        with pytest.raises(ValueError, match=f"expert_parallel: found 4 with {other.world_size} ranks"):
+            plan([expert], other)
 
 
 def test_only_numbers_of_ranks_that_experts_can_be_spread_over_are_proposed() -> None:
