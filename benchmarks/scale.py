@@ -2,12 +2,14 @@
 """How many bytes per rank, and how much overhead of a step, on up to 16,384 ranks? Mostly computed, not measured.
 
     python benchmarks/scale.py paper [--plots DIR] [--bucket-mb 32] [--inter-gbs 45] ...   computed
+    python benchmarks/scale.py paper --tensor-parallel 8 --expert-parallel 8 ...           computed, of a rank's part
     python benchmarks/scale.py step --ledger FILE                                          computed, 7B on 8 and 512
     python benchmarks/scale.py check                                                       computed against memory()
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/scale.py measure measured
 
 ``paper`` plans three decoders with the library's planner and applies the model of time in ``scale_model.py``, whose
-constants are all arguments. ``step`` predicts the overhead of a step from what ``ledger.py --json FILE`` has counted,
+constants are all arguments; with model parallelism it does so for what a rank holds, and counts what a rank sends.
+``step`` predicts the overhead of a step from what ``ledger.py --json FILE`` has counted,
 beside what was counted before copies and launches were reduced. ``check`` builds real optimizers as rank 0 of N over
 torch's ``fake`` process group, whose collectives move nothing, and fails if a byte differs from the plan. ``measure``
 fits latency and bandwidth between the ranks that run it to the fastest rounds, and compares predictions for other
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from fake_world import rank_0_of
 from scale_model import (
     DECODERS,
+    EXPERTS,
     FORMS,
     UNSHARDED_BYTES,
     Counts,
@@ -36,16 +39,19 @@ from scale_model import (
     Form,
     Machine,
     predict,
+    traffic,
 )
 from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, update
+from shardadam.cli.plan_parallel import ModelParallel
 from shardadam.layout import Layout
 from shardadam.planner import Setting, memory_of
 from shardadam.state.memory import Memory
 from shardadam.transport import ReduceScatter, Transport, connect
 
 RANKS = [2**power for power in range(15)]
+PARALLEL_RANKS = (64, 512, 4096, 16384)
 SMALL = Decoder("28M", 4, 512, 8, 4, 1408, 16000)
 CHECKED = (
     *FORMS,
@@ -202,8 +208,45 @@ def machine_of(args: argparse.Namespace) -> Machine:
     return Machine(**{field.name: getattr(args, field.name) for field in fields(Machine)})
 
 
+def print_parallel(parallel: ModelParallel, machine: Machine, args: argparse.Namespace) -> None:
+    """Print what a rank of the fullest stage holds and sends. Experts are spread in the decoder that has some."""
+    print(
+        f"{machine}\n\nPREDICTED: tensor {parallel.tensor} x pipeline {parallel.pipeline}, experts over "
+        f"{parallel.expert} groups; a rank of the fullest stage; bf16, split masters, fp32 moments\n"
+    )
+    heads = ("model", "N", "data", "M parameters", "GB parameters", "state", "total", "GB sent", "of experts")
+    heads += ("small, bytes", "us", "overhead, %", "overlap_gather, %")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for decoder in (*DECODERS, EXPERTS):
+        divided = parallel if decoder.experts else replace(parallel, expert=1)
+        for ranks in PARALLEL_RANKS:
+            data = ranks // divided.ranks
+            if ranks % divided.ranks or data % divided.expert:
+                continue
+            layout = decoder.layout(data, args.bucket_mb, parallel=divided)
+            memory, sent = on_cuda(layout, FORMS[0]), traffic(layout, divided)
+            held = sum(segment.numel for bucket in layout.buckets for segment in bucket.segments)
+            ways = [
+                predict(decoder, layout, ranks, "ring", machine, overlap, parallel=divided) for overlap in (False, True)
+            ]
+            cells = [
+                *(decoder.name, f"{ranks:,}", f"{data:,}", f"{held / 1e6:,.0f}"),
+                *(f"{value / 1e9:.3f}" for value in (memory.parameters, memory.state, memory.total)),
+                f"{(sent.reduce_scatter + sent.all_gather) / 1e9:.3f}",
+                f"{100 * sent.experts:.0f}%",
+                f"{sent.data_sync:,} + {sum(nbytes for _, nbytes in sent.expert_sync):,} + {sent.model_sync}",
+                f"{1e6 * ways[0].step_sync:.0f}",
+                *(f"{some.percent:.1f}" for some in ways),
+            ]
+            print(f"| {' | '.join(cells)} |")
+
+
 def paper(args: argparse.Namespace) -> None:
     machine = machine_of(args)
+    parallel = ModelParallel(args.tensor_parallel, args.expert_parallel, args.pipeline_parallel)
+    if parallel.is_used:
+        print_parallel(parallel, machine, args)
+        return
     start = time.perf_counter()
     layouts = {(decoder.name, ranks): decoder.layout(ranks, args.bucket_mb) for decoder in DECODERS for ranks in RANKS}
     print_bytes(layouts, time.perf_counter() - start)
@@ -392,6 +435,8 @@ def main() -> None:
     command.add_argument("--bucket-mb", type=float, default=None, help="None: the library's default")
     command.add_argument("--shard-group", type=int, default=64, help="ranks that split one copy, hybrid sharding")
     command.add_argument("--overlap-gather", action="store_true", help="all-gathers run under the next forward")
+    for name, metavar in (("tensor", "T"), ("expert", "E"), ("pipeline", "P")):
+        command.add_argument(f"--{name}-parallel", metavar=metavar, type=int, default=1, help="as in shardadam plan")
     add_machine(command)
     command.set_defaults(run=paper)
     command = commands.add_parser("step", formatter_class=argparse.ArgumentDefaultsHelpFormatter)

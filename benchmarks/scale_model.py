@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of three decoders, formats to store them in, and a model of a step's time. Measures nothing.
+"""The shapes of four decoders, formats to store them in, and a model of a step's time. Measures nothing.
 
 Note: the model of time
     Sending n bytes over a link takes alpha + n beta: a latency, and the inverse of a bandwidth. A reduce-scatter, or
@@ -25,9 +25,15 @@ Note: the model of time
     its update and the all-gather before. With ``overlap_gather`` the forward of a bucket waits for its all-gather only.
     Contention, stragglers and skew are not in the model.
 
-    With the counts of ``ledger.py``, all bytes that the step moves through device memory, at ``memory``, take the place
-    of the update's, and all launches and events are added, as if the device waited for the host at each. That is the
-    worst case: a host that runs ahead of the device, as in a large model's backward, hides launches.
+Note: model parallelism
+    The rank of the fullest pipeline stage is predicted, with the shapes that it holds. Ranks are numbered with tensor
+    parallelism innermost, then the groups of experts, then data parallelism, and stages outermost: data-parallel ranks
+    are T apart, and those that hold the same experts T E apart, so that fewer of them share a host. Each bucket travels
+    between the ranks that hold its parameters. A second small all-reduce, of norm and flags, joins the ranks of one
+    copy of the model, and one more those that hold the same experts. A rank still computes ``tokens`` of the whole
+    model's FLOPs, so that percentages compare with those of plain data parallelism. There are ``microbatches`` for each
+    stage; only the backward of the last one hides reductions, and only the forward of the first one hides all-gathers.
+    Traffic of model parallelism itself, and the pipeline's bubble, are not in the model.
 """
 
 from __future__ import annotations
@@ -35,19 +41,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from shardadam import Precision
-from shardadam.layout import ALIGNMENT_NUMEL, Layout
+from shardadam.cli.model_source import ModelSource
+from shardadam.cli.plan_parallel import ModelParallel, Part, divide
+from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Layout
 from shardadam.planner import PlannedParameter, Setting, lay_out
 from shardadam.update import formats
+
+WHOLE = ModelParallel()
 
 
 @dataclass(frozen=True)
 class Decoder:
+    """Shapes of a decoder.
+
+    Args:
+        experts: of each layer, in two tensors, with a router; 0: the layer has one MLP.
+        active_experts: those that compute a token.
+    """
+
     name: str
     layers: int
     width: int
@@ -55,27 +72,60 @@ class Decoder:
     kv_heads: int
     ffn: int
     vocabulary: int
+    experts: int = 0
+    active_experts: int = 0
 
-    def shapes(self) -> Iterator[tuple[int, ...]]:
+    def named_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return the shapes in the order of registration: embedding, layers, norm, head (not tied)."""
         kv = self.width // self.heads * self.kv_heads
-        yield (self.vocabulary, self.width)
-        for _ in range(self.layers):
-            yield from ((self.width, self.width), (kv, self.width), (kv, self.width), (self.width, self.width))
-            yield from ((self.ffn, self.width), (self.ffn, self.width), (self.width, self.ffn))
-            yield from ((self.width,), (self.width,))
-        yield (self.width,)
-        yield (self.vocabulary, self.width)
+        yield "embedding.weight", (self.vocabulary, self.width)
+        for index in range(self.layers):
+            layer = f"layers.{index}"
+            for name, out in (("query", self.width), ("key", kv), ("value", kv), ("out", self.width)):
+                yield f"{layer}.attention.{name}.weight", (out, self.width)
+            if self.experts:
+                yield f"{layer}.mlp.gate.weight", (self.experts, self.width)
+                yield f"{layer}.mlp.experts.gate_up_proj", (self.experts, 2 * self.ffn, self.width)
+                yield f"{layer}.mlp.experts.down_proj", (self.experts, self.width, self.ffn)
+            else:
+                yield f"{layer}.mlp.gate.weight", (self.ffn, self.width)
+                yield f"{layer}.mlp.up.weight", (self.ffn, self.width)
+                yield f"{layer}.mlp.down.weight", (self.width, self.ffn)
+            yield f"{layer}.attention_norm.weight", (self.width,)
+            yield f"{layer}.mlp_norm.weight", (self.width,)
+        yield "norm.weight", (self.width,)
+        yield "head.weight", (self.vocabulary, self.width)
+
+    def shapes(self) -> Iterator[tuple[int, ...]]:
+        for _, shape in self.named_shapes():
+            yield shape
 
     @property
     def numels(self) -> list[int]:
         return [math.prod(shape) for shape in self.shapes()]
 
+    @property
+    def active_numel(self) -> int:
+        """Number of parameters that compute a token."""
+        idle = self.experts - self.active_experts
+        return sum(self.numels) - idle * 3 * self.layers * self.ffn * self.width
+
+    def part(self, parallel: ModelParallel, dtype: torch.dtype = torch.bfloat16) -> Part:
+        """Return what the rank of the fullest stage holds."""
+        planned = ((name, PlannedParameter(shape, dtype)) for name, shape in self.named_shapes())
+        return divide(ModelSource(self.name, "number", "a decoder", tuple(planned)), parallel)
+
     def layout(
-        self, ranks: int, bucket_mb: float | None, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+        self,
+        ranks: int,
+        bucket_mb: float | None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cuda",
+        parallel: ModelParallel = WHOLE,
     ) -> Layout:
+        """Return the layout of what one rank holds, whose state ``ranks`` split."""
         setting = Setting(world_size=ranks, bucket_mb=bucket_mb, device=device)
-        return lay_out([PlannedParameter(shape, dtype) for shape in self.shapes()], setting)
+        return lay_out(self.part(parallel, dtype).held.planned, setting)
 
 
 DECODERS = (
@@ -83,6 +133,7 @@ DECODERS = (
     Decoder("70B", 80, 8192, 64, 8, 28672, 32000),  # Llama 2
     Decoder("405B", 126, 16384, 128, 8, 53248, 128256),  # Llama 3.1
 )
+EXPERTS = Decoder("8x22B", 56, 6144, 48, 8, 16384, 32768, experts=8, active_experts=2)  # Mixtral
 
 
 @dataclass(frozen=True)
@@ -139,9 +190,18 @@ class Machine:
     event_us: float = 1.0  # recorded, or waited for by a stream
     tokens: int = 8192  # a rank and step
     replica_itemsize: int = 4  # of the shard that hybrid sharding all-reduces
+    microbatches: int = 4  # for each pipeline stage, if there are several
 
     def compute_s(self, parameters: int) -> float:
         return 6 * parameters * self.tokens / (self.peak_tflops * 1e12 * self.mfu)
+
+    def apart(self, stride: int) -> Machine:
+        """Return this machine for groups of ranks that are ``stride`` apart, of which fewer share a host."""
+        return replace(self, host_ranks=max(1, self.host_ranks // stride))
+
+    def within(self, ranks: int) -> Machine:
+        """Return this machine for groups of which ``ranks`` are together in a host."""
+        return replace(self, host_ranks=min(ranks, self.host_ranks))
 
     def _levels(self, ranks: int) -> tuple[int, int]:
         inside = min(self.host_ranks, ranks)
@@ -215,6 +275,54 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one step, of gradients in ``reduce_scatter`` and of parameters in ``all_gather``.
+
+    Attributes:
+        experts: share of both that travels between the ranks that hold the same experts.
+        data_sync: block of the small all-reduce over the data-parallel ranks.
+        expert_sync: blocks over the ranks that hold the same experts, of which of them had a gradient; by number of
+            ranks.
+        model_sync: block of the last small all-reduce, over the ranks of one copy of the model; 0 if there is one rank.
+    """
+
+    reduce_scatter: float
+    all_gather: float
+    experts: float
+    data_sync: int
+    expert_sync: tuple[tuple[int, int], ...]
+    model_sync: int
+
+
+# Of blocks of float64, as in shardadam/engine/step_sync.py: norm^2, non-finite, sums of f and f^2; whether they differ.
+HEADER_BYTES, MODEL_HEADER_BYTES = 8 * 4, 8 * 5
+
+
+def traffic(layout: Layout, parallel: ModelParallel = WHOLE, itemsize: int = 2) -> Traffic:
+    """Count the bytes of a step, with flat sharding, from a layout of what a rank holds."""
+
+    def sent(bucket: Bucket) -> float:
+        return (bucket.world_size - 1) / bucket.world_size * bucket.numel * itemsize
+
+    total = sum(map(sent, layout.buckets))
+    experts = sum(sent(bucket) for bucket in layout.buckets if bucket.world_size < layout.world_size)
+    parameters = sum(len(arena.parameters) for arena in layout.arenas)
+    ranks_of = {bucket.arena: bucket.world_size for bucket in layout.buckets}
+    return Traffic(
+        reduce_scatter=total,
+        all_gather=total,
+        experts=experts / total if total else 0.0,
+        data_sync=HEADER_BYTES + 8 * parameters if layout.world_size > 1 else 0,
+        expert_sync=tuple(
+            (ranks_of[index], 8 * len(arena.parameters))
+            for index, arena in enumerate(layout.arenas)
+            if 1 < ranks_of[index] < layout.world_size
+        ),
+        model_sync=MODEL_HEADER_BYTES if parallel.ranks > 1 else 0,
+    )
+
+
+@dataclass(frozen=True)
 class Overhead:
     """Seconds of a step beyond forward and backward.
 
@@ -265,43 +373,59 @@ def predict(
     machine: Machine,
     overlap: bool,
     counts: Counts | None = None,
+    parallel: ModelParallel = WHOLE,
 ) -> Overhead:
     """Predict one step of ``decoder`` on ``ranks``.
 
     Args:
-        layout: over all ranks, or over a shard group for hybrid sharding.
+        layout: over all data-parallel ranks, or over a shard group for hybrid sharding; of what a rank holds.
+        ranks: number of all ranks.
         scheme: "ring", "halving", "hybrid" or "ddp": all-reduces and an update that is not sharded.
         counts: of the step; None: count the update's bytes only, and a launch for each bucket.
+        parallel: how the model is divided, as in the layout.
     """
-    group, form = layout.world_size, FORMS[0]
-    numels = [bucket.numel for bucket in layout.buckets]
-    collective = machine.halving_s if scheme == "halving" else machine.ring_s
-    reduce_of: dict[int, float] = {}
-    gather_of: dict[int, float] = {}
-    for numel in set(numels):
+    group, form, data = layout.world_size, FORMS[0], ranks // parallel.ranks
+    kinds = {(bucket.numel, bucket.world_size) for bucket in layout.buckets}
+    reduce_of: dict[tuple[int, int], float] = {}
+    gather_of: dict[tuple[int, int], float] = {}
+    for numel, sharers in kinds:
+        near = machine.apart(parallel.tensor * (group // sharers))
+        collective = near.halving_s if scheme == "halving" else near.ring_s
         nbytes = numel * form.itemsize
         if scheme == "ddp":
-            reduce_of[numel], gather_of[numel] = machine.all_reduce_s(nbytes, ranks), 0.0
+            reduce_of[numel, sharers], gather_of[numel, sharers] = near.all_reduce_s(nbytes, data), 0.0
             continue
-        replicas = machine.replica_reduce_s(numel / group * machine.replica_itemsize, ranks // group)
-        reduce_of[numel] = collective(nbytes, group) + replicas
-        gather_of[numel] = collective(nbytes, group)
-    share = 1 if scheme == "ddp" else group
+        replicas = near.replica_reduce_s(numel / sharers * near.replica_itemsize, data // group)
+        reduce_of[numel, sharers] = collective(nbytes, sharers) + replicas
+        gather_of[numel, sharers] = collective(nbytes, sharers)
+    sizes = [(bucket.numel, bucket.world_size) for bucket in layout.buckets]
+    numels = [numel for numel, _ in sizes]
     launch = 0.0 if scheme == "ddp" else machine.launch_us * 1e-6
-    updates = [launch + numel / share * form.moved_bytes / (machine.memory_gbs * 1e9) for numel in numels]
+    shares = [numel / (1 if scheme == "ddp" else sharers) for numel, sharers in sizes]
+    updates = [launch + share * form.moved_bytes / (machine.memory_gbs * 1e9) for share in shares]
     parameters, copy_in, launches = sum(decoder.numels), 0.0, 0.0
-    compute = machine.compute_s(parameters)
+    compute = machine.compute_s(decoder.active_numel)
     if counts is not None:
         copied = 2 * form.itemsize * parameters if group > 1 else 0.0  # read from the gradients, written to staging
         copy_in, launches = copied / (machine.memory_gbs * 1e9), counts.host_s(len(numels), machine)
         rest = counts.nbytes(parameters, group) - copied
         updates = [numel / sum(numels) * rest / (machine.memory_gbs * 1e9) for numel in numels]
+    hiding = compute if parallel.pipeline == 1 else compute / (parallel.pipeline * machine.microbatches)
+    blocks = traffic(layout, parallel)
+    sync = machine.apart(parallel.tensor).all_reduce_s(blocks.data_sync, data)
+    for sharers, nbytes in blocks.expert_sync:
+        sync += machine.apart(parallel.tensor * (group // sharers)).all_reduce_s(nbytes, sharers)
+    sync += machine.within(parallel.tensor).all_reduce_s(blocks.model_sync, parallel.ranks)
     return Overhead(
-        reduce=exposed_reduce(numels, [reduce_of[n] for n in numels], compute * 2 / 3),
-        step_sync=0.0 if scheme == "ddp" else machine.all_reduce_s(8 * (2 + len(decoder.numels)), ranks),
+        reduce=exposed_reduce(numels, [reduce_of[size] for size in sizes], hiding * 2 / 3),
+        step_sync=0.0 if scheme == "ddp" else sync,
         update=sum(updates),
         gather=exposed_gather(
-            numels[::-1], updates[::-1], [gather_of[n] for n in numels[::-1]], compute / 3, overlap and scheme != "ddp"
+            numels[::-1],
+            updates[::-1],
+            [gather_of[size] for size in sizes[::-1]],
+            hiding / 3,
+            overlap and scheme != "ddp",
         ),
         compute=compute,
         copy_in=copy_in,

@@ -11,8 +11,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import prod
-from typing import Literal, cast, get_args
+from math import lcm, prod
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Master, Moments, Precision
 from shardadam.state.memory import Memory
+from shardadam.transport import placement
 from shardadam.update import formats
 
 
@@ -33,10 +34,16 @@ class PlannedParameter:
     """What a plan needs to know about a parameter.
 
     Args:
+        shape: of what the planned rank holds: of a DTensor, the shape of its local tensor.
         group: index of its param group; groups never share a bucket.
         trainable: a frozen parameter has no state, but counts as memory of the rank.
         is_tied: whether several modules of the model use it. Autograd keeps the gradient of its first use until it has
             that of the last, and then holds both and their sum.
+        expert_parallel: number of groups that the data-parallel ranks are divided into for its param group
+            (``process_group``): its state is split over ``Setting.world_size / expert_parallel`` ranks.
+        copies: number of model-parallel ranks that hold each of its elements. Parameters that differ in this never
+            share a bucket.
+        is_dtensor: whether it is a DTensor; ``p.grad`` is then never a view of a flat buffer.
     """
 
     shape: tuple[int, ...]
@@ -44,11 +51,19 @@ class PlannedParameter:
     group: int = 0
     trainable: bool = True
     is_tied: bool = False
+    expert_parallel: int = 1
+    copies: int = 1
+    is_dtensor: bool = False
 
     @classmethod
     def of(cls, parameter: Tensor, group: int = 0) -> PlannedParameter:
-        """Describe a tensor, which may be on the meta device."""
-        return cls(tuple(parameter.shape), parameter.dtype, group, parameter.requires_grad)
+        """Describe a tensor, which may be on the meta device, or what this rank holds of a DTensor.
+
+        Among DTensors, an ordinary tensor counts as a copy on each rank of their mesh: set ``copies`` to their number.
+        """
+        shape = tuple(placement.local_tensor(parameter).shape)
+        copies, is_dtensor = placement.copies_of(parameter), placement.mesh_of(parameter) is not None
+        return cls(shape, parameter.dtype, group, parameter.requires_grad, copies=copies, is_dtensor=is_dtensor)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> dict[str, PlannedParameter]:
@@ -101,15 +116,32 @@ class Setting:
         """Whether no rank reduces gradients: statistics and update read them where autograd has left them."""
         return self.gradient_sync == "external" or self.world_size * self.replicas == 1
 
-    def bucket_bytes(self, nbytes: int) -> int:
+    def shard_group(self, parameter: PlannedParameter) -> int:
+        """Return the number of ranks that split the state of ``parameter``.
+
+        Raises:
+            ValueError: ranks cannot be divided into ``parameter.expert_parallel`` groups, or with hybrid sharding.
+        """
+        groups = parameter.expert_parallel
+        if groups < 1 or self.world_size % groups or (groups > 1 and self.replicas > 1):
+            raise ValueError(
+                f"expert_parallel: found {groups} with {self.world_size} ranks that split the state in "
+                f"{self.replicas} replicas, expected a divisor of the ranks, and no replicas. Change one of them."
+            )
+        return self.world_size // groups
+
+    def bucket_bytes(self, nbytes: int, ranks: int | None = None) -> int:
         """Return the size of a bucket that the optimizer would use for parameters of ``nbytes``.
+
+        Args:
+            ranks: that split their state; None: ``world_size``.
 
         Raises:
             ValueError, TypeError: the optimizer would refuse these arguments.
         """
         options = Options(self.gradient_sync, None, self.precision, self.bucket_mb, self.transport)
         options.check()
-        return options.bucket_bytes({torch.device(self.device).type}, nbytes, self.world_size)
+        return options.bucket_bytes({torch.device(self.device).type}, nbytes, ranks or self.world_size)
 
 
 def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory:
@@ -133,9 +165,62 @@ def lay_out(parameters: Planned, setting: Setting) -> Layout:
     trainable = _trainable(_planned(parameters))
     for index, one in enumerate(trainable):
         setting.precision.check_parameter(one.dtype, str(index))
-    specs = [ParameterSpec(one.numel, one.dtype.itemsize, (one.group, one.dtype, device)) for one in trainable]
-    bucket_bytes = setting.bucket_bytes(sum(one.nbytes for one in trainable))
-    return build_layout(specs, world_size=setting.world_size, bucket_bytes=bucket_bytes)
+    of_groups: dict[int | None, list[int]] = {None: []}  # by param group, where it has a shard group of its own
+    for index, one in enumerate(trainable):
+        of_groups.setdefault(one.group if one.expert_parallel > 1 else None, []).append(index)
+    layouts = []
+    for indices in of_groups.values():
+        some = [trainable[index] for index in indices]
+        ranks = setting.shard_group(some[0]) if some else setting.world_size
+        keys = [ArenaKey.of(one, device) for one in some]
+        of_dtensors = {key for key, one in zip(keys, some, strict=True) if one.is_dtensor}
+        specs = [
+            ParameterSpec(one.numel, one.dtype.itemsize, key._replace(is_plain=key not in of_dtensors))
+            for key, one in zip(keys, some, strict=True)
+        ]
+        bucket_bytes = setting.bucket_bytes(sum(one.nbytes for one in some), ranks)
+        layouts.append(_renumbered(build_layout(specs, world_size=ranks, bucket_bytes=bucket_bytes), indices))
+    return _joined(layouts)
+
+
+class ArenaKey(NamedTuple):
+    """What parameters have in common that share an arena (``FlatArena``).
+
+    Args:
+        own_group: index of the param group if its state is split over ranks of its own; else None.
+        is_plain: whether there is no DTensor among them.
+    """
+
+    group: int
+    dtype: torch.dtype
+    device: torch.device
+    copies: int
+    own_group: int | None
+    is_plain: bool = True
+
+    @classmethod
+    def of(cls, one: PlannedParameter, device: torch.device) -> ArenaKey:
+        return cls(one.group, one.dtype, device, one.copies, one.group if one.expert_parallel > 1 else None)
+
+
+def _renumbered(layout: Layout, indices: Sequence[int]) -> Layout:
+    """Return a layout of some of the parameters with their indices among all."""
+    arenas = [replace(arena, parameters=tuple(indices[i] for i in arena.parameters)) for arena in layout.arenas]
+    buckets = [
+        replace(bucket, segments=tuple(replace(one, parameter=indices[one.parameter]) for one in bucket.segments))
+        for bucket in layout.buckets
+    ]
+    return Layout(layout.world_size, tuple(arenas), tuple(buckets))
+
+
+def _joined(layouts: Sequence[Layout]) -> Layout:
+    """Return the arenas and buckets of all layouts. ``world_size`` is that of the first; each bucket has its own."""
+    arenas: list[Arena] = []
+    buckets: list[Bucket] = []
+    for layout in layouts:
+        buckets += [replace(bucket, arena=len(arenas) + bucket.arena) for bucket in layout.buckets]
+        arenas += layout.arenas
+    return Layout(layouts[0].world_size, tuple(arenas), tuple(buckets))
 
 
 def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory:
@@ -150,16 +235,30 @@ def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory
 
 
 def _planned(parameters: Planned) -> list[PlannedParameter]:
-    return [PlannedParameter.of(one) if isinstance(one, Tensor) else one for one in parameters]
+    listed = list(parameters)
+    largest = max((len(placement.mesh_ranks(one)) for one in listed if isinstance(one, Tensor)), default=0)
+
+    def of(tensor: Tensor) -> PlannedParameter:
+        """Count copies on the ranks of the largest mesh."""
+        one, held = PlannedParameter.of(tensor), len(placement.mesh_ranks(tensor)) or 1
+        return replace(one, copies=max(1, one.copies * largest // held))
+
+    return [of(one) if isinstance(one, Tensor) else one for one in listed]
 
 
 def _trainable(parameters: Sequence[PlannedParameter]) -> list[PlannedParameter]:
     return [one for one in parameters if one.trainable]
 
 
+def shard_group_multiple(parameters: Iterable[PlannedParameter]) -> int:
+    """Return what a world size must be a multiple of, so that it can be divided into the groups of all experts."""
+    return lcm(*(one.expert_parallel for one in parameters if one.trainable))
+
+
 def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, peak: bool) -> dict[str, int]:
-    dtype, device = _kind_of(arena)
-    numel = arena.numel // buckets[0].world_size
+    key, ranks = _key_of(arena), buckets[0].world_size
+    dtype, device = key.dtype, key.device
+    numel = arena.numel // ranks
     format = setting.precision.format(dtype, device)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
     zeros = [0] * len(arena.parameters)
@@ -172,7 +271,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
         from shardadam.update.triton import TritonUpdate
 
         tables += TritonUpdate(counters, seed=0).nbytes
-    is_bucket_view = _has_bucket_view(dtype, device, setting)
+    is_bucket_view = _has_bucket_view(key, ranks, setting)
     has_shard = not setting.is_local and (not is_bucket_view or (peak and setting.clips))
     # NCCL writes its sums to the shard, in the dtype on the wire.
     is_wire = device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
@@ -188,47 +287,51 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     }
 
 
-def _kind_of(arena: Arena) -> tuple[torch.dtype, torch.device]:
-    _, dtype, device = cast("tuple[int, torch.dtype, torch.device]", arena.key)
-    return dtype, device
+def _key_of(arena: Arena) -> ArenaKey:
+    return cast("ArenaKey", arena.key)
 
 
-def _is_shared(device: torch.device, setting: Setting) -> bool:
-    """Return whether ranks read each other's memory (shared-memory transport)."""
-    return device.type == "cpu" and setting.world_size > 1 and setting.transport != "collective"
+def _is_shared(device: torch.device, ranks: int, setting: Setting) -> bool:
+    """Return whether the ``ranks`` of a shard group read each other's memory (shared-memory transport)."""
+    return device.type == "cpu" and ranks > 1 and setting.transport != "collective"
 
 
-def _has_bucket_view(dtype: torch.dtype, device: torch.device, setting: Setting) -> bool:
-    """Return whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``)."""
-    is_wire_dtype = setting.precision.wire_dtype(dtype) == dtype
-    is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(device, setting)
-    return is_read and is_wire_dtype
+def _has_bucket_view(key: ArenaKey, ranks: int, setting: Setting) -> bool:
+    """Return whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``).
+
+    Args:
+        ranks: of the shard group.
+    """
+    is_wire_dtype = setting.precision.wire_dtype(key.dtype) == key.dtype
+    is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(key.device, ranks, setting)
+    return is_read and is_wire_dtype and key.is_plain
 
 
 def _staging_bytes(layout: Layout, setting: Setting) -> int:
-    """Return the bytes of two staging buffers for each dtype that is reduced (one if it has one bucket), each as large
-    as its largest bucket.
+    """Return the bytes of two staging buffers for each shard group and dtype that is reduced (one if it has one
+    bucket), each as large as its largest bucket.
     """
     if setting.is_local:
         return 0
-    numels: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    numels: dict[tuple[int | None, int, torch.dtype, torch.device], list[int]] = {}
     for bucket in layout.buckets:
-        dtype, device = _kind_of(layout.arenas[bucket.arena])
-        if not _has_bucket_view(dtype, device, setting):
-            numels.setdefault((setting.precision.wire_dtype(dtype), device), []).append(bucket.numel)
+        key = _key_of(layout.arenas[bucket.arena])
+        if not _has_bucket_view(key, bucket.world_size, setting):
+            users = key.own_group, bucket.world_size, setting.precision.wire_dtype(key.dtype), key.device
+            numels.setdefault(users, []).append(bucket.numel)
     total = 0
-    for (dtype, device), some in numels.items():
-        received = _received_numel(max(some), device, setting)
+    for (_, ranks, dtype, device), some in numels.items():
+        received = _received_numel(max(some), device, ranks, setting)
         total += min(StagingPool.SIZE, len(some)) * (max(some) + received) * dtype.itemsize
     return total
 
 
-def _received_numel(numel: int, device: torch.device, setting: Setting) -> int:
+def _received_numel(numel: int, device: torch.device, ranks: int, setting: Setting) -> int:
     """Return how many extra elements a staging buffer of ``numel`` elements has to receive what peers send."""
-    if setting.world_size == 1 or _is_shared(device, setting):
+    if ranks == 1 or _is_shared(device, ranks, setting):
         return 0
     if device.type == "cpu":
-        return numel - numel // setting.world_size
+        return numel - numel // ranks
     return numel if setting.precision.accumulate == "fp32" else 0  # NCCL sums in place
 
 
@@ -302,9 +405,12 @@ def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setti
             return nbytes + _while_summed([trainable[index] for index in bucket])
 
         return max(map(with_bucket, buckets), default=0)
-    device = torch.device(setting.device)
-    viewed = [one for one in trainable if _has_bucket_view(one.dtype, device, setting)]
-    others = [one for one in trainable if not _has_bucket_view(one.dtype, device, setting)]
+    viewed: list[PlannedParameter] = []
+    others: list[PlannedParameter] = []
+    for arena in layout.arenas:
+        some = [trainable[index] for index in arena.parameters]
+        is_view = _has_bucket_view(_key_of(arena), setting.shard_group(some[0]), setting)
+        (viewed if is_view else others).extend(some)
     just_made = max((one.nbytes for one in viewed), default=0)  # by autograd, before it is copied into its view
     return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(viewed, of=3))
 
@@ -349,7 +455,8 @@ def fitting(
 
     Nearest is the setting that changes the fewest of moments, ranks, ``gradient_sync`` and master. Among equals, one
     that changes an earlier of these is nearer; then one with fewer steps down the formats, and up the powers of two of
-    ranks before down them. ``gradient_sync="external"`` is never proposed, though it may be kept or given up.
+    ranks before down them (times ``shard_group_multiple``). ``gradient_sync="external"`` is never proposed, though it
+    may be kept or given up.
 
     Args:
         available: bytes of memory for each rank; or a function from the number of ranks to them, as for ranks that
@@ -388,7 +495,8 @@ def _candidates(
         masters += [other for other in ("split", "none") if other != precision.master]
     syncs: list[GradientSync] = [asked.gradient_sync]
     syncs += [other for other in ("backward", "step") if other != asked.gradient_sync]
-    powers = [2**power for power in range(most_ranks.bit_length()) if 2**power <= most_ranks]
+    least = shard_group_multiple(parameters)
+    powers = [least * 2**power for power in range(most_ranks.bit_length()) if least * 2**power <= most_ranks]
     more = [ranks for ranks in powers if ranks > asked.world_size]
     fewer = [ranks for ranks in reversed(powers) if ranks < asked.world_size]
     choices = (moments, [asked.world_size, *more, *fewer], syncs, masters)

@@ -20,7 +20,9 @@ import gpu
 import gpu_trace
 import gpu_train
 import scale
-from scale_model import Counts, Decoder, Machine, predict
+from scale_model import DECODERS, EXPERTS, Counts, Decoder, Machine, predict, traffic
+
+from shardadam.cli.plan_parallel import ModelParallel
 
 
 @pytest.mark.parametrize("truth", [4, 5, 17, 20, 23])
@@ -171,3 +173,94 @@ def test_predictions_are_printed_as_predictions(
     assert "PREDICTED" in printed and repr(Machine()) in printed
     rows = [line for line in printed.splitlines() if line.startswith(("| 8 |", "| 512 |"))]
     assert len(rows) == 16 and sum("| before" in row for row in rows) == sum("| after" in row for row in rows) == 8
+
+
+MIXTURE = Decoder("mixture", 6, 256, 4, 2, 512, 1000, experts=8, active_experts=2)
+
+
+def test_decoders_have_the_sizes_of_their_models() -> None:
+    assert [sum(one.numels) / 1e9 for one in DECODERS] == pytest.approx([6.7, 69.0, 405.9], rel=0.01)
+    assert sum(EXPERTS.numels) / 1e9 == pytest.approx(140.6, rel=0.01)
+    assert EXPERTS.active_numel / 1e9 == pytest.approx(39.1, rel=0.01)
+    assert TINY.active_numel == sum(TINY.numels)
+
+
+def test_a_rank_sends_what_it_holds_to_those_that_hold_the_same() -> None:
+    parallel = ModelParallel(tensor=2, expert=4)
+    layout = MIXTURE.layout(8, 0.5, parallel=parallel)
+    found = traffic(layout, parallel)
+    one_layer = 8 // 4 * (2 * 512 + 512) * 256 // 2  # of two experts, half of each
+    experts = 6 * one_layer
+    dense = sum(one.numel for name, one in MIXTURE.part(parallel).held.parameters if ".experts." not in name)
+    assert found.reduce_scatter == found.all_gather
+    assert found.reduce_scatter == pytest.approx(2 * (dense * 7 / 8 + experts * 1 / 2), rel=0.01)  # bf16
+    assert found.experts == pytest.approx(experts / 2 / (dense * 7 / 8 + experts / 2), rel=0.01)
+    assert found.data_sync == 8 * (4 + len(MIXTURE.part(parallel).held.parameters)) and found.model_sync == 40
+    assert found.expert_sync == ((2, 8 * 2 * 6),)
+    alone = traffic(MIXTURE.layout(8, 0.5))
+    assert alone.model_sync == 0 and alone.experts == 0 and alone.expert_sync == ()
+    assert alone.reduce_scatter == pytest.approx(2 * sum(MIXTURE.numels) * 7 / 8, rel=0.01)
+    assert traffic(MIXTURE.layout(1, 0.5)).reduce_scatter == 0
+
+
+def test_ranks_apart_from_each_other_travel_between_hosts() -> None:
+    machine = Machine(intra_gbs=1000.0, inter_gbs=10.0, base_us=0.0, ll128_base_us=1e9)
+    travel = 7 / 8 * 1e9
+    assert machine.ring_s(1e9, 8) == pytest.approx(7 * 3.4e-6 + travel / 1000e9)
+    assert machine.apart(8).ring_s(1e9, 8) == pytest.approx(7 * 14e-6 + travel / 10e9)
+    assert machine.apart(2).ring_s(1e9, 8) == pytest.approx(6 * 3.4e-6 + 14e-6 + travel / 40e9)  # four in each host
+    assert machine.within(2).all_reduce_s(8.0, 4) > machine.all_reduce_s(8.0, 4)  # stages are on different hosts
+
+
+def test_a_step_with_model_parallelism_has_a_second_small_all_reduce(counts: Counts) -> None:
+    machine = Machine()
+    parallel = ModelParallel(tensor=2, pipeline=3)
+    layout = MIXTURE.layout(16, 0.5, parallel=parallel)
+    some = predict(MIXTURE, layout, 96, "ring", machine, False, parallel=parallel)
+    blocks = traffic(layout, parallel)
+    second = machine.within(2).all_reduce_s(40, 6)
+    assert some.step_sync == pytest.approx(machine.apart(2).all_reduce_s(blocks.data_sync, 16) + second)
+    assert second > 0 and some.compute == machine.compute_s(MIXTURE.active_numel)
+    # Only the last of 12 micro-batches hides reductions, and only the first all-gathers.
+    slow = replace(machine, intra_gbs=0.5, inter_gbs=0.5)
+    more = replace(slow, microbatches=10**9)
+    hidden = predict(MIXTURE, layout, 96, "ring", slow, True, parallel=parallel)
+    shown = predict(MIXTURE, layout, 96, "ring", more, True, parallel=parallel)
+    assert shown.reduce - hidden.reduce > 0 and shown.gather - hidden.gather > 0
+    assert shown.reduce == pytest.approx(
+        sum(slow.apart(2).ring_s(2 * bucket.numel, 16) for bucket in layout.buckets), rel=1e-3
+    )
+
+
+def test_experts_are_reduced_between_the_ranks_that_hold_them() -> None:
+    machine = replace(Machine(), tokens=1e-6)  # type: ignore[arg-type]  # nothing hides transfers
+    parallel = ModelParallel(expert=4)
+    layout = MIXTURE.layout(16, 0.5, parallel=parallel)
+    some = predict(MIXTURE, layout, 16, "ring", machine, False, parallel=parallel)
+    expected = 0.0
+    for bucket in layout.buckets:
+        assert bucket.world_size in (4, 16)
+        near = machine.apart(16 // bucket.world_size)
+        expected += near.ring_s(2 * bucket.numel, bucket.world_size)
+    assert some.reduce == pytest.approx(expected, rel=1e-3)
+    blocks = traffic(layout, parallel)
+    small = machine.all_reduce_s(blocks.data_sync, 16) + machine.apart(4).all_reduce_s(8 * 2 * 6, 4)
+    assert some.step_sync == pytest.approx(small)
+
+
+def test_a_paper_with_model_parallelism_is_printed_as_a_prediction(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scale, "DECODERS", (TINY,))
+    monkeypatch.setattr(scale, "EXPERTS", MIXTURE)
+    command = ["scale.py", "paper", "--tensor-parallel", "4", "--expert-parallel", "8", "--pipeline-parallel", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    scale.main()
+    printed = capsys.readouterr().out
+    assert "PREDICTED: tensor 4 x pipeline 2, experts over 8 groups" in printed and repr(Machine()) in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "| tiny" in line]
+    assert [row[:3] for row in rows] == [["tiny", "64", "8"], ["tiny", "512", "64"], ["tiny", "4,096", "512"],
+                                         ["tiny", "16,384", "2,048"]]  # fmt: skip
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "| mixture" in line]
+    assert len(rows) == 4 and all(row[9].endswith("+ 40") for row in rows)
+    assert rows[0][8] == "0%" and int(rows[-1][8][:-1]) > 0  # 8 data-parallel ranks: one holds each expert

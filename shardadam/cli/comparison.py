@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import torch
 
 from shardadam.cli.model_source import ModelSource
+from shardadam.cli.plan_parallel import ModelParallel, Part, divide
 from shardadam.layout import Layout
 from shardadam.optimizer import GradientSync
 from shardadam.planner import (
@@ -25,6 +26,7 @@ from shardadam.planner import (
     lay_out,
     memory_of,
     need_of,
+    shard_group_multiple,
 )
 from shardadam.precision import Master, Moments, Precision
 from shardadam.state.memory import Memory
@@ -45,8 +47,8 @@ class Usage:
         setting: None for other optimizers.
         is_estimate: computed by a formula instead of counted from a layout.
         fits: in the available memory; None if that is not known.
-        fits_from: the smallest power of two of ranks (times the replicas) on which it fits; None if it does not fit on
-            up to ``MOST_RANKS``, or if the available memory is not known.
+        fits_from: the smallest power of two of ranks (times the replicas and the parts of the model) on which it fits;
+            None if it does not fit on up to ``MOST_RANKS`` data-parallel ranks, or the available memory is not known.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Comparison:
     """The result of ``compare``.
 
     Args:
-        source: the model.
+        part: the model, and what the planned rank holds of it.
         asked: the requested setting, without a master of "auto" if all parameters get the same one.
         hosts: number of hosts that share the ranks evenly.
         available: bytes of memory for each rank; None if not known.
@@ -76,7 +78,7 @@ class Comparison:
         fit: None if the available memory is not known.
     """
 
-    source: ModelSource
+    part: Part
     asked: Setting
     hosts: int
     available: int | None
@@ -85,8 +87,24 @@ class Comparison:
     fit: Fit | None
 
     @property
-    def ranks(self) -> int:
+    def source(self) -> ModelSource:
+        """The whole model."""
+        return self.part.source
+
+    @property
+    def data_parallel(self) -> int:
+        """Number of ranks that hold the same part of the model, experts aside."""
         return self.asked.world_size * self.asked.replicas
+
+    @property
+    def ranks(self) -> int:
+        return self.data_parallel * self.part.parallel.ranks
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of a bucket; of experts that have a process group of their own, it may differ."""
+        common = (one for one in self.part.held.planned if one.trainable and one.expert_parallel == 1)
+        return self.asked.bucket_bytes(sum(one.nbytes for one in common))
 
     def is_asked(self, usage: Usage) -> bool:
         return usage.setting == self.asked
@@ -96,18 +114,29 @@ class Comparison:
         return next(usage for usage in self.formats if self.is_asked(usage))
 
 
-def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: int | None = None) -> Comparison:
+def compare(
+    source: ModelSource,
+    asked: Setting,
+    *,
+    hosts: int = 1,
+    available: int | None = None,
+    parallel: ModelParallel | None = None,
+) -> Comparison:
     """Plans ``source`` in every format, and with other optimizers.
 
     Args:
-        asked: the requested setting.
+        asked: the requested setting, for the data-parallel ranks.
         hosts: number of hosts that share the ranks evenly.
         available: bytes of memory for each rank; None if not known.
+        parallel: how the model is divided, with every optimizer; None: not at all.
 
     Raises:
         ValueError, TypeError: ``asked`` is not a valid setting of the optimizer.
+        CommandError: the model cannot be divided so.
     """
-    planned = source.planned
+    part = divide(source, parallel or ModelParallel())
+    planned = part.held.planned
+    multiple, model_ranks = shard_group_multiple(planned), asked.replicas * part.parallel.ranks
     asked = replace(asked, precision=_explicit(asked, planned))
 
     @cache
@@ -126,7 +155,12 @@ def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: i
         usage = usage_on(asked.world_size)
         if available is None:
             return usage
-        return replace(usage, fits=usage.total <= available, fits_from=_fits_from(usage_on, available, asked.replicas))
+        fits_from = _fits_from(usage_on, available, multiple, asked.replicas)
+        return replace(
+            usage,
+            fits=usage.total <= available,
+            fits_from=None if fits_from is None else fits_from * model_ranks,
+        )
 
     def in_format(sync: GradientSync, precision: Precision) -> Usage:
         return with_fit(lambda ranks: ours(replace(asked, world_size=ranks, gradient_sync=sync, precision=precision)))
@@ -142,9 +176,9 @@ def compare(source: ModelSource, asked: Setting, *, hosts: int = 1, available: i
         usage for usage in formats if usage.setting is not None and usage.setting.precision == asked.precision
     ]
     keeps_masters = asked.precision.master != "none"
-    alternatives.append(with_fit(lambda ranks: fsdp2(source, ranks, keeps_masters=keeps_masters)))
+    alternatives.append(with_fit(lambda ranks: fsdp2(part.held, ranks, keeps_masters=keeps_masters)))
     fit = None if available is None else _fitting(planned, asked, available, layout_of(asked.world_size))
-    return Comparison(source, asked, hosts, available, formats, tuple(alternatives), fit)
+    return Comparison(part, asked, hosts, available, formats, tuple(alternatives), fit)
 
 
 def _fitting(planned: Sequence[PlannedParameter], asked: Setting, available: int, layout: Layout) -> Fit:
@@ -173,12 +207,13 @@ def _explicit(asked: Setting, planned: Sequence[PlannedParameter]) -> Precision:
     return replace(asked.precision, master=cast("Master", masters.pop()))  # "own" is for float32 and float64 alone
 
 
-def _fits_from(usage_on: Callable[[int], Usage], available: int, replicas: int) -> int | None:
-    ranks = 1
-    while ranks * replicas <= max(MOST_RANKS, replicas):
+def _fits_from(usage_on: Callable[[int], Usage], available: int, multiple: int, replicas: int) -> int | None:
+    """Returns the smallest shard group that fits: a power of two times ``multiple``."""
+    ranks = multiple
+    while ranks * replicas <= max(MOST_RANKS, multiple * replicas):
         usage = usage_on(ranks)
         if usage.total <= available:
-            return ranks * replicas
+            return ranks
         if usage.setting is not None and usage.kinds["parameters"] > available:
             return None  # parameters are on every rank; more ranks only add padding
         ranks *= 2
@@ -222,7 +257,7 @@ def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Usage:
 
 
 def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Usage:
-    """Estimates ``fully_shard`` with torch.optim.AdamW.
+    """Estimates ``fully_shard`` with torch.optim.AdamW, of what ``ranks`` data-parallel ranks hold.
 
     Counts parameters, gradients and two moments, all sharded along the first dimension, and two unsharded copies of the
     largest module that ``fully_shard`` is called on: the one that computes, and the next, prefetched. After Zhao et al.
@@ -237,7 +272,8 @@ def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Usage:
     parameters = gradients = steps = 0
     for one in source.planned:
         rows = one.shape[0] if one.shape else 1
-        shard = -(-rows // ranks) * (one.numel // rows) if rows else 0
+        group = ranks // one.expert_parallel
+        shard = -(-rows // group) * (one.numel // rows) if rows else 0
         nbytes = shard * (4 if keeps_masters and one.dtype in LOW else one.dtype.itemsize)
         parameters += nbytes
         gradients += nbytes * one.trainable

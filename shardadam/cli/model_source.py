@@ -59,10 +59,6 @@ class ModelSource:
         return sum(parameter.numel for parameter in self.planned if parameter.trainable)
 
     @property
-    def trainable_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.planned if parameter.trainable)
-
-    @property
     def dtypes(self) -> dict[str, int]:
         """Number of elements of each dtype, by the dtype's short name."""
         counts: Counter[str] = Counter()

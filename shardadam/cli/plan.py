@@ -17,6 +17,7 @@ from typing import Any, get_args
 from shardadam.cli.comparison import KINDS, MOST_RANKS, Comparison, Usage, compare
 from shardadam.cli.errors import CommandError
 from shardadam.cli.model_source import DTYPES, find_model_source
+from shardadam.cli.plan_parallel import ModelParallel
 from shardadam.cli.plan_plot import plot
 from shardadam.cli.plan_text import as_text
 from shardadam.cli.text import show
@@ -37,12 +38,19 @@ WHAT is one of
   module:function          a function (or class) without arguments that returns an nn.Module, called on the meta device;
                            the current directory is searched for the module first
 
+Model parallelism: --ranks counts all ranks. Ranks that hold the same part of the model, N / (T P) of them, are
+data-parallel and split its state; N / (T P E) of them hold the same experts. Tensors are cut by their names, as usual;
+"What a rank holds" lists how.
+
 --json prints one object. All sizes are bytes of one rank; "ranks" counts the ranks of all hosts:
   version     1; within a version, fields may be added but do not change
   what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
               dtypes {{fp32, bf16, ...: elements}}
   asked       your settings: ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip,
               transport
+  parallel    null without model parallelism: tensor, expert, pipeline, data (ranks that hold the same part), and what
+              the planned rank holds, the fullest: stage (from 1), layers (first and last), tensors, parameters,
+              trainable, cuts {{how: names}}
   memory      the value of --memory, or null
   formats     one for each format and gradient_sync: moments, master, gradient_sync, asked (whether these are your
               settings), built (fields of optimizer.memory() after construction, and their total), bytes (the same kinds
@@ -50,8 +58,8 @@ WHAT is one of
   comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2: name, estimate, bytes, fits, fits_from
   choice      null without --memory: fits, changes (what differs from your settings), ranks, gradient_sync, moments,
               master, bytes {{parameters, gradients, optimizer, total}}; if nothing fits, all but fits and changes null
-fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas) on
-which it fits, or null if that is more than {MOST_RANKS}.
+fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas, and
+the parts of the model) on which it fits, or null if that is more than {MOST_RANKS} data-parallel ranks.
 
 Exit code: 0; 1 if training with your settings does not fit in --memory, or cannot be planned."""
 
@@ -75,6 +83,28 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=_whole,
         default=1,
         help="hybrid sharding: R copies of the state, each split over N/R ranks; default: 1",
+    )
+    command.add_argument(
+        "--tensor-parallel",
+        metavar="T",
+        type=_whole,
+        default=1,
+        help="T ranks split single tensors: attention and MLP by columns and rows, embedding and head over the "
+        "vocabulary; default: 1",
+    )
+    command.add_argument(
+        "--expert-parallel",
+        metavar="E",
+        type=_whole,
+        default=1,
+        help="experts are spread over E groups of the data-parallel ranks; default: 1",
+    )
+    command.add_argument(
+        "--pipeline-parallel",
+        metavar="P",
+        type=_whole,
+        default=1,
+        help="P stages of layers; the fullest is planned; default: 1",
     )
     command.add_argument(
         "--dtype", choices=DTYPES, help="of parameters; default: the model's own, and bf16 for a number"
@@ -131,10 +161,11 @@ def parse_size(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    setting = _setting(options)
+    parallel = ModelParallel(options.tensor_parallel, options.expert_parallel, options.pipeline_parallel)
+    setting = _setting(options, parallel)
     source = find_model_source(options.what, DTYPES.get(options.dtype), download=options.download)
     try:
-        found = compare(source, setting, hosts=options.hosts, available=options.memory)
+        found = compare(source, setting, hosts=options.hosts, available=options.memory, parallel=parallel)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     if options.plot is not None:
@@ -143,14 +174,38 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if found.fit is not None and not found.fit.fits else 0
 
 
-def _setting(options: argparse.Namespace) -> Setting:
+def _setting(options: argparse.Namespace, parallel: ModelParallel) -> Setting:
+    """Returns the setting of the data-parallel ranks, which hold the same part of the model."""
     ranks, hosts, replicas = options.ranks, options.hosts, options.replicas
-    for name, parts in (("--hosts", hosts), ("--replicas", replicas)):
-        if ranks % parts:
-            raise CommandError(f"{name}: found {parts} with --ranks {ranks}, expected a divisor of it")
-    is_inside_host = (ranks // hosts) % (ranks // replicas) == 0  # whether each shard group lies in one host
+    if ranks % parallel.ranks:
+        raise CommandError(
+            f"--ranks: found {ranks} with --tensor-parallel {parallel.tensor} and --pipeline-parallel "
+            f"{parallel.pipeline}, expected a multiple of {parallel.ranks}: their product is one copy of the model. "
+            f"Give --ranks {-(-ranks // parallel.ranks) * parallel.ranks}, or fewer parts."
+        )
+    data = ranks // parallel.ranks
+    of_what = f"--ranks {ranks}" if data == ranks else f"{data} data-parallel ranks"
+    for name, parts, whole, what in (
+        ("--hosts", hosts, ranks, f"--ranks {ranks}"),
+        ("--replicas", replicas, data, of_what),
+    ):
+        if whole % parts:
+            raise CommandError(f"{name}: found {parts} with {what}, expected a divisor of it")
+    if data % parallel.expert:
+        raise CommandError(
+            f"--expert-parallel: found {parallel.expert} with {data} data-parallel ranks (ranks / tensor / pipeline), "
+            "expected a divisor of it: groups of these ranks hold different experts. Give --expert-parallel "
+            f"{math.gcd(data, parallel.expert)}, or more --ranks."
+        )
+    if parallel.expert > 1 and replicas > 1:
+        raise CommandError(
+            f"--replicas: found {replicas} with --expert-parallel {parallel.expert}, expected 1: experts are not "
+            "sharded in two levels. Leave out one of them."
+        )
+    # Tensor parallelism is innermost: a shard group's ranks are that far apart.
+    is_inside_host = (ranks // hosts) % (data // replicas * parallel.tensor) == 0
     return Setting(
-        world_size=ranks // replicas,
+        world_size=data // replicas,
         replicas=replicas,
         precision=Precision(moments=options.moments, master=options.master),
         gradient_sync=options.gradient_sync,
@@ -186,10 +241,11 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "gradient_sync": asked.gradient_sync,
             "moments": asked.precision.moments,
             "master": asked.precision.master,
-            "bucket_bytes": asked.bucket_bytes(source.trainable_bytes),
+            "bucket_bytes": found.bucket_bytes,
             "clip": asked.clips,
             "transport": asked.transport,
         },
+        "parallel": _parallel(found),
         "memory": found.available,
         "formats": [_format(found, usage) for usage in found.formats],
         "comparison": [
@@ -197,6 +253,22 @@ def as_json(found: Comparison) -> dict[str, Any]:
             for usage in found.alternatives
         ],
         "choice": _choice(found),
+    }
+
+
+def _parallel(found: Comparison) -> dict[str, Any] | None:
+    part = found.part
+    if not part.parallel.is_used:
+        return None
+    return {
+        **asdict(part.parallel),
+        "data": found.data_parallel,
+        "stage": part.stage + 1,
+        "layers": None if part.layers is None else list(part.layers),
+        "tensors": len(part.held.parameters),
+        "parameters": part.held.numel,
+        "trainable": part.held.trainable_numel,
+        "cuts": part.cuts,
     }
 
 
@@ -229,7 +301,7 @@ def _choice(found: Comparison) -> dict[str, Any] | None:
     return {
         "fits": fit.fits,
         "changes": ["ranks" if change == "world_size" else change for change in fit.changes],
-        "ranks": None if nearest is None else nearest.world_size * nearest.replicas,
+        "ranks": None if nearest is None else nearest.world_size * nearest.replicas * found.part.parallel.ranks,
         "gradient_sync": None if nearest is None else nearest.gradient_sync,
         "moments": None if nearest is None else nearest.precision.moments,
         "master": None if nearest is None else nearest.precision.master,

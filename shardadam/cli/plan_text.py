@@ -25,6 +25,7 @@ def as_text(found: Comparison) -> str:
     unit = Unit(found.asked_usage.total)
     parts = [
         _head(found),
+        *([_parts(found)] if found.part.parallel.is_used else []),
         _kinds(found, unit),
         _alternatives(found, unit),
         _wrapped(_notes(found)),
@@ -38,16 +39,37 @@ def _head(found: Comparison) -> str:
     where = f"{plural(found.ranks, 'rank')} on {plural(found.hosts, 'host')}, {asked.device}"
     if asked.replicas > 1:
         where += f", {plural(asked.replicas, 'replica')} of the state over {plural(asked.world_size, 'rank')} each"
+    held = found.part.held
     facts = [
         ("model", f"{source.what}: {source.description}"),
         ("parameters", _parameters(source)),
         ("ranks", where),
-        ("optimizer", _call(asked, source)),
-        ("buckets", binary_size(asked.bucket_bytes(source.trainable_bytes))),
+        ("optimizer", _call(asked, held)),
+        ("buckets", binary_size(found.bucket_bytes)),
     ]
     if found.available is not None:
         facts.append(("memory", f"{Unit(found.available).named(found.available)} per rank"))
     return table(facts, right=())
+
+
+def _parts(found: Comparison) -> str:
+    """Returns what the planned rank holds, and how tensors are cut."""
+    part, parallel = found.part, found.part.parallel
+    divided = [f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {found.data_parallel}"]
+    if parallel.expert > 1:
+        same = found.data_parallel // parallel.expert
+        divided.append(f"experts over {plural(parallel.expert, 'group')} of {plural(same, 'data-parallel rank')}")
+    facts = [("divided", "; ".join(divided))]
+    if parallel.pipeline > 1 and part.layers is not None:
+        first, last = part.layers
+        layers = first if first == last else f"{first} to {last}"
+        facts.append(("stage", f"the fullest, {part.stage + 1} of {parallel.pipeline}: {layers}"))
+        facts += [("on both ends", f"{name}, as it is tied") for name in part.copied]
+    facts.append(("parameters", _parameters(part.held)))
+    for how, names in part.cuts.items():
+        lines = textwrap.wrap(", ".join(names), _WIDTH - 2 - max(len(key) for key in (*part.cuts, "parameters")))
+        facts += [(how if index == 0 else "", line) for index, line in enumerate(lines)]
+    return f"What a rank holds\n{table(facts, right=())}"
 
 
 def _parameters(source: ModelSource) -> str:
@@ -71,7 +93,7 @@ def _call(setting: Setting, source: ModelSource) -> str:
 
 def _kinds(found: Comparison, unit: Unit) -> str:
     """Returns the table of bytes by kind, in every format with the requested ``gradient_sync``."""
-    has_masters = _has_masters(found.source)
+    has_masters = _has_masters(found.part.held)
     columns = {
         "parameters": ("parameters",),
         "gradients": ("gradients",),
@@ -124,19 +146,31 @@ def _notes(found: Comparison) -> list[str]:
         "FSDP2 is an estimate: all shards, and two unsharded copies of the largest module (Zhao et al. 2023, "
         "arXiv:2304.11277, and prefetching). All other numbers are counted, not estimated.",
     ]
+    parallel = found.part.parallel
+    if parallel.is_used:
+        notes.append(
+            "All rows divide the model in the same way: torch.optim.AdamW (under DDP) and FSDP2 run over the "
+            f"{plural(found.data_parallel, 'data-parallel rank')}, too."
+        )
     if found.asked.device == "cpu":
         together = found.asked_usage.total * found.ranks // found.hosts
-        notes.append(f"With your settings, all ranks of one host take {Unit(together).named(together)} together.")
+        at_most = "at most " if parallel.pipeline > 1 else ""
+        notes.append(
+            f"With your settings, all ranks of one host take {at_most}{Unit(together).named(together)} together."
+        )
     if found.available is not None:
         notes.append(
             f'"fits from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
-            f"{MOST_RANKS:,}."
+            f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}."
         )
     return notes
 
 
 def _of_replicas(found: Comparison) -> str:
-    return f" times {found.asked.replicas} replicas" if found.asked.replicas > 1 else ""
+    parallel = found.part.parallel
+    factors = {"replicas": found.asked.replicas, "ranks of one copy of the model": parallel.ranks}
+    factors["groups of experts"] = parallel.expert
+    return "".join(f" times {factor} {name}" for name, factor in factors.items() if factor > 1)
 
 
 def _wrapped(paragraphs: list[str]) -> str:
@@ -167,7 +201,7 @@ def _changes(fit: Fit, found: Comparison) -> str:
     assert fit.nearest is not None
     texts = {
         "moments": f'moments="{fit.nearest.precision.moments}"',
-        "world_size": f"{plural(fit.nearest.world_size * fit.nearest.replicas, 'rank')}",
+        "world_size": plural(fit.nearest.world_size * fit.nearest.replicas * found.part.parallel.ranks, "rank"),
         "gradient_sync": f'gradient_sync="{fit.nearest.gradient_sync}"',
         "master": f'master="{fit.nearest.precision.master}"',
     }
@@ -184,5 +218,8 @@ def _nothing_fits(found: Comparison, fit: Fit, unit: Unit) -> str:
     if fsdp.fits_from is None:
         remedy = "Shard parameters too (FSDP2, tensor parallelism), or use ranks with more memory."
     else:
-        remedy = f"FSDP2, which shards parameters too, would fit on about {plural(fsdp.fits_from, 'rank')} or more."
+        remedy = (
+            f"FSDP2, which shards parameters too, would fit on about {plural(fsdp.fits_from, 'rank')} or more. To "
+            "divide the model as well, give --tensor-parallel or --pipeline-parallel."
+        )
     return f"Nothing fits in {unit.named(fit.available)}: {why} {remedy}"
