@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -95,13 +95,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small decoder. ``logit_scale`` is a parameter that no parallel style touches: tensor parallelism keeps it plain.
+    """A small decoder. No parallel style touches ``logit_scale``: tensor parallelism keeps it plain.
 
     Args:
         tied: the head uses the embedding's weight.
     """
 
-    def __init__(self, sizes: Sizes = Sizes(), tied: bool = False, seed: int = 0) -> None:  # noqa: B008
+    def __init__(self, sizes: Sizes = Sizes(), tied: bool = False, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -228,6 +228,71 @@ def grid_batch_of(step: int, width: int = 11, hidden: int = 14, batch: int = 8) 
     return torch.randn(batch, width, generator=generator), torch.randn(batch, hidden, generator=generator)
 
 
+# Gradients with placements of their own
+
+TENSOR_PLACEMENTS: dict[str, Placement] = {
+    "rows": Shard(0),
+    "columns": Shard(1),
+    "replicate": Replicate(),
+    "partial": Partial(),
+}
+
+
+class _PlaceGradient(torch.autograd.Function):
+    """Return a DTensor of a 1-D mesh as it is; backward gives its gradient a placement."""
+
+    @staticmethod
+    def forward(ctx, tensor, placement):  # type: ignore[no-untyped-def]
+        ctx.placement = placement
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        mesh, whole = gradient.device_mesh, gradient.full_tensor()
+        if ctx.placement.is_partial():
+            return DTensor.from_local(
+                whole * (0.75 if mesh.get_local_rank() == 0 else 0.25 / (mesh.size() - 1)), mesh, [ctx.placement]
+            ), None
+        return DTensor.from_local(whole, mesh, [Replicate()]).redistribute(placements=[ctx.placement]), None
+
+
+class Quadratics(nn.Module):
+    """Parameters with a quadratic loss each: their gradients have no rounding errors that depend on the mesh.
+
+    Args:
+        names: "placement" or "placement of the parameter, placement of its gradient", of ``TENSOR_PLACEMENTS``.
+    """
+
+    def __init__(self, names: Sequence[str], shape: tuple[int, int], seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator)))
+
+    def forward(self, step: int, index: int) -> Tensor:
+        """Return the loss of batch ``index`` of a step, equal on all ranks of the mesh."""
+        total = torch.zeros(())
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator().manual_seed(3000 + 10 * step + index)
+            target = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if not isinstance(parameter, DTensor):
+                total = total + (parameter - target).square().sum()
+                continue
+            _, _, of_gradient = name.partition(",")
+            value = _PlaceGradient.apply(parameter, TENSOR_PLACEMENTS[of_gradient]) if of_gradient else parameter
+            target = distribute_tensor(target, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            total = total + (value - target).square().sum().full_tensor()
+        return total
+
+
+def place_quadratics(model: Quadratics, mesh: DeviceMesh) -> Quadratics:
+    """Turn parameters into DTensors on a 1-D mesh, in place. Collective over the mesh."""
+    for name, parameter in list(model.named_parameters()):
+        placement = TENSOR_PLACEMENTS[name.partition(",")[0]]
+        model.register_parameter(name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement])))
+    return model
+
+
 # Experts
 
 
@@ -290,7 +355,7 @@ class Experts(nn.Module):
         return _AllToAll.apply(outputs, received, sent, self.group)  # type: ignore[no-any-return]
 
     def _run_held(self, rows: Tensor, counts: list[list[int]]) -> Tensor:
-        """``counts[source][expert]``: rows come ordered by source, then by expert. An expert without rows is not run."""
+        """``counts[source][expert]``: rows come ordered by source, then by expert. Experts without rows are idle."""
         parts = [list(part.split(c)) for part, c in zip(rows.split([sum(c) for c in counts]), counts, strict=True)]
         for index, expert in enumerate(self.experts.values()):
             mine = [of_source[index] for of_source in parts]
@@ -309,7 +374,7 @@ class ExpertModel(nn.Module):
         tables: for each layer, the expert of each token of the vocabulary, int64.
     """
 
-    def __init__(self, tables: Sequence[Tensor], sizes: Sizes = Sizes(), count: int = 4, seed: int = 0) -> None:  # noqa: B008
+    def __init__(self, tables: Sequence[Tensor], sizes: Sizes = Sizes(), count: int = 4, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -339,7 +404,7 @@ def apply_expert_parallel(model: ExpertModel, mesh: DeviceMesh) -> ExpertModel:
 
 
 def stage_of(model: Transformer, index: int, count: int) -> Transformer:
-    """Keep the blocks of one of ``count`` stages, in place: the embedding is on the first, norm and head on the last."""
+    """Keep one of ``count`` stages, in place: the first has the embedding, the last has norm and head."""
     share = math.ceil(len(model.blocks) / count)
     model.blocks = nn.ModuleDict({i: b for i, b in model.blocks.items() if int(i) // share == index})
     if index > 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -23,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 import shardadam
 from shardadam import ShardedAdamW
-from tests.ranks import on_ranks, rank_and_size
+from tests.ranks import rank_and_size
+from tests.runs import differences
 
 LR = 1e-3
 MAX_NORM = 0.1  # every norm here is larger: the comparison checks it
@@ -40,6 +40,7 @@ class Training:
         clip: ``"call"``: clip_grad_norm_ before each step. ``"constructor"``: max_grad_norm.
         accumulate: backward passes, or microbatches of a pipeline, in each step.
         poisoned: (step, rank): in that step, one gradient of that rank is NaN.
+        overlap: gather parameters during the next forward (``overlap_gather``).
         by_hand: keyword arguments of ``ByHand``, to train with that instead; None: with ``ShardedAdamW``.
         options: further keyword arguments of ``ShardedAdamW``.
     """
@@ -50,6 +51,7 @@ class Training:
     dtype: torch.dtype = torch.float32
     steps: int = 12
     poisoned: tuple[int, int] | None = None
+    overlap: bool = False
     by_hand: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -74,12 +76,12 @@ class Trained:
 
 
 def param_groups(model: nn.Module, prefix: str = "") -> ParamGroups:
-    """Return matrices with weight decay, and vectors without."""
-    named = [(prefix + name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [(name, p) for name, p in named if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [(name, p) for name, p in named if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """Return matrices with weight decay, and vectors without; frozen parameters too."""
+    named = [(prefix + name, p) for name, p in model.named_parameters()]
+    matrices = [(name, p) for name, p in named if p.dim() >= 2]
+    vectors = [(name, p) for name, p in named if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]] or groups[:1]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -123,6 +125,9 @@ def train(
     With ``gradient_sync="external"`` it also averages them.
     """
     rank, _ = rank_and_size()
+    if training.overlap:
+        for optimizer, model in zip(optimizers, models, strict=True):
+            optimizer.overlap_gather(model)
     norms = []
     for step in range(training.steps):
         before = [{name: whole(p) for name, p in m.named_parameters()} for m in models] if step == 5 else None
@@ -142,8 +147,8 @@ def train(
         for optimizer in optimizers:
             optimizer.zero_grad()
         if training.is_poisoned(step) and before is not None:
-            for old, m in zip(before, models, strict=True):
-                assert all(torch.equal(old[name], whole(p)) for name, p in m.named_parameters()), "a step was not skipped"
+            after = [{name: whole(p) for name, p in m.named_parameters()} for m in models]
+            assert all(not differences(*pair) for pair in zip(before, after, strict=True)), "a step was not skipped"
     skipped = {int(optimizer.skipped_steps) for optimizer in optimizers}
     assert len(skipped) == 1
     parameters = {name: whole(p) for m in models for name, p in m.named_parameters()}
@@ -215,10 +220,6 @@ def assert_equals_twin(results: Sequence[Trained], twin: Trained, tolerance: flo
     assert seen.keys() == twin.parameters.keys()
 
 
-def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    return on_ranks(world_size, function, *arguments)
-
-
 # Without the sharded optimizer
 
 
@@ -259,6 +260,8 @@ class ByHand:
             divisor = group.get("gradient_divisor", divisor)
             mine = []
             for _, parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
                 values = nn.Parameter(local(parameter).detach())
                 copies = copies_of_plain
                 if isinstance(parameter, DTensor):
@@ -346,7 +349,3 @@ def refuses(results: Sequence[Trained], twin: Trained) -> bool:
     except AssertionError:
         return True
     return False
-
-
-def names_of(groups: ParamGroups) -> list[str]:
-    return [name for name, _ in chain.from_iterable(group["params"] for group in groups)]

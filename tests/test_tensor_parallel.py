@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from shardadam import Precision, ShardedAdamW
 from tests.parallel_models import (
+    TENSOR_PLACEMENTS,
     Grid,
+    Quadratics,
     Sizes,
     Transformer,
     apply_tensor_parallel,
@@ -28,6 +29,7 @@ from tests.parallel_models import (
     mesh_of,
     part_of,
     place_grid,
+    place_quadratics,
 )
 from tests.parallel_training import (
     BUCKET_MB,
@@ -38,7 +40,6 @@ from tests.parallel_training import (
     adamw,
     assert_equals_twin,
     average_by_hand,
-    local,
     param_groups,
     refuses,
     train,
@@ -46,6 +47,7 @@ from tests.parallel_training import (
     whole,
 )
 from tests.ranks import on_ranks
+from tests.runs import differences
 
 EVEN = Sizes(blocks=1, vocabulary=36, hidden=28)
 UNEVEN = Sizes(blocks=1, vocabulary=13, hidden=7)
@@ -112,6 +114,7 @@ TRAININGS = [
     Training(clip="constructor", options={"transport": "collective"}),
     Training(gradient_sync="step", options={"transport": "collective"}),
     Training(options={"bucket_mb": 32}),
+    Training(overlap=True),
 ]
 
 
@@ -194,3 +197,203 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(
     twin = twin_of(case, training)
     assert twin.skipped == 1
     assert_equals_twin(on_ranks(4, train_split, case, training), twin)
+
+
+# Gradients may have other placements than their parameters
+
+
+def train_quadratics(names: list[str], training: Training, shape: tuple[int, int] = (7, 10)) -> Trained:
+    mesh = mesh_of("dp tp", 2, 2)
+    model = place_quadratics(Quadratics(names, shape), mesh["tp"])
+    optimizer = adamw(training, param_groups(model), mesh["dp"])
+
+    def backward(step: int) -> None:
+        model(step, mesh["dp"].get_local_rank()).backward()
+        if training.gradient_sync == "external":
+            average_by_hand(model.parameters(), mesh["dp"].get_group())
+
+    return train(training, [optimizer], backward, [model])
+
+
+@pytest.mark.parametrize("training", [Training(by_hand={}, steps=3), *TRAININGS[:3]], ids=lambda training: training.id)
+def test_gradients_arrive_in_any_placement(training: Training) -> None:
+    names = [f"{mine},{gradients}" for mine in list(TENSOR_PLACEMENTS)[:3] for gradients in TENSOR_PLACEMENTS]
+    twin = train_twin(training, Quadratics(names, (7, 10)), lambda model, step: (model(step, 0) + model(step, 1)) / 2)
+    assert_equals_twin(on_ranks(4, train_quadratics, names, training), twin)
+
+
+# Formats
+
+
+def train_in_format(precision: Precision, dtype: torch.dtype, is_split: bool) -> dict[str, Tensor]:
+    """Return parameters and masters after training on 2 ranks, or on 2 x 2 with tensor parallelism."""
+    model = Quadratics(["rows", "columns", "replicate"], (33, 40)).to(dtype)
+    process_group = None
+    if is_split:
+        mesh = mesh_of("dp tp", 2, 2)
+        process_group = mesh["dp"]
+        place_quadratics(model, mesh["tp"])
+    index = torch.distributed.get_rank() // (2 if is_split else 1)
+    optimizer = ShardedAdamW(
+        param_groups(model), lr=LR, process_group=process_group, precision=precision, bucket_mb=BUCKET_MB
+    )
+    for step in range(12):
+        model(step, index).backward()
+        assert optimizer.clip_grad_norm_(MAX_NORM) > MAX_NORM
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {name: whole(p) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{name}.{kind}": whole(value) for kind, value in optimizer.full_state(parameter).items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [
+        (torch.bfloat16, Precision(), 5e-6),
+        (torch.bfloat16, Precision(master="fp32"), 5e-6),
+        (torch.float16, Precision(master="split"), 5e-6),
+        (torch.float32, Precision(moments="bf16"), 0.03 * 12 * LR),
+        (torch.float32, Precision(moments="int8"), 0.03 * 12 * LR),
+        (torch.bfloat16, Precision(moments="int8"), 0.03 * 12 * LR),
+    ],
+    ids=str,
+)
+def test_formats_are_kept_for_local_tensors(dtype: torch.dtype, precision: Precision, tolerance: float) -> None:
+    """Exact formats give what data parallelism alone gives; others, whose rounding is random, stay close to it."""
+    expected = on_ranks(2, train_in_format, precision, dtype, False)[0]
+    exact = "{}.master" if dtype != torch.float32 else "{}"
+    for found in on_ranks(4, train_in_format, precision, dtype, True):
+        assert found.keys() == expected.keys()
+        for name in ("rows", "columns", "replicate"):
+            error = float((found[exact.format(name)] - expected[exact.format(name)]).abs().max())
+            assert error <= tolerance, f"{name}: differs by {error:.3g}"
+
+
+# Everything stays what it was
+
+
+def build_and_train(case: Case, path: Path) -> None:
+    mesh, model = mesh_of(*case.mesh), case.split_model()
+    calls: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: calls.update([f"after {name}"]))  # type: ignore[misc]
+        p.register_hook(lambda _, name=name: calls.update([f"before {name}"]))
+
+    def described() -> dict[str, Any]:
+        tensors = {**dict(model.named_parameters()), **{f"state_dict.{n}": v for n, v in model.state_dict().items()}}
+        return {
+            name: (
+                id(tensor) if isinstance(tensor, nn.Parameter) else None,
+                type(tensor),
+                getattr(tensor, "placements", None),
+                getattr(tensor, "device_mesh", None),
+                (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad),
+            )
+            for name, tensor in tensors.items()
+        }
+
+    before = described()
+    first_values = {name: whole(value) for name, value in model.state_dict().items()}
+    optimizer = ShardedAdamW(param_groups(model), lr=LR, process_group=mesh["dp"], bucket_mb=BUCKET_MB)
+    assert described() == before
+    assert not differences(first_values, {name: whole(value) for name, value in model.state_dict().items()})
+    for step in range(2):
+        case.loss(model, step, mesh["dp"].get_local_rank(), mesh["dp"].size()).backward()
+        assert all(
+            calls[f"{when} {n}"] == step + 1 for when in ("before", "after") for n, _ in model.named_parameters()
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert described() == before
+    trained = {name: whole(value) for name, value in model.state_dict().items()}
+    assert len(differences(first_values, trained)) == len(trained)
+
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=path)
+    other = case.split_model()
+    state = {"model": get_model_state_dict(other)}
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(other, state["model"])
+    assert not differences(trained, {name: whole(value) for name, value in other.state_dict().items()})
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    set_model_state_dict(model, state["model"])  # into the bound parameters
+    assert described() == before
+    assert not differences(trained, {name: whole(value) for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("case", [TRANSFORMER, CASES[4], GRID], ids=lambda case: case.id)
+def test_parameters_hooks_and_state_dicts_stay_what_they_were(case: Case, tmp_path: Path) -> None:
+    on_ranks(4, build_and_train, case, tmp_path)
+
+
+def gradients_and_state(case: Case, gradient_sync: str) -> dict[str, Tensor]:
+    mesh, model = mesh_of(*case.mesh), case.split_model(torch.float64)
+    optimizer = ShardedAdamW(
+        param_groups(model), lr=LR, process_group=mesh["dp"], bucket_mb=BUCKET_MB, gradient_sync=gradient_sync  # type: ignore[arg-type]
+    )  # fmt: skip
+    for step in range(3):
+        case.loss(model, step, mesh["dp"].get_local_rank(), mesh["dp"].size()).backward()
+        if gradient_sync == "external":
+            average_by_hand(model.parameters(), mesh["dp"].get_group())
+        if step < 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    found = {}
+    for name, parameter in model.named_parameters():
+        values = {"grad": optimizer.full_grad(parameter), **optimizer.full_state(parameter)}
+        for kind, value in values.items():
+            assert value is not None
+            if isinstance(parameter, DTensor) and kind != "step":
+                assert isinstance(value, DTensor), (name, kind)
+                assert (value.placements, value.device_mesh) == (parameter.placements, parameter.device_mesh)
+                assert value.shape == parameter.shape
+            found[f"{name}.{kind}"] = whole(value)
+    return found
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
+@pytest.mark.parametrize("case", [CASES[4], GRID], ids=lambda case: case.id)
+def test_full_gradients_and_states_are_placed_as_parameters(case: Case, gradient_sync: str) -> None:
+    model = case.whole_model(torch.float64)
+    optimizer = torch.optim.AdamW(param_groups(model), lr=LR)
+    for step in range(3):
+        optimizer.zero_grad()
+        case.loss(model, step).backward()
+        if step < 2:
+            optimizer.step()
+    expected = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        expected |= {f"{name}.{kind}": value for kind, value in optimizer.state[parameter].items()}
+        expected[f"{name}.grad"] = parameter.grad
+    for found in on_ranks(4, gradients_and_state, case, gradient_sync):
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-12, check_dtype=False)
+
+
+# Memory
+
+
+def state_bytes(case: Case) -> int:
+    mesh, model = mesh_of(*case.mesh), case.split_model()
+    optimizer = ShardedAdamW(param_groups(model), process_group=mesh["dp"])
+    case.loss(model, 0, mesh["dp"].get_local_rank(), mesh["dp"].size()).backward()
+    optimizer.step()
+    return optimizer.memory().state
+
+
+@pytest.mark.parametrize("model", ["transformer", "sequence"])
+def test_state_takes_a_fourth_of_adamws(model: str) -> None:
+    case = Case(model, sizes=LARGE)
+    whole_model = case.whole_model()
+    optimizer = torch.optim.AdamW(param_groups(whole_model))
+    case.loss(whole_model, 0).backward()
+    optimizer.step()
+    expected = sum(value.nbytes for state in optimizer.state.values() for value in state.values()) / 4
+    for found in on_ranks(4, state_bytes, case):
+        assert found == pytest.approx(expected, rel=0.01)
