@@ -68,9 +68,15 @@ class Training:
 
 @dataclass
 class Trained:
-    """What a training ends with on one rank: whole values of the parameters that it holds, by the twin's names."""
+    """What a training ends with on one rank.
+
+    Args:
+        parameters: whole values of the parameters that the rank holds, by the twin's names.
+        state: their whole moments and steps, by "name.kind"; empty after training by hand.
+    """
 
     parameters: dict[str, Tensor]
+    state: dict[str, Tensor]
     norms: list[float]
     skipped: int
 
@@ -151,8 +157,13 @@ def train(
             assert all(not differences(*pair) for pair in zip(before, after, strict=True)), "a step was not skipped"
     skipped = {int(optimizer.skipped_steps) for optimizer in optimizers}
     assert len(skipped) == 1
-    parameters = {name: whole(p) for m in models for name, p in m.named_parameters()}
-    return Trained(parameters, norms, skipped.pop())
+    parameters, state = {}, {}
+    for optimizer, model in zip(optimizers, models, strict=True):
+        for name, parameter in model.named_parameters():
+            parameters[name] = whole(parameter)
+            if parameter.requires_grad and isinstance(optimizer, ShardedAdamW):
+                state |= {f"{name}.{kind}": whole(v) for kind, v in optimizer.full_state(parameter).items()}
+    return Trained(parameters, state, norms, skipped.pop())
 
 
 def clip(optimizers: Sequence[Any]) -> Tensor:
@@ -195,13 +206,19 @@ def train_twin(training: Training, model: nn.Module, loss_of: Callable[[nn.Modul
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
             optimizer.step()
         optimizer.zero_grad()
-    return Trained({name: whole(p) for name, p in model.named_parameters()}, norms, skipped)
+    state = {
+        f"{name}.{kind}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+    return Trained({name: whole(p) for name, p in model.named_parameters()}, state, norms, skipped)
 
 
 def assert_equals_twin(results: Sequence[Trained], twin: Trained, tolerance: float | None = None) -> None:
-    """Check that ranks hold the twin's parameters within 5e-6, and clipped by its norms within 1e-5 of them.
+    """Check that ranks hold the twin's parameters within 5e-6, and clipped by its norms within 1e-5 of them; its state
+    within 1e-5 of each tensor's largest value.
 
-    In float64, both within 1e-10. Ranks agree in every bit of norms, and of the parameters that several of them hold.
+    In float64, all within 1e-10. Ranks agree in every bit of norms, and of the parameters that several of them hold.
     """
     exact = next(iter(twin.parameters.values())).dtype == torch.float64
     tolerance, norm_tolerance = (1e-10, 1e-10) if exact else (tolerance or 5e-6, 1e-5)
@@ -217,7 +234,19 @@ def assert_equals_twin(results: Sequence[Trained], twin: Trained, tolerance: flo
             error = float((value - expected).abs().max())
             assert error <= tolerance, f"rank {rank}, {name}: differs by {error:.3g}"
             assert torch.equal(value, seen.setdefault(name, value)), f"rank {rank}, {name}: another rank has other bits"
+        for name, value in result.state.items():
+            expected = twin.state.get(name, torch.zeros(()))  # torch has no state for what has never had a gradient
+            error = float((value - expected).abs().max())
+            assert error <= norm_tolerance * float(expected.abs().max()), f"rank {rank}, {name}: differs by {error:.3g}"
     assert seen.keys() == twin.parameters.keys()
+
+
+def bytes_of_adamw(model: nn.Module, loss: Tensor) -> int:
+    """Return the bytes of the state that torch's AdamW keeps for a whole model; ``loss`` is one of it."""
+    optimizer = torch.optim.AdamW(param_groups(model), lr=LR)
+    loss.backward()
+    optimizer.step()
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
 # Without the sharded optimizer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardadam import ShardedAdamW
 from tests.parallel_models import (
     ExpertModel,
     Sizes,
@@ -31,6 +32,7 @@ from tests.parallel_training import (
     adamw,
     assert_equals_twin,
     average_by_hand,
+    bytes_of_adamw,
     param_groups,
     refuses,
     train,
@@ -56,37 +58,43 @@ class Case:
 
     table: str = "unequal"
     mesh: tuple[Any, ...] = ("copies experts", 2, 2)
+    sizes: Sizes = SIZES
 
     @property
     def id(self) -> str:
         return f"{self.table},{self.mesh[0]},{'x'.join(map(str, self.mesh[1:]))}"
 
-    def whole_model(self, dtype: torch.dtype) -> ExpertModel:
-        return ExpertModel(TABLES[self.table], SIZES, COUNT).to(dtype)
+    def whole_model(self, dtype: torch.dtype = torch.float32) -> ExpertModel:
+        return ExpertModel(TABLES[self.table], self.sizes, COUNT).to(dtype)
 
     def loss(self, model: nn.Module, step: int, index: int = 0, count: int = 1) -> Tensor:
         """The loss of one of ``count`` equal parts of a batch."""
-        tokens, targets = part_of(batch_of(SIZES, step), index, count)
+        tokens, targets = part_of(batch_of(self.sizes, step), index, count)
         return cross_entropy(model(tokens), targets)
 
 
-def with_experts_apart(groups: ParamGroups, process_group: Any, **options: Any) -> ParamGroups:
+def with_experts_apart(groups: ParamGroups, process_group: DeviceMesh) -> ParamGroups:
     """Move the parameters of experts into param groups of their own."""
     apart: ParamGroups = []
     for group in groups:
         of_experts = [(name, p) for name, p in group["params"] if ".experts." in name]
         others = [(name, p) for name, p in group["params"] if ".experts." not in name]
         apart.append({**group, "params": others})
-        apart.append({**group, "params": of_experts, "process_group": process_group, **options})
-    return apart
+        apart.append({**group, "params": of_experts, "process_group": process_group})
+    return [group for group in apart if group["params"]]
+
+
+def split_model(case: Case, dtype: torch.dtype = torch.float32) -> tuple[ExpertModel, ParamGroups]:
+    mesh = mesh_of(*case.mesh)
+    model = apply_expert_parallel(case.whole_model(dtype), mesh["experts"])
+    return model, with_experts_apart(param_groups(model), mesh["copies"])
 
 
 def train_split(case: Case, training: Training, group_options: dict[str, Any] | None = None) -> Trained:
     rank, size = rank_and_size()
-    mesh = mesh_of(*case.mesh)
-    model = apply_expert_parallel(case.whole_model(training.dtype), mesh["experts"])
-    copies: DeviceMesh = mesh["copies"]
-    groups = with_experts_apart(param_groups(model), copies, **(group_options or {}))
+    model, groups = split_model(case, training.dtype)
+    for group in groups:
+        group |= (group_options or {}) if "process_group" in group else {}
     optimizer = adamw(training, groups, None)
 
     def backward(step: int) -> None:
@@ -169,3 +177,25 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(
     twin = twin_of(case, training)
     assert twin.skipped == 1
     assert_equals_twin(on_ranks(4, train_split, case, training), twin)
+
+
+# Memory
+
+
+def state_bytes(case: Case) -> int:
+    rank, size = rank_and_size()
+    model, groups = split_model(case)
+    optimizer = ShardedAdamW(groups)
+    case.loss(model, 0, rank, size).backward()
+    optimizer.step()
+    return optimizer.memory().state
+
+
+@pytest.mark.parametrize("mesh", [("copies experts", 2, 2), ("copies experts", 1, 4)], ids=str)
+def test_state_takes_a_fourth_of_adamws(mesh: tuple[Any, ...]) -> None:
+    """Dense parameters are split over four ranks; those of an expert over its copies, and ranks hold parts of them."""
+    case = Case("equal", mesh, replace(SIZES, width=256, hidden=128))
+    model = case.whole_model()
+    expected = bytes_of_adamw(model, case.loss(model, 0)) / 4
+    for found in on_ranks(4, state_bytes, case):
+        assert found == pytest.approx(expected, rel=0.01)

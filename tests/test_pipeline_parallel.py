@@ -31,6 +31,7 @@ from tests.parallel_training import (
     adamw,
     assert_equals_twin,
     average_by_hand,
+    bytes_of_adamw,
     param_groups,
     refuses,
     train,
@@ -55,6 +56,7 @@ class Case:
     mesh: tuple[Any, ...] = ("dp pp", 2, 2)
     frozen_stage: int | None = None
     sequence_parallel: bool = False
+    width: int = SIZES.width
 
     @property
     def id(self) -> str:
@@ -63,14 +65,14 @@ class Case:
 
     @property
     def sizes(self) -> Sizes:
-        return replace(SIZES, blocks=4 if self.schedule == "interleaved" else 2)
+        return replace(SIZES, width=self.width, blocks=4 if self.schedule == "interleaved" else 2)
 
     @property
     def stages(self) -> int:
         pipeline = self.mesh[1 + self.mesh[0].split().index("pp")]
         return int(pipeline * (2 if self.schedule == "interleaved" else 1))
 
-    def whole_model(self, dtype: torch.dtype) -> Transformer:
+    def whole_model(self, dtype: torch.dtype = torch.float32) -> Transformer:
         model = Transformer(self.sizes).to(dtype)
         if self.frozen_stage is not None:
             frozen = stage_of(Transformer(self.sizes), self.frozen_stage, self.stages)
@@ -83,17 +85,25 @@ class Case:
         return cross_entropy(model(tokens), targets)
 
 
-def train_split(case: Case, training: Training) -> Trained:
-    mesh = mesh_of(*case.mesh)
-    data, pipeline = mesh["dp"], mesh["pp"]
-    tensor = mesh["tp"] if "tp" in case.mesh[0] else None
-    models, stages, optimizers = [], [], []
+@dataclass
+class Parts:
+    """What a rank holds: stages, each with its optimizer."""
+
+    models: list[Transformer]
+    stages: list[PipelineStage]
+    optimizers: list[Any]
+
+
+def build(case: Case, training: Training) -> Parts:
+    mesh, parts = mesh_of(*case.mesh), Parts([], [], [])
+    data, pipeline, tensor = mesh["dp"], mesh["pp"], mesh["tp"] if "tp" in case.mesh[0] else None
     for index in range(pipeline.get_local_rank(), case.stages, pipeline.size()):
         model = stage_of(case.whole_model(training.dtype), index, case.stages)
         if tensor is not None:
             apply_tensor_parallel(model, tensor, sequence_parallel=case.sequence_parallel)
-        stages.append(PipelineStage(model, index, case.stages, torch.device("cpu"), group=pipeline.get_group()))
-        optimizers.append(
+        parts.models.append(model)
+        parts.stages.append(PipelineStage(model, index, case.stages, torch.device("cpu"), group=pipeline.get_group()))
+        parts.optimizers.append(
             adamw(
                 training,
                 param_groups(model),
@@ -102,7 +112,12 @@ def train_split(case: Case, training: Training) -> Trained:
                 model_parallel_group=pipeline if tensor is None else mesh["pp", "tp"],
             )
         )
-        models.append(model)
+    return parts
+
+
+def train_split(case: Case, training: Training) -> Trained:
+    mesh, parts = mesh_of(*case.mesh), build(case, training)
+    data, pipeline = mesh["dp"], mesh["pp"]
 
     # With "backward", gradients leave p.grad before the schedule could divide them: the loss is divided instead.
     divides = training.by_hand is None and training.gradient_sync == "backward"
@@ -111,7 +126,7 @@ def train_split(case: Case, training: Training) -> Trained:
         return cross_entropy(logits, targets) / (microbatches if divides else 1)
 
     microbatches = pipeline.size()
-    one_or_all = stages if case.schedule == "interleaved" else stages[0]
+    one_or_all = parts.stages if case.schedule == "interleaved" else parts.stages[0]
     schedule: _PipelineSchedule = SCHEDULES[case.schedule](
         one_or_all, microbatches, loss_fn=loss_of, scale_grads=not divides
     )
@@ -121,9 +136,9 @@ def train_split(case: Case, training: Training) -> Trained:
         tokens, targets = part_of(batch_of(case.sizes, step), data.get_local_rank(), data.size())
         schedule.step(*[tokens] * is_first, target=targets if is_last else None)
         if training.gradient_sync == "external":
-            average_by_hand([p for model in models for p in model.parameters()], data.get_group())
+            average_by_hand([p for model in parts.models for p in model.parameters()], data.get_group())
 
-    return train(training, optimizers, backward, models)
+    return train(training, parts.optimizers, backward, parts.models)
 
 
 def twin_of(case: Case, training: Training) -> Trained:
@@ -204,3 +219,17 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(
     twin = twin_of(case, training)
     assert twin.skipped == 1
     assert_equals_twin(on_ranks(4, train_split, case, training), twin)
+
+
+# Memory
+
+
+def state_bytes(case: Case) -> int:
+    return sum(optimizer.memory().state for optimizer in build(case, Training(options={"bucket_mb": None})).optimizers)
+
+
+@pytest.mark.parametrize("case", [Case(width=128), Case(mesh=("dp pp tp", 1, 2, 2), width=128)], ids=lambda c: c.id)
+def test_states_of_all_ranks_take_adamws(case: Case) -> None:
+    model = case.whole_model()
+    expected = bytes_of_adamw(model, case.loss(model, 0))
+    assert sum(on_ranks(4, state_bytes, case)) == pytest.approx(expected, rel=0.01)
