@@ -11,7 +11,7 @@ bias.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -319,20 +319,50 @@ class Experts(nn.Module):
 
     The table makes the choice of experts exact: with a trained choice, rounding errors could send a token elsewhere.
     The layer has all ``count`` experts, or after ``keep_experts`` those of this rank.
+
+    Args:
+        stacked: keep the weights of all experts in one tensor (experts, out, in) for each matrix.
     """
 
-    def __init__(self, sizes: Sizes, count: int, expert_of_token: Tensor) -> None:
+    def __init__(self, sizes: Sizes, count: int, expert_of_token: Tensor, stacked: bool) -> None:
         super().__init__()
         self.count = count
         self.gate = nn.Linear(sizes.width, count, bias=False)
-        self.experts = nn.ModuleDict({str(i): FeedForward(sizes.width, sizes.hidden) for i in range(count)})
+        if stacked:
+            self.experts = nn.ParameterDict(
+                {
+                    "up": torch.randn(count, sizes.hidden, sizes.width) / sizes.width**0.5,
+                    "down": torch.randn(count, sizes.width, sizes.hidden) / sizes.hidden**0.5,
+                }
+            )
+        else:
+            self.experts = nn.ModuleDict({str(i): FeedForward(sizes.width, sizes.hidden) for i in range(count)})
         self.expert_of_token = expert_of_token
         self.group: dist.ProcessGroup | None = None
 
-    def keep_experts(self, mine: Iterable[int], group: dist.ProcessGroup) -> None:
-        """Drop the experts that other ranks of ``group`` hold: rank r of it holds the r-th run of equal length."""
-        self.experts = nn.ModuleDict({str(i): self.experts[str(i)] for i in mine})
-        self.group = group
+    def keep_experts(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's experts only: a run of them, equally long on all ranks of a 1-D mesh. Stacked weights become
+        DTensors.
+        """
+        if isinstance(self.experts, nn.ParameterDict):
+            for name, weight in list(self.experts.items()):
+                self.experts[name] = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+        else:
+            share = self.count // mesh.size()
+            first = mesh.get_local_rank() * share
+            self.experts = nn.ModuleDict({str(i): self.experts[str(i)] for i in range(first, first + share)})
+        self.group = mesh.get_group()
+
+    def held(self) -> list[Callable[[Tensor], Tensor]]:
+        """Return the experts of this rank as functions."""
+        if not isinstance(self.experts, nn.ParameterDict):
+            return list(self.experts.values())
+        weights = (self.experts["up"], self.experts["down"])
+        up, down = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
+        return [
+            lambda rows, up=up, down=down: F.linear(F.silu(F.linear(rows, up)), down)  # type: ignore[misc]
+            for up, down in zip(up, down, strict=True)
+        ]
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
@@ -357,7 +387,7 @@ class Experts(nn.Module):
     def _run_held(self, rows: Tensor, counts: list[list[int]]) -> Tensor:
         """``counts[source][expert]``: rows come ordered by source, then by expert. Experts without rows are idle."""
         parts = [list(part.split(c)) for part, c in zip(rows.split([sum(c) for c in counts]), counts, strict=True)]
-        for index, expert in enumerate(self.experts.values()):
+        for index, expert in enumerate(self.held()):
             mine = [of_source[index] for of_source in parts]
             if any(len(part) for part in mine):
                 outputs = expert(torch.cat(mine)).split([len(part) for part in mine])
@@ -372,14 +402,17 @@ class ExpertModel(nn.Module):
 
     Args:
         tables: for each layer, the expert of each token of the vocabulary, int64.
+        stacked: as for ``Experts``.
     """
 
-    def __init__(self, tables: Sequence[Tensor], sizes: Sizes = Sizes(), count: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self, tables: Sequence[Tensor], sizes: Sizes, count: int = 4, stacked: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
-            self.layers = nn.ModuleList(Experts(sizes, count, table) for table in tables)
+            self.layers = nn.ModuleList(Experts(sizes, count, table, stacked) for table in tables)
             self.norm = nn.LayerNorm(sizes.width)
             self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
 
@@ -391,12 +424,10 @@ class ExpertModel(nn.Module):
 
 
 def apply_expert_parallel(model: ExpertModel, mesh: DeviceMesh) -> ExpertModel:
-    """Spread the experts of each layer over a 1-D mesh, in place. Local."""
+    """Spread the experts of each layer over a 1-D mesh, in place. Collective over the mesh."""
     for layer in model.layers:
         assert isinstance(layer, Experts)
-        share = layer.count // mesh.size()
-        first = mesh.get_local_rank() * share
-        layer.keep_experts(range(first, first + share), mesh.get_group())
+        layer.keep_experts(mesh)
     return model
 
 

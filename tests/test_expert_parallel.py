@@ -7,7 +7,7 @@ whose "process_group" is the ranks that hold the same experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,18 +54,24 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Which expert each token goes to; a mesh of "copies" of each expert, and the ranks that split the "experts"."""
+    """Which expert each token goes to, and how experts are spread.
+
+    Args:
+        mesh: "copies" of each expert, and the ranks that split the "experts".
+        stacked: experts are parts of DTensors over the mesh "experts".
+    """
 
     table: str = "unequal"
     mesh: tuple[Any, ...] = ("copies experts", 2, 2)
+    stacked: bool = False
     sizes: Sizes = SIZES
 
     @property
     def id(self) -> str:
-        return f"{self.table},{self.mesh[0]},{'x'.join(map(str, self.mesh[1:]))}"
+        return f"{self.table},{self.mesh[0]},{'x'.join(map(str, self.mesh[1:]))}{',stacked' if self.stacked else ''}"
 
     def whole_model(self, dtype: torch.dtype = torch.float32) -> ExpertModel:
-        return ExpertModel(TABLES[self.table], self.sizes, COUNT).to(dtype)
+        return ExpertModel(TABLES[self.table], self.sizes, COUNT, self.stacked).to(dtype)
 
     def loss(self, model: nn.Module, step: int, index: int = 0, count: int = 1) -> Tensor:
         """The loss of one of ``count`` equal parts of a batch."""
@@ -119,6 +125,8 @@ CASES = [
     Case("unequal", ("copies experts", 1, 4)),
     Case("rare", ("copies experts", 1, 4)),
     Case("equal", ("copies experts", 4, 1)),
+    Case("unequal", stacked=True),
+    Case("unused", ("copies experts", 1, 4), stacked=True),
 ]
 TRAININGS = [
     *(Training(gradient_sync=sync) for sync in ("backward", "step", "external")),
@@ -194,7 +202,7 @@ def state_bytes(case: Case) -> int:
 @pytest.mark.parametrize("mesh", [("copies experts", 2, 2), ("copies experts", 1, 4)], ids=str)
 def test_state_takes_a_fourth_of_adamws(mesh: tuple[Any, ...]) -> None:
     """Dense parameters are split over four ranks; those of an expert over its copies, and ranks hold parts of them."""
-    case = Case("equal", mesh, replace(SIZES, width=256, hidden=128))
+    case = Case("equal", mesh, sizes=replace(SIZES, width=256, hidden=128))
     model = case.whole_model()
     expected = bytes_of_adamw(model, case.loss(model, 0)) / 4
     for found in on_ranks(4, state_bytes, case):
