@@ -126,7 +126,7 @@ CASES = [
     Case("rare", ("copies experts", 1, 4)),
     Case("equal", ("copies experts", 4, 1)),
     Case("unequal", stacked=True),
-    Case("unused", ("copies experts", 1, 4), stacked=True),
+    Case("equal", ("copies experts", 1, 4), stacked=True),
 ]
 TRAININGS = [
     *(Training(gradient_sync=sync) for sync in ("backward", "step", "external")),
