@@ -214,15 +214,15 @@ def train_twin(training: Training, model: nn.Module, loss_of: Callable[[nn.Modul
     return Trained({name: whole(p) for name, p in model.named_parameters()}, state, norms, skipped)
 
 
-def assert_equals_twin(results: Sequence[Trained], twin: Trained, tolerance: float | None = None) -> None:
+def assert_equals_twin(results: Sequence[Trained], twin: Trained, *, max_norm: float = MAX_NORM) -> None:
     """Check that ranks hold the twin's parameters within 5e-6, and clipped by its norms within 1e-5 of them; its state
     within 1e-5 of each tensor's largest value.
 
     In float64, all within 1e-10. Ranks agree in every bit of norms, and of the parameters that several of them hold.
     """
     exact = next(iter(twin.parameters.values())).dtype == torch.float64
-    tolerance, norm_tolerance = (1e-10, 1e-10) if exact else (tolerance or 5e-6, 1e-5)
-    assert all(math.isnan(norm) or norm > MAX_NORM for norm in twin.norms), "the recipe does not clip"
+    tolerance, norm_tolerance = (1e-10, 1e-10) if exact else (5e-6, 1e-5)
+    assert all(math.isnan(norm) or norm > max_norm for norm in twin.norms), "the recipe does not clip"
     seen: dict[str, Tensor] = {}
     for rank, result in enumerate(results):
         assert result.norms == pytest.approx(twin.norms, rel=norm_tolerance, nan_ok=True), f"rank {rank}"

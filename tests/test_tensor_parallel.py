@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from shardadam import Precision, ShardedAdamW
+from shardadam import GradScaler, Precision, ShardedAdamW
 from tests.parallel_models import (
     TENSOR_PLACEMENTS,
     Grid,
@@ -198,6 +198,91 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(
     twin = twin_of(case, training)
     assert twin.skipped == 1
     assert_equals_twin(on_ranks(4, train_split, case, training), twin)
+
+
+# Other ways to clip, and loss scaling
+
+WAYS: dict[str, dict[str, Any]] = {
+    "1": {"norm_type": 1.0},
+    "3.5": {"norm_type": 3.5},
+    "inf": {"norm_type": float("inf")},
+    "some": {"parameters": ["norm.weight", "logit_scale", "head.weight", "blocks.0.attention.out.bias"]},
+    "value": {},
+}
+SMALL = 0.002
+
+
+def clip_some_way(way: str, model: nn.Module, optimizer: ShardedAdamW | None) -> float:
+    options = dict(WAYS[way])
+    parameters = [model.get_parameter(name) for name in options.pop("parameters", [])] or None
+    if way == "value":
+        if optimizer is not None:
+            optimizer.clip_grad_value_(SMALL)
+        else:
+            nn.utils.clip_grad_value_(model.parameters(), SMALL)
+        return 0.0
+    if optimizer is not None:
+        return float(optimizer.clip_grad_norm_(SMALL, parameters=parameters, **options))
+    return float(nn.utils.clip_grad_norm_(parameters or model.parameters(), SMALL, **options))
+
+
+def train_clipping(case: Case, way: str, gradient_sync: str | None) -> Trained:
+    """Train on this rank, or with ``gradient_sync`` None the twin."""
+    optimizer: Any
+    if gradient_sync is None:
+        model, index, count = case.whole_model(torch.float64), 0, 1
+        optimizer = torch.optim.AdamW(param_groups(model), lr=LR)
+    else:
+        model, mesh = case.split_model(torch.float64), mesh_of(*case.mesh)
+        index, count = mesh["dp"].get_local_rank(), mesh["dp"].size()
+        optimizer = ShardedAdamW(
+            param_groups(model), lr=LR, process_group=mesh["dp"], gradient_sync=gradient_sync, bucket_mb=BUCKET_MB  # type: ignore[arg-type]
+        )  # fmt: skip
+    norms = []
+    for step in range(4):
+        case.loss(model, step, index, count).backward()
+        norms.append(clip_some_way(way, model, None if gradient_sync is None else optimizer) or 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained({name: whole(p) for name, p in model.named_parameters()}, {}, norms, 0)
+
+
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize("gradient_sync", ["backward", "step"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_clip_equals_torchs(way: str, gradient_sync: str) -> None:
+    results = on_ranks(4, train_clipping, SEQUENCE, way, gradient_sync)
+    twin = train_clipping(SEQUENCE, way, None)
+    assert min(twin.norms) > SMALL
+    assert_equals_twin(results, twin, max_norm=SMALL)
+
+
+def train_scaled(case: Case, poisoned_rank: int) -> list[float]:
+    """Return the loss scales and the number of skipped steps; one gradient of one rank is infinite in the third step."""
+    mesh, model = mesh_of(*case.mesh), case.split_model()
+    optimizer = ShardedAdamW(param_groups(model), lr=LR, process_group=mesh["dp"], bucket_mb=BUCKET_MB)
+    scaler, scales = GradScaler("cpu", init_scale=1024.0, growth_interval=3), []
+    for step in range(6):
+        poison = None
+        if (step, torch.distributed.get_rank()) == (2, poisoned_rank):
+            poison = next(iter(model.parameters())).register_hook(lambda gradient: gradient * float("inf"))
+        scaler.scale(case.loss(model, step, mesh["dp"].get_local_rank(), mesh["dp"].size())).backward()
+        if poison is not None:
+            poison.remove()
+        if step % 2:
+            scaler.unscale_(optimizer)
+            assert MAX_NORM < optimizer.clip_grad_norm_(MAX_NORM) < 10
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return [*scales, float(optimizer.skipped_steps)]
+
+
+@pytest.mark.parametrize("poisoned_rank", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_ranks_scale_losses_alike(poisoned_rank: int) -> None:
+    for found in on_ranks(4, train_scaled, SEQUENCE, poisoned_rank):
+        assert found == [1024.0, 1024.0, 512.0, 512.0, 512.0, 1024.0, 1.0]
 
 
 # Gradients may have other placements than their parameters
