@@ -328,6 +328,7 @@ class Experts(nn.Module):
         super().__init__()
         self.count = count
         self.gate = nn.Linear(sizes.width, count, bias=False)
+        self.experts: nn.ModuleDict | nn.ParameterDict
         if stacked:
             self.experts = nn.ParameterDict(
                 {

@@ -157,7 +157,8 @@ def train(
             assert all(not differences(*pair) for pair in zip(before, after, strict=True)), "a step was not skipped"
     skipped = {int(optimizer.skipped_steps) for optimizer in optimizers}
     assert len(skipped) == 1
-    parameters, state = {}, {}
+    parameters: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for optimizer, model in zip(optimizers, models, strict=True):
         for name, parameter in model.named_parameters():
             parameters[name] = whole(parameter)

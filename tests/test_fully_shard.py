@@ -72,7 +72,9 @@ class Case:
         model, mesh = self.whole_model(dtype), mesh_of(*self.mesh)
         if "tp" in self.mesh[0]:
             apply_tensor_parallel(model, mesh["tp"])
-        policy = MixedPrecisionPolicy(*[torch.bfloat16, torch.float32] if self.low_precision else [])
+        policy = MixedPrecisionPolicy()
+        if self.low_precision:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         over = mesh["replicate", "shard"] if "replicate" in self.mesh[0] else mesh["shard"]
         for block in model.blocks.values():
             fully_shard(block, mesh=over, mp_policy=policy)
@@ -82,6 +84,8 @@ class Case:
 
 class TorchAdamW(torch.optim.AdamW):
     """With the methods of ``ShardedAdamW`` that training calls. Parameters may lie on several meshes."""
+
+    norm: Tensor
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

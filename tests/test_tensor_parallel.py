@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -82,7 +83,7 @@ class Case:
         if self.model == "grid":
             dtype = model.get_parameter("scale").dtype
             inputs, targets = part_of([tensor.to(dtype) for tensor in grid_batch_of(step)], index, count)
-            return (model(inputs) - targets).square().mean()
+            return F.mse_loss(model(inputs), targets)
         tokens, targets = part_of(batch_of(self.sizes, step), index, count)
         return cross_entropy(model(tokens), targets)
 
@@ -258,7 +259,7 @@ def test_every_way_to_clip_equals_torchs(way: str, gradient_sync: str) -> None:
 
 
 def train_scaled(case: Case, poisoned_rank: int) -> list[float]:
-    """Return the loss scales and the number of skipped steps; one gradient of one rank is infinite in the third step."""
+    """Return loss scales and the number of skipped steps; a gradient of one rank is infinite in the third step."""
     mesh, model = mesh_of(*case.mesh), case.split_model()
     optimizer = ShardedAdamW(param_groups(model), lr=LR, process_group=mesh["dp"], bucket_mb=BUCKET_MB)
     scaler, scales = GradScaler("cpu", init_scale=1024.0, growth_interval=3), []
@@ -451,7 +452,7 @@ def test_full_gradients_and_states_are_placed_as_parameters(case: Case, gradient
         case.loss(model, step).backward()
         if step < 2:
             optimizer.step()
-    expected = {}
+    expected: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         expected |= {f"{name}.{kind}": value for kind, value in optimizer.state[parameter].items()}
