@@ -341,21 +341,21 @@ def train_in_format(precision: Precision, dtype: torch.dtype, is_split: bool) ->
         (torch.bfloat16, Precision(), 5e-6),
         (torch.bfloat16, Precision(master="fp32"), 5e-6),
         (torch.float16, Precision(master="split"), 5e-6),
-        (torch.float32, Precision(moments="bf16"), 0.03 * 12 * LR),
-        (torch.float32, Precision(moments="int8"), 0.03 * 12 * LR),
-        (torch.bfloat16, Precision(moments="int8"), 0.03 * 12 * LR),
+        (torch.float32, Precision(moments="bf16"), 0.02 * 12 * LR),
+        (torch.float32, Precision(moments="int8"), 0.08 * 12 * LR),
+        (torch.bfloat16, Precision(moments="int8"), 0.08 * 12 * LR),
     ],
     ids=str,
 )
 def test_formats_are_kept_for_local_tensors(dtype: torch.dtype, precision: Precision, tolerance: float) -> None:
-    """Exact formats give what data parallelism alone gives; others, whose rounding is random, stay close to it."""
+    """Exact formats give what data parallelism alone gives. Random rounding of other parts gives something close."""
     expected = on_ranks(2, train_in_format, precision, dtype, False)[0]
     exact = "{}.master" if dtype != torch.float32 else "{}"
     for found in on_ranks(4, train_in_format, precision, dtype, True):
         assert found.keys() == expected.keys()
         for name in ("rows", "columns", "replicate"):
             error = float((found[exact.format(name)] - expected[exact.format(name)]).abs().max())
-            assert error <= tolerance, f"{name}: differs by {error:.3g}"
+            assert error <= (tolerance if name != "replicate" else 1e-5), f"{name}: differs by {error:.3g}"
 
 
 # Everything stays what it was
