@@ -228,7 +228,7 @@ def state_bytes(case: Case) -> int:
     return sum(optimizer.memory().state for optimizer in build(case, Training(options={"bucket_mb": None})).optimizers)
 
 
-@pytest.mark.parametrize("case", [Case(width=128), Case(mesh=("dp pp tp", 1, 2, 2), width=128)], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [Case(width=256), Case(mesh=("dp pp tp", 1, 2, 2), width=256)], ids=lambda c: c.id)
 def test_states_of_all_ranks_take_adamws(case: Case) -> None:
     model = case.whole_model()
     expected = bytes_of_adamw(model, case.loss(model, 0))
