@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from torch.distributed.tensor import DTensor
 
 import shardadam
 from shardadam import ShardedAdamW
+from shardadam.engine.parameters import ShardedParameters
+from shardadam.engine.storage import ShardGroup
+from shardadam.transport import Job, placement
 from tests.ranks import rank_and_size
 from tests.runs import differences
 
@@ -248,6 +252,45 @@ def bytes_of_adamw(model: nn.Module, loss: Tensor) -> int:
     loss.backward()
     optimizer.step()
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+
+
+# Broken optimizers, which the comparison must refuse
+
+
+def _each_copy_counts(self: Any, parameter: Tensor) -> int:
+    return 1
+
+
+def _parts_stay_apart(self: Any, block: Tensor) -> None:
+    pass
+
+
+def _averaged_over_copies(transport: Any, divisor: float) -> ShardGroup:
+    return ShardGroup(transport, transport.world_size * transport.replicas)
+
+
+def _partial_gradient(parameter: Tensor) -> Tensor | None:
+    return None if parameter.grad is None else local(parameter.grad)
+
+
+MUTANTS: dict[str, tuple[str, Any]] = {
+    "each copy of an element counts in the norm": (
+        f"{ShardedParameters.__module__}.ShardedParameters._copies_of",
+        _each_copy_counts,
+    ),
+    "each part of the model has a norm of its own": (f"{Job.__module__}.Job.sum_parts_", _parts_stay_apart),
+    "experts' gradients are averaged over copies": (
+        f"{ShardedParameters.__module__}.ShardGroup",
+        _averaged_over_copies,
+    ),
+    "partial gradients are not summed up": (f"{placement.__name__}.local_gradient", _partial_gradient),
+}
+
+
+def broken(mutant: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` with a broken optimizer."""
+    with patch(*MUTANTS[mutant]):
+        return function(*arguments)
 
 
 # Without the sharded optimizer

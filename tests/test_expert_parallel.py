@@ -32,6 +32,7 @@ from tests.parallel_training import (
     adamw,
     assert_equals_twin,
     average_by_hand,
+    broken,
     bytes_of_adamw,
     param_groups,
     refuses,
@@ -155,6 +156,14 @@ def test_the_comparison_refuses_wrong_divisors_and_norms(wrong: str) -> None:
     case = Case(mesh=("copies experts", 2, 2))
     training = Training(by_hand={wrong: True}, steps=2)
     assert refuses(on_ranks(4, train_split, case, training), twin_of(case, training))
+
+
+@pytest.mark.parametrize("mutant", ["experts' gradients are averaged over copies"])
+def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
+    training = Training(steps=2)
+    assert refuses(
+        on_ranks(4, broken, mutant, train_split, Case(table="equal"), training), twin_of(Case(table="equal"), training)
+    )
 
 
 # It trains like torch's AdamW

@@ -41,6 +41,7 @@ from tests.parallel_training import (
     adamw,
     assert_equals_twin,
     average_by_hand,
+    broken,
     bytes_of_adamw,
     param_groups,
     refuses,
@@ -158,6 +159,19 @@ def test_split_models_equal_their_twins_without_the_sharded_optimizer(case: Case
 def test_the_comparison_refuses_wrong_norms(wrong: str) -> None:
     training = Training(by_hand={wrong: True}, steps=2)
     assert refuses(on_ranks(4, train_split, TRANSFORMER, training), twin_of(TRANSFORMER, training))
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        "each copy of an element counts in the norm",
+        "each part of the model has a norm of its own",
+        "partial gradients are not summed up",
+    ],
+)
+def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
+    training = Training(steps=2)
+    assert refuses(on_ranks(4, broken, mutant, train_split, SEQUENCE, training), twin_of(SEQUENCE, training))
 
 
 # It trains like torch's AdamW
