@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fully_shard (FSDP2) with ``gradient_sync="external"``: the state of each local shard lives here, and training equals
+torch's AdamW under FSDP2 and in one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from tests.parallel_models import (
+    Sizes,
+    Transformer,
+    apply_tensor_parallel,
+    batch_of,
+    cross_entropy,
+    mesh_of,
+    part_of,
+)
+from tests.parallel_training import (
+    LR,
+    Trained,
+    Training,
+    adamw,
+    assert_equals_twin,
+    param_groups,
+    train,
+    train_twin,
+    whole,
+)
+from tests.ranks import on_ranks
+
+UNEVEN = Sizes(blocks=1, vocabulary=13, hidden=7)
+EXTERNAL = Training(gradient_sync="external")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh: "shard" and perhaps "replicate" (hybrid sharding) and "tp" (tensor parallelism).
+
+    Args:
+        low_precision: compute and gather in bfloat16.
+    """
+
+    mesh: tuple[Any, ...] = ("shard", 4)
+    frozen: bool = False
+    low_precision: bool = False
+
+    @property
+    def id(self) -> str:
+        return ",".join([self.mesh[0], *["frozen"] * self.frozen, *["bf16"] * self.low_precision])
+
+    def whole_model(self, dtype: torch.dtype) -> Transformer:
+        model = Transformer(UNEVEN).to(dtype)
+        if self.frozen:
+            for parameter in model.blocks["0"].get_submodule("attention").parameters():
+                parameter.requires_grad_(False)
+        return model
+
+    def loss(self, model: nn.Module, step: int, index: int = 0, count: int = 1) -> Tensor:
+        tokens, targets = part_of(batch_of(UNEVEN, step), index, count)
+        return cross_entropy(model(tokens), targets)
+
+    def sharded_model(self, dtype: torch.dtype) -> Transformer:
+        """Collective over the mesh."""
+        model, mesh = self.whole_model(dtype), mesh_of(*self.mesh)
+        if "tp" in self.mesh[0]:
+            apply_tensor_parallel(model, mesh["tp"])
+        policy = MixedPrecisionPolicy()
+        if self.low_precision:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        over = mesh["replicate", "shard"] if "replicate" in self.mesh[0] else mesh["shard"]
+        for block in model.blocks.values():
+            fully_shard(block, mesh=over, mp_policy=policy)
+        fully_shard(model, mesh=over, mp_policy=policy)
+        return model
+
+
+class TorchAdamW(torch.optim.AdamW):
+    """With the methods of ``ShardedAdamW`` that training calls. Parameters may lie on several meshes."""
+
+    norm: Tensor
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norm = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients]).norm()
+        for gradient in gradients:
+            gradient *= min(1.0, max_norm / (float(self.norm) + 1e-6))
+        self.skipped_steps = getattr(self, "skipped_steps", 0) + int(not self.norm.isfinite())
+        return self.norm
+
+    def step(self) -> None:  # type: ignore[override]
+        if self.norm.isfinite():
+            super().step()
+
+
+def train_sharded(case: Case, training: Training, with_torch: bool = False) -> tuple[Trained, dict[str, Tensor]]:
+    """Return also the whole state, by "name.kind"."""
+    model, mesh = case.sharded_model(training.dtype), mesh_of(*case.mesh)
+    sizes = dict(zip(case.mesh[0].split(), mesh.shape, strict=True))
+    data_ranks = 4 // sizes.get("tp", 1)
+    index = torch.distributed.get_rank() // sizes.get("tp", 1)
+    process_group = mesh["shard"] if "tp" in sizes else None
+    storage = {name: p._local_tensor.data_ptr() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    if with_torch:
+        optimizer: Any = TorchAdamW(param_groups(model), lr=LR, foreach=False)
+    else:
+        optimizer = adamw(training, param_groups(model), process_group)
+
+    def backward(step: int) -> None:
+        for micro in range(training.accumulate):
+            part = micro * data_ranks + index
+            (case.loss(model, step, part, training.accumulate * data_ranks) / training.accumulate).backward()
+
+    trained = train(training, [optimizer], backward, [model])
+    state = {}
+    for name, parameter in model.named_parameters():
+        assert parameter._local_tensor.data_ptr() == storage[name]  # type: ignore[attr-defined]
+        if parameter.requires_grad:
+            of_parameter = optimizer.state[parameter] if with_torch else optimizer.full_state(parameter)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                value = of_parameter[kind]
+                assert isinstance(value, DTensor) and value.placements == parameter.placements  # type: ignore[attr-defined]
+                state[f"{name}.{kind}"] = whole(value)
+    return trained, state
+
+
+CASES = [
+    Case(),
+    Case(frozen=True),
+    Case(("replicate shard", 2, 2)),
+    Case(("shard tp", 2, 2)),
+    Case(low_precision=True),
+]
+TRAININGS = [EXTERNAL, replace(EXTERNAL, clip="constructor"), replace(EXTERNAL, accumulate=2, dtype=torch.float64)]
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.id)
+def test_the_model_equals_its_twin_with_torch(case: Case) -> None:
+    training = replace(EXTERNAL, dtype=torch.float64, steps=4)
+    results = on_ranks(4, train_sharded, case, training, True)
+    assert_equals_twin(
+        [trained for trained, _ in results], train_twin(training, case.whole_model(training.dtype), case.loss)
+    )
+
+
+@pytest.mark.sweep(4)
+@pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_equals_torch_under_fully_shard(case: Case, training: Training) -> None:
+    if case.low_precision and training.dtype == torch.float64:
+        training = replace(training, dtype=torch.float32)
+    results = on_ranks(4, train_sharded, case, training)
+    expected, state = on_ranks(4, train_sharded, case, replace(training, clip="call"), True)[0]
+    assert_equals_twin([trained for trained, _ in results], expected)
+    for _, values in results:
+        assert values.keys() == state.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-8)
