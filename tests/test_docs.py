@@ -93,8 +93,8 @@ def run_script(block: Block, directory: Path) -> None:
         text += "\nimport os\n\nos._exit(0)\n"
     (directory / "train.py").write_text(text)
     ranks = re.search(r", (\d+) ranks$", block.how)
-    count = ranks[1] if ranks else "2"
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "train.py"], directory)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks[1] if ranks else 2}"]
+    run([sys.executable, "-m", *launcher, "train.py"], directory)
 
 
 @pytest.mark.parametrize("block", those("torchrun"))
