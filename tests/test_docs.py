@@ -3,7 +3,7 @@
 
 A comment before a block says how:
 
-    torchrun: NAME        a whole script, on two ranks
+    torchrun: NAME        a whole script, on two ranks; with ", 4 ranks" after the name on four
     fragment              part of one, on two ranks, after what ``prepared`` gives it
     file: NAME            a file that shell blocks of the page use
     shell                 commands; ``needs`` files of the docs, or ``launch``; ``after`` a script, in its directory
@@ -92,12 +92,14 @@ def run_script(block: Block, directory: Path) -> None:
         # active exception"), so scripts that use torch alone skip that.
         text += "\nimport os\n\nos._exit(0)\n"
     (directory / "train.py").write_text(text)
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"], directory)
+    ranks = re.search(r", (\d+) ranks$", block.how)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks[1] if ranks else 2}"]
+    run([sys.executable, "-m", *launcher, "train.py"], directory)
 
 
 @pytest.mark.parametrize("block", those("torchrun"))
-def test_a_script_runs_on_two_ranks(block: Block, tmp_path: Path) -> None:
-    name = block.how.partition(": ")[2]
+def test_a_script_runs_on_its_ranks(block: Block, tmp_path: Path) -> None:
+    name = block.how.partition(": ")[2].partition(",")[0]
     if name in ("accelerate", "transformers", "lightning"):
         pytest.importorskip(name)
     run_script(block, tmp_path)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of transformers, sharded by their own ``tp_plan`` and ``ep_plan``, train as the whole models do in one process
+with torch.optim.AdamW.
+
+Their plans make everything that the optimizer may meet: vocabulary-parallel embeddings whose gradients are replicated,
+experts cut along a fused dimension (``_StridedShard``) or spread over the ranks, tied heads, plain norms and routers
+beside DTensors, and gradients that a hook of transformers sums over the tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from shardadam import ShardedAdamW
+from tests.ranks import on_ranks, rank_and_size
+
+transformers = pytest.importorskip("transformers")
+expert_parallel = pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers is too old")
+from transformers.distributed import DistributedConfig  # noqa: E402
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: E402
+
+STEPS, BATCH, LENGTH, VOCABULARY = 200, 4, 8, 31  # the vocabulary does not divide by 2
+OPTIONS: dict[str, Any] = {"lr": 3e-3, "eps": 1e-6, "weight_decay": 0.1}
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        losses, norms: of each step, over the whole batch and the whole model.
+        parameters: the whole ones after the last step.
+        placements: of the DTensors, by name.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    parameters: dict[str, Tensor]
+    placements: dict[str, str]
+
+
+@cache
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def build(kind: str) -> nn.Module:
+    """Return the same model on all ranks."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": "tied" in kind,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "eager",
+    }
+    if "mixtral" in kind:
+        config = transformers.MixtralConfig(**options, num_local_experts=8, num_experts_per_tok=2)
+        return transformers.MixtralForCausalLM(config)
+    if "qwen3" in kind:
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**options, head_dim=4))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+
+
+def shard(model: nn.Module, tensor_mesh: DeviceMesh, *, spread_experts: bool) -> None:
+    """Shard a whole model over a 1-D mesh, with its own plans. Local."""
+    size = tensor_mesh.size()
+    plans = model._resolve_parallel_plans(DistributedConfig(tp_size=size, ep_size=size if spread_experts else 1))
+    if model.config.tie_word_embeddings:  # plans name both, and a module finds one of them only
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach())
+    apply_tensor_parallelism(model, tensor_mesh, plans[0])
+    if spread_experts:
+        expert_parallel.apply_expert_parallelism(model, tensor_mesh, tensor_mesh, plans[1])
+    model.tie_weights()
+
+
+def batch_of(step: int) -> Tensor:
+    """Sequences that count upwards in strides, which can be learned; (BATCH, LENGTH), int64."""
+    generator = torch.Generator().manual_seed(step)
+    starts, strides = torch.randint(VOCABULARY, (BATCH, 1), generator=generator), torch.tensor([[1], [2], [1], [3]])
+    return (starts + strides * torch.arange(LENGTH)) % VOCABULARY
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train_whole(kind: str, steps: int = STEPS) -> Run:
+    model = build(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    losses, norms = [], []
+    for step in range(steps):
+        tokens = batch_of(step)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return Run(losses, norms, {name: whole(p) for name, p in model.named_parameters()}, {})
+
+
+def train_sharded(kind: str, gradient_sync: str, spread_experts: bool, steps: int = STEPS, **options: Any) -> Run:
+    """Train with tensor parallelism over 2 ranks and data parallelism over the others."""
+    mesh = mesh_of((rank_and_size()[1] // 2, 2), ("dp", "tp"))
+    model = build(kind)
+    shard(model, mesh["tp"], spread_experts=spread_experts)
+    parameters = list(model.named_parameters())
+    optimizer = ShardedAdamW(
+        parameters, process_group=mesh["dp"], gradient_sync=gradient_sync, max_grad_norm=MAX_NORM, **OPTIONS, **options
+    )
+    return train_with(model, optimizer, mesh["dp"], steps)
+
+
+def train_with(model: nn.Module, optimizer: Any, data_mesh: DeviceMesh, steps: int) -> Run:
+    losses, norms = [], []
+    for step in range(steps):
+        tokens = batch_of(step).chunk(data_mesh.size())[data_mesh.get_local_rank()]
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.detach_(), group=data_mesh.get_group())
+        losses.append(loss.item() / data_mesh.size())
+        norms.append(optimizer.grad_norm.item())
+    parameters = dict(model.named_parameters())
+    placements = {name: repr(p.placements) for name, p in parameters.items() if isinstance(p, DTensor)}
+    return Run(losses, norms, {name: whole(p) for name, p in parameters.items()}, placements)
+
+
+def assert_equal_runs(sharded: list[Run], whole: Run, *, tolerance: float = 2e-5) -> None:
+    for run in sharded:
+        assert run.losses == pytest.approx(whole.losses, rel=tolerance)
+        assert run.norms == pytest.approx(whole.norms, rel=10 * tolerance)
+        assert run.parameters.keys() == whole.parameters.keys()
+        for name, value in whole.parameters.items():
+            assert (run.parameters[name] - value).abs().max() < tolerance, name
+    assert max(whole.norms) > MAX_NORM  # some steps clip
+
+
+LONG = pytest.mark.timeout(300)  # 200 steps of small kernels; most of the time passes in DTensor's dispatch
+
+
+@LONG
+@pytest.mark.parametrize(("kind", "spread_experts"), [("llama", False), ("mixtral", True)])
+def test_200_steps_equal_those_of_the_whole_model_in_one_process(kind: str, spread_experts: bool) -> None:
+    runs = on_ranks(4, train_sharded, kind, "backward", spread_experts, deadline_s=240)
+    whole = train_whole(kind)
+    assert_equal_runs(runs, whole, tolerance=1e-4)
+    assert whole.losses[-1] < 0.4 * whole.losses[0]
+
+
+CASES = [
+    (kind, gradient_sync, spread_experts)
+    for kind, spread_experts in (("llama tied", False), ("mixtral", False), ("mixtral", True), ("qwen3", False))
+    for gradient_sync in ("backward", "step")
+]
+
+
+@pytest.mark.parametrize(("kind", "gradient_sync", "spread_experts"), CASES)
+def test_every_plan_and_mode(kind: str, gradient_sync: str, spread_experts: bool) -> None:
+    assert_equal_runs(on_ranks(4, train_sharded, kind, gradient_sync, spread_experts, 8), train_whole(kind, 8))
+
+
+def test_plans_make_the_placements_that_these_tests_are_about() -> None:
+    llama, cut, spread = (
+        on_ranks(4, train_sharded, kind, "step", spread_experts, 1)[0].placements
+        for kind, spread_experts in (("llama", False), ("mixtral", False), ("mixtral", True))
+    )
+    assert "Shard(dim=0)" in llama["model.embed_tokens.weight"] and "model.norm.weight" not in llama
+    assert "_StridedShard(dim=1, sf=2)" in cut["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "(Shard(dim=0)" in spread["model.layers.0.mlp.experts.gate_up_proj"]
+
+
+# Hooks of transformers
+
+
+def train_with_small_buckets(forward_first: bool) -> Run:
+    mesh = mesh_of((2, 2), ("dp", "tp"))
+    model = build("qwen3")
+    shard(model, mesh["tp"], spread_experts=False)
+    if forward_first:
+        model(input_ids=batch_of(0))  # registers the hooks that sum the gradients of q_norm and k_norm over "tp"
+    parameters = list(model.named_parameters())
+    optimizer = ShardedAdamW(parameters, process_group=mesh["dp"], max_grad_norm=MAX_NORM, bucket_mb=1e-4, **OPTIONS)
+    return train_with(model, optimizer, mesh["dp"], 4)
+
+
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_hooks_that_are_registered_in_the_first_forward(forward_first: bool) -> None:
+    """The gradients of q_norm and k_norm are summed over "tp" by hooks, which must run before the optimizer's, even if
+    they are registered after them. The optimizer once took these gradients first, and the hooks found none.
+    """
+    assert_equal_runs(on_ranks(4, train_with_small_buckets, forward_first), train_whole("qwen3", 4))
+
+
+# Experts spread over data-parallel ranks
+
+
+def train_expert_parallel(gradient_sync: str, steps: int) -> Run:
+    """Train on 4 data-parallel ranks. Experts are spread over 2 of them, and tokens travel to their experts."""
+    dense, sparse = mesh_of((4, 1), ("dp", "tp")), mesh_of((2, 2), ("edp", "ep"))
+    model = build("mixtral")
+    _, plan, _ = model._resolve_parallel_plans(DistributedConfig(fsdp_size=4, ep_size=2))
+    expert_parallel.apply_expert_parallelism(model, sparse["ep"], dense["tp"], plan)
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [(name, p) for name, p in named if ".experts." not in name]},
+        {"params": [(name, p) for name, p in named if ".experts." in name], "process_group": sparse["edp"]},
+    ]
+    optimizer = ShardedAdamW(
+        groups, process_group=dense["dp"], gradient_sync=gradient_sync, max_grad_norm=MAX_NORM, **OPTIONS
+    )
+    return train_with(model, optimizer, dense["dp"], steps)
+
+
+@LONG
+@pytest.mark.parametrize(("gradient_sync", "steps"), [("backward", STEPS), ("step", 8)])
+def test_experts_that_get_tokens_from_other_ranks(gradient_sync: str, steps: int) -> None:
+    runs = on_ranks(4, train_expert_parallel, gradient_sync, steps, deadline_s=240)
+    assert_equal_runs(runs, train_whole("mixtral", steps), tolerance=1e-4 if steps == STEPS else 2e-5)
+    assert "Shard(dim=0)" in runs[0].placements["model.layers.0.mlp.experts.down_proj"]
+
+
+# FSDP2 with tensor and expert parallelism, as from_pretrained makes it
+
+
+def train_fully_sharded(directory: str, kind: str, sizes: dict[str, int], steps: int) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of FSDP2, about views
+        model = getattr(transformers, type(build(kind)).__name__).from_pretrained(
+            directory, distributed_config=DistributedConfig(**sizes)
+        )
+        mesh = model._mesh_manager.get_mesh("fsdp")
+        optimizer = ShardedAdamW(
+            model.named_parameters(), process_group=mesh, gradient_sync="external", max_grad_norm=MAX_NORM, **OPTIONS
+        )
+        return train_with(model, optimizer, mesh, steps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {"tp_size": 2, "fsdp_size": 2}),
+        ("mixtral", {"tp_size": 2, "fsdp_size": 2}),
+        ("mixtral", {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}),
+        ("mixtral", {"tp_size": 1, "fsdp_size": 4, "ep_size": 2}),
+    ],
+    ids=["llama", "experts cut", "experts spread", "experts over data-parallel ranks"],
+)
+def test_from_pretrained_with_fully_shard(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    build(kind).save_pretrained(tmp_path)
+    runs = on_ranks(4, train_fully_sharded, str(tmp_path), kind, sizes, 6)
+    assert_equal_runs(runs, train_whole(kind, 6))
