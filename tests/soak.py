@@ -4,7 +4,8 @@
     python tests/soak.py --minutes 30 --seed 0 [--json log.json]
 
 Each episode resumes from the newest checkpoint, on 1 to 4 ranks, with random formats, gradient modes and transports,
-and runs to its last step or to a fault. Exits with 1 and a message unless all of this holds:
+some of them with tensor parallelism, and runs to its last step or to a fault. Exits with 1 and a message unless all of
+this holds:
 
 - no hang: every live rank finishes or raises within the process group's timeout and a margin;
 - no poison: at the end of an episode, parameters are finite, and equal on all live ranks;
@@ -31,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import shardadam
 from shardadam import CheckpointError, Precision, ShardedAdamW
+from shardadam.transport.placement import local_tensor
 from tests.ranks import ranks_of
 
 TIMEOUT_S = 3.0
@@ -70,14 +74,27 @@ class World:
     transport: str
     overlap: bool
     asynchronous: bool
+    tensor_parallel: bool = False
+
+    @property
+    def parts(self) -> int:
+        """The number of ranks that hold one copy of the model."""
+        return 2 if self.tensor_parallel else 1
+
+    @property
+    def alone(self) -> World:
+        """The same on one rank."""
+        return replace(self, ranks=1, hybrid=False, tensor_parallel=False)
 
     @staticmethod
     def draw(choose: random.Random, dtype: str) -> World:
         ranks = choose.randint(1, 4)
         gradient_sync = choose.choice(("backward", "backward", "step"))
+        tensor_parallel = ranks in (2, 4) and choose.random() < 0.5
         return World(
             ranks=ranks,
-            hybrid=ranks == 4 and choose.random() < 0.5,
+            tensor_parallel=tensor_parallel,
+            hybrid=ranks == 4 and not tensor_parallel and choose.random() < 0.5,
             dtype=dtype,
             moments=choose.choice(("fp32", "bf16", "int8")),
             master=choose.choice(("auto", "split", "fp32")) if dtype == "bfloat16" else "auto",
@@ -205,6 +222,7 @@ class Run:
     rank: int
     ranks: int
     directory: str
+    parts: int
     step: int = 0
     before_save: Callable[[], None] | None = None
 
@@ -212,7 +230,8 @@ class Run:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(BATCH, 16, generator=generator)
         y = torch.sin(x @ torch.linspace(-1, 1, 16)[:, None])
-        own = slice(self.rank * BATCH // self.ranks, (self.rank + 1) * BATCH // self.ranks)
+        index, count = self.rank // self.parts, self.ranks // self.parts
+        own = slice(index * BATCH // count, (index + 1) * BATCH // count)
         dtype = self.model[0].weight.dtype
         return (self.model(x[own].to(dtype)).float() - y[own]).square().mean() * poison
 
@@ -244,7 +263,8 @@ class Episode:
             end = ("through", "")
         except BaseException as error:  # also KeyboardInterrupt
             end = (type(error).__name__, str(error))
-        values = [] if run is None else [p.detach().float().flatten().tolist() for p in run.model.parameters()]
+        parameters = [] if run is None else [local_tensor(p.detach()) for p in run.model.parameters()]
+        values = [p.float().flatten().tolist() for p in parameters]
         pipe.send((*end, -1 if run is None else run.step, values))
         if end[0] != "through":
             os._exit(1)  # as a script would; the others notice
@@ -293,7 +313,12 @@ def build(world: World, rank: int, directory: str) -> Run:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 1))
     model.to(getattr(torch, world.dtype))
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")) if world.hybrid else None
+    mesh: DeviceMesh | None = None
+    if world.hybrid:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    elif world.tensor_parallel:
+        mesh, tensor_parallel = mesh_of_parts(world)
+        parallelize_module(model, tensor_parallel, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     optimizer = ShardedAdamW(
         model.named_parameters(),
         lr=5e-3,
@@ -306,7 +331,19 @@ def build(world: World, rank: int, directory: str) -> Run:
     )
     if world.overlap:
         optimizer.overlap_gather(model)
-    return Run(model, optimizer, rank, world.ranks, directory)
+    return Run(model, optimizer, rank, world.ranks, directory, world.parts)
+
+
+def mesh_of_parts(world: World) -> tuple[DeviceMesh, DeviceMesh]:
+    """Return the data-parallel and the tensor-parallel mesh. ``init_device_mesh`` would not take the time limit."""
+    rows = [[rank + part for part in range(world.parts)] for rank in range(0, world.ranks, world.parts)]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    found = []
+    for lines in (columns, rows):
+        groups = [dist.new_group(line, timeout=timedelta(seconds=TIMEOUT_S)) for line in lines]
+        own = next(index for index, line in enumerate(lines) if dist.get_rank() in line)
+        found.append(DeviceMesh.from_group(groups[own], "cpu", mesh=lines[own]))
+    return found[0], found[1]
 
 
 # All ranks
@@ -369,10 +406,10 @@ def check_outcomes(episode: Episode, outcomes: Sequence[Outcome]) -> None:
             raise Failure(f"parameters are not finite: {episode}")
     if (fault is None or fault.kind in GENTLE) and any(one.kind != "through" for one in outcomes):
         raise Failure(f"an episode without a fatal fault did not complete: {episode}, {outcomes}")
-    by_step: dict[int, list[list[list[float]]]] = {}
-    for one in outcomes:
+    by_step: dict[tuple[int, int], list[list[list[float]]]] = {}
+    for rank, one in enumerate(outcomes):
         if one.parameters and one.kind == "through":
-            by_step.setdefault(one.step, []).append(one.parameters)
+            by_step.setdefault((one.step, rank % episode.world.parts), []).append(one.parameters)
     if any(any(values != same[0] for values in same) for same in by_step.values()):
         raise Failure(f"ranks have completed with different parameters: {episode}")
 
@@ -412,7 +449,7 @@ class Log:
     most_lost: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
-    worlds: Counter[int] = field(default_factory=Counter)
+    worlds: Counter[str] = field(default_factory=Counter)
     slowest_end_s: float = 0.0
     refused: int = 0
     first_loss: float = 0.0
@@ -421,7 +458,7 @@ class Log:
 
 
 def evaluate(directory: Path, world: World) -> float:
-    run = build(replace(world, ranks=1, hybrid=False), 0, str(directory))
+    run = build(world.alone, 0, str(directory))
     shardadam.load(directory, model=run.model, random_states=False)
     with torch.no_grad():
         return sum(run.loss(10**6 + i).item() for i in range(20)) / 20
@@ -429,7 +466,7 @@ def evaluate(directory: Path, world: World) -> float:
 
 def content_of(directory: Path, world: World) -> dict[str, Any]:
     """Return the exact parameters and state of a checkpoint."""
-    run = build(replace(world, ranks=1, hybrid=False, moments="fp32", overlap=False), 0, str(directory))
+    run = build(replace(world.alone, moments="fp32", overlap=False), 0, str(directory))
     shardadam.load(directory, model=run.model, optimizer=run.optimizer, random_states=False)
     state = run.optimizer.full_state_dict()["state"]
     return {
@@ -466,7 +503,7 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
             continue
         check_outcomes(episode, outcomes)
         log.episodes += 1
-        log.worlds[world.ranks] += 1
+        log.worlds[name_of(world)] += 1
         log.faults[fault.kind if fault else "none"] += 1
         log.ends.update(one.kind for one in outcomes)
         log.slowest_end_s = max(log.slowest_end_s, seconds)
@@ -493,7 +530,7 @@ def soak(minutes: float, seed: int, root: Path) -> Log:
         elif log.episodes > 5:
             check_leaks(shm, descriptors, memory)
         print(
-            f"{log.episodes:>4}  {world.ranks} ranks  {fault.kind if fault else 'no fault':<18} steps {start}-{reached}"
+            f"{log.episodes:>4}  {name_of(world)}  {fault.kind if fault else 'no fault':<18} steps {start}-{reached}"
             f"  {seconds:.1f} s  {dict(Counter(one.kind for one in outcomes))}",
             flush=True,
         )
@@ -516,8 +553,12 @@ def cut(segments: list[tuple[World, int, int]], step: int) -> list[tuple[World, 
     return kept
 
 
+def name_of(world: World) -> str:
+    return f"{world.ranks // world.parts} x {world.parts} ranks"
+
+
 def fresh_loss(world: World) -> float:
-    run = build(replace(world, ranks=1, hybrid=False), 0, "")
+    run = build(world.alone, 0, "")
     with torch.no_grad():
         return sum(run.loss(10**6 + i).item() for i in range(20)) / 20
 
