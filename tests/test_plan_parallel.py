@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from shardadam import Precision
+from shardadam import Precision, ShardedAdamW
 from shardadam.cli import main
 from shardadam.cli.comparison import fsdp2
 from shardadam.cli.model_source import ModelSource, decoder_of, find_model_source
@@ -74,11 +75,9 @@ def tied() -> nn.Module:
     return model
 
 
-def local_shapes(bias: bool) -> dict[str, Shape]:
-    """Return what this rank holds of a decoder that torch has cut."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = parallelize_module(
-        Decoder(bias=bias),
+def cut_by_torch(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return parallelize_module(
+        model,
         mesh,
         {
             "embedding": RowwiseParallel(),
@@ -89,6 +88,11 @@ def local_shapes(bias: bool) -> dict[str, Shape]:
             "head": ColwiseParallel(),
         },
     )
+
+
+def local_shapes(bias: bool) -> dict[str, Shape]:
+    """Return what this rank holds of a decoder that torch has cut."""
+    model = cut_by_torch(Decoder(bias=bias), init_device_mesh("cpu", (dist.get_world_size(),)))
     return {
         name: tuple(parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape)
         for name, parameter in model.named_parameters()
@@ -345,6 +349,32 @@ def test_the_command_plans_the_part_of_one_rank(capsys: pytest.CaptureFixture[st
     rows = {row["name"]: row["bytes"] for row in found["comparison"]}
     assert rows["adamw"]["total"] == adamw_need(part.held.planned).total
     assert rows["fsdp2"]["total"] == fsdp2(part.held, 12, keeps_masters=True).total
+
+
+def memories(rows: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Return ``optimizer.memory()`` and its total for the format of each row, of a decoder that torch has cut."""
+    mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), []
+    for row in rows:
+        optimizer = ShardedAdamW(
+            cut_by_torch(Decoder(), mesh["tp"]).parameters(),
+            process_group=mesh["dp"],
+            precision=Precision(moments=row["moments"], master=row["master"]),
+            gradient_sync=row["gradient_sync"],
+            bucket_mb=0.004,
+        )
+        memory = optimizer.memory()
+        found.append({**asdict(memory), "total": memory.total})
+    return found
+
+
+def test_planned_bytes_equal_the_memory_of_an_optimizer_over_what_torch_has_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--ranks", "4", "--tensor-parallel", "2", "--device", "cpu", "--bucket-mb", "0.004"]
+    found = planned_json(capsys, f"{HERE}:Decoder", *options, "--gradient-sync", "external")
+    rows = found["formats"]
+    assert {row["gradient_sync"] for row in rows} == {"step", "backward", "external"}
+    assert on_ranks(4, memories, rows)[0] == [row["built"] for row in rows]
 
 
 def test_fsdp2_shards_experts_over_the_ranks_that_hold_them() -> None:

@@ -114,9 +114,10 @@ def load(
                 contents = contents_of(model, optimizer)
                 if optimizer is not None:
                     optimizer._checkpoint_seam.bind_moved()
-                _check_fit(contents, reader, scheduler)
-                objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
-                phase.value = {"checksum": reader.checksum, "names": _compare_names(contents, reader)}
+                names, objects = _compare_names(contents, reader), {}
+                if _check_fit(contents, reader, scheduler, names):
+                    objects = _read_objects(contents, reader, scheduler, store_barrier.rank)
+                phase.value = {"checksum": reader.checksum, "names": names}
             if not any(removals := _removals(phase)):
                 _check_same(paths[-1], phase)
                 _check_names(reader, [value["names"] for value in phase.values])
@@ -217,13 +218,23 @@ def _halfway(path: Path, optimizer: ShardedAdam | None) -> Iterator[None]:
 # Checks
 
 
-def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
-    """Raises CheckpointError unless the shapes of everything to be loaded are those of the checkpoint."""
+def _check_fit(contents: Contents, reader: Reader, scheduler: Any, compared: Sequence[Mapping[str, Any]]) -> bool:
+    """Raises CheckpointError unless the shapes of everything to be loaded are those of the checkpoint.
+
+    Args:
+        compared: what ``_compare_names`` returned.
+
+    Returns:
+        False if names are missing in the checkpoint: ``_check_names`` will raise on all ranks.
+    """
     aliases = reader.manifest.aliases
+    of_tensors, of_objects, of_optimizer = (bool(one["missing"]) for one in compared)
     if contents.model is not None:
         tensors, objects, _ = _names_in(reader)
         if not tensors | objects and contents.model_keys:
             raise CheckpointError(f"{reader.path} was saved without a model. Call load without model.")
+        if of_tensors or of_objects:
+            return False
         shapes = {key: tuple(tensor.shape) for key, tensor in contents.others.items()}
         shapes |= {p.value_key: tuple(p.param.parameter.shape) for p in contents.owned}
         _check_shapes(reader, {aliases.get(key, key): shape for key, shape in shapes.items()})
@@ -232,6 +243,8 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
         saved = reader.manifest.optimizer
         if saved is None:
             raise CheckpointError(f"{reader.path} was saved without an optimizer. Call load without optimizer.")
+        if of_optimizer:
+            return False
         _check_groups(contents, reader, saved.groups)
         mine = {name for group in contents.groups for name in group}
         frozen = sorted(mine & set(saved.parameters) - {parameter.name for parameter in contents.owned})
@@ -244,6 +257,7 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any) -> None:
         _check_shapes(reader, {p.state_key(k): tuple(p.param.parameter.shape) for p in contents.owned for k in kinds})
     if scheduler is not None and SCHEDULER not in reader.index.objects:
         raise CheckpointError(f"{reader.path} was saved without a scheduler. Call load without scheduler.")
+    return True
 
 
 def _names_in(reader: Reader) -> tuple[set[str], set[str], set[str]]:
@@ -349,9 +363,6 @@ def _check_groups(contents: Contents, reader: Reader, saved: Sequence[Sequence[s
     """Raises CheckpointError unless each param group has the parameters that it had, as far as this rank has them."""
     mine = {name for group in contents.groups for name in group}
     here = [{name for name in group if name in mine} for group in saved]
-    known = {name for group in saved for name in group}
-    if not mine <= known:
-        return  # ``_check_names`` names them
     if len(contents.groups) != len(saved) or here != [set(group) for group in contents.groups]:
         sizes, saved_sizes = [len(group) for group in contents.groups], [len(group) for group in saved]
         raise CheckpointError(

@@ -83,11 +83,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a parameter is cut. ``how``: "columns", "rows", "vocabulary" or ``WHOLE``, over ``dim``."""
+    """How a parameter is cut. ``how``: "columns", "rows", "vocabulary" or ``WHOLE``, over ``dim``.
+
+    Args:
+        is_placed: whether tensor parallelism makes it a DTensor although it is whole: the bias of rows.
+    """
 
     how: str = WHOLE
     dim: int = 0
     is_expert: bool = False
+    is_placed: bool = False
 
     def label(self, parallel: ModelParallel) -> str:
         parts = ["experts (dim 0)"] if self.is_expert and parallel.expert > 1 else []
@@ -177,8 +182,9 @@ def _cut_of(name: str, shapes: dict[str, tuple[int, ...]]) -> _Cut:
     is_transposed = is_weight and _is_transposed(name, shapes, first)
     if {last, lasts} & COLUMNS:
         return _Cut("columns", first + is_transposed, is_expert)
-    if {last, lasts} & ROWS and is_weight:
-        return _Cut("rows", first + 1 - is_transposed, is_expert)
+    if {last, lasts} & ROWS:
+        dim = first + 1 - is_transposed
+        return _Cut("rows", dim, is_expert) if is_weight else _Cut(is_expert=is_expert, is_placed=True)
     return _Cut(is_expert=is_expert)
 
 
@@ -228,7 +234,8 @@ def _local(name: str, one: PlannedParameter, cut: _Cut, parallel: ModelParallel)
     shape, is_cut = list(one.shape), cut.how != WHOLE and parallel.tensor > 1
     if is_cut:
         shape[cut.dim] = _chunk(shape[cut.dim], parallel.tensor)
-    one = replace(one, copies=1 if is_cut else parallel.tensor, is_dtensor=is_cut)
+    is_dtensor = is_cut or (cut.is_placed and parallel.tensor > 1)
+    one = replace(one, copies=1 if is_cut else parallel.tensor, is_dtensor=is_dtensor)
     if cut.is_expert and parallel.expert > 1:
         if _is_fused(name) and shape:
             shape[0] = _chunk(shape[0], parallel.expert)
