@@ -9,7 +9,11 @@ beside DTensors, and gradients that a hook of transformers sums over the tensor-
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
 
 from shardadam import ShardedAdamW
 from tests.ranks import on_ranks, rank_and_size
@@ -30,6 +35,11 @@ expert_parallel = pytest.importorskip("transformers.distributed.expert_parallel"
 from transformers.distributed import DistributedConfig  # noqa: E402
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: E402
 
+from shardadam.integrations.accelerate import ShardedAccelerator  # noqa: E402
+from shardadam.integrations.transformers import ShardedTrainer  # noqa: E402
+from tests.accelerate_run import as_launched  # noqa: E402
+
+pytestmark = pytest.mark.timeout(300)
 STEPS, BATCH, LENGTH, VOCABULARY = 200, 4, 8, 31  # the vocabulary does not divide by 2
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "eps": 1e-6, "weight_decay": 0.1}
 MAX_NORM = 1.0
@@ -103,9 +113,9 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train_whole(kind: str, steps: int = STEPS) -> Run:
+def train_whole(kind: str, steps: int = STEPS, **options: Any) -> Run:
     model = build(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    optimizer = torch.optim.AdamW(model.parameters(), **{**OPTIONS, **options})
     losses, norms = [], []
     for step in range(steps):
         tokens = batch_of(step)
@@ -146,6 +156,10 @@ def train_with(model: nn.Module, optimizer: Any, data_mesh: DeviceMesh, steps: i
     return Run(losses, norms, {name: whole(p) for name, p in parameters.items()}, placements)
 
 
+def on_four(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    return on_ranks(4, function, *arguments, deadline_s=250)  # the first call imports transformers on four ranks
+
+
 def assert_equal_runs(sharded: list[Run], whole: Run, *, tolerance: float = 2e-5) -> None:
     for run in sharded:
         assert run.losses == pytest.approx(whole.losses, rel=tolerance)
@@ -156,13 +170,11 @@ def assert_equal_runs(sharded: list[Run], whole: Run, *, tolerance: float = 2e-5
     assert max(whole.norms) > MAX_NORM  # some steps clip
 
 
-LONG = pytest.mark.timeout(300)  # 200 steps of small kernels; most of the time passes in DTensor's dispatch
-
-
-@LONG
-@pytest.mark.parametrize(("kind", "spread_experts"), [("llama", False), ("mixtral", True)])
+@pytest.mark.parametrize(
+    ("kind", "spread_experts"), [("llama", False), pytest.param("mixtral", True, marks=pytest.mark.long)]
+)
 def test_200_steps_equal_those_of_the_whole_model_in_one_process(kind: str, spread_experts: bool) -> None:
-    runs = on_ranks(4, train_sharded, kind, "backward", spread_experts, deadline_s=240)
+    runs = on_four(train_sharded, kind, "backward", spread_experts)
     whole = train_whole(kind)
     assert_equal_runs(runs, whole, tolerance=1e-4)
     assert whole.losses[-1] < 0.4 * whole.losses[0]
@@ -177,12 +189,12 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "gradient_sync", "spread_experts"), CASES)
 def test_every_plan_and_mode(kind: str, gradient_sync: str, spread_experts: bool) -> None:
-    assert_equal_runs(on_ranks(4, train_sharded, kind, gradient_sync, spread_experts, 8), train_whole(kind, 8))
+    assert_equal_runs(on_four(train_sharded, kind, gradient_sync, spread_experts, 8), train_whole(kind, 8))
 
 
 def test_plans_make_the_placements_that_these_tests_are_about() -> None:
     llama, cut, spread = (
-        on_ranks(4, train_sharded, kind, "step", spread_experts, 1)[0].placements
+        on_four(train_sharded, kind, "step", spread_experts, 1)[0].placements
         for kind, spread_experts in (("llama", False), ("mixtral", False), ("mixtral", True))
     )
     assert "Shard(dim=0)" in llama["model.embed_tokens.weight"] and "model.norm.weight" not in llama
@@ -209,7 +221,7 @@ def test_hooks_that_are_registered_in_the_first_forward(forward_first: bool) -> 
     """The gradients of q_norm and k_norm are summed over "tp" by hooks, which must run before the optimizer's, even if
     they are registered after them. The optimizer once took these gradients first, and the hooks found none.
     """
-    assert_equal_runs(on_ranks(4, train_with_small_buckets, forward_first), train_whole("qwen3", 4))
+    assert_equal_runs(on_four(train_with_small_buckets, forward_first), train_whole("qwen3", 4))
 
 
 # Experts spread over data-parallel ranks
@@ -232,10 +244,9 @@ def train_expert_parallel(gradient_sync: str, steps: int) -> Run:
     return train_with(model, optimizer, dense["dp"], steps)
 
 
-@LONG
 @pytest.mark.parametrize(("gradient_sync", "steps"), [("backward", STEPS), ("step", 8)])
 def test_experts_that_get_tokens_from_other_ranks(gradient_sync: str, steps: int) -> None:
-    runs = on_ranks(4, train_expert_parallel, gradient_sync, steps, deadline_s=240)
+    runs = on_four(train_expert_parallel, gradient_sync, steps)
     assert_equal_runs(runs, train_whole("mixtral", steps), tolerance=1e-4 if steps == STEPS else 2e-5)
     assert "Shard(dim=0)" in runs[0].placements["model.layers.0.mlp.experts.down_proj"]
 
@@ -268,5 +279,133 @@ def train_fully_sharded(directory: str, kind: str, sizes: dict[str, int], steps:
 )
 def test_from_pretrained_with_fully_shard(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
     build(kind).save_pretrained(tmp_path)
-    runs = on_ranks(4, train_fully_sharded, str(tmp_path), kind, sizes, 6)
+    runs = on_four(train_fully_sharded, str(tmp_path), kind, sizes, 6)
     assert_equal_runs(runs, train_whole(kind, 6))
+
+
+# Trainers
+
+
+def train_with_accelerator(directory: str, steps: int) -> tuple[Run, str]:
+    """Return also what ``save_state`` raises."""
+    with as_launched():
+        accelerator = ShardedAccelerator(cpu=True)
+        mesh = mesh_of((2, 2), ("dp", "tp"))
+        model = build("llama")
+        shard(model, mesh["tp"], spread_experts=False)
+        optimizer = ShardedAdamW(model.named_parameters(), process_group=mesh["dp"], **OPTIONS)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        losses, norms = [], []
+        for step in range(steps):
+            tokens = batch_of(step).chunk(2)[mesh["dp"].get_local_rank()]
+            with accelerator.accumulate(model):
+                loss = model(input_ids=tokens, labels=tokens).loss
+                accelerator.backward(loss)
+                norms.append(accelerator.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        run = Run(losses, norms, {name: whole(p) for name, p in model.named_parameters()}, {})
+        return run, error_of(accelerator.save_state, directory)
+
+
+def error_of(function: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_sharded_accelerator_trains_and_refuses_to_save_a_part(tmp_path: Path) -> None:
+    runs, messages = zip(*on_four(train_with_accelerator, str(tmp_path), 6), strict=True)
+    assert_equal_runs(list(runs), train_whole("llama", 6))
+    for message in messages:
+        assert re.search("save_state: found a model that is cut .* shardadam.save", message), message
+
+
+def prepare_a_loader(loader_first: bool) -> str:
+    with as_launched():
+        accelerator = ShardedAccelerator(cpu=True)
+        mesh = mesh_of((2, 2), ("dp", "tp"))
+        model = build("llama")
+        shard(model, mesh["tp"], spread_experts=False)
+        optimizer = ShardedAdamW(model.named_parameters(), process_group=mesh["dp"], **OPTIONS)
+        loader = DataLoader(batch_of(0), batch_size=1)
+        calls = [[loader], [model, optimizer]]
+        accelerator.prepare(*calls[not loader_first])
+        return error_of(accelerator.prepare, *calls[loader_first])
+
+
+@pytest.mark.parametrize("loader_first", [False, True])
+def test_a_loader_that_would_give_parts_of_the_model_different_batches_is_refused(loader_first: bool) -> None:
+    for message in on_four(prepare_a_loader, loader_first):
+        assert re.search("prepare: found a data loader .* DistributedSampler", message), message
+
+
+class Texts(Dataset):
+    """The texts of this data-parallel rank, in order."""
+
+    def __init__(self, data_mesh: DeviceMesh, steps: int) -> None:
+        parts = [batch_of(step).chunk(data_mesh.size())[data_mesh.get_local_rank()] for step in range(steps)]
+        self.texts = torch.cat(parts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.texts[index], "labels": self.texts[index]}
+
+
+class OwnBatches(ShardedTrainer):
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, batch_size=self.args.train_batch_size)
+
+
+def train_with_trainer(directory: str, steps: int, own_batches: bool, save_strategy: str) -> Run | str:
+    with as_launched(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        mesh = mesh_of((2, 2), ("dp", "tp"))
+        model = build("llama")
+        shard(model, mesh["tp"], spread_experts=False)
+        arguments = transformers.TrainingArguments(
+            directory,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH // 2,
+            max_grad_norm=MAX_NORM,
+            lr_scheduler_type="constant",
+            save_strategy=save_strategy,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        options = {"process_group": mesh["dp"], **OPTIONS, "weight_decay": 0.0}
+        trainer = (OwnBatches if own_batches else ShardedTrainer)(
+            model, arguments, train_dataset=Texts(mesh["dp"], steps), optimizer_cls_and_kwargs=(ShardedAdamW, options)
+        )
+        message = error_of(trainer.train)
+        if message != "nothing":
+            return message
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        parameters = {name: whole(p) for name, p in model.named_parameters()}
+        return Run([entry["loss"] for entry in logged], [entry["grad_norm"] for entry in logged], parameters, {})
+
+
+def test_a_sharded_trainer_trains(tmp_path: Path) -> None:
+    runs = on_four(train_with_trainer, str(tmp_path), 6, True, "no")
+    assert_equal_runs(runs, train_whole("llama", 6, weight_decay=0.0))
+
+
+@pytest.mark.parametrize(
+    ("own_batches", "save_strategy", "expected"),
+    [
+        (False, "no", "prepare: found a data loader .* override get_train_dataloader"),
+        (True, "steps", 'save_strategy: found "steps" .* expected "no".* shardadam.save'),
+    ],
+)
+def test_a_sharded_trainer_refuses_what_would_be_wrong(
+    own_batches: bool, save_strategy: str, expected: str, tmp_path: Path
+) -> None:
+    for message in on_four(train_with_trainer, str(tmp_path), 3, own_batches, save_strategy):
+        assert isinstance(message, str) and re.search(expected, message), message

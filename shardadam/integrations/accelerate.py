@@ -95,7 +95,8 @@ class ShardedAccelerator(Accelerator):
         """Prepare models, optimizers, data loaders and schedulers, as accelerate does. Collective.
 
         Raises:
-            ValueError: a model is not on ``self.device``, and its optimizer is built already.
+            ValueError: a model is not on ``self.device``, and its optimizer is built already; or accelerate would give
+                model-parallel ranks different batches.
             TypeError: an optimizer is not a ShardedAdam(W), or has ``gradient_sync="external"``.
         """
         optimizers = [one for one in args if isinstance(one, ShardedAdam)]
@@ -110,7 +111,23 @@ class ShardedAccelerator(Accelerator):
             for optimizer in self._optimizers_of(model.parameters()):
                 if optimizer in optimizers or any(model is one for one in args):
                     optimizer.sync_module(model)
+        self._check_batches()
         return prepared
+
+    def _check_batches(self) -> None:
+        """Raise if accelerate, which knows of no model parallelism, deals out batches to model-parallel ranks."""
+        if self._dataloaders and getattr(self, "torch_device_mesh", None) is None and self._is_model_parallel:
+            raise ValueError(
+                "prepare: found a data loader beside an optimizer with model-parallel ranks, expected none: accelerate "
+                "would give them different batches. Do not prepare the loader; give its DataLoader "
+                'DistributedSampler(dataset, num_replicas=mesh["dp"].size(), rank=mesh["dp"].get_local_rank()). With a '
+                "Trainer, override get_train_dataloader and get_eval_dataloader. On GPUs, "
+                "ParallelismConfig(tp_size=...) does it, too."
+            )
+
+    @property
+    def _is_model_parallel(self) -> bool:
+        return any(is_model_parallel(prepared.optimizer) for prepared in self._optimizers)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -202,7 +219,17 @@ class ShardedAccelerator(Accelerator):
     # Checkpoints
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Save as accelerate does, with all ranks' shards under ``shardadam_0`` and so on. Collective."""
+        """Save as accelerate does, with all ranks' shards under ``shardadam_0`` and so on. Collective.
+
+        Raises:
+            ValueError: the model is cut over model-parallel ranks: accelerate would write one of its parts.
+        """
+        if self._is_model_parallel:
+            raise ValueError(
+                "save_state: found a model that is cut over model-parallel ranks, expected a whole one: accelerate "
+                "writes what one rank holds. On all ranks, call shardadam.save(directory, model=model, "
+                "optimizer=optimizer.optimizer), and shardadam.load to resume."
+            )
         with self._without_optimizers():
             directory = super().save_state(output_dir, *args, **kwargs)
         for index, prepared in enumerate(self._optimizers):
@@ -293,6 +320,11 @@ class _PreparedOptimizer(AcceleratedOptimizer):
     def step_was_skipped(self) -> bool:
         """Whether the last step was skipped for a gradient that is not finite; on a GPU see ``SkippedSteps``."""
         return bool(self._skipped)
+
+
+def is_model_parallel(optimizer: ShardedAdam) -> bool:
+    """Return whether other ranks hold other parts of the model, for the same batch."""
+    return optimizer._engine.job.is_parallel
 
 
 def _parameters(optimizer: ShardedAdam) -> Iterator[Tensor]:

@@ -17,7 +17,12 @@ from transformers.trainer_utils import SaveStrategy
 
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
-from shardadam.integrations.accelerate import ShardedAccelerator, SkippedSteps, check_all_are_counted
+from shardadam.integrations.accelerate import (
+    ShardedAccelerator,
+    SkippedSteps,
+    check_all_are_counted,
+    is_model_parallel,
+)
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Moments, Precision
 
@@ -54,8 +59,9 @@ class ShardedTrainerMixin:
 
     Raises:
         ValueError: ``TrainingArguments.optim`` is another optimizer, or "adamw_anyprecision" with other dtypes than
-            float32 and bfloat16; there is another engine (DeepSpeed, FSDP); or torchrun has started several processes
-            on CPUs without ``TrainingArguments(use_cpu=True)``.
+            float32 and bfloat16; there is another engine (DeepSpeed, FSDP); torchrun has started several processes on
+            CPUs without ``TrainingArguments(use_cpu=True)``; or the model is cut over model-parallel ranks, and the
+            Trainer would save it or deal out batches to all ranks.
         TypeError: the optimizer passed is not a ShardedAdam(W), or has ``gradient_sync="external"``.
     """
 
@@ -89,10 +95,23 @@ class ShardedTrainerMixin:
         super().create_optimizer(model)  # type: ignore[misc]
         if is_new:
             _name_parameters(self.optimizer, self.model if model is None else model)
+        self._check_saving()
         # An interrupted train() may have left reduced gradients, which the model's zero_grad does not reach.
         self.optimizer.zero_grad()
         self._overlap_gather(self.model if model is None else model)
         return cast(torch.optim.Optimizer, self.optimizer)
+
+    def _check_saving(self) -> None:
+        """Raise if the Trainer would save a model of which each rank holds a part."""
+        optimizer = _unwrapped(self.optimizer)
+        is_parallel = isinstance(optimizer, ShardedAdam) and is_model_parallel(optimizer)
+        strategy = SaveStrategy(self.args.save_strategy)
+        if is_parallel and strategy != SaveStrategy.NO:
+            raise ValueError(
+                f'TrainingArguments.save_strategy: found "{strategy.value}" with a model that is cut over model-parallel '
+                'ranks, expected "no": the Trainer writes what one rank holds. In a callback on all ranks, call '
+                "shardadam.save(directory, model=model, optimizer=trainer.optimizer.optimizer)."
+            )
 
     def _overlap_gather(self, model: nn.Module) -> None:
         """Overlap all-gathers where that is wanted, before the Trainer compiles the model. Local."""
