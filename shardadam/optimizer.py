@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
+from shardadam.engine import outside
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
 from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
@@ -159,8 +160,10 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
                 parts = arguments.model_parallel_ranks(model_parallel_group, named, transport)
                 claims += [*options.claims(), *self._parameters.claims(self.param_groups, named)]
                 claims.append(Claim("the number of model-parallel ranks:", "", str(len(parts))))
-            device = next((p.local.device for p in named if p.parameter.requires_grad), torch.device("cpu"))
-            with built_or_aborted(transport):
+            # A part of the model without trainable parameters must send on the device of the others.
+            in_order = sorted(named, key=lambda p: not p.parameter.requires_grad)
+            device = next((p.local.device for p in in_order), torch.device("cpu"))
+            with built_or_aborted(self._parameters):
                 self._engine = StepEngine(self._parameters, connect_job(transport, parts), device)
                 self.skipped_steps = self._engine.skipped_steps
                 self._add_params(named)
@@ -355,6 +358,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
                 parts = [*parameters.taken(), *(one.parameter for one in named)]
                 arguments.check_parts(parts, engine.job, engine.transport)
                 claims += parameters.claims(self.param_groups[count:], named, first_group=count)
+            parameters.connect_groups(named)
         except Exception:
             del self.param_groups[count:]
             parameters.forget_group(count)
@@ -372,8 +376,8 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         gradients.
         """
         self._engine.gatherer.synchronize()
-        outside = [*self._engine.outside(module).values(), *module.buffers()]
-        self._engine.parameters.broadcast([placement.local_tensor(tensor) for tensor in outside])
+        left = [*self._engine.outside(module).values(), *module.buffers()]
+        self._engine.parameters.broadcast([placement.local_tensor(tensor) for tensor in left])
 
     @collective
     def average_gradients(self, parameters: Tensor | Iterable[Tensor]) -> None:
@@ -413,7 +417,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         agreement.require(claims, engine.transport.control, remedy=f"{ALIKE} Nothing has been written.")
         self._add_unfrozen_params()
         engine.gatherer.synchronize()
-        for transport in dict.fromkeys(engine.parameters.transports):
+        for transport in engine.parameters.transports:
             tensors = replicas.replicated_tensors(
                 *engine.parameters.of_transport(transport), engine.skipped_steps, transport
             )
@@ -466,7 +470,8 @@ def clip_grad_norm_(optimizers: Iterable[torch.optim.Optimizer], max_norm: float
         The norm before clipping: 0-dim float64, on the device of the first optimizer that is sharded.
 
     Raises:
-        ValueError: there are no optimizers, one is given twice, or one has ``max_grad_norm`` and clips by itself.
+        ValueError: there are no optimizers, one is given twice, one has ``max_grad_norm`` and clips by itself, or one
+            is in a Join context.
     """
     every = list(optimizers)
     sharded = [one for one in every if isinstance(one, ShardedAdam)]
@@ -478,14 +483,19 @@ def clip_grad_norm_(optimizers: Iterable[torch.optim.Optimizer], max_norm: float
             "expected None. Leave max_grad_norm out."
         )
     arguments.check_limit("max_norm", max_norm)
-    plain = [p.grad for one in every if one not in sharded for g in one.param_groups for p in g["params"]]
-    gradients = [gradient for gradient in plain if gradient is not None]
+    if any(one._join_config.enable for one in sharded):
+        raise ValueError(
+            "clip_grad_norm_: found a Join context, expected none: ranks without batches repeat the methods of one "
+            "optimizer only. Call optimizer.clip_grad_norm_ for each."
+        )
+    others = [p for one in every if one not in sharded for group in one.param_groups for p in group["params"]]
+    gradients = [p.grad for p in others if p.grad is not None]
     measured = [one._measure(len(every)) for one in sharded]
     device = measured[0][0].device if measured else gradients[0].device if gradients else torch.device("cpu")
     squares = [square.to(device) for square, _ in measured]
-    if gradients:
-        norm_of_plain = placement.whole(torch.nn.utils.get_total_norm(gradients))
-        squares.append(norm_of_plain.double().square().to(device))
+    if len(sharded) < len(every):
+        square = outside.square_of(gradients, device)
+        squares.append(sharded[0]._engine.sum_parts(square, others) if sharded else square)
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64, device=device)
     coefficient = clip_coefficient(norm, max_norm)
     found_inf = norm.isfinite().logical_not().float()

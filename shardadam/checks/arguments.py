@@ -277,7 +277,11 @@ def overlaps(parameter: Tensor, ranks: frozenset[int]) -> bool:
 def is_stored_elsewhere(parameter: Tensor, ranks: frozenset[int]) -> bool:
     """Return whether a DTensor lies along the data-parallel ``ranks``: ``fully_shard`` stores its local tensor then."""
     mesh = placement.mesh_of(parameter)
-    return mesh is not None and any(placement.ranks_along(mesh, dim) <= ranks for dim in range(mesh.ndim))
+    if mesh is None:
+        return False
+    along = [placement.ranks_along(mesh, dim) for dim in range(mesh.ndim)]
+    # A dimension of one rank lies along every group: it is data-parallel only if the group is that rank.
+    return any(one <= ranks and len(one) >= min(2, len(ranks)) for one in along)
 
 
 def parts_of(parameters: Iterable[Tensor], transport: Transport) -> frozenset[int]:

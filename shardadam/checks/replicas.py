@@ -25,7 +25,7 @@ from shardadam.engine.strides import is_dense
 from shardadam.ranks.agreement import exchange, name_ranks
 from shardadam.state.local import local_state
 from shardadam.state.masters import refresh_
-from shardadam.transport import Transport
+from shardadam.transport import Transport, placement
 
 _CHUNK_WORDS = 1 << 17
 _MASK = (1 << 64) - 1
@@ -77,7 +77,10 @@ def replicated_tensors(
 def outside_tensors(parameters: Mapping[str, Tensor]) -> list[ReplicatedTensor]:
     """Return parameters that the optimizer does not have, in the order of the mapping."""
     return [
-        ReplicatedTensor(f"parameter {name!r}, which this optimizer does not have (see average_gradients)", p.detach())
+        ReplicatedTensor(
+            f"parameter {name!r}, which this optimizer does not have (see average_gradients)",
+            placement.local_tensor(p.detach()),
+        )
         for name, p in parameters.items()
     ]
 

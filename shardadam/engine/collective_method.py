@@ -38,7 +38,7 @@ def collective(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenat
             except BaseException as error:
                 if self._is_built:
                     self._engine.poison.reason = f"{method.__name__}() did not complete ({type(error).__name__})"
-                    self._engine.transport.abort()
+                    self._engine.parameters.abort()
                 raise
 
     return call

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.sums.to_device import send
-from shardadam.transport import ReduceScatter, Transport
+from shardadam.transport import ReduceScatter, Transport, placement
 from shardadam.transport.base import own_slice, scale_for_mean_
 
 _CHUNK_NUMEL = 1 << 21
@@ -49,10 +50,23 @@ def average_gradients(parameters: Sequence[Tensor], transport: Transport) -> Non
         if sparse_dim:
             _average_sparse(parameter, transport)
         else:
-            dense.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+            gradient = placement.local_gradient(parameter)
+            assert gradient is not None
+            dense.setdefault((gradient.dtype, gradient.device), []).append(gradient)
     for gradients in dense.values():
         for chunk in _chunks(gradients):
             _average(chunk, transport)
+
+
+def square_of(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the squared norm of gradients, those of DTensors whole: 0-dim float64. Collective over their meshes."""
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(placement.mesh_of(gradient), []).append(gradient)
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for some in by_mesh.values():
+        square += placement.whole(torch.nn.utils.get_total_norm(some)).double().square().to(device)
+    return square
 
 
 def _agree(parameters: Sequence[Tensor], transport: Transport) -> list[int | None]:

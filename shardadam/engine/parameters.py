@@ -78,13 +78,13 @@ def agreed_or_closed(transport: Transport) -> Iterator[list[Claim]]:
 
 
 @contextmanager
-def built_or_aborted(transport: Transport) -> Iterator[None]:
-    """Context manager: if the block raises, tell the other ranks why, and abort the new transport. Local."""
+def built_or_aborted(parameters: ShardedParameters) -> Iterator[None]:
+    """Context manager: if the block raises, tell the other ranks why, and abort the new transports. Local."""
     try:
         with desync.announcing_failure("could not build its optimizer"):
             yield
     except BaseException:
-        transport.abort()
+        parameters.abort()
         raise
 
 
@@ -125,14 +125,26 @@ class ShardedParameters:
     @property
     def transports(self) -> list[Transport]:
         """The transport of the optimizer, and those of param groups that have one of their own."""
-        return [self.transport, *(group.transport for group in self._own.values())]
+        return list(dict.fromkeys([self.transport, *(group.transport for group in self._own.values())]))
 
-    def take_group(self, index: int, param_group: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def parts(self) -> frozenset[int]:
+        """The ranks that hold different parts of DTensors, with this one; empty if there are none."""
+        return self._parts
+
+    def abort(self) -> None:
+        """Tell the other ranks, where that is supported, that this rank has left the current call. Local."""
+        for transport in self.transports:
+            transport.abort()
+
+    def take_group(self, index: int, param_group: dict[str, Any]) -> dict[str, Any]:
         """Return ``param_group`` without ``process_group`` and ``gradient_divisor``, which are remembered. Local.
 
         Raises:
             ValueError, TypeError: they are invalid.
         """
+        if not param_group.keys() & {"process_group", "gradient_divisor"}:
+            return param_group  # as in torch, the user's dict becomes that of the optimizer
         left = dict(param_group)
         process_group, divisor = left.pop("process_group", None), left.pop("gradient_divisor", None)
         if process_group is None and divisor is None:
@@ -148,12 +160,13 @@ class ShardedParameters:
         """Forget a group that could not be added."""
         self._requested.pop(index, None)
 
-    def _connect_groups(self, named: Sequence[NamedParameter]) -> None:
+    def connect_groups(self, named: Sequence[NamedParameter]) -> None:
         """Connect the ranks of param groups that have a process group of their own. Collective.
 
         Raises:
             ValueError: on all ranks of the optimizer, if the process groups overlap; or on those of a group, if its
-                parameters differ.
+                parameters or divisors differ.
+            RuntimeError: on all other ranks then.
         """
         everyone = sorted(ranks_of_transport(self.transport))
         for index, one in self._requested.items():
@@ -164,14 +177,26 @@ class ShardedParameters:
                 given = agreement.exchange(one.ranks, self.transport.control)
                 order = list(self.transport.store_barrier.ranks)
                 arguments.check_partition(index, given, order)
-                if list(one.ranks) != everyone:
-                    exact_sums = self.options.precision.accumulate == "fp32"
-                    transport = connect(one.process_group, kind=self.options.transport, exact_sums=exact_sums)
+                # No rank goes on to the next collective if the ranks of another group raise.
+                try:
+                    with agreed(self.transport.control):
+                        if list(one.ranks) != everyone:
+                            transport = self._connect(one, [p for p in named if p.group_index == index])
+                except Exception:
+                    if transport is not self.transport:
+                        transport.close(clean=True)
+                    raise
             divisor = self._common.divisor if one.divisor is None else float(one.divisor)
             self._own[index] = ShardGroup(transport, divisor)
-            if transport is not self.transport:
-                with agreed(transport.control) as claims:
-                    claims += arguments.claims([], [p for p in named if p.group_index == index])
+
+    def _connect(self, group: _OwnGroup, named: Sequence[NamedParameter]) -> Transport:
+        """Return a transport between the ranks of ``group``, which agree on its parameters. Collective over them."""
+        exact_sums = self.options.precision.accumulate == "fp32"
+        transport = connect(group.process_group, kind=self.options.transport, exact_sums=exact_sums)
+        with agreed_or_closed(transport) as claims:
+            claims += arguments.claims([], named)
+            claims.append(Claim("the param group", "gradient_divisor", repr(group.divisor)))
+        return transport
 
     def shard_group_of(self, named: NamedParameter) -> ShardGroup:
         """Return the ranks that split the state of a parameter, once they are connected."""
@@ -213,10 +238,10 @@ class ShardedParameters:
         Returns:
             The new ``params`` and the new ``buckets``.
         """
-        self._connect_groups(named)
+        self.connect_groups(named)
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
-        self._parts |= parts_of([p.parameter for p in named], self.transport)
+        self._add_parts(parts_of([p.parameter for p in named], self.transport))
         of_groups: dict[ShardGroup, list[NamedParameter]] = {}
         for one in trainable:
             of_groups.setdefault(self.shard_group_of(one), []).append(one)
@@ -252,6 +277,12 @@ class ShardedParameters:
         self.frozen += frozen
         return params, buckets
 
+    def _add_parts(self, ranks: frozenset[int]) -> None:
+        """Take in that DTensors are now on ``ranks``: parameters that were added before have copies on all of them."""
+        before, self._parts = self._parts, self._parts | ranks
+        for arena in self.arenas:
+            arena.norm_weight *= max(1, len(before)) / max(1, len(self._parts))
+
     def _copies_of(self, parameter: Tensor) -> int:
         """Return how many model-parallel ranks hold the elements of the parameter, or its shards in ``external``."""
         held = len(self._parts & placement.mesh_ranks(parameter)) or 1
@@ -276,7 +307,16 @@ class ShardedParameters:
         """Return what must be equal on all ranks of the optimizer; not the names of experts, which differ."""
         different = {one.param_id for one in named if self.has_own_group(one)}
         elsewhere = {one.param_id for one in named if self._is_elsewhere(one)}
-        return arguments.claims(groups, named, first_group=first_group, unnamed=different, elsewhere=elsewhere)
+        result = []
+        for index in range(first_group, first_group + len(groups)):
+            one = self._requested.get(index)
+            is_own = one is not None and one.ranks is not None
+            result.append(Claim(f"param group {index}", "process_group", "one of its own" if is_own else "none"))
+            if not is_own:  # else the ranks of each group agree on it
+                divisor = None if one is None else one.divisor
+                result.append(Claim(f"param group {index}", "gradient_divisor", repr(divisor)))
+        result += arguments.claims(groups, named, first_group=first_group, unnamed=different, elsewhere=elsewhere)
+        return result
 
     def check(self, named: Sequence[NamedParameter]) -> None:
         """Raise ValueError or TypeError if ``named`` cannot be added. Local."""

@@ -336,6 +336,19 @@ class StepEngine:
         norm = stats.norm if self._coefficient is None else stats.norm * self._coefficient
         return norm.square(), stats.found_inf
 
+    def sum_parts(self, square: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the sum of ``square`` over all parts of the model. Collective over the model-parallel ranks.
+
+        Args:
+            square: 0-dim, of whole gradients of ``parameters``, which this optimizer does not have.
+        """
+        if not self.job.is_parallel:
+            return square
+        parts = self.parameters.parts | arguments.parts_of(parameters, self.transport)
+        block = square.reshape(1).to(self.skipped_steps.device) / max(1, len(parts))
+        self.job.sum_parts_(block)
+        return block[0].to(square.device)
+
     def scale_together(self, coefficient: Tensor, found_inf: Tensor) -> None:
         """Make the next step multiply gradients by ``coefficient``, and skip if ``found_inf``. After ``measure``."""
         device = self.skipped_steps.device
@@ -388,9 +401,9 @@ class StepEngine:
         param = self.parameters.find(parameter)
         with_norm = self.options.max_grad_norm is not None
         stats = self.sync_before("full_grad", param_groups, with_norm=with_norm)
+        self.reducer.sum_up()  # on all ranks, although experts of other ranks may have no gradient
         if not bool(stats.used[param.index]):
             return None
-        self.reducer.sum_up()
         gradient = whole.gather(param, _exact_gradient)
         coefficient = self._coefficient_for(param.arena)
         return gradient if coefficient is None else gradient.mul_(coefficient)

@@ -31,7 +31,7 @@ from shardadam.engine.reduction.during_backward import DuringBackward
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.storage import FlatBucket, ShardedParam
 from shardadam.ranks.signals import defer_signals
-from shardadam.transport import Transport
+from shardadam.transport import Transport, placement
 
 
 @dataclass(slots=True)
@@ -117,6 +117,9 @@ class BackwardReducer(DuringBackward):
             if will_change:
                 return  # its buckets are launched when the round closes
             current.ready[index] = True
+            # A Partial gradient is reduced over its mesh now, in the order of backward: buckets are complete at other
+            # times on ranks that hold larger parts of parameters.
+            placement.local_gradient(param.parameter)
             for bucket in param.buckets:
                 current.missing[bucket.index] -= 1
                 if current.missing[bucket.index] == 0:
@@ -243,7 +246,7 @@ class BackwardReducer(DuringBackward):
     def catch_up(self, count: int) -> None:
         with self._lock:
             self._close_round(may_wait=True)
-            while self.rounds_since_reset < count:
+            while self.order and self.rounds_since_reset < count:
                 self._open_round()
                 self._close_round(may_wait=True)
 
