@@ -117,9 +117,10 @@ class BackwardReducer(DuringBackward):
             if will_change:
                 return  # its buckets are launched when the round closes
             current.ready[index] = True
-            # A Partial gradient is reduced over its mesh now, in the order of backward: buckets are complete at other
-            # times on ranks that hold larger parts of parameters.
-            placement.local_gradient(param.parameter)
+            if param.local is not param.parameter:
+                # A Partial gradient is reduced over its mesh now, in the order of backward: buckets are complete at
+                # other times on ranks that hold larger parts of parameters.
+                placement.local_gradient(param.parameter)
             for bucket in param.buckets:
                 current.missing[bucket.index] -= 1
                 if current.missing[bucket.index] == 0:
