@@ -275,7 +275,7 @@ def add_after_an_error() -> tuple[int, int, float]:
     optimizer.add_param_group({"params": [late]})
     (dense.sum() + late.sum()).backward()
     optimizer.step()
-    return left, len(optimizer.param_groups), float(late[0])
+    return left, len(optimizer.param_groups), late[0].item()
 
 
 def test_a_group_that_could_not_be_connected_is_not_added() -> None:

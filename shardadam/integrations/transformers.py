@@ -108,9 +108,9 @@ class ShardedTrainerMixin:
         strategy = SaveStrategy(self.args.save_strategy)
         if is_parallel and strategy != SaveStrategy.NO:
             raise ValueError(
-                f'TrainingArguments.save_strategy: found "{strategy.value}" with a model that is cut over model-parallel '
-                'ranks, expected "no": the Trainer writes what one rank holds. In a callback on all ranks, call '
-                "shardadam.save(directory, model=model, optimizer=trainer.optimizer.optimizer)."
+                f'TrainingArguments.save_strategy: found "{strategy.value}" with a model that is cut over '
+                'model-parallel ranks, expected "no": the Trainer writes what one rank holds. In a callback on all '
+                "ranks, call shardadam.save(directory, model=model, optimizer=trainer.optimizer.optimizer)."
             )
 
     def _overlap_gather(self, model: nn.Module) -> None:
