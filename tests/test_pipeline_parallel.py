@@ -73,6 +73,11 @@ class Case:
         pipeline = self.mesh[1 + self.mesh[0].split().index("pp")]
         return int(pipeline * (2 if self.schedule == "interleaved" else 1))
 
+    @property
+    def has_idle_stage(self) -> bool:
+        """Whether a stage has nothing to train."""
+        return self.frozen_stage is not None or self.stages > self.sizes.blocks + 1
+
     def whole_model(self, dtype: torch.dtype = torch.float32) -> Transformer:
         model = Transformer(self.sizes).to(dtype)
         if self.frozen_stage is not None:
@@ -195,6 +200,8 @@ def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
 def test_equals_torch_on_the_whole_model(case: Case, training: Training) -> None:
     if case.schedule == "interleaved" and training.clip == "constructor":
         training = replace(training, clip="call")
+    if case.has_idle_stage:  # which returns the norm in float32
+        training = replace(training, dtype=torch.float32)
     assert_equals_twin(on_ranks(4, train_split, case, training), twin_of(case, training))
 
 
