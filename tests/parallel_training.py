@@ -332,13 +332,13 @@ class ByHand:
         self.skipped_steps = 0
         self.grad_norm: Tensor | None = None
         self._max_norm, self._average = max_norm, average
-        self._norm_group = _group_of(process_group) if norm_of_each_rank else dist.group.WORLD
+        self._norm_group = group_of(process_group) if norm_of_each_rank else dist.group.WORLD
         self._entries: list[tuple[Tensor, Tensor, dist.ProcessGroup, int, int]] = []
         local_groups = []
         for group in groups:
-            over = _group_of(group.get("process_group", process_group))
+            over = group_of(group.get("process_group", process_group))
             held_by = dist.get_world_size(over)
-            divisor = held_by if experts_are_averaged else dist.get_world_size(_group_of(process_group))
+            divisor = held_by if experts_are_averaged else dist.get_world_size(group_of(process_group))
             divisor = group.get("gradient_divisor", divisor)
             mine = []
             for _, parameter in group["params"]:
@@ -418,7 +418,10 @@ def _placed_alike(parameter: Tensor) -> Tensor:
     return local(gradient).detach()
 
 
-def _group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+def group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        assert group.size() == dist.get_world_size()  # replicas and shards: all ranks
+        group = None
     if isinstance(group, DeviceMesh):
         return group.get_group()
     return dist.group.WORLD if group is None else group  # type: ignore[return-value]

@@ -151,6 +151,14 @@ def twin_of(case: Case, training: Training) -> Trained:
     return train_twin(training, case.whole_model(training.dtype), case.loss)
 
 
+def suited_to(case: Case, training: Training) -> Training:
+    if case.schedule == "interleaved" and training.clip == "constructor":
+        training = replace(training, clip="call")
+    if case.has_idle_stage:  # which returns the norm in float32
+        training = replace(training, dtype=torch.float32)
+    return training
+
+
 CASES = [
     Case(),
     Case("GPipe", ("pp dp", 2, 2)),
@@ -198,10 +206,7 @@ def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_equals_torch_on_the_whole_model(case: Case, training: Training) -> None:
-    if case.schedule == "interleaved" and training.clip == "constructor":
-        training = replace(training, clip="call")
-    if case.has_idle_stage:  # which returns the norm in float32
-        training = replace(training, dtype=torch.float32)
+    training = suited_to(case, training)
     assert_equals_twin(on_ranks(4, train_split, case, training), twin_of(case, training))
 
 
@@ -218,7 +223,7 @@ def test_equals_torch_on_the_whole_model(case: Case, training: Training) -> None
     ids=lambda case: case.id,
 )
 def test_equals_torch_on_eight_ranks(case: Case, training: Training) -> None:
-    training = replace(training, steps=6)
+    training = replace(suited_to(case, training), steps=6)
     assert_equals_twin(on_ranks(8, train_split, case, training), twin_of(case, training))
 
 
