@@ -143,10 +143,14 @@ def train(
         before = [{name: whole(p) for name, p in m.named_parameters()} for m in models] if step == 5 else None
         poison = None
         if training.poisoned == (step, rank):
-            poison = next(p for p in models[0].parameters() if p.requires_grad).register_hook(lambda g: g * math.nan)
+            calls: list[int] = []
+            poisoned = next(p for p in models[0].parameters() if p.requires_grad)
+            poison = poisoned.register_hook(lambda g, calls=calls: calls.append(1) or g * math.nan)  # type: ignore[misc]
         backward(step)
         if poison is not None:
             poison.remove()
+            if not calls:  # fully_shard writes p.grad without autograd
+                local(poisoned.grad).mul_(math.nan)  # type: ignore[arg-type]
         if training.clip == "call":
             norms.append(float(clip(optimizers)))
         for optimizer in optimizers:
@@ -166,8 +170,13 @@ def train(
     for optimizer, model in zip(optimizers, models, strict=True):
         for name, parameter in model.named_parameters():
             parameters[name] = whole(parameter)
-            if parameter.requires_grad and isinstance(optimizer, ShardedAdamW):
-                state |= {f"{name}.{kind}": whole(v) for kind, v in optimizer.full_state(parameter).items()}
+            if parameter.requires_grad and not isinstance(optimizer, ByHand):
+                is_ours = isinstance(optimizer, ShardedAdamW)
+                values = optimizer.full_state(parameter) if is_ours else optimizer.state[parameter]
+                if isinstance(parameter, DTensor):
+                    of_moments = (values["exp_avg"], values["exp_avg_sq"])
+                    assert all(isinstance(v, DTensor) and v.placements == parameter.placements for v in of_moments)
+                state |= {f"{name}.{kind}": whole(value) for kind, value in values.items()}
     return Trained(parameters, state, norms, skipped.pop())
 
 
@@ -274,11 +283,11 @@ def _partial_gradient(parameter: Tensor) -> Tensor | None:
 
 
 MUTANTS: dict[str, tuple[str, Any]] = {
-    "each copy of an element counts in the norm": (
+    "each copy counts in the norm": (
         f"{ShardedParameters.__module__}.ShardedParameters._copies_of",
         _each_copy_counts,
     ),
-    "each part of the model has a norm of its own": (f"{Job.__module__}.Job.sum_parts_", _parts_stay_apart),
+    "parts of the model stay apart": (f"{Job.__module__}.Job.sum_parts_", _parts_stay_apart),
     "experts' gradients are averaged over copies": (
         f"{ShardedParameters.__module__}.ShardGroup",
         _averaged_over_copies,
@@ -323,13 +332,13 @@ class ByHand:
         self.skipped_steps = 0
         self.grad_norm: Tensor | None = None
         self._max_norm, self._average = max_norm, average
-        self._norm_group = _group_of(process_group) if norm_of_each_rank else dist.group.WORLD
+        self._norm_group = group_of(process_group) if norm_of_each_rank else dist.group.WORLD
         self._entries: list[tuple[Tensor, Tensor, dist.ProcessGroup, int, int]] = []
         local_groups = []
         for group in groups:
-            over = _group_of(group.get("process_group", process_group))
+            over = group_of(group.get("process_group", process_group))
             held_by = dist.get_world_size(over)
-            divisor = held_by if experts_are_averaged else dist.get_world_size(_group_of(process_group))
+            divisor = held_by if experts_are_averaged else dist.get_world_size(group_of(process_group))
             divisor = group.get("gradient_divisor", divisor)
             mine = []
             for _, parameter in group["params"]:
@@ -409,7 +418,10 @@ def _placed_alike(parameter: Tensor) -> Tensor:
     return local(gradient).detach()
 
 
-def _group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+def group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        assert group.size() == dist.get_world_size()  # replicas and shards: all ranks
+        group = None
     if isinstance(group, DeviceMesh):
         return group.get_group()
     return dist.group.WORLD if group is None else group  # type: ignore[return-value]

@@ -8,12 +8,15 @@ whose "process_group" is the ranks that hold the same experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from shardadam import ShardedAdamW
 from tests.parallel_models import (
@@ -34,6 +37,7 @@ from tests.parallel_training import (
     average_by_hand,
     broken,
     bytes_of_adamw,
+    group_of,
     param_groups,
     refuses,
     train,
@@ -58,18 +62,25 @@ class Case:
     """Which expert each token goes to, and how experts are spread.
 
     Args:
-        mesh: "copies" of each expert, and the ranks that split the "experts".
+        mesh: "copies" of each expert, the ranks that split the "experts", and "tp", which splits embedding and head.
         stacked: experts are parts of DTensors over the mesh "experts".
+        hybrid: the state of dense parameters has replicas, as experts have copies.
     """
 
     table: str = "unequal"
     mesh: tuple[Any, ...] = ("copies experts", 2, 2)
     stacked: bool = False
+    hybrid: bool = False
     sizes: Sizes = SIZES
 
     @property
     def id(self) -> str:
-        return f"{self.table},{self.mesh[0]},{'x'.join(map(str, self.mesh[1:]))}{',stacked' if self.stacked else ''}"
+        options = [name for name in ("stacked", "hybrid") if getattr(self, name)]
+        return ",".join([self.table, self.mesh[0], "x".join(map(str, self.mesh[1:])), *options])
+
+    @property
+    def tensor_parallel(self) -> int:
+        return int(self.mesh[-1]) if "tp" in self.mesh[0] else 1
 
     def whole_model(self, dtype: torch.dtype = torch.float32) -> ExpertModel:
         return ExpertModel(TABLES[self.table], self.sizes, COUNT, self.stacked).to(dtype)
@@ -94,15 +105,35 @@ def with_experts_apart(groups: ParamGroups, process_group: DeviceMesh) -> ParamG
 def split_model(case: Case, dtype: torch.dtype = torch.float32) -> tuple[ExpertModel, ParamGroups]:
     mesh = mesh_of(*case.mesh)
     model = apply_expert_parallel(case.whole_model(dtype), mesh["experts"])
+    if case.tensor_parallel > 1:
+        embedding = RowwiseParallel(input_layouts=Replicate())
+        head = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(model, mesh["tp"], {"embedding": embedding, "head": head})
     return model, with_experts_apart(param_groups(model), mesh["copies"])
 
 
+def data_parallel(case: Case) -> Any:
+    """Return the process group of the optimizer. Collective."""
+    mesh = mesh_of(*case.mesh)
+    if case.hybrid:
+        return mesh["copies", "experts"]
+    if case.tensor_parallel == 1:
+        return None
+    return flat_mesh(case.mesh)
+
+
+@cache
+def flat_mesh(mesh: tuple[Any, ...]) -> DeviceMesh:
+    return mesh_of(*mesh)["copies", "experts"]._flatten("data")
+
+
 def train_split(case: Case, training: Training, group_options: dict[str, Any] | None = None) -> Trained:
-    rank, size = rank_and_size()
+    rank, size = (number // case.tensor_parallel for number in rank_and_size())
     model, groups = split_model(case, training.dtype)
     for group in groups:
         group |= (group_options or {}) if "process_group" in group else {}
-    optimizer = adamw(training, groups, None)
+    process_group = data_parallel(case)
+    optimizer = adamw(training, groups, process_group, copies_of_plain=case.tensor_parallel)
 
     def backward(step: int) -> None:
         for micro in range(training.accumulate):
@@ -110,8 +141,8 @@ def train_split(case: Case, training: Training, group_options: dict[str, Any] | 
             (case.loss(model, step, index, count) / training.accumulate).backward()
         if training.gradient_sync == "external":
             for group in groups:
-                over = group["process_group"].get_group() if "process_group" in group else torch.distributed.group.WORLD
-                average_by_hand([p for _, p in group["params"]], over, size)
+                over = group.get("process_group", None if case.hybrid else process_group)
+                average_by_hand([p for _, p in group["params"]], group_of(over), size)
 
     return train(training, [optimizer], backward, [model])
 
@@ -128,6 +159,8 @@ CASES = [
     Case("equal", ("copies experts", 4, 1)),
     Case("unequal", stacked=True),
     Case("equal", ("copies experts", 1, 4), stacked=True),
+    Case("unequal", hybrid=True),
+    Case("unequal", ("copies experts tp", 1, 2, 2)),
 ]
 TRAININGS = [
     *(Training(gradient_sync=sync) for sync in ("backward", "step", "external")),
@@ -174,6 +207,15 @@ def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_equals_torch_on_the_whole_model(case: Case, training: Training) -> None:
     assert_equals_twin(on_ranks(4, train_split, case, training), twin_of(case, training))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("training", TRAININGS[:4], ids=lambda training: training.id)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_equals_torch_on_eight_ranks(stacked: bool, training: Training) -> None:
+    case, training = Case("rare", ("copies experts tp", 2, 2, 2), stacked=stacked), replace(training, steps=6)
+    case = replace(case, table="unequal") if stacked else case
+    assert_equals_twin(on_ranks(8, train_split, case, training), twin_of(case, training))
 
 
 def test_gradients_are_divided_by_the_divisor_of_their_group() -> None:
