@@ -18,6 +18,7 @@ Note: hooks do not wait
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,7 @@ class BackwardReducer(DuringBackward):
         self._pool = StagingPool()
         self._round: Round | None = None
         self._graph_task: int | None = None  # the backward whose end closes a round
+        self._late: tuple[int, ShardedParam] | None = None  # a thread, and the param whose hooks it was running
         # Used until the order is learned
         self._order_is_learned = False
         self._completed: list[int] = []  # indices of the buckets that the last round completed, in order
@@ -114,19 +116,26 @@ class BackwardReducer(DuringBackward):
                 stream = torch.cuda.current_stream(param.local.device)
                 for bucket in param.buckets:
                     current.streams.setdefault(bucket.index, set()).add(stream)
-            if will_change:
-                return  # its buckets are launched when the round closes
-            current.ready[index] = True
-            if param.local is not param.parameter:
-                # A Partial gradient is reduced over its mesh now, in the order of backward: buckets are complete at
-                # other times on ranks that hold larger parts of parameters.
-                placement.local_gradient(param.parameter)
-            for bucket in param.buckets:
-                current.missing[bucket.index] -= 1
-                if current.missing[bucket.index] == 0:
-                    self._completed.append(bucket.index)
+            thread = threading.get_ident()
+            late, self._late = self._late, (thread, param) if will_change else None
+            if late is not None and late[0] == thread:
+                self._complete(late[1], current)  # the hooks that came after this one have run
+            if not will_change:
+                self._complete(param, current)
             while current.can_launch:
                 self._launch_next(current, may_wait=False)
+
+    def _complete(self, param: ShardedParam, current: Round) -> None:
+        """Take in that the gradient of ``param`` is complete."""
+        current.ready[param.index] = True
+        if param.local is not param.parameter:
+            # A Partial gradient is reduced over its mesh now, in the order of backward: buckets are complete at other
+            # times on ranks that hold larger parts of parameters.
+            placement.local_gradient(param.parameter)
+        for bucket in param.buckets:
+            current.missing[bucket.index] -= 1
+            if current.missing[bucket.index] == 0:
+                self._completed.append(bucket.index)
 
     def _close_after_backward(self) -> None:
         """Close the round at the end of the backward that is running, if it is the outermost."""
@@ -165,6 +174,7 @@ class BackwardReducer(DuringBackward):
         """Launch the remaining buckets of an open round, if there is one."""
         if self._round is None:
             return
+        self._late = None  # its buckets are launched now, at the latest
         while not self._round.is_launched:
             self._launch_next(self._round, may_wait=may_wait)
         self._round = None
