@@ -165,7 +165,7 @@ def on_four(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 def assert_equal_runs(sharded: list[Run], whole: Run, *, tolerance: float = 2e-5) -> None:
     for run in sharded:
         assert run.losses == pytest.approx(whole.losses, rel=tolerance)
-        assert run.norms == pytest.approx(whole.norms, rel=10 * tolerance)
+        assert run.norms == pytest.approx(whole.norms, rel=tolerance)
         assert run.parameters.keys() == whole.parameters.keys()
         for name, value in whole.parameters.items():
             assert (run.parameters[name] - value).abs().max() < tolerance, name
