@@ -213,11 +213,12 @@ def test_every_block_is_run_or_says_why_not() -> None:
     assert {name: count for name, count in not_run.items() if count} == NOT_RUN
 
 
-def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
+def test_messages_in_the_docs_are_in_the_code() -> None:
     sources = [path.read_text() for path in (ROOT / "shardadam").rglob("*.py")]
     code = re.sub(r"['\"]\s*\n\s*f?['\"]", "", "\n".join(sources))  # join strings of several lines
     code = re.sub(r"\\\"", '"', code)
-    messages = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / "docs" / "troubleshooting.md").read_text())
+    pages = [(ROOT / "docs" / name).read_text() for name in ("troubleshooting.md", "parallelism.md")]
+    messages = re.findall(r"\*\*`(.+?)`\*\*", "\n".join(pages))
     assert len(messages) > 25
     for message in messages:
         fixed = max(re.split(r"\.\.\.|\{.*?\}", message.replace("the last 10 steps", "the last ... steps")), key=len)

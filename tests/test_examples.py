@@ -85,3 +85,21 @@ def test_trainer(tmp_path: Path) -> None:
     output = run("trainer.py", str(tmp_path / "out"))
     (first,), (last,) = numbers("first loss", output), numbers("last loss", output)
     assert last < first and (tmp_path / "out" / "checkpoint-20").is_dir()
+
+
+def printed_by_parallel(directory: Path, ranks: int, tensor_parallel: int) -> list[list[float]]:
+    """Return step, loss and norm of each line."""
+    output = run("parallel.py", str(directory), str(tensor_parallel), ranks=ranks)
+    return list(map(list, zip(*(numbers(label, output) for label in ("step", "loss", "norm")), strict=True)))
+
+
+@pytest.mark.scripts
+@pytest.mark.timeout(420)  # it starts four runs
+def test_parallel(tmp_path: Path) -> None:
+    """Tensor parallelism over 2 of 4 ranks equals one process, and each continues the other's run."""
+    cut = printed_by_parallel(tmp_path / "a", 4, 2) + printed_by_parallel(tmp_path / "a", 1, 1)
+    whole = printed_by_parallel(tmp_path / "b", 1, 1) + printed_by_parallel(tmp_path / "b", 4, 2)
+    assert [line[0] for line in cut] == [line[0] for line in whole] == list(range(0, 40, 5))
+    for mine, theirs in zip(cut, whole, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=2e-5)
+    assert whole[-1][1] < 0.5 * whole[0][1]
