@@ -133,6 +133,10 @@ def train_split(case: Case, training: Training, group_options: dict[str, Any] | 
     for group in groups:
         group |= (group_options or {}) if "process_group" in group else {}
     process_group = data_parallel(case)
+    averaged = [  # before the optimizer takes the param groups: it changes them, as torch's do
+        ([p for _, p in group["params"]], group.get("process_group", None if case.hybrid else process_group))
+        for group in groups
+    ]
     optimizer = adamw(training, groups, process_group, copies_of_plain=case.tensor_parallel)
 
     def backward(step: int) -> None:
@@ -140,9 +144,8 @@ def train_split(case: Case, training: Training, group_options: dict[str, Any] | 
             index, count = micro * size + rank, training.accumulate * size
             (case.loss(model, step, index, count) / training.accumulate).backward()
         if training.gradient_sync == "external":
-            for group in groups:
-                over = group.get("process_group", None if case.hybrid else process_group)
-                average_by_hand([p for _, p in group["params"]], group_of(over), size)
+            for parameters, over in averaged:
+                average_by_hand(parameters, group_of(over), size)
 
     return train(training, [optimizer], backward, [model])
 
@@ -177,7 +180,7 @@ TRAININGS = [
 # The judge
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_split_models_equal_their_twins_without_the_sharded_optimizer(case: Case) -> None:
     training = Training(dtype=torch.float64, by_hand={}, steps=6)
@@ -202,7 +205,7 @@ def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
 # It trains like torch's AdamW
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_equals_torch_on_the_whole_model(case: Case, training: Training) -> None:
