@@ -206,6 +206,22 @@ def test_full_grad_of_an_expert_that_other_ranks_have_not_used(gradient_sync: st
     assert on_four(gradient_of_an_expert, gradient_sync) == [0.5, None, 0.5, None]
 
 
+def sync_beside_experts() -> float:
+    model = nn.Module()
+    model.dense, model.expert = nn.Parameter(torch.ones(8)), nn.Parameter(torch.full((8,), dist.get_rank() % 2.0))
+    first = ShardedAdamW([model.dense])
+    second = ShardedAdamW([model.expert], process_group=groups_of([0, 2], [1, 3]))
+    first.sync_module(model)
+    first.check_in_sync(model)
+    second.check_in_sync()
+    return model.expert[0].item()
+
+
+def test_sync_module_leaves_experts_of_another_optimizer() -> None:
+    """Rank 0's expert was broadcast to the ranks that hold another one."""
+    assert on_four(sync_beside_experts) == [0.0, 1.0, 0.0, 1.0]
+
+
 def error_of(*, name: str = "b", divisor: float | None = None, has_group: bool = True) -> str:
     """Return the error of an optimizer of which rank 2 gives other arguments than the others."""
     is_other = dist.get_rank() == 2
