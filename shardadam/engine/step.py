@@ -24,6 +24,7 @@ from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.profiling import record
 from shardadam.engine.reduction import reducer_for
+from shardadam.engine.reduction.base import without_experts_of_others
 from shardadam.engine.step_sync import Claims, GlobalGradStats, Poison, StepSync
 from shardadam.engine.storage import (
     FlatArena,
@@ -430,7 +431,7 @@ class StepEngine:
 
     def outside(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's parameters that this optimizer does not have, by name; warn if nobody averages them."""
-        outside = self.parameters.outside(model)
+        outside = without_experts_of_others(self.parameters.outside(model), self.transport)
         if self.reducer.averages:
             self.warnings.outside |= outside
         return outside

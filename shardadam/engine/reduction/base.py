@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,7 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard
 from shardadam.sums.scattered import Scattered
 from shardadam.sums.stats import GradStats
-from shardadam.transport import placement
+from shardadam.transport import Transport, placement
+from shardadam.transport.job import ranks_of_transport
 from shardadam.update import Sources
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -31,6 +32,19 @@ def reducer_of(parameter: Tensor) -> Reducer | None:
     """Return the reducer that takes the parameter's gradients; None if there is none, or it was deleted."""
     newest = _reducers.get(parameter)  # type: ignore[no-untyped-call]
     return None if newest is None else newest()
+
+
+def without_experts_of_others(named: Mapping[str, Tensor], transport: Transport) -> dict[str, Tensor]:
+    """Return the parameters without those that another optimizer trains, and that may be others on other ranks."""
+    ranks = ranks_of_transport(transport)
+    left = {}
+    for name, parameter in named.items():
+        reducer = reducer_of(parameter)
+        params = () if reducer is None else reducer._params
+        held_by = [ranks_of_transport(param.arena.transport) for param in params if param.parameter is parameter]
+        if all(ranks <= alike for alike in held_by):
+            left[name] = parameter
+    return left
 
 
 def parameters_of_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
