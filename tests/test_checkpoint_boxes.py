@@ -377,7 +377,8 @@ def test_scales_of_boxes_follow_each_other_in_one_dimension() -> None:
 
 # Whole runs
 
-SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {
+Shapes = dict[str, tuple[tuple[int, ...], int | None]]
+SHAPES: Shapes = {
     "columns": ((24, 40), 0),
     "rows": ((40, 24), 1),
     "blocks": ((6, 512), 1),
@@ -405,10 +406,10 @@ EXACT = [
 class Placed(nn.Module):
     """Parameters as DTensors of a mesh of one dimension, or whole."""
 
-    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype, seed: int, shapes: Shapes = SHAPES) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        for name, (shape, dim) in SHAPES.items():
+        for name, (shape, dim) in shapes.items():
             value = torch.randn(shape, generator=generator).to(dtype)
             if name == "convolution":
                 value = value.to(memory_format=torch.channels_last)
@@ -429,11 +430,11 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 
 class PlacedRun:
-    def __init__(self, tp: int, format: Any = EXACT[0], *, seed: int = 0) -> None:
+    def __init__(self, tp: int, format: Any = EXACT[0], *, seed: int = 0, shapes: Shapes = SHAPES) -> None:
         dtype, moments, master = format
         self.rank, size = rank_and_size()
         self.mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp")) if size > 1 else None
-        self.model = Placed(self.mesh["tp"] if self.mesh is not None and tp > 1 else None, dtype, seed)
+        self.model = Placed(self.mesh["tp"] if self.mesh is not None and tp > 1 else None, dtype, seed, shapes)
         self.optimizer = ShardedAdamW(
             self.model.named_parameters(),
             lr=0.01,
@@ -494,8 +495,8 @@ def assert_written_once(directory: str) -> None:
         assert sum(nbytes for _, nbytes in reader.index.files) == tensors + objects
 
 
-def save_placed(directory: str, tp: int, format: Any, load: str | None) -> Everything:
-    run = PlacedRun(tp, format, seed=1 if load is None else 2).train(range(3 if load is None else 1))
+def save_placed(directory: str, tp: int, format: Any, load: str | None, shapes: Shapes = SHAPES) -> Everything:
+    run = PlacedRun(tp, format, seed=1 if load is None else 2, shapes=shapes).train(range(3 if load is None else 1))
     if load is not None:
         shardadam.load(load, model=run.model, optimizer=run.optimizer)
     shardadam.save(directory, step=3, model=run.model, optimizer=run.optimizer)

@@ -331,10 +331,17 @@ def test_the_boxes_of_a_span_cover_it_once_in_order(shape: list[int], data: st.D
 def test_the_parts_of_a_flat_shard_are_views_at_the_right_offsets(
     shape: list[int], item_numel: int, data: st.DataObject
 ) -> None:
-    """For any order of dimensions, and any place in a larger tensor, cut at the boundaries of items."""
+    """For any order of dimensions, and any place in a larger tensor, cut at the boundaries of items.
+
+    In each dimension, the part may have two runs of the whole.
+    """
     numel = math.prod(shape)
-    offset = [data.draw(st.integers(0, 3)) for _ in shape]
-    whole = [at + size + data.draw(st.integers(0, 3)) for at, size in zip(offset, shape, strict=True)]
+    runs = []
+    for size in shape:
+        first, at, gap = data.draw(st.integers(1, size)), data.draw(st.integers(0, 3)), data.draw(st.integers(0, 2))
+        second = ((at + first + gap, size - first),) if first < size else ()
+        runs.append(((at, first), *second))
+    whole = [sum(of_dim[-1]) + data.draw(st.integers(0, 3)) for of_dim in runs]
     order = data.draw(st.permutations(range(len(shape))))
     ends = sorted(data.draw(st.sets(st.integers(0, numel), max_size=6)))
     spans = [Span(start, stop - start) for start, stop in itertools.pairwise(ends)][::2]
@@ -344,13 +351,15 @@ def test_the_parts_of_a_flat_shard_are_views_at_the_right_offsets(
     local = torch.cat([flat[:0], *(flat[span.start :][: span.numel] for span in spans)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat_shard, "ITEM_BYTES", item_numel * flat.itemsize)
-        runs = tuple(((at, size),) for at, size in zip(offset, shape, strict=True))
-        shard = FlatShard(local, spans, whole, order, runs)
+        shard = FlatShard(local, spans, whole, order, tuple(runs))
         assert list(shard.shape) == whole
+        in_whole = torch.full(whole, -1)
+        indices = [[i for at, length in of_dim for i in range(at, at + length)] for of_dim in runs]
+        in_whole[tuple(torch.meshgrid(*map(torch.tensor, indices), indexing="ij")) if shape else ...] = positions
         for item in shard.__create_write_items__("p", shard):
             chunk = item.tensor_data.chunk  # type: ignore[union-attr]
-            place = tuple(slice(o - a, o - a + s) for o, a, s in zip(chunk.offsets, offset, chunk.sizes, strict=True))
+            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
             part = shard.__get_tensor_shard__(item.index)
-            assert torch.equal(part, positions[place]) and chunk.sizes.numel() <= item_numel
+            assert torch.equal(part, in_whole[place]) and chunk.sizes.numel() <= item_numel
             part.fill_(-1)
     assert (local == -1).all()
