@@ -474,8 +474,8 @@ class _CountedPending(Pending):
 
 def test_transfers_of_the_host_are_waited_for_once() -> None:
     pending = _CountedPending()
-    gatherer = ParameterGatherer(mock.Mock(all_gather=lambda _: pending))
-    gatherer.dispatch(mock.Mock(index=3))
+    gatherer = ParameterGatherer()
+    gatherer.dispatch(mock.Mock(index=3, **{"arena.transport.all_gather": lambda _: pending}))
     for _ in range(2):
         gatherer.wait_for([3])
         gatherer.wait_all()

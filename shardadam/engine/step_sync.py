@@ -228,6 +228,7 @@ def all_reduce_stats(
         if compares:
             parts.block[_PARTS_HEADER - 1] = _differ(block[2:_HEADER], ranks)
         job.sum_parts_(parts.block)
+        job.expect_progress(device)
     transport.expect_progress(device)
     return GlobalGradStats(block, ranks, with_norm=with_norm, compares=compares, all_used=all_used, parts=parts)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -44,6 +45,11 @@ class Job:
     def is_parallel(self) -> bool:
         """Whether there are several parts of the model."""
         return self.model_parallel is not None
+
+    def expect_progress(self, device: torch.device) -> None:
+        """As ``Transport.expect_progress``, of transfers between the parts of the model. Local."""
+        if self.model_parallel is not None:
+            self.model_parallel.expect_progress(device)
 
     def sum_parts_(self, block: Tensor) -> None:
         """Sum ``block`` over the model-parallel ranks, in place. Collective over them."""
