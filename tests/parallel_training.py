@@ -53,7 +53,7 @@ class Training:
     clip: str = "call"
     accumulate: int = 1
     dtype: torch.dtype = torch.float32
-    steps: int = 12
+    steps: int = 10
     poisoned: tuple[int, int] | None = None
     overlap: bool = False
     by_hand: dict[str, Any] | None = None

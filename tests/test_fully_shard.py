@@ -145,7 +145,7 @@ def test_the_model_equals_its_twin_with_torch(case: Case) -> None:
     assert_equals_twin(results, train_twin(training, case.whole_model(training.dtype), case.loss))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_equals_torch_under_fully_shard(case: Case, training: Training) -> None:

@@ -148,7 +148,7 @@ def twin_of(case: Case, training: Training) -> Trained:
 # The judge
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_split_models_equal_their_twins_without_the_sharded_optimizer(case: Case) -> None:
     training = Training(dtype=torch.float64, by_hand={}, steps=4)
@@ -177,7 +177,7 @@ def test_the_comparison_refuses_broken_optimizers(mutant: str) -> None:
 # It trains like torch's AdamW
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_equals_torch_on_the_whole_model(case: Case, training: Training) -> None:
@@ -202,7 +202,7 @@ def test_equals_torch_on_eight_ranks(case: Case, training: Training) -> None:
     assert_equals_twin(on_ranks(8, train_split, case, training), twin_of(case, training))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("poisoned_rank", [0, 1, 2, 3])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
 @pytest.mark.parametrize("case", [TRANSFORMER, SEQUENCE, GRID], ids=lambda case: case.id)
@@ -262,7 +262,7 @@ def train_clipping(case: Case, way: str, gradient_sync: str | None) -> Trained:
     return Trained({name: whole(p) for name, p in model.named_parameters()}, {}, norms, 0)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("gradient_sync", ["backward", "step"])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_clip_equals_torchs(way: str, gradient_sync: str) -> None:
@@ -316,7 +316,7 @@ def train_quadratics(names: list[str], training: Training, shape: tuple[int, int
     return train(training, [optimizer], backward, [model])
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("training", [Training(by_hand={}, steps=3), *TRAININGS[:3]], ids=lambda training: training.id)
 def test_gradients_arrive_in_any_placement(training: Training) -> None:
     names = [f"{mine},{gradients}" for mine in list(TENSOR_PLACEMENTS)[:3] for gradients in TENSOR_PLACEMENTS]
@@ -350,7 +350,7 @@ def train_in_format(precision: Precision, dtype: torch.dtype, is_split: bool) ->
     return found
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("dtype", "precision", "tolerance"),
     [
@@ -428,6 +428,7 @@ def build_and_train(case: Case, path: Path) -> None:
     assert not differences(trained, {name: whole(value) for name, value in model.state_dict().items()})
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("case", [TRANSFORMER, CASES[4], GRID], ids=lambda case: case.id)
 def test_parameters_hooks_and_state_dicts_stay_what_they_were(case: Case, tmp_path: Path) -> None:
     on_ranks(4, build_and_train, case, tmp_path)
@@ -458,7 +459,7 @@ def gradients_and_state(case: Case, gradient_sync: str) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
 @pytest.mark.parametrize("case", [CASES[4], GRID], ids=lambda case: case.id)
 def test_full_gradients_and_states_are_placed_as_parameters(case: Case, gradient_sync: str) -> None:
