@@ -400,9 +400,10 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     def check_in_sync(self, model: torch.nn.Module | None = None) -> None:
         """Check by checksums that all ranks hold equal bits. Collective.
 
-        Compares trainable and frozen parameters, step counters, ``skipped_steps`` and hyperparameters; with hybrid
-        sharding, also the state over each replica group. Without it, each shard of the state exists once and is not
-        compared. Reads everything once, sends a few bytes per rank, and changes nothing.
+        Compares trainable and frozen parameters, also between model-parallel ranks that hold copies, step counters,
+        ``skipped_steps`` and hyperparameters; with hybrid sharding, also the state over each replica group. Without
+        it, each shard of the state exists once and is not compared. Reads everything once, sends a few bytes per rank,
+        and changes nothing.
 
         Args:
             model: also compare its parameters that this optimizer does not have.
@@ -414,16 +415,18 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         engine = self._engine
         engine.step_sync.read_all()
         claims = self._parameters.claims(self.param_groups, named_parameters(self.param_groups))
-        agreement.require(claims, engine.transport.control, remedy=f"{ALIKE} Nothing has been written.")
-        self._add_unfrozen_params()
-        engine.gatherer.synchronize()
-        for transport in engine.parameters.transports:
-            tensors = replicas.replicated_tensors(
-                *engine.parameters.of_transport(transport), engine.skipped_steps, transport
-            )
-            if model is not None and transport is engine.transport:
-                tensors += replicas.outside_tensors(engine.outside(model))
-            replicas.check(tensors, transport.rank, transport.control)
+        with replicas.told_to_all(engine.job):
+            agreement.require(claims, engine.transport.control, remedy=f"{ALIKE} Nothing has been written.")
+            self._add_unfrozen_params()
+            engine.gatherer.synchronize()
+            for transport in engine.parameters.transports:
+                tensors = replicas.replicated_tensors(
+                    *engine.parameters.of_transport(transport), engine.skipped_steps, transport
+                )
+                if model is not None and transport is engine.transport:
+                    tensors += replicas.outside_tensors(engine.outside(model))
+                replicas.check(tensors, transport.rank, transport.control)
+        replicas.check_copies(engine.parameters.params, engine.parameters.parts, engine.job)
 
     @collective
     def full_grad(self, parameter: Tensor) -> Tensor | None:

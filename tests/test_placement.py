@@ -365,3 +365,63 @@ def error_of_clipping_together_in_join() -> str:
 def test_clipping_several_optimizers_within_join_raises() -> None:
     """Ranks without batches did not scale their shards."""
     assert all("Join context" in text for text in on_four(error_of_clipping_together_in_join))
+
+
+def drift(where: str) -> str:
+    mesh = two_by_two()
+    norm = nn.Parameter(torch.ones(256))
+    matrix = nn.Parameter(distribute_tensor(torch.ones(256, 4), mesh["mp"], [Shard(0)]))
+    optimizer = ShardedAdamW([("norm", norm), ("matrix", matrix)], process_group=mesh["dp"])
+    optimizer.check_in_sync()
+    rank = dist.get_rank()
+    with torch.no_grad():
+        if where == "one part" and mesh["mp"].get_local_rank() == 1:
+            norm.add_(1)
+        if where == "one rank" and rank == 3:
+            matrix.to_local().add_(1)
+    try:
+        optimizer.check_in_sync()
+    except RuntimeError as error:
+        return str(error)
+    return "in sync"
+
+
+def test_copies_that_drift_between_parts_of_the_model_are_named() -> None:
+    for message in on_four(drift, "one part"):
+        assert "different copies of parameter 'norm'" in message
+
+
+def test_all_ranks_of_the_job_hear_of_one_that_drifts() -> None:
+    messages = on_four(drift, "one rank")
+    assert all("different values of parameter 'matrix'" in message for message in messages)
+    assert sum("Other parts of the model" in message for message in messages) == 2
+
+
+def clip_then_run_again(sync: str) -> tuple[list[float], list[int]]:
+    """The other stage is frozen, and does not know that gradients have changed since they were clipped."""
+    mesh = two_by_two()
+    stage = mesh["mp"].get_local_rank()
+    parameter = nn.Parameter(torch.ones(300), requires_grad=stage == 0)
+    optimizer = ShardedAdamW(
+        [(f"{stage}.p", parameter)],
+        process_group=mesh["dp"],
+        model_parallel_group=mesh["mp"],
+        gradient_sync=sync,  # type: ignore[arg-type]
+    )
+    norms = []
+    for _ in range(3):
+        if stage == 0:
+            parameter.pow(2).sum().backward()
+        norms.append(float(optimizer.clip_grad_norm_(1.0)))
+        if stage == 0:
+            parameter.pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, [int(optimizer.skipped_steps)]
+
+
+@pytest.mark.parametrize("sync", ["backward", "step"])
+def test_a_stage_without_gradients_follows_one_whose_gradients_change_after_clipping(sync: str) -> None:
+    first, *others = on_four(clip_then_run_again, sync)
+    assert all(other == first for other in others) and first[1] == [0]
+    assert first[0][0] > 30

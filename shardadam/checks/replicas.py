@@ -12,7 +12,8 @@ Note: the checksum
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,7 +26,7 @@ from shardadam.engine.strides import is_dense
 from shardadam.ranks.agreement import exchange, name_ranks
 from shardadam.state.local import local_state
 from shardadam.state.masters import refresh_
-from shardadam.transport import Transport, placement
+from shardadam.transport import Job, Transport, placement
 
 _CHUNK_WORDS = 1 << 17
 _MASK = (1 << 64) - 1
@@ -107,6 +108,53 @@ def check(tensors: Sequence[ReplicatedTensor], shard_rank: int, group: dist.Proc
     by_shard_rank = {answer[1]: answer[2] for answer in answers}
     if any((one, shards) != (common, by_shard_rank[its_rank]) for one, its_rank, shards in answers):
         _raise_difference(tensors, checksums, shard_rank, group)
+
+
+@contextmanager
+def told_to_all(job: Job) -> Iterator[None]:
+    """Context manager: if the block raises on some ranks of the job, raise on all of them. Collective over the job.
+
+    Raises:
+        RuntimeError: on ranks on which the block did not raise.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if job.is_parallel and job.control is not None:
+            exchange(str(error), job.control)
+        raise
+    if job.is_parallel and job.control is not None:
+        errors = [one for one in exchange(None, job.control) if one is not None]
+        if errors:
+            raise RuntimeError(f"Other parts of the model are not in sync: {errors[0]}")
+
+
+@torch.no_grad()
+def check_copies(params: Sequence[ShardedParam], parts: frozenset[int], job: Job) -> None:
+    """Check that parameters are equal on the model-parallel ranks that hold the same elements. Collective over the job.
+
+    Args:
+        params: those of this rank.
+        parts: the ranks that hold different parts of DTensors, with this one.
+
+    Raises:
+        RuntimeError: on every rank; names the parameter and the ranks that do not hold the most common value.
+    """
+    if not job.is_parallel or job.control is None:
+        return
+    mine: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for param in params:
+        if param.arena.norm_weight * param.arena.transport.replicas < 1:
+            cut = [str(one) for one in placement.runs_of(param.parameter)] if param.local is not param.parameter else []
+            mine[param.name, ",".join(cut), tuple(sorted(parts))] = checksum(param.local.detach())
+    ranks = dist.get_process_group_ranks(job.control)
+    holders: dict[tuple[str, str, tuple[int, ...]], dict[int, int]] = {}
+    for rank, found in zip(ranks, exchange(mine, job.control), strict=True):
+        for key, one in found.items():
+            holders.setdefault(key, {})[rank] = one
+    for (name, _, _), by_rank in sorted(holders.items()):
+        if len(set(by_rank.values())) > 1:
+            raise RuntimeError(f"Ranks hold different copies of parameter {name!r}: {_compare(by_rank)} {_REMEDY}")
 
 
 def _raise_difference(

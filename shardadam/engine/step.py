@@ -425,7 +425,7 @@ class StepEngine:
 
     def forget_gradients(self) -> None:
         self.reducer.reset()
-        self.step_sync.forget()
+        self.step_sync.start_anew()
         self._coefficient = self._inverse_scale = None
         self._factor = 1.0
 

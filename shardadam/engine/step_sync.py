@@ -279,6 +279,7 @@ class StepSync:
         self._warnings = warnings
         self._poison = poison
         self._last: GlobalGradStats | None = None
+        self._skips: Tensor | None = None  # not 0: another optimizer's gradients were not finite
         self._unread: list[_Unread] = []
         self._host_copy: HostCopy | None = None  # of the last sync, until the warnings have seen it
         self._used_here: list[bool] | None = None  # in the step that followed it
@@ -293,7 +294,8 @@ class StepSync:
     ) -> GlobalGradStats:
         """Return the statistics of the closed rounds of all ranks. Collective over the job.
 
-        Skips the all-reduce if there was no round since the last one, and its result has the norm if it is needed.
+        Skips the all-reduce if there was no round since the last one, and its result has the norm if it is needed;
+        never with model parallelism, as this rank does not know whether there was a round on other parts.
 
         Args:
             claims: returns what must be equal on all ranks.
@@ -305,7 +307,9 @@ class StepSync:
         """
         rounds = self._reducer.rounds
         if self._last is not None and rounds == self.rounds and (self._last.norm is not None or not with_norm):
-            return self._last
+            if not self._job.is_parallel:
+                return self._last
+            with_norm = self._last.norm is not None
         is_captured = is_capturing(device)
         if not is_captured:
             self._read(self.steps if len(self._unread) < _MOST_UNREAD else self.steps + 1)
@@ -332,6 +336,8 @@ class StepSync:
                 self._compare(self._host_copy, mine, "Nothing has been written.")
         if local_error is not None and not (mine is not None and host_runs_ahead(device)):
             raise RuntimeError(local_error)
+        if self._skips is not None:
+            stats.skip_if(self._skips)
         self._last, self.rounds = stats, rounds
         return stats
 
@@ -343,13 +349,18 @@ class StepSync:
             self._warn()
 
     def skip_if(self, found_inf: Tensor) -> None:
-        """Make the next step skip if ``found_inf`` is not 0, unless gradients change before."""
+        """Make the next step skip if ``found_inf`` is not 0."""
+        self._skips = found_inf
         if self._last is not None:
             self._last.skip_if(found_inf)
 
     def forget(self) -> None:
-        """Make the next ``sync`` all-reduce: the gradients have been used or discarded."""
+        """Make the next ``sync`` all-reduce: the gradients have changed."""
         self._last = None
+
+    def start_anew(self) -> None:
+        """Forget all about the gradients, which have been used or discarded."""
+        self._last = self._skips = None
 
     def read_all(self) -> None:
         """Read every block that the host has not read. Collective.
