@@ -40,7 +40,7 @@ class CheckpointSeam:
         if param.arena.transport.replica > 0 or not placement.is_first_copy(param.parameter):
             return False
         # What lies on no mesh, or on one of some ranks that hold parts of the model, is equal on the other ones.
-        parts, barrier = self._engine.parameters._parts, self._engine.job.store_barrier
+        parts, barrier = self._engine.parameters.parts, self._engine.job.store_barrier
         return not parts or min(parts) in (placement.mesh_ranks(param.parameter) or {barrier.ranks[barrier.rank]})
 
     @property
