@@ -307,7 +307,7 @@ class ShardedParameters:
         """Return what must be equal on all ranks of the optimizer; not the names of experts, which differ."""
         different = {one.param_id for one in named if self.has_own_group(one)}
         elsewhere = {one.param_id for one in named if self._is_elsewhere(one)}
-        result = arguments.claims(groups, named, first_group=first_group, unnamed=different, elsewhere=elsewhere)
+        result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
         for index in range(first_group, first_group + len(groups)):
             one = self._requested.get(index)
             is_own = one is not None and one.ranks is not None
@@ -315,6 +315,7 @@ class ShardedParameters:
             if not is_own:  # else the ranks of each group agree on it
                 divisor = None if one is None else one.divisor
                 result.append(Claim(f"param group {index}", "gradient_divisor", repr(divisor)))
+        result += arguments.claims(groups, named, first_group=first_group, unnamed=different, elsewhere=elsewhere)
         return result
 
     def check(self, named: Sequence[NamedParameter]) -> None:
