@@ -39,7 +39,7 @@ from shardadam.integrations.accelerate import ShardedAccelerator  # noqa: E402
 from shardadam.integrations.transformers import ShardedTrainer  # noqa: E402
 from tests.accelerate_run import as_launched  # noqa: E402
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.scripts, pytest.mark.timeout(300)]
 STEPS, BATCH, LENGTH, VOCABULARY = 200, 4, 8, 31  # the vocabulary does not divide by 2
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "eps": 1e-6, "weight_decay": 0.1}
 MAX_NORM = 1.0
