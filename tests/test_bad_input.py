@@ -294,11 +294,11 @@ def test_refuses_sparse_parameters() -> None:
         ShardedAdamW([("odd", nn.Parameter(torch.eye(3).to_sparse()))])
 
 
-def test_refuses_dtensors() -> None:
+def test_refuses_dtensors_over_the_data_parallel_ranks() -> None:
     for kind, message in on_ranks(2, build_over_dtensor):
-        assert kind == "TypeError"
-        assert message.startswith("Parameter 'sharded' is a DTensor, expected an ordinary tensor")
-        assert "Use torch.optim.AdamW for it" in message
+        assert kind == "ValueError"
+        assert message.startswith("Parameter 'sharded' is a DTensor on ranks [0, 1], and process_group has ranks")
+        assert 'gradient_sync="external"' in message
 
 
 def build_over_dtensor() -> tuple[str, str]:

@@ -207,10 +207,15 @@ def build_with_frozen(kind: str) -> tuple[tuple[str, str], list[Any]]:
     return result, [] if result[1] else frozen.detach().flatten().tolist()
 
 
-@pytest.mark.parametrize(("kind", "found"), [("DTensor", "type DTensor"), ("quantized", "dtype torch.quint8")])
-def test_refuses_frozen_parameters_that_cannot_be_broadcast(kind: str, found: str) -> None:
-    for (error, message), _ in on_ranks(2, build_with_frozen, kind):
-        assert error == "TypeError" and message.startswith(f"Parameter 'odd' is frozen and has {found}, expected")
+def test_refuses_frozen_parameters_that_cannot_be_broadcast() -> None:
+    for (error, message), _ in on_ranks(2, build_with_frozen, "quantized"):
+        expected = "Parameter 'odd' is frozen and has dtype torch.quint8, expected"
+        assert error == "TypeError" and message.startswith(expected)
+
+
+def test_refuses_frozen_parameters_of_which_data_parallel_ranks_hold_different_parts() -> None:
+    for (error, message), _ in on_ranks(2, build_with_frozen, "DTensor"):
+        assert error == "ValueError" and message.startswith("Parameter 'odd' is a DTensor on ranks [0, 1]")
 
 
 @pytest.mark.parametrize("kind", ["inference", "conjugate", "negative"])

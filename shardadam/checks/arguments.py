@@ -208,8 +208,11 @@ def check_parameters(
                 "FakeTensorMode; shardadam plan computes memory without values."
             )
         check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
+        ranks = own_ranks.get(named.group_index, ranks_of_transport(transport))
         if not parameter.requires_grad:
             _check_frozen(parameter, name, is_alone=transport.control is None)
+            if placement.mesh_of(parameter) is not None:
+                _check_placement(parameter, name, ranks, is_external=options.gradient_sync == "external")
             continue
         if parameter.is_inference():
             raise ValueError(
@@ -217,7 +220,6 @@ def check_parameters(
                 "train it. Build or load the model outside of it (torch.no_grad does not have this effect), or give "
                 "the module a copy: nn.Parameter(p.detach().clone())."
             )
-        ranks = own_ranks.get(named.group_index, ranks_of_transport(transport))
         _check_placement(parameter, name, ranks, is_external=options.gradient_sync == "external")
         if parameter.layout != torch.strided:
             raise TypeError(
