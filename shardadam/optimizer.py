@@ -175,7 +175,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     def grad_norm(self) -> Tensor | None:
         """2-norm of the averaged gradients before clipping at the last ``step``; None if that step did not clip.
 
-        0-dim on the device, float32 (float64 if any parameter is).
+        0-dim on the device, float32 (float64 if any parameter of this rank is).
         """
         return self._engine.grad_norm
 
@@ -260,7 +260,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             parameters: those to clip, by their own norm; the same on all ranks. None: all parameters.
 
         Returns:
-            The norm before clipping, 0-dim on the device, float32 (float64 if any parameter is).
+            The norm before clipping, 0-dim on the device, float32 (float64 if any parameter of this rank is).
 
         Raises:
             ValueError: ``norm_type`` is not positive, or one of ``parameters`` is not this optimizer's.
