@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardadam
-from shardadam import ShardedAdamW
+from shardadam import ShardedAdamW, transport
 from tests.ranks import on_ranks, rank_and_size
 
 
@@ -224,3 +225,13 @@ def skip_together() -> list[int]:
 
 def test_several_optimizers_skip_together() -> None:
     assert on_ranks(2, skip_together) == [[2, 2], [2, 2]]
+
+
+def test_groups_of_a_job_that_is_no_grid_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    between_parts = mock.Mock()
+    monkeypatch.setattr(transport, "comm_groups_over", lambda _: None)
+    monkeypatch.setattr(transport, "_connect_collective", lambda _: between_parts)
+    monkeypatch.setattr(transport, "ranks_of_job", mock.Mock(side_effect=ValueError("no grid")))
+    with pytest.raises(ValueError, match="no grid"):
+        transport.connect_job(mock.Mock(), [0, 1])
+    between_parts.close.assert_called_once_with(clean=True)

@@ -96,7 +96,11 @@ def connect_job(transport: Transport, model_parallel_ranks: Sequence[int]) -> Jo
     if len(model_parallel_ranks) <= 1:
         return Job(transport.control, transport.store_barrier)
     model_parallel = _connect_collective(comm_groups_over(model_parallel_ranks))
-    return Job(*control_over(ranks_of_job(transport, model_parallel)), model_parallel)
+    try:
+        return Job(*control_over(ranks_of_job(transport, model_parallel)), model_parallel)
+    except Exception:
+        model_parallel.close(clean=True)
+        raise
 
 
 def _connect_collective(groups: CommGroups, *, exact_sums: bool = False) -> Transport:
