@@ -452,6 +452,7 @@ def claims(
     may_wait: bool = True,
     unnamed: Set[int] = frozenset(),
     elsewhere: Set[int] = frozenset(),
+    of_groups: Sequence[Claim] = (),
 ) -> list[Claim]:
     """Return what must be equal on all ranks: hyperparameters, and the names, shapes and formats of parameters.
 
@@ -463,8 +464,10 @@ def claims(
             only its device type is compared.
         unnamed: the ``param_id`` of parameters (experts) that may have other names on other ranks.
         elsewhere: of those of which each rank holds another part (``fully_shard``).
+        of_groups: claims about the groups that come before those about their parameters.
     """
-    result = []
+    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
+    result += of_groups
     for position, named in enumerate(parameters):
         parameter = named.parameter
         local = named.local
@@ -485,8 +488,6 @@ def claims(
             result.append(Claim(subject, "strides", str(tuple(local.stride()))))
         result.append(Claim(subject, "device type", parameter.device.type))
         result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
-    if groups:
-        result.append(Claim("the number of param groups", "", str(len(groups))))
     for index, group in enumerate(groups, first_group):
         for field in AGREED_HYPERPARAMETERS:
             value = group[field]

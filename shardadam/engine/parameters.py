@@ -307,16 +307,22 @@ class ShardedParameters:
         """Return what must be equal on all ranks of the optimizer; not the names of experts, which differ."""
         different = {one.param_id for one in named if self.has_own_group(one)}
         elsewhere = {one.param_id for one in named if self._is_elsewhere(one)}
-        result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
+        of_groups = []
         for index in range(first_group, first_group + len(groups)):
             one = self._requested.get(index)
             is_own = one is not None and one.ranks is not None
-            result.append(Claim(f"param group {index}", "process_group", "one of its own" if is_own else "none"))
+            of_groups.append(Claim(f"param group {index}", "process_group", "one of its own" if is_own else "none"))
             if not is_own:  # else the ranks of each group agree on it
                 divisor = None if one is None else one.divisor
-                result.append(Claim(f"param group {index}", "gradient_divisor", repr(divisor)))
-        result += arguments.claims(groups, named, first_group=first_group, unnamed=different, elsewhere=elsewhere)
-        return result
+                of_groups.append(Claim(f"param group {index}", "gradient_divisor", repr(divisor)))
+        return arguments.claims(
+            groups,
+            named,
+            first_group=first_group,
+            unnamed=different,
+            elsewhere=elsewhere,
+            of_groups=of_groups,
+        )
 
     def check(self, named: Sequence[NamedParameter]) -> None:
         """Raise ValueError or TypeError if ``named`` cannot be added. Local."""
