@@ -100,7 +100,6 @@ def update(optimizer: ShardedAdamW) -> None:
         )
         for buckets in adjoining(arena.buckets):
             arena.update.step_(merged(buckets), buckets[0].plan)
-        arena.update.end()
 
 
 def bytes_moved(optimizer: ShardedAdamW) -> int:

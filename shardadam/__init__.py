@@ -5,8 +5,9 @@ ranks.
 
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, load, save
+from shardadam.clipping import clip_grad_norm_
 from shardadam.grad_scaler import GradScaler
-from shardadam.optimizer import ShardedAdam, clip_grad_norm_
+from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Precision
 from shardadam.ranks.desync import RankDesyncError
 from shardadam.state.memory import Memory

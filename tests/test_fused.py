@@ -64,6 +64,7 @@ class Arena:
         *,
         coefficient: float | None = None,
         inf: bool = False,
+        shard_inf: bool | None = None,
         unused: int | None = UNUSED,
     ) -> None:
         used = [index != unused for index in range(len(NUMELS))]
@@ -76,7 +77,7 @@ class Arena:
                 hyperparameters=hyperparameters,
             )
         )
-        self.update.step_(self.shard, self.bucket)
+        self.update.step_(self.shard, self.bucket, None, None if shard_inf is None else torch.tensor(float(shard_inf)))
 
 
 def hyperparameters(**changed: Any) -> dict[str, Any]:
@@ -218,6 +219,21 @@ def test_nothing_is_written_where_a_gradient_is_not_finite(format: Format, coeff
         assert torch.equal(flat, before.stored()[name])
     assert torch.equal(arena.counters.steps, before.counters.steps)
     assert torch.equal(arena.counters.bounds, before.counters.bounds)
+
+
+@EVERY_FORMAT
+def test_a_shard_that_is_left_out_stays_as_it_is_and_its_steps_count(format: Format) -> None:
+    arena, before = build(format), build(format)
+    arena.shard.gradient[5] = math.inf
+    arena.step(hyperparameters(), shard_inf=True)
+    for name, flat in arena.stored().items():
+        assert torch.equal(flat, before.stored()[name])
+    assert torch.equal(
+        arena.counters.steps, before.counters.steps + torch.tensor([i != UNUSED for i in range(len(NUMELS))])
+    )
+    taken = build(format)
+    taken.step(hyperparameters(), shard_inf=False)
+    assert not torch.equal(taken.shard.parameter, before.shard.parameter)
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])

@@ -140,7 +140,6 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
         for buckets in adjoining(reversed(arena.buckets)):
             arena.update.step_(merged(buckets), buckets[0].plan)
             launches += 1
-        arena.update.end()
     return [arena.parameters, *arena.state.values()], launches
 
 

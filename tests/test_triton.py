@@ -66,6 +66,7 @@ def test_interpreted_kernel_equals_reference(interpreter: ProcessPoolExecutor, v
 @each_variant
 def test_nothing_is_written_if_the_step_is_skipped(interpreter: ProcessPoolExecutor, variant: Variant) -> None:
     assert interpreter.submit(differences_after_no_step, variant).result(timeout=100) == []
+    assert interpreter.submit(differences_after_no_step, variant, of_shard=True).result(timeout=100) == []
 
 
 def test_positions_are_counted_in_uint32(interpreter: ProcessPoolExecutor) -> None:
@@ -314,9 +315,7 @@ def count_reference(counters: Counters, step: Step) -> None:
             counters.bounds[index] = bound
 
 
-def begin(
-    update: Any, counters: Counters, step: Step, found_inf: float = 0.0, gradients: Scattered | None = None
-) -> None:
+def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -> None:
     device = counters.steps.device
     used = torch.ones(len(counters.steps), dtype=torch.bool)
     used[list(step.unused)] = False
@@ -327,7 +326,6 @@ def begin(
             host_used=None,
             coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device=device),
             hyperparameters=step.hyperparameters,
-            gradients=gradients,
         )
     )
 
@@ -363,14 +361,17 @@ def differences_from_reference(variant: Variant, positions_before: int = 0, devi
     return found
 
 
-def differences_after_no_step(variant: Variant) -> list[str]:
+def differences_after_no_step(variant: Variant, *, of_shard: bool = False) -> list[str]:
+    """Skip the step, or only the update of the shard: then the counters advance."""
     random = torch.Generator().manual_seed(7)
     shard, counters = build_shard(variant, random), build_counters()
     shard.gradient.fill_(math.nan)
     before, counters_before = clone(shard), clone_counters(counters)
     update = small_programs().TritonUpdate(counters, seed=SEED)
-    begin(update, counters, STEPS[0], found_inf=1.0)
-    update.step_(shard, ONLY_BUCKET)
+    begin(update, counters, STEPS[0], found_inf=0.0 if of_shard else 1.0)
+    update.step_(shard, ONLY_BUCKET, None, torch.tensor(1.0) if of_shard else None)
+    if of_shard:
+        count_reference(counters_before, STEPS[0])
     return differences(shard, before, counters, counters_before)
 
 
@@ -538,14 +539,14 @@ def differences_between_forms(variant: Variant, dtype: str, device: str = "cpu")
     def take(gradients: Scattered, dtype: torch.dtype, *, scattered: bool, merged: bool) -> dict[str, Tensor]:
         arena = build_arena_shard(variant, device)
         update = update_of(arena.counters, seed=SEED)
-        begin(update, arena.counters, step, gradients=gradients if scattered else None)
+        begin(update, arena.counters, step)
         flats = [torch.full((plan.shard_numel,), math.nan, dtype=dtype, device=device) for plan in arena.plans]
         if not scattered:
             for flat, plan in zip(flats, arena.plans, strict=True):
                 gradients.write_(flat, plan.shard_segments(1), 0, plan.shard_numel)
         shards, flats = ([arena.shard], [torch.cat(flats)]) if merged else (arena.buckets, flats)
         for shard, flat in zip(shards, flats, strict=True):
-            update.step_(replace(shard, gradient=flat), ONLY_BUCKET)
+            update.step_(replace(shard, gradient=flat), ONLY_BUCKET, gradients if scattered else None)
         return arena.flats()
 
     aligned, moved = (
@@ -655,6 +656,14 @@ def test_compiled_kernel_of_scattered_gradients_spills_no_register(
 
 
 @pytest.mark.parametrize("name", ["float32-own-fp32", "bfloat16-split-int8"])
+def test_compiled_kernel_that_may_skip_its_shard_spills_no_register(compiler: ProcessPoolExecutor, name: str) -> None:
+    variant = next(variant for variant in VARIANTS if str(variant) == name)
+    compiled = compiler.submit(compile_update, variant, 90, "in backward").result(timeout=100)
+    assert not compiled.spills
+    assert compiled.registers <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("name", ["float32-own-fp32", "bfloat16-split-int8"])
 def test_scattered_gradients_are_loaded_16_bytes_at_a_time(compiler: ProcessPoolExecutor, name: str) -> None:
     variant = next(variant for variant in VARIANTS if str(variant) == name)
     flat, scattered, unaligned = (
@@ -678,13 +687,14 @@ def compile_update(variant: Variant, architecture: int, form: str = "one bucket"
 
     shard, numels = build_shard(variant, torch.Generator()), build_counters().numels
     addresses = None
-    if form != "one bucket":
+    found_inf = torch.zeros(()) if form == "in backward" else None
+    if form not in ("one bucket", "in backward"):
         gradient = shard.gradient.to(shard.parameter.dtype)
         shard = replace(shard, gradient=gradient, positions=torch.zeros(len(shard.blocks), dtype=torch.int32))
     if form in ("scattered", "unaligned"):
         addresses = Addresses(torch.zeros_like(numels), shard.gradient.dtype, is_aligned=form == "scattered")
     constants = {**triton.variant(shard, addresses), "ROWS": triton.ROWS, "EXACT": triton.EXACT}
-    arguments = (*triton.arguments(shard, addresses, numels), 1000, torch.zeros(1))
+    arguments = (*triton.arguments(shard, addresses, numels), 1000, torch.zeros(1), found_inf)
     options = {"num_warps": triton.WARPS, "enable_fp_fusion": not triton.EXACT}
     return compile_kernel(triton.update, arguments, {**constants, **options}, architecture)
 

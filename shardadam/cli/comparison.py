@@ -31,7 +31,18 @@ from shardadam.planner import (
 from shardadam.precision import Master, Moments, Precision
 from shardadam.state.memory import Memory
 
-KINDS = ("parameters", "gradients", "gradient_shard", "staging", "moments", "master", "scalars", "tables")
+KINDS = (
+    "parameters",
+    "gradients",
+    "gradient_shard",
+    "staging",
+    "moments",
+    "master",
+    "average",
+    "offload_buffers",
+    "scalars",
+    "tables",
+)
 MOST_RANKS = 1024
 LOW = (torch.bfloat16, torch.float16)
 

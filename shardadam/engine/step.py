@@ -7,10 +7,9 @@ as arguments, and knows nothing else about torch.optim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
-from shardadam.engine.profiling import record
 from shardadam.engine.reduction import reducer_for
 from shardadam.engine.reduction.base import without_experts_of_others
 from shardadam.engine.step_sync import Claims, GlobalGradStats, Poison, StepSync
@@ -33,18 +31,16 @@ from shardadam.engine.storage import (
     ShardedParam,
     adjoining,
     gradient_shard,
-    merged,
     rebind_moved,
 )
+from shardadam.engine.updating import ParamGroups, Updater
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
 from shardadam.sums.stats import clip_coefficient
 from shardadam.transport import Job
 from shardadam.transport.streams import is_capturing
-from shardadam.update import StepInputs, formats
-
-ParamGroups = Sequence[Mapping[str, Any]]
+from shardadam.update import formats
 
 
 class StepEngine:
@@ -69,6 +65,7 @@ class StepEngine:
         with_squares = options.max_grad_norm is not None
         self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares)
         self.gatherer = ParameterGatherer()
+        self.updater = Updater(parameters)
         self.warnings = MisuseWarnings(self.parameters.params)
         self.poison = Poison()
         self.step_sync = StepSync(transport, job, self.reducer, self.warnings, self.poison)
@@ -173,17 +170,20 @@ class StepEngine:
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
         masters.settle_(self.parameters.params)
-        used = self._begin_update(stats, param_groups)
+        self.skipped_steps += stats.found_inf.to(self.skipped_steps)
+        used = self.updater.begin(
+            param_groups,
+            found_inf=stats.found_inf,
+            used=stats.used,
+            all_used=stats.all_used,
+            coefficient_of=self._coefficient_for,
+        )
         parameters = self.parameters
         in_order = [parameters.buckets[index] for index in reversed(self.reducer.order)]
         for buckets in adjoining(in_order):
-            first = buckets[0]
-            with record("update"):
-                first.arena.update.step_(merged(buckets), first.plan, self.reducer.sources(first))
+            self.updater.update(buckets, self.reducer.gradients(buckets[0]))
             for bucket in buckets:
                 self.gatherer.dispatch(bucket)
-        for arena in parameters.arenas:
-            arena.update.end()
         # A captured step is complete: replays do not run the hooks of the next forward.
         if self._overlaps and not is_capturing(self.skipped_steps.device):
             self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
@@ -197,31 +197,6 @@ class StepEngine:
         self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
         if self.grad_norm is not None and self._inverse_scale is not None:
             self.grad_norm = self.grad_norm * self._inverse_scale
-
-    def _begin_update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> list[bool] | None:
-        """Pass the inputs of this step to the update of every arena.
-
-        Returns:
-            Which parameters take part, by param index, if the host knows; None for all, or if only the device knows.
-        """
-        self.skipped_steps += stats.found_inf.to(self.skipped_steps)
-        arenas = self.parameters.arenas
-        # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
-        must_read = not stats.all_used and any(arena.update.needs_host_used for arena in arenas)
-        used = stats.used.tolist() if must_read else None
-        for arena in arenas:
-            device = arena.parameters.device
-            arena.update.begin(
-                StepInputs(
-                    found_inf=stats.found_inf.to(device),
-                    used=stats.used[arena.indices].to(device),
-                    host_used=None if used is None else used[arena.indices],
-                    coefficient=self._coefficient_for(arena),
-                    hyperparameters=param_groups[arena.group_index],
-                    gradients=self.reducer.scattered(arena),
-                )
-            )
-        return used
 
     def _coefficient_for(self, arena: FlatArena) -> Tensor | None:
         """Return what the update of the arena multiplies gradients by; None for 1."""

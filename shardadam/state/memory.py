@@ -29,9 +29,14 @@ class Memory:
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
         master: this rank's shard of the exact values behind low-precision parameters, or of their remainders. Until the
             next step, also a float32 copy of masters whose parameters were written from outside, or not loaded yet.
+        average: this rank's shard of the averages of the weights (``ema_decay``).
+        offload_buffers: through which offloaded state passes on its way to the update: that of two buckets.
         scalars: each parameter's step counter and bound on its update.
         tables: which parameter each block of 128 elements belongs to, each parameter's inputs for the kernels, and the
             sums of squares that they write.
+        on_host: moments, masters and averages in pinned memory of the host (``HostOffload``), which do not count
+            elsewhere.
+        on_disk: the same in files (``DiskOffload``).
     """
 
     parameters: int
@@ -40,17 +45,23 @@ class Memory:
     staging: int
     moments: int
     master: int
+    average: int
+    offload_buffers: int
     scalars: int
     tables: int
+    on_host: int
+    on_disk: int
 
     @property
     def state(self) -> int:
-        """What torch.optim.AdamW keeps as state: moments, master and scalars."""
-        return self.moments + self.master + self.scalars
+        """What torch.optim.AdamW keeps as state, and the averages, as far as it is in memory of the device."""
+        return self.moments + self.master + self.average + self.scalars
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.gradient_shard + self.staging + self.state + self.tables
+        """All of it that is in memory of the device: without ``on_host`` and ``on_disk``."""
+        reduced = self.gradients + self.gradient_shard + self.staging
+        return self.parameters + reduced + self.offload_buffers + self.state + self.tables
 
 
 def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
@@ -62,6 +73,8 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
         staging=reducer.staging_bytes(),
         moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
         master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),
+        average=0,
+        offload_buffers=0,
         scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
         tables=sum(
             arena.blocks.nbytes
@@ -70,6 +83,8 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
             + arena.update.nbytes
             for arena in arenas
         ),
+        on_host=0,
+        on_disk=0,
     )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from shardadam.layout import Bucket
 from shardadam.sums import KERNEL_DEVICES, has_kernel
+from shardadam.sums.scattered import Scattered
 from shardadam.update.fused import FusedUpdate
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
@@ -33,17 +35,22 @@ class Update(Protocol):
     def begin(self, inputs: StepInputs) -> None:
         """Start a step: advance the counters of the parameters that take part. Call it before any ``step_``."""
 
-    def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+    def step_(
+        self,
+        shard: Shard,
+        bucket: Bucket,
+        gradients: Sources | Scattered | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Update one bucket's shard in place.
 
         Args:
-            shard: its gradient may be overwritten. Not read if ``StepInputs`` had scattered gradients.
+            shard: its gradient may be overwritten.
             bucket: the bucket that the shard is a slice of; of several, the first.
-            sources: replace ``shard.gradient``: the update sums them as it goes.
+            gradients: replace ``shard.gradient``: what the update sums as it goes, or gradients of all parameters of
+                the arena where they are, with addresses for the kernel.
+            found_inf: 0-dim float32: 1 if this shard alone must stay as it is, else 0; None for 0. Counters advance.
         """
-
-    def end(self) -> None:
-        """Drop the inputs of the step. Call it after every ``step_``."""
 
     def reload(self) -> None:
         """Use counters that were written from outside, such as by a load."""

@@ -53,7 +53,6 @@ class FusedUpdate:
         self._segments: dict[int, list[Segment]] = {}  # of the shards, by bucket offset
         self._runs = RunTable(rank, len(counters.steps))
         self._on_cpu = counters.steps.device.type == "cpu"
-        self._gradients: Scattered | None = None
         self._limits: Tensor | None = None
         self._keys: Tensor | None = None
         self._version = counters.steps._version
@@ -65,11 +64,10 @@ class FusedUpdate:
         if inputs.host_used is not None and not all(inputs.host_used):
             self._runs.advance(inputs.host_used)
         self._host_used = inputs.host_used
-        self._found_inf = None if self._on_cpu else inputs.found_inf
+        self._skips_all = None if self._on_cpu else inputs.found_inf
         self._skip = self._on_cpu and bool(inputs.found_inf)
         self._coefficient = inputs.coefficient
         self._hyperparameters = inputs.hyperparameters
-        self._gradients = inputs.gradients
         # The moments that this step decodes obey the bounds of the step before: read them before they advance.
         self._limits = counters.bounds.sqrt().float()
         self._keys = None
@@ -79,9 +77,6 @@ class FusedUpdate:
         after = _bounds_after(counters.bounds, inputs.hyperparameters["betas"])
         counters.bounds.copy_(torch.where(taken, after, counters.bounds))
 
-    def end(self) -> None:
-        self._gradients = None
-
     @property
     def nbytes(self) -> int:
         return sum(flat.nbytes for flat in (self._limits, self._keys) if flat is not None)
@@ -89,12 +84,21 @@ class FusedUpdate:
     def reload(self) -> None:
         self._runs.load(zip(self._counters.steps.tolist(), self._counters.bounds.tolist(), strict=True))
 
-    def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+    def step_(
+        self,
+        shard: Shard,
+        bucket: Bucket,
+        gradients: Sources | Scattered | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         runs = self._runs.runs(bucket, self._host_used)
-        if not runs or self._skip:
+        if not runs or self._skip or (self._on_cpu and found_inf is not None and bool(found_inf)):
             return
+        self._found_inf = self._skips_all
+        if found_inf is not None and self._skips_all is not None:
+            self._found_inf = torch.maximum(self._skips_all, found_inf)
         exact = shard.exact_dtype
-        whole = shard.gradient if sources is None and self._gradients is None else None
+        whole = shard.gradient if gradients is None else None
         if whole is not None and whole.dtype == exact and not shard.is_encoded:
             flats = (shard.parameter, whole, shard.exp_avg, shard.exp_avg_sq)
             if runs[0].stop - runs[0].start == shard.parameter.numel():
@@ -107,7 +111,7 @@ class FusedUpdate:
         if self._on_cpu and _is_common(shard):
             step = self._step_bfloat16_
         scratch = Scratch()
-        if self._gradients is not None and bucket.offset not in self._segments:
+        if isinstance(gradients, Scattered) and bucket.offset not in self._segments:
             self._segments[bucket.offset] = list(bucket.shard_segments(self._rank))
         for run in runs:
             for chunk in chunks(run.start, run.stop, shard.parameter.device):
@@ -115,10 +119,10 @@ class FusedUpdate:
                     gradient = whole[chunk]
                 else:
                     gradient = scratch.take(shard.parameter, chunk, "gradient", exact)
-                    if self._gradients is not None:
-                        self._gradients.write_(gradient, self._segments[bucket.offset], chunk.start, chunk.stop)
-                    elif sources is not None:
-                        sum_chunk_(gradient, [source[chunk] for source in sources.slices], scale=sources.scale)
+                    if isinstance(gradients, Scattered):
+                        gradients.write_(gradient, self._segments[bucket.offset], chunk.start, chunk.stop)
+                    elif gradients is not None:
+                        sum_chunk_(gradient, [source[chunk] for source in gradients.slices], scale=gradients.scale)
                     elif whole is not None:
                         gradient.copy_(whole[chunk])
                 step(shard, chunk, run, gradient, scratch)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL
-from shardadam.sums.scattered import Scattered
 
 _ONE_PER_BLOCK = ("exp_avg_scale", "exp_avg_sq_scale", "blocks", "positions")
 
@@ -28,7 +27,7 @@ class Shard:
     Args:
         parameter: the shard's slice of the parameters, in their dtype. With ``positions`` all parameters of the arena.
         gradient: averaged over ranks, up to ``StepInputs.coefficient``; of any floating dtype. None if ``step_`` is
-            given ``Sources``, or ``begin`` scattered gradients.
+            given ``Sources`` or ``Scattered``.
         exp_avg, exp_avg_sq: float32 (float64), bfloat16, or int8 and uint8 codes.
         exp_avg_scale, exp_avg_sq_scale: float32, one for each block; None unless the moments are codes.
         master: float32, or None.
@@ -138,7 +137,6 @@ class StepInputs:
         host_used: ``used`` on the host; None if all parameters take part, or if the update reads ``used`` alone.
         coefficient: what gradients are multiplied by, 0-dim float32 (float64 for float64 parameters); None for 1.
         hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
-        gradients: replace every ``Shard.gradient``; with addresses for the kernel. None: the shards have gradients.
     """
 
     found_inf: Tensor
@@ -146,4 +144,3 @@ class StepInputs:
     host_used: Sequence[bool] | None
     coefficient: Tensor | None
     hyperparameters: Mapping[str, Any]
-    gradients: Scattered | None = None

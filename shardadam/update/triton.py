@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shardadam.layout import Bucket
 from shardadam.sums.kernel import ELEMENTS, bits_of, from_bfloat16, load_scattered, sum_, to_float32
-from shardadam.sums.scattered import Addresses
+from shardadam.sums.scattered import Addresses, Scattered
 from shardadam.update.prologue import (
     BETA1,
     BETA2,
@@ -83,21 +83,16 @@ class TritonUpdate:
         self._counters = counters
         self._table = counters.steps.new_zeros((1 + counters.steps.numel(), COLUMNS.value), dtype=torch.float32)
         self._key = mix((seed + GOLDEN_WORD) & 0xFFFFFFFF)
-        self._addresses: Addresses | None = None
 
     @property
     def nbytes(self) -> int:
         return self._table.nbytes
-
-    def end(self) -> None:
-        self._addresses = None
 
     def reload(self) -> None:
         return None
 
     def begin(self, inputs: StepInputs) -> None:
         counters, hyperparameters = self._counters, inputs.hyperparameters
-        self._addresses = None if inputs.gradients is None else inputs.gradients.addresses
         lr = hyperparameters["lr"]
         beta1, beta2 = map(float, hyperparameters["betas"])
         reads_lr = isinstance(lr, Tensor) and lr.device == counters.steps.device
@@ -130,21 +125,29 @@ class TritonUpdate:
                 enable_fp_fusion=False,
             )
 
-    def step_(self, shard: Shard, bucket: Bucket, sources: Sources | None = None) -> None:
+    def step_(
+        self,
+        shard: Shard,
+        bucket: Bucket,
+        gradients: Sources | Scattered | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         block_count = shard.blocks.numel()
         if block_count == 0:
             return
-        if sources is not None:  # the kernel itself reads one gradient only
+        addresses = gradients.addresses if isinstance(gradients, Scattered) else None
+        if isinstance(gradients, Sources):  # the kernel itself reads one gradient only
             gradient = torch.empty_like(shard.exp_avg, dtype=torch.float32)
-            sum_(gradient, sources.slices, None, scale=sources.scale, accumulate=False)
+            sum_(gradient, gradients.slices, None, scale=gradients.scale, accumulate=False)
             shard = replace(shard, gradient=gradient)
         rows = INTERPRETED_ROWS if triton.knobs.runtime.interpret else ROWS
         with torch.cuda.device_of(shard.parameter):
             update[(triton.cdiv(block_count, rows),)](
-                *arguments(shard, self._addresses, self._counters.numels),
+                *arguments(shard, addresses, self._counters.numels),
                 block_count,
                 self._table,
-                **variant(shard, self._addresses),
+                found_inf,
+                **variant(shard, addresses),
                 ROWS=rows,
                 EXACT=EXACT,
                 num_warps=WARPS,
@@ -213,6 +216,7 @@ def update(
     first_block,  # the shard's first block in the arena, without positions
     block_count,  # blocks of the shard
     table,  # float32: what the prologue has written
+    found_inf,  # float32, 0-dim: not 0 if the shard stays as it is; None for 0
     MOMENTS: tl.constexpr,  # format of the moments: fp32, bf16, int8
     MASTER: tl.constexpr,  # format of the master: own (float32 parameters), fp32, split, none
     ELEMENT: tl.constexpr,  # of gradients: float32, float16, or int16, the bits of bfloat16
@@ -231,6 +235,8 @@ def update(
     owner = tl.load(blocks + start_row + row, mask=inside, other=0).to(tl.int32)
     scalars = table + COLUMNS * (1 + owner)
     taken = inside & (tl.load(scalars + TAKEN) != 0.0)
+    if found_inf is not None:
+        taken &= tl.load(found_inf + 0 * row) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
     step_size = tl.load(scalars + STEP_SIZE, mask=taken, other=0.0)
     correction = tl.load(scalars + CORRECTION, mask=taken, other=0.0)
     if positions is not None:

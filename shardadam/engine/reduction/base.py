@@ -185,12 +185,8 @@ class Reducer(ABC):
                 replaced.append(arena)
         return replaced
 
-    def sources(self, bucket: FlatBucket) -> Sources | None:
-        """Return the tensors that the update must sum up; None if it need not."""
-        return None
-
-    def scattered(self, arena: FlatArena) -> Scattered | None:
-        """Return the mean gradients of the arena's parameters where they are; None if its gradient shard has them."""
+    def gradients(self, bucket: FlatBucket) -> Sources | Scattered | None:
+        """Return where the update finds the gradients of the bucket's arena; None if the gradient shard has them."""
         return None
 
     def await_readers(self) -> None:

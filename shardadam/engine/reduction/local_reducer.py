@@ -106,7 +106,11 @@ class LocalReducer(Reducer):
         for param in arena.params:
             self._gradients[param.index] = None
 
+    def gradients(self, bucket: FlatBucket) -> Scattered | None:
+        return self.scattered(bucket.arena)
+
     def scattered(self, arena: FlatArena) -> Scattered | None:
+        """Return the gradients of the arena's parameters where they are; None if its gradient shard has them."""
         if arena in self._in_shard:
             return None
         if arena not in self._scattered:

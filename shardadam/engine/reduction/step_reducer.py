@@ -92,7 +92,7 @@ class StepReducer(Reducer):
     @torch.no_grad()
     def sum_up(self) -> None:
         self.wait_all()
-        left = [bucket for bucket in self._buckets if self.sources(bucket) is not None]
+        left = [bucket for bucket in self._buckets if self.gradients(bucket) is not None]
         if not left:
             return
         transports = list(dict.fromkeys(bucket.arena.transport for bucket in left))
@@ -107,7 +107,7 @@ class StepReducer(Reducer):
         for transport in transports:
             transport.fence()  # no rank reads them any more
 
-    def sources(self, bucket: FlatBucket) -> Sources | None:
+    def gradients(self, bucket: FlatBucket) -> Sources | None:
         if not self._bucket_views.holds(bucket) or bucket.index in self._grad_stats:
             return None
         return self._bucket_views.sources(bucket)
