@@ -113,6 +113,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         "scalars": size(scalars),
         "tables": size(tables),
         "gradient_shard and staging": size(rest),
+        **dict.fromkeys(("average", "offload_buffers", "on_host", "on_disk"), 0),
     }
 
 
