@@ -79,6 +79,11 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             the same copy of the model: tensor- and pipeline-parallel ranks, this rank among them, but no other of
             ``process_group``. Norms, skipped steps and checkpoints are then those of the whole model. None: the ranks
             along the meshes of DTensor parameters, if there are any.
+        update: when parameters are updated. ``"backward"``: each bucket as soon as its gradients are reduced, while
+            backward goes on, so that no rank keeps gradients; ``step`` updates the rest and gathers. Equal to
+            ``"step"`` bit for bit, but nothing can clip, scale, read or discard gradients, and only one backward
+            between two steps may be outside of ``no_sync``. Hyperparameters are those during backward. Where the
+            gradients of a rank's shard of a bucket are not finite, that shard alone stays as it is.
 
     A param group may have ``process_group``: those ranks of the optimizer's process group that hold the same parameters
     (experts), a ProcessGroup or a 1-D DeviceMesh; their state is split over these ranks. It may have
@@ -97,7 +102,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             have ended.
 
     ``skipped_steps`` counts the steps skipped because a gradient was infinite or NaN on some rank: 0-dim int64 on the
-    device.
+    device. With ``update="backward"``, it counts the shards of all ranks that stayed as they were instead.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
+        update: Literal["step", "backward"] = "step",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -142,6 +148,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             precision=Precision() if precision is None else precision,
             bucket_mb=bucket_mb,
             transport="auto" if isinstance(transport, Transport) else transport,
+            update=update,
         )
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
@@ -162,7 +169,8 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             in_order = sorted(named, key=lambda p: not p.parameter.requires_grad)
             device = next((p.local.device for p in in_order), torch.device("cpu"))
             with built_or_aborted(self._parameters):
-                self._engine = StepEngine(self._parameters, connect_job(transport, parts), device)
+                job, groups = connect_job(transport, parts), weakref.WeakMethod(self._current_groups)
+                self._engine = StepEngine(self._parameters, job, device, lambda: groups()())  # type: ignore[misc]
                 self.skipped_steps = self._engine.skipped_steps
                 self._add_params(named)
         watch_torch(self._engine.reducer)
@@ -209,7 +217,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._add_unfrozen_params()
+        self._add_unfrozen_params(between_steps=False)
         if self._engine.must_sync:
             refuse_torchs_grad_scaler(self.__dict__)
             self._engine.step(self.param_groups)
@@ -263,7 +271,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         Raises:
             ValueError: ``norm_type`` is not positive, or one of ``parameters`` is not this optimizer's.
         """
-        self._add_unfrozen_params()
+        self._add_unfrozen_params(between_steps=False)
         return self._engine.clip_grad_norm_(max_norm, self.param_groups, norm_type=norm_type, parameters=parameters)
 
     @collective
@@ -282,7 +290,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         Raises:
             ValueError: ``clip_value`` is negative or NaN, or one of ``parameters`` is not this optimizer's.
         """
-        self._add_unfrozen_params()
+        self._add_unfrozen_params(between_steps=False)
         self._engine.clip_grad_value_(clip_value, self.param_groups, parameters=parameters)
 
     def overlap_gather(self, model: torch.nn.Module, blocks: Iterable[torch.nn.Module] | None = None) -> None:
@@ -318,7 +326,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     @torch.no_grad()
     def _unscale(self, inverse_scale: Tensor, *, in_place: bool) -> Tensor:
         """Call ``StepEngine.unscale``, for GradScaler. Collective."""
-        self._add_unfrozen_params()
+        self._add_unfrozen_params(between_steps=False)
         if not self._engine.must_sync:
             return torch.zeros((), device="cpu")
         return self._engine.unscale(inverse_scale, self.param_groups, in_place=in_place)
@@ -328,7 +336,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
     @torch.no_grad()
     def _measure(self, count: int) -> tuple[Tensor, Tensor]:
         """Call ``StepEngine.measure``, for ``clip_grad_norm_`` of ``count`` optimizers. Collective."""
-        self._add_unfrozen_params()
+        self._add_unfrozen_params(between_steps=False)
         return self._engine.measure(f"clip_grad_norm_ of {count} optimizers", self.param_groups)
 
     @property
@@ -362,6 +370,9 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             parameters.forget_group(count)
             raise
         self._add_params(named)
+
+    def _current_groups(self) -> list[dict[str, Any]]:
+        return self.param_groups
 
     def _add_params(self, named: list[NamedParameter]) -> None:
         self._state.bind(self._engine.add_params(named))
@@ -436,7 +447,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         Raises:
             ValueError: ``parameter`` is frozen since the build, or not a parameter of this optimizer.
         """
-        self._add_unfrozen_params()
+        self._add_unfrozen_params(between_steps=False)
         return self._engine.full_grad(parameter, self.param_groups)
 
     def memory(self) -> Memory:

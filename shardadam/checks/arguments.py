@@ -42,6 +42,7 @@ class Options:
     precision: Precision
     bucket_mb: float | None
     transport: str
+    update: str = "step"
 
     def bucket_bytes(self, device_types: Iterable[str], nbytes: int, world_size: int) -> int:
         """Return the size of a bucket, in bytes, for parameters of ``nbytes`` that ``world_size`` ranks split."""
@@ -63,6 +64,18 @@ class Options:
         size = self.bucket_mb
         if size is not None and not (size > 0 and math.isfinite(size) and round(size * 2**20) > 0):
             raise ValueError(f"bucket_mb: found {size!r}, expected None or a positive number of MiB, a byte at least")
+        if self.update not in ("step", "backward"):
+            raise ValueError(f"update: found {self.update!r}, expected 'step' or 'backward'")
+        if self.update == "backward" and self.gradient_sync != "backward":
+            raise ValueError(
+                f'update="backward": found gradient_sync={self.gradient_sync!r}, expected "backward": other code reads '
+                'p.grad after backward. Choose update="step", or gradient_sync="backward".'
+            )
+        if self.update == "backward" and self.max_grad_norm is not None:
+            raise ValueError(
+                f'update="backward": found max_grad_norm={self.max_grad_norm!r}, expected None: the norm is known only '
+                'after backward. Choose update="step", or do not clip.'
+            )
         if self.transport not in ("auto", "collective", "shared_memory"):
             raise ValueError(
                 f"transport: found {self.transport!r}, expected 'auto', 'collective', 'shared_memory' or a Transport"

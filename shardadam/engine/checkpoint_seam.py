@@ -61,6 +61,7 @@ class CheckpointSeam:
             RuntimeError: a step or a load was interrupted halfway, or a parameter was replaced.
             ValueError: ranks disagreed in the last step.
         """
+        self._engine.check_between_steps()
         self._engine.step_sync.read_all()
         self._engine.poison.check("be saved")
         self._engine.gatherer.wait_all()

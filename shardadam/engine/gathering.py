@@ -39,6 +39,12 @@ class ParameterGatherer:
         """Whether ``wait_for`` may have to wait, on this or another CUDA stream."""
         return bool(self._pending or self._on_some_streams)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no all-gather is in flight, on any rank: no peer reads this rank's shards. Does not wait."""
+        self._unreleased = [pending for pending in self._unreleased if not pending.is_released()]
+        return not self._pending and not self._unreleased
+
     def is_any_pending(self, indices: Iterable[int]) -> bool:
         """Return whether the all-gather of any of these buckets has not been waited for, on any stream."""
         return any(index in self._pending for index in indices)

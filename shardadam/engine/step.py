@@ -7,7 +7,7 @@ as arguments, and knows nothing else about torch.optim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,6 +19,7 @@ from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer
+from shardadam.engine.in_backward import UpdateInBackward
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.reduction import reducer_for
@@ -33,7 +34,7 @@ from shardadam.engine.storage import (
     gradient_shard,
     rebind_moved,
 )
-from shardadam.engine.updating import ParamGroups, Updater
+from shardadam.engine.updating import ParamGroups, Updater, scale_of
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
 from shardadam.state import masters, whole
@@ -54,21 +55,32 @@ class StepEngine:
         parameters: none yet.
         job: all ranks, with those that hold other parts of the model.
         device: of ``skipped_steps``, and of what ranks tell each other before a step.
+        param_groups: returns those of the optimizer now; for updates in backward.
     """
 
-    def __init__(self, parameters: ShardedParameters, job: Job, device: torch.device) -> None:
+    def __init__(
+        self, parameters: ShardedParameters, job: Job, device: torch.device, param_groups: Callable[[], ParamGroups]
+    ) -> None:
         transport, options = parameters.transport, parameters.options
         self.transport = transport
         self.job = job
         self.options = options
         self.parameters = parameters
         with_squares = options.max_grad_norm is not None
-        self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares)
         self.gatherer = ParameterGatherer()
-        self.updater = Updater(parameters)
-        self.warnings = MisuseWarnings(self.parameters.params)
+        self.updater = Updater()
         self.poison = Poison()
-        self.step_sync = StepSync(transport, job, self.reducer, self.warnings, self.poison)
+        self.in_backward: UpdateInBackward | None = None
+        if options.update == "backward":
+            self.in_backward = UpdateInBackward(
+                parameters, self.updater, self.gatherer, param_groups=param_groups, poison=self.poison
+            )
+        take = None if self.in_backward is None else self.in_backward.take
+        self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares, take=take)
+        self.warnings = MisuseWarnings(self.parameters.params)
+        self.step_sync = StepSync(
+            transport, job, self.reducer, self.warnings, self.poison, writes_before=self.in_backward is not None
+        )
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._is_joining = False
@@ -143,6 +155,7 @@ class StepEngine:
             with_norm=with_norm,
             device=buckets[0].parameters.device if buckets else self.skipped_steps.device,
             own_groups=self.parameters.own_groups(),
+            left_out=None if self.in_backward is None else self.in_backward.left_out,
         )
 
     def _claims(self, call: str, param_groups: ParamGroups) -> Claims:
@@ -170,20 +183,27 @@ class StepEngine:
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
         masters.settle_(self.parameters.params)
-        self.skipped_steps += stats.found_inf.to(self.skipped_steps)
-        used = self.updater.begin(
-            param_groups,
-            found_inf=stats.found_inf,
-            used=stats.used,
-            all_used=stats.all_used,
-            coefficient_of=self._coefficient_for,
-        )
         parameters = self.parameters
         in_order = [parameters.buckets[index] for index in reversed(self.reducer.order)]
-        for buckets in adjoining(in_order):
-            self.updater.update(buckets, self.reducer.gradients(buckets[0]))
-            for bucket in buckets:
+        if self.in_backward is not None:
+            self.skipped_steps += stats.left_out.to(self.skipped_steps)
+            used = self.in_backward.finish(param_groups, used=stats.used, all_used=stats.all_used)
+            for bucket in in_order:
                 self.gatherer.dispatch(bucket)
+        else:
+            self.skipped_steps += stats.found_inf.to(self.skipped_steps)
+            used = self.updater.begin(
+                param_groups,
+                arenas=parameters.arenas,
+                found_inf=stats.found_inf,
+                used=stats.used,
+                all_used=stats.all_used,
+                coefficient_of=self._coefficient_for,
+            )
+            for buckets in adjoining(in_order):
+                self.updater.update(buckets, self.reducer.gradients(buckets[0]))
+                for bucket in buckets:
+                    self.gatherer.dispatch(bucket)
         # A captured step is complete: replays do not run the hooks of the next forward.
         if self._overlaps and not is_capturing(self.skipped_steps.device):
             self.gatherer.wait_for(uncovered(parameters.buckets, self._overlaps))
@@ -200,13 +220,10 @@ class StepEngine:
 
     def _coefficient_for(self, arena: FlatArena) -> Tensor | None:
         """Return what the update of the arena multiplies gradients by; None for 1."""
-        device, dtype = arena.parameters.device, arena.format.exact_dtype
-        coefficient = None if self._coefficient is None else self._coefficient.to(device, dtype)
-        if arena.gradient_scale == 1:
-            return coefficient
-        if coefficient is None:
-            return torch.full((), arena.gradient_scale, dtype=dtype, device=device)
-        return coefficient * arena.gradient_scale
+        if self._coefficient is None:
+            return scale_of(arena)
+        coefficient = self._coefficient.to(arena.parameters.device, arena.format.exact_dtype)
+        return coefficient if arena.gradient_scale == 1 else coefficient * arena.gradient_scale
 
     # Before the step
 
@@ -221,6 +238,7 @@ class StepEngine:
 
     def rescale(self, factor: float) -> None:
         """Multiply the mean of gradients over all ranks by ``factor``, until the next step. Before any clipping."""
+        self._refuse_in_backward("Join with divide_by_initial_world_size=False")
         self._factor = factor
         exact = torch.full((), factor, dtype=torch.float64, device=self.skipped_steps.device)
         self._inverse_scale = self._coefficient = self._in_norm_dtype(exact)
@@ -234,6 +252,7 @@ class StepEngine:
         parameters: Tensor | Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
+        self._refuse_in_backward("clip_grad_norm_")
         arguments.check_limit("max_norm", max_norm)
         norm_type = float(norm_type)
         if not norm_type > 0:
@@ -262,6 +281,7 @@ class StepEngine:
         self, clip_value: float, param_groups: ParamGroups, *, parameters: Tensor | Iterable[Tensor] | None = None
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
+        self._refuse_in_backward("clip_grad_value_")
         arguments.check_limit("clip_value", clip_value)
         if not self.must_sync:
             return
@@ -270,6 +290,27 @@ class StepEngine:
         limit = clip_value if self._coefficient is None else clip_value / self._coefficient
         clipping.clamp_(params, limit)
         self._gradients_have_changed(params)
+
+    def _refuse_in_backward(self, what: str) -> None:
+        """Raise ValueError if gradients are used in backward: nothing can read or change them afterwards."""
+        if self.in_backward is not None:
+            raise ValueError(
+                f'{what}: found update="backward", which uses gradients before they can be clipped, scaled or read, '
+                f'expected update="step". Build the optimizer with it, or leave out {what}.'
+            )
+
+    @property
+    def _is_in_step(self) -> bool:
+        """Whether backward has begun an update that ``step`` has not completed. The same on all ranks."""
+        return self.in_backward is not None and (any(self.reducer.used) or self.reducer.rounds_since_reset > 0)
+
+    def check_between_steps(self) -> None:
+        """Raise RuntimeError if an update has begun in backward, that ``step`` has not completed yet."""
+        if self._is_in_step:
+            raise RuntimeError(
+                'Found parameters and state half-way through a step, which update="backward" begins in backward, '
+                "expected a completed one. Call step() first."
+            )
 
     def _sum_up_before(
         self, call: str, param_groups: ParamGroups, parameters: Tensor | Iterable[Tensor] | None
@@ -304,6 +345,7 @@ class StepEngine:
         Returns:
             0-dim: float64, and 1 or 0 in float32.
         """
+        self._refuse_in_backward("clip_grad_norm_")
         if not self.must_sync:
             nothing = torch.zeros((), dtype=torch.float64, device=self.skipped_steps.device)
             return nothing, nothing.float()
@@ -351,6 +393,9 @@ class StepEngine:
         Returns:
             1 if a gradient is infinite or NaN on any rank, else 0; 0-dim float32.
         """
+        if self._is_in_step:
+            self.poison.reason = "its gradients were multiplied by a loss scale when it used them in backward"
+        self._refuse_in_backward("GradScaler")
         if in_place and self.options.gradient_sync != "backward":
             self._unscale_in_place(inverse_scale)
         else:
@@ -374,6 +419,7 @@ class StepEngine:
 
     def full_grad(self, parameter: Tensor, param_groups: ParamGroups) -> Tensor | None:
         """Return the averaged gradient as ``step`` would use it; None if no rank has one. Collective."""
+        self._refuse_in_backward("full_grad")
         param = self.parameters.find(parameter)
         with_norm = self.options.max_grad_norm is not None
         stats = self.sync_before("full_grad", param_groups, with_norm=with_norm)
@@ -388,6 +434,11 @@ class StepEngine:
 
     def zero_grad(self) -> None:
         """Discard the reduced gradients. Collective with ``gradient_sync="backward"``."""
+        if self._is_in_step:
+            raise RuntimeError(
+                'zero_grad: found gradients that update="backward" has used, expected none. They cannot be discarded '
+                "any more: call step() after each backward."
+            )
         if self._peers_may_be_ahead:
             most = agreement.largest(self.reducer.rounds_since_reset, self.transport.control)
             self.reducer.catch_up(most)
@@ -400,6 +451,8 @@ class StepEngine:
 
     def forget_gradients(self) -> None:
         self.reducer.reset()
+        if self.in_backward is not None:
+            self.in_backward.reset()
         self.step_sync.start_anew()
         self._coefficient = self._inverse_scale = None
         self._factor = 1.0

@@ -19,7 +19,8 @@ Note: hosts that run ahead
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ class GlobalGradStats:
     Attributes:
         norm: 2-norm of all averaged gradients, 0-dim float64; None if it was not requested.
         found_inf: 1 if a gradient is infinite or NaN, or if fingerprints differ, else 0; 0-dim float32.
+        left_out: with ``update="backward"``, the number of shards of all ranks that stay as they are; 0-dim float64.
         used: which parameters had a gradient on any rank; bool, by ``ShardedParam.index``.
         all_used: the host knows, without reading the device, that all parameters had a gradient.
 
@@ -88,6 +90,7 @@ class GlobalGradStats:
         self._parts = parts
         head = block if parts is None else parts.block
         self.norm = head[0].sqrt() if with_norm else None
+        self.left_out = head[1]
         is_skipped = head[1] > 0
         if parts is None:
             if compares:
@@ -182,6 +185,7 @@ def all_reduce_stats(
     with_norm: bool,
     device: torch.device,
     skips: bool = False,
+    left_out: Tensor | None = None,
     fingerprint: int | None = None,
     own_groups: Sequence[tuple[Transport, slice]] = (),
     job: Job | None = None,
@@ -193,6 +197,8 @@ def all_reduce_stats(
         stats: of this rank's gradient shards.
         used: which parameters had a gradient on this rank.
         skips: make all ranks skip the step, as if a gradient were infinite.
+        left_out: the number of this rank's shards that stay as they are, as their gradients are not finite; None: one
+            gradient that is not finite makes all ranks skip the step.
         fingerprint: of what this rank is about to do, from 0 to 2^32; its low 17 bits are compared. None, on all ranks,
             if nothing is compared.
         own_groups: param indices whose use is summed over a transport of their own (experts).
@@ -204,7 +210,10 @@ def all_reduce_stats(
         block[0] = sum_of_squares(stats, device)
     else:
         block[0] = 0.0
-    block[1] = 1.0 if skips else are_finite(stats, device).logical_not()
+    if left_out is not None:
+        block[1] = left_out
+    else:
+        block[1] = 1.0 if skips else are_finite(stats, device).logical_not()
     # Assigning Python numbers fills; copying a tensor from the host would wait for the device.
     _write_fingerprint_(block[2:_HEADER], 0 if fingerprint is None else fingerprint)
     all_used = all(used)
@@ -266,10 +275,20 @@ class StepSync:
     Attributes:
         steps: number of steps since the optimizer was built.
         rounds: the reducer's ``rounds`` at the last sync.
+
+    Args:
+        writes_before: gradients have updated parameters before the sync.
     """
 
     def __init__(
-        self, transport: Transport, job: Job, reducer: Reducer, warnings: MisuseWarnings, poison: Poison
+        self,
+        transport: Transport,
+        job: Job,
+        reducer: Reducer,
+        warnings: MisuseWarnings,
+        poison: Poison,
+        *,
+        writes_before: bool = False,
     ) -> None:
         self.steps = 0
         self.rounds = 0
@@ -278,6 +297,7 @@ class StepSync:
         self._reducer = reducer
         self._warnings = warnings
         self._poison = poison
+        self._writes_before = writes_before
         self._last: GlobalGradStats | None = None
         self._skips: Tensor | None = None  # not 0: another optimizer's gradients were not finite
         self._unread: list[_Unread] = []
@@ -291,6 +311,7 @@ class StepSync:
         with_norm: bool,
         device: torch.device,
         own_groups: Sequence[tuple[Transport, slice]] = (),
+        left_out: Callable[[torch.device], Tensor] | None = None,
     ) -> GlobalGradStats:
         """Return the statistics of the closed rounds of all ranks. Collective over the job.
 
@@ -300,6 +321,7 @@ class StepSync:
         Args:
             claims: returns what must be equal on all ranks.
             own_groups: as in ``all_reduce_stats``.
+            left_out: returns the same as in ``all_reduce_stats``, on a device.
 
         Raises:
             ValueError: on every rank, if ranks disagree now, or disagreed before the last step.
@@ -316,13 +338,15 @@ class StepSync:
         mine = None if is_captured or self._job.control is None else claims()
         local_error = self._reducer.local_error
         with record("step_sync"):
+            of_gradients = self._reducer.grad_stats(with_squares=with_norm)
             stats = all_reduce_stats(
-                self._reducer.grad_stats(with_squares=with_norm),
+                of_gradients,
                 self._reducer.used,
                 transport=self._transport,
                 with_norm=with_norm,
                 device=device,
                 skips=local_error is not None,
+                left_out=None if left_out is None else left_out(device),
                 fingerprint=None if mine is None else _fingerprint(mine.of_group),
                 own_groups=own_groups,
                 job=self._job,
@@ -333,13 +357,27 @@ class StepSync:
             if host_runs_ahead(device):
                 self._unread.append(_Unread(self.steps, self._host_copy, mine, local_error))
             else:
-                self._compare(self._host_copy, mine, "Nothing has been written.")
+                with self._poisoned_if_written():
+                    self._compare(self._host_copy, mine, "Nothing has been written.")
         if local_error is not None and not (mine is not None and host_runs_ahead(device)):
-            raise RuntimeError(local_error)
+            with self._poisoned_if_written():
+                raise RuntimeError(local_error)
         if self._skips is not None:
             stats.skip_if(self._skips)
         self._last, self.rounds = stats, rounds
         return stats
+
+    @contextmanager
+    def _poisoned_if_written(self) -> Iterator[None]:
+        """Context manager for checks before a step that raise: the parameters may have been updated already."""
+        try:
+            yield
+        except Exception as error:
+            if not self._writes_before:
+                raise
+            self._poison.reason = 'a step was refused that update="backward" had begun'
+            text = str(error).replace("Nothing has been written.", "Backward has updated parameters already.")
+            raise type(error)(text) from None
 
     def step_begins(self) -> None:
         """Count a step, which uses the result of the last sync."""

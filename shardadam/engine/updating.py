@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.profiling import record
 from shardadam.engine.storage import FlatArena, FlatBucket, merged
 from shardadam.sums.scattered import Scattered
@@ -20,19 +20,17 @@ ParamGroups = Sequence[Mapping[str, Any]]
 class Updater:
     """The updates of one step: ``begin``, then ``update`` once for each bucket."""
 
-    def __init__(self, parameters: ShardedParameters) -> None:
-        self._parameters = parameters
-
     def begin(
         self,
         param_groups: ParamGroups,
         *,
+        arenas: Sequence[FlatArena],
         found_inf: Tensor,
         used: Tensor,
         all_used: bool,
         coefficient_of: Callable[[FlatArena], Tensor | None],
     ) -> list[bool] | None:
-        """Pass the inputs of this step to the update of every arena.
+        """Pass the inputs of this step to the updates of ``arenas``.
 
         Args:
             found_inf: 1 if no bucket must be written, else 0; 0-dim float32.
@@ -43,7 +41,6 @@ class Updater:
         Returns:
             Which parameters take part, by param index, if the host knows; None for all, or if only the device knows.
         """
-        arenas = self._parameters.arenas
         # If this rank had all gradients, all parameters take part. Otherwise only the device knows.
         must_read = not all_used and any(arena.update.needs_host_used for arena in arenas)
         host_used = used.tolist() if must_read else None
@@ -74,3 +71,11 @@ class Updater:
         first = buckets[0]
         with record("update"):
             first.arena.update.step_(merged(buckets), first.plan, gradients, found_inf)
+
+
+def scale_of(arena: FlatArena) -> Tensor | None:
+    """Return what the sums in the arena's gradient shards are multiplied by to be means; None for 1."""
+    scale = arena.gradient_scale
+    if scale == 1:
+        return None
+    return torch.full((), scale, dtype=arena.format.exact_dtype, device=arena.parameters.device)

@@ -23,7 +23,8 @@ class Memory:
         gradient_shard: this rank's shard of the reduced gradients. Where gradients are not reduced by this optimizer
             (one rank, ``gradient_sync="external"``), and over shared memory with ``gradient_sync="step"``, it is
             allocated when something first needs it: the norm over shared memory, a full gradient, clipping by value, a
-            second backward in a step.
+            second backward in a step. With ``update="backward"``, the shards of two buckets, and those that wait for
+            ``step``.
         staging: the current buffers for buckets of gradients that are being reduced. They grow while backward is ahead
             of the peers.
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.
@@ -69,7 +70,8 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
     return Memory(
         parameters=sum(arena.parameters.nbytes for arena in arenas if not arena.is_borrowed),
         gradients=reducer.gradient_bytes(),
-        gradient_shard=sum(0 if arena.gradient_shard is None else arena.gradient_shard.nbytes for arena in arenas),
+        gradient_shard=reducer.shard_bytes()
+        + sum(0 if arena.gradient_shard is None else arena.gradient_shard.nbytes for arena in arenas),
         staging=reducer.staging_bytes(),
         moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
         master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),

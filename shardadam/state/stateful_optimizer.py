@@ -143,7 +143,13 @@ class StatefulOptimizer(Optimizer):
         self._consolidated = None
         self._engine.state_was_loaded(parameters=parameters)
 
-    def _add_unfrozen_params(self) -> None:
-        """Add the parameters that were frozen before and are trainable now. Collective if there are any."""
+    def _add_unfrozen_params(self, *, between_steps: bool = True) -> None:
+        """Add the parameters that were frozen before and are trainable now. Collective if there are any.
+
+        Args:
+            between_steps: raise RuntimeError if backward has begun an update that ``step`` has not completed.
+        """
+        if between_steps:
+            self._engine.check_between_steps()
         self._state.take_replaced()
         self._state.bind(self._engine.add_unfrozen_params())

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -72,6 +73,24 @@ class CommunicationStream(AbstractContextManager["torch.cuda.Stream"]):
 
     def __exit__(self, *exception: Any) -> None:
         self._inside.__exit__(*exception)
+
+
+class InStreamOrder:
+    """Runs pieces of work on a device in the order in which the host enqueues them, whatever streams are current."""
+
+    def __init__(self) -> None:
+        self._last: dict[torch.device, torch.cuda.Stream] = {}
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Context manager: the work inside follows that of the last such context, on the current stream."""
+        if device.type == "cuda":
+            current = torch.cuda.current_stream(device)
+            last = self._last.get(device, current)
+            if last != current:
+                current.wait_stream(last)
+            self._last[device] = current
+        yield
 
 
 class OnStream(Pending):

@@ -21,17 +21,27 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardadam.engine.reduction.base import allocate_gradient_shards, check_gradient, foreign_gradient
+from shardadam.engine.reduction.base import (
+    Take,
+    allocate_gradient_shards,
+    check_gradient,
+    foreign_gradient,
+    second_round,
+    set_gradient_scale,
+)
 from shardadam.engine.reduction.copy_in import copy_in, joined_streams
 from shardadam.engine.reduction.during_backward import DuringBackward
+from shardadam.engine.reduction.scratch import ShardScratch
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import FlatBucket, ShardedParam
+from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
 from shardadam.ranks.signals import defer_signals
+from shardadam.sums.stats import GradStats
 from shardadam.transport import Transport, placement
 
 
@@ -72,10 +82,14 @@ class BackwardReducer(DuringBackward):
     Args:
         transport: of the optimizer.
         with_squares: sum up the squares for the norm during the reduction, while gradients are in the cache.
+        take: takes each bucket's gradients when they are reduced, of one round between two calls of ``reset``. None:
+            the gradient shards keep them, of any number of rounds.
     """
 
-    def __init__(self, transport: Transport, *, with_squares: bool) -> None:
+    def __init__(self, transport: Transport, *, with_squares: bool, take: Take | None = None) -> None:
         super().__init__()
+        self._take = take
+        self._scratch = ShardScratch()
         self.averages = transport.world_size * transport.replicas > 1
         self._transport = transport
         self._with_squares = with_squares
@@ -95,7 +109,12 @@ class BackwardReducer(DuringBackward):
         self._launches += [0] * len(buckets)
         self._order_is_learned = False
         self._completed.clear()
-        allocate_gradient_shards(buckets)
+        if self._take is None:
+            allocate_gradient_shards(buckets)
+        else:
+            for bucket in buckets:
+                set_gradient_scale(bucket)
+            self._scratch.reserve(buckets)
         self._pool.reserve(buckets)
         self._hooks.register(params)
 
@@ -109,6 +128,8 @@ class BackwardReducer(DuringBackward):
             if not self._is_synchronizing:
                 return
             if self._round is not None and self._round.ready[index]:
+                if self._take is not None:
+                    raise second_round(param.name)
                 self._close_round()
             current = self._open_round() if self._round is None else self._round
             self._close_after_backward()
@@ -156,6 +177,8 @@ class BackwardReducer(DuringBackward):
     # Rounds
 
     def _open_round(self) -> Round:
+        if self._take is not None and any(self._launches):
+            raise second_round(next(param.name for param in self._params if self.used[param.index]))
         replaced = self.make_exact() if any(self._launches) else []
         self.rounds += 1
         self._has_local = False
@@ -196,7 +219,13 @@ class BackwardReducer(DuringBackward):
             with joined_streams(current.streams.get(index), bucket.parameters.device):
                 error = copy_in(bucket, staging.send, self.used, current.partly_launched)
             stats = self._new_stats(bucket, with_squares=self._with_squares)
-            self._pool.reduce_scatter(bucket, staging, accumulate=self._launches[index] > 0, stats=stats)
+            if self._take is None:
+                is_later = self._launches[index] > 0
+                self._pool.reduce_scatter(bucket, staging, gradient_shard(bucket), accumulate=is_later, stats=stats)
+            else:
+                shard = self._scratch.take(bucket)
+                then = partial(self._pass_on, bucket, shard, stats)
+                self._pool.reduce_scatter(bucket, staging, shard, accumulate=False, stats=stats, then=then)
         except BaseException:
             self._pool.release(bucket, staging)
             raise
@@ -205,6 +234,12 @@ class BackwardReducer(DuringBackward):
         current.next += 1
         self._launches[index] += 1
         self._free_gradients(bucket, current.partly_launched)
+
+    def _pass_on(self, bucket: FlatBucket, shard: Tensor, stats: GradStats) -> None:
+        """Give a reduced shard to ``take``."""
+        assert self._take is not None
+        if self._take(bucket, shard, stats, self.used):
+            self._scratch.give_back(bucket)
 
     def _free_gradients(self, bucket: FlatBucket, partly_launched: dict[int, Tensor | None]) -> None:
         for param, _ in bucket.segments:
@@ -291,6 +326,10 @@ class BackwardReducer(DuringBackward):
         super().reset()
         self._launches = [0] * len(self._buckets)
         self._refused = None
+        self._scratch.reset()
+
+    def shard_bytes(self) -> int:
+        return self._scratch.nbytes()
 
     def staging_bytes(self) -> int:
         return self._pool.nbytes()

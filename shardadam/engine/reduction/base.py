@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +21,14 @@ from shardadam.sums.stats import GradStats
 from shardadam.transport import Transport, placement
 from shardadam.transport.job import ranks_of_transport
 from shardadam.update import Sources
+
+Gradients = Tensor | Scattered
+"""Reduced gradients of one bucket: this rank's shard, or gradients of its arena's parameters where they are."""
+
+Take = Callable[[FlatBucket, Gradients, GradStats, Sequence[bool]], bool]
+"""Takes a bucket's reduced gradients and their statistics, and for each param index whether this rank has had a
+gradient. Returns whether it has used them; otherwise it keeps them until the step.
+"""
 
 _reducers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By parameter: a weak reference to the newest reducer that has it. Older reducers may be alive, in a scheduler or a
@@ -241,6 +249,10 @@ class Reducer(ABC):
         """Return the bytes of gradients that the reducer holds outside of shards and staging."""
         return 0
 
+    def shard_bytes(self) -> int:
+        """Return the bytes of reduced gradients outside of the arenas' gradient shards."""
+        return 0
+
     def staging_bytes(self) -> int:
         """Return the bytes of the staging buffers."""
         return 0
@@ -255,11 +267,21 @@ def stats_of(arena: FlatArena, squares: Tensor | None, *, with_squares: bool) ->
 def allocate_gradient_shards(buckets: Sequence[FlatBucket]) -> None:
     """Allocate the gradient shards of new buckets, in the dtype in which the transport's sums arrive."""
     for bucket in buckets:
-        arena, device = bucket.arena, bucket.parameters.device
-        transport = arena.transport
-        arena.allocate_gradient_shard(transport.sum_dtype(bucket.wire_dtype, arena.format.exact_dtype, device))
-        leaves_scale = bucket.wire_dtype != torch.float16 and not transport.scales_sums(device)
-        arena.gradient_scale = 1 / arena.shard_group.divisor if leaves_scale else 1.0
+        bucket.arena.allocate_gradient_shard(shard_dtype(bucket))
+        set_gradient_scale(bucket)
+
+
+def shard_dtype(bucket: FlatBucket) -> torch.dtype:
+    """Return the dtype in which the transport's sums arrive."""
+    exact, device = bucket.arena.format.exact_dtype, bucket.parameters.device
+    return bucket.arena.transport.sum_dtype(bucket.wire_dtype, exact, device)
+
+
+def set_gradient_scale(bucket: FlatBucket) -> None:
+    """Set ``gradient_scale`` of the bucket's arena: what the transport leaves to the reader of its sums."""
+    arena = bucket.arena
+    leaves_scale = bucket.wire_dtype != torch.float16 and not arena.transport.scales_sums(bucket.parameters.device)
+    arena.gradient_scale = 1 / arena.shard_group.divisor if leaves_scale else 1.0
 
 
 Snapshot = tuple[Tensor | None, int]
@@ -329,6 +351,16 @@ def foreign_gradient(param: ShardedParam) -> str:
         "wrapper (shardadam.integrations.accelerate.ShardedAccelerator, shardadam.integrations."
         'transformers.ShardedTrainer), or build the optimizer with gradient_sync="external". If your own '
         'code writes p.grad after backward, use gradient_sync="step".'
+    )
+
+
+def second_round(name: str) -> RuntimeError:
+    """Return the error for a second gradient of parameter ``name`` since the last step, with update="backward"."""
+    return RuntimeError(
+        f'Parameter {name!r} has a second gradient since the last step, expected one: update="backward" has used the '
+        "first one already. To accumulate over several backwards, run all but the last inside optimizer.no_sync(). If "
+        "reentrant checkpoints share the parameter, use checkpoint(..., use_reentrant=False). Or build the optimizer "
+        'with update="step".'
     )
 
 

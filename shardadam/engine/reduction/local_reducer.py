@@ -16,10 +16,12 @@ from torch import Tensor
 from shardadam.engine.reduction.base import (
     Reducer,
     Snapshot,
+    Take,
     check_gradient,
     foreign_gradient,
     gradient_error,
     is_current,
+    second_round,
     snapshot,
     stats_of,
 )
@@ -224,6 +226,58 @@ class AloneReducer(LocalReducer, DuringBackward):
         super().reset()
 
 
+class AloneInBackward(AloneReducer):
+    """``update="backward"`` on one rank: passes on the gradients of each bucket as soon as it has all of them.
+
+    Args:
+        take: see ``Take``.
+    """
+
+    def __init__(self, take: Take) -> None:
+        super().__init__()
+        self._pass = take
+        self._missing: list[int] = []  # by bucket index: the number of gradients that it still needs
+        self._passed: list[bool] = []  # by bucket index: since reset
+
+    def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
+        super().add(params, buckets)
+        self._missing += [len(bucket.segments) for bucket in buckets]
+        self._passed += [False] * len(buckets)
+
+    def _take(self, param: ShardedParam, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        if self.used[param.index]:
+            raise second_round(param.name)
+        super()._take(param, gradient)
+        for bucket in param.buckets:
+            self._missing[bucket.index] -= 1
+            if self._missing[bucket.index] == 0:
+                self._pass_on(bucket)
+
+    def _pass_on(self, bucket: FlatBucket) -> None:
+        arena, self._passed[bucket.index] = bucket.arena, True
+        inside = {param.index for param, _ in bucket.segments}
+        scattered = scatter(arena, [self._gradients[p.index] if p.index in inside else None for p in arena.params])
+        stats = self._grad_stats[bucket.index] = measure_bucket(bucket, scattered)
+        if self._pass(bucket, scattered, stats, self.used):
+            for param, _ in bucket.segments:
+                if all(self._passed[other.index] for other in param.buckets):
+                    self._gradients[param.index] = None
+
+    @torch.no_grad()
+    def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
+        for bucket in self._buckets:
+            if not self._passed[bucket.index]:
+                self._pass_on(bucket)
+        return [*self._grad_stats.values()]
+
+    def reset(self) -> None:
+        super().reset()
+        self._missing = [len(bucket.segments) for bucket in self._buckets]
+        self._passed = [False] * len(self._buckets)
+
+
 def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
     """Return the gradients of the arena's parameters for statistics and update; of one dtype."""
     dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
@@ -254,15 +308,37 @@ def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> Gr
         )
         return stats
     stats = stats_of(arena, None, with_squares=with_squares)
-    pieces = []
-    for bucket in arena.buckets:
-        for param, segment in bucket.shard_segments:
-            tensor = scattered.tensors[param.arena_index]
-            if tensor is not None:
-                is_whole = tensor.numel() == segment.numel
-                pieces.append(tensor if is_whole else tensor[segment.start : segment.start + segment.numel])
-    stats.update_pieces(pieces)
+    stats.update_pieces([piece for bucket in arena.buckets for piece in _pieces(bucket, scattered)])
     return stats
+
+
+def measure_bucket(bucket: FlatBucket, scattered: Scattered) -> GradStats:
+    """Return the statistics of the gradients of this rank's shard of one bucket, without squares if they cost."""
+    stats = stats_of(bucket.arena, bucket.squares, with_squares=False)
+    if scattered.addresses is not None and bucket.squares is not None:
+        from shardadam.sums import kernel
+
+        counters, shard = bucket.arena.counters, bucket.shard
+        kernel.measure_scattered(
+            scattered.addresses,
+            bucket.squares,
+            blocks=shard.blocks,
+            first_blocks=counters.first_blocks,
+            numels=counters.numels,
+            first_block=shard.first_block,
+        )
+    else:
+        stats.update_pieces(list(_pieces(bucket, scattered)))
+    return stats
+
+
+def _pieces(bucket: FlatBucket, scattered: Scattered) -> Iterator[Tensor]:
+    """Yield the parts of gradients in this rank's shard of the bucket."""
+    for param, segment in bucket.shard_segments:
+        tensor = scattered.tensors[param.arena_index]
+        if tensor is not None:
+            is_whole = tensor.numel() == segment.numel
+            yield tensor if is_whole else tensor[segment.start : segment.start + segment.numel]
 
 
 def _segments(param: ShardedParam) -> Iterator[tuple[FlatBucket, Segment, Tensor]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from shardadam.engine.profiling import record
-from shardadam.engine.storage import FlatBucket, gradient_shard
+from shardadam.engine.storage import FlatBucket
 from shardadam.sums.stats import GradStats
 from shardadam.transport import Pending, ReduceScatter, Staging, Transport
 from shardadam.transport.base import Finished, scale_for_mean_
@@ -19,11 +20,16 @@ from shardadam.transport.base import Finished, scale_for_mean_
 
 @dataclass(slots=True)
 class InFlight:
-    """A staging buffer, the transport that allocated it, and the last transfer that used it, complete or not."""
+    """A staging buffer, the transport that allocated it, and the last transfer that used it, complete or not.
+
+    Args:
+        then: call it when the current stream has waited for the transfer.
+    """
 
     staging: Staging
     transport: Transport
     pending: Pending
+    then: Callable[[], None] | None = None
 
 
 Key = tuple[Transport, torch.dtype, torch.device]
@@ -110,22 +116,30 @@ class StagingPool:
         """Return a buffer from ``acquire`` that has not been sent."""
         self._free[_key(bucket)].append(InFlight(staging, bucket.arena.transport, Finished()))
 
-    def reduce_scatter(self, bucket: FlatBucket, staging: Staging, *, accumulate: bool, stats: GradStats) -> None:
-        """Start a reduce-scatter of ``staging`` to the bucket's gradient shard. Collective.
+    def reduce_scatter(
+        self,
+        bucket: FlatBucket,
+        staging: Staging,
+        shard: Tensor,
+        *,
+        accumulate: bool,
+        stats: GradStats,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Start a reduce-scatter of ``staging`` to ``shard``. Collective.
 
         Args:
             staging: from ``acquire``, filled; must not be written afterwards.
             accumulate: add to what the shard holds.
             stats: measure the shard when it is complete, at the latest in ``wait_all``.
+            then: call it when the shard is complete, after those of earlier transfers, at the latest in ``wait_all``.
         """
         transport, divisor = bucket.arena.transport, bucket.arena.shard_group.divisor
         scale = scale_for_mean_(staging.send[: bucket.numel], divisor) / bucket.arena.gradient_scale
         with record("reduce_scatter"):
-            request = ReduceScatter(
-                staging, bucket.numel, gradient_shard(bucket), scale=scale, accumulate=accumulate, stats=stats
-            )
+            request = ReduceScatter(staging, bucket.numel, shard, scale=scale, accumulate=accumulate, stats=stats)
             pending = transport.reduce_scatter(request)
-        self._in_flight.append(InFlight(staging, transport, pending))
+        self._in_flight.append(InFlight(staging, transport, pending, then))
 
     def wait_all(self) -> None:
         """Wait for all transfers. The gradient shards are complete afterwards."""
@@ -174,14 +188,19 @@ class StagingPool:
 
     def _wait_oldest(self) -> None:
         # In order, for reproducible sums: several rounds may add their means to one shard.
-        pending = self._in_flight[0].pending
+        pending, then = self._in_flight[0].pending, self._in_flight[0].then
         if pending.on_host:
             with record("reduce_scatter"):
                 pending.wait()
+        elif then is not None:
+            pending.wait()
         else:  # a stream keeps the order; `acquire` waits for the buffer only
             self._on_streams.append(self._in_flight[0])
         self._may_poll = True
         self._unreleased.append(self._in_flight.popleft())
+        if then is not None:
+            self._unreleased[-1].then = None
+            then()
 
     def _reclaim(self) -> None:
         """Make buffers available that no peer reads any more, oldest first."""

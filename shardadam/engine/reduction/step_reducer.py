@@ -77,7 +77,7 @@ class StepReducer(Reducer):
         error = copy_in(bucket, staging.send, self.used)
         self.local_error = self.local_error or error
         stats = self._new_stats(bucket, with_squares=self._with_squares)
-        self._pool.reduce_scatter(bucket, staging, accumulate=False, stats=stats)
+        self._pool.reduce_scatter(bucket, staging, gradient_shard(bucket), accumulate=False, stats=stats)
 
     @property
     def is_idle(self) -> bool:
