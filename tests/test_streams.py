@@ -149,6 +149,7 @@ class Mode:
     """
 
     gradient_sync: str = "backward"
+    update: str = "step"
     ranks: int | str = RANKS
     sides: int = 0
     dtype: torch.dtype = torch.float32
@@ -199,6 +200,7 @@ class Job:
             max_grad_norm=mode.max_grad_norm,
             precision=mode.precision,
             transport="collective",
+            update=mode.update,  # type: ignore[arg-type]
         )
         self.scaler = GradScaler("cuda", init_scale=1024.0) if mode.scales else None
         if mode.overlaps:
@@ -378,6 +380,16 @@ FEATURES = [
     Mode(kernels=True, max_grad_norm=1.0),
     Mode(kernels=True, dtype=BFLOAT16, precision=INT8, rounds=2, max_grad_norm=1.0),
     Mode(kernels=True, captures=True, overlaps=True, rounds=2),
+    Mode(update="backward"),
+    Mode(update="backward", rounds=3, local=True, mixed=True),
+    Mode(update="backward", unused=True, shuffled=True),
+    Mode(update="backward", overlaps=True, dtype=BFLOAT16, precision=INT8),
+    Mode(update="backward", between="unfreeze"),
+    Mode(update="backward", between="add", overlaps=True),
+    Mode(update="backward", ends="in flight"),
+    Mode(update="backward", captures=True),
+    Mode(update="backward", kernels=True, dtype=BFLOAT16, precision=Precision(moments="int8", master="none")),
+    Mode(update="backward", kernels=True, unused=True, shuffled=True),
 ]
 MODES = (
     [
@@ -393,7 +405,7 @@ MODES = (
 
 MAY_WAIT = ("engine/step_sync.py",)
 """Files in which the host of an ordinary step waits for the device: for the step before it."""
-READS_USED = " _begin_update < "
+READS_USED = "engine/updating.py"
 """Where it waits, too, without kernels if a parameter has no gradient: torch's fused update must know which."""
 
 
@@ -869,6 +881,24 @@ MUTANTS = [
         "the host reads the statistics before their copy is over",
         "engine.step_sync:HostCopy._await",
         {"self._event.synchronize()": "pass"},
+    ),
+    Mutant(
+        "an update in backward overtakes the one before it on another stream",
+        "transport.streams:InStreamOrder.on",
+        {"current.wait_stream(last)": "pass"},
+        Mode(update="backward", sides=2, shuffled=True),
+    ),
+    Mutant(
+        "an update in backward does not wait for gradients on other streams",
+        "engine.reduction.local_reducer:AloneInBackward._pass_on",
+        {"self._streams.get(device)": "None"},
+        Mode(update="backward", ranks=1, sides=2),
+    ),
+    Mutant(
+        "an update in backward does not wait for its reduction",
+        "engine.reduction.staging:StagingPool._wait_oldest",
+        {"elif then is not None:\n        pending.wait()": "elif then is not None:\n        pass"},
+        Mode(update="backward"),
     ),
     Mutant(
         "parameters are used before they are broadcast",

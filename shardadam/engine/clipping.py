@@ -72,6 +72,25 @@ def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
         gradient.clamp_(-bound, bound)  # type: ignore[arg-type]  # both are tensors, or both numbers
 
 
+@torch.no_grad()
+def unscale_(params: Sequence[ShardedParam], inverse_scale: Tensor) -> None:
+    """Multiply what this rank holds of ``p.grad`` by ``inverse_scale``, 1 / loss scale, of one element.
+
+    Raises:
+        ValueError: a gradient is float16. Nothing has been written.
+    """
+    gradients = [(param, param.gradient) for param in params]
+    for param, gradient in gradients:
+        if gradient is not None and gradient.dtype == torch.float16:
+            raise ValueError(
+                f"unscale_: the gradient of {param.name!r} is float16 and would underflow in p.grad. Build "
+                'the optimizer with gradient_sync="backward", or leave unscaling to GradScaler.step.'
+            )
+    for _, gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(inverse_scale.to(gradient.device))
+
+
 def _gradients(params: Sequence[ShardedParam]) -> Iterator[tuple[Tensor, float, float]]:
     """Yield the parts of the gradients in this rank's shards, each with the zeros that pad it to whole blocks; what
     they must be multiplied by to be means; and their weight in sums over all ranks.

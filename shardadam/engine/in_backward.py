@@ -68,7 +68,7 @@ class UpdateInBackward:
         self._groups: list[dict[str, Any]] = []  # hyperparameters when it began
         self._before: dict[FlatArena, Counters] = {}  # the counters when it began, of the arenas that take part
         self._kept: dict[int, tuple[Gradients, Tensor]] = {}  # by bucket index: gradients, and whether to leave it out
-        self._left_out: dict[torch.device, Tensor] = {}  # the number of shards that stay as they are, 0-dim float32
+        self._left_out: list[Tensor] = []  # of each bucket: whether its shard stays as it is, 0-dim float32
 
     @torch.no_grad()
     def take(self, bucket: FlatBucket, gradients: Gradients, stats: GradStats, used: Sequence[bool]) -> bool:
@@ -86,8 +86,7 @@ class UpdateInBackward:
         """
         with self._streams.on(bucket.parameters.device):
             found_inf = are_finite([stats], bucket.parameters.device).logical_not().float()
-            before = self._left_out.get(found_inf.device)
-            self._left_out[found_inf.device] = found_inf if before is None else before + found_inf
+            self._left_out.append(found_inf)
             if not self._gatherer.is_idle or not all(used[param.index] for param, _ in bucket.segments):
                 self._kept[bucket.index] = gradients, found_inf
                 return False
@@ -101,10 +100,9 @@ class UpdateInBackward:
 
     def left_out(self, device: torch.device) -> Tensor:
         """Return the number of this rank's shards that stay as they are, 0-dim float64."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for count in self._left_out.values():
-            total += count.to(device)
-        return total
+        if not self._left_out:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack([one.to(device) for one in self._left_out]).sum(dtype=torch.float64)
 
     @torch.no_grad()
     def finish(self, param_groups: ParamGroups, *, used: Tensor, all_used: bool) -> list[bool] | None:
@@ -133,7 +131,8 @@ class UpdateInBackward:
         return host_used
 
     def reset(self) -> None:
-        """Forget the step."""
+        """Forget the step. All streams of a later backward run after it."""
+        self._streams = InStreamOrder()
         self._groups = []
         self._before.clear()
         self._kept.clear()

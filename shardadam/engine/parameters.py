@@ -361,6 +361,31 @@ class ShardedParameters:
             if id(parameter) not in mine and not is_stored_elsewhere(parameter, ranks)
         }
 
+    def of_others(self, parameters: Tensor | Iterable[Tensor], *, may_be_mine: bool) -> list[Tensor]:
+        """Return the trainable ones of ``parameters``, whose gradients this optimizer is to average. Local.
+
+        Raises:
+            ValueError: one of them is this optimizer's, unless it ``may_be_mine``; or not a parameter; or on a device
+                that the transport does not serve.
+        """
+        mine = {} if may_be_mine else self.by_id()
+        given = []
+        for position, parameter in enumerate(listed(parameters)):
+            what = f"average_gradients: tensor {position} of {tuple(parameter.shape)}"
+            if id(parameter) in mine:
+                raise ValueError(
+                    f"average_gradients: found parameter {mine[id(parameter)].name!r} of this optimizer, expected "
+                    "parameters that it does not have. Leave its own out: it averages their gradients itself."
+                )
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"{what} is computed from others, expected parameters, which have a gradient of their own."
+                )
+            if parameter.requires_grad:
+                arguments.check_device(what, parameter, self.transport)
+                given.append(parameter)
+        return given
+
     def trainable(self, parameters: Tensor | Iterable[Tensor]) -> list[ShardedParam]:
         """Return the ``ShardedParam`` of each of the parameters that is trainable, each once.
 

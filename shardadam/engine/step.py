@@ -21,7 +21,7 @@ from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.in_backward import UpdateInBackward
 from shardadam.engine.overlap import OverlappedForward, uncovered
-from shardadam.engine.parameters import ShardedParameters, listed
+from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.reduction import reducer_for
 from shardadam.engine.reduction.base import without_experts_of_others
 from shardadam.engine.step_sync import Claims, GlobalGradStats, Poison, StepSync
@@ -397,25 +397,13 @@ class StepEngine:
             self.poison.reason = "its gradients were multiplied by a loss scale when it used them in backward"
         self._refuse_in_backward("GradScaler")
         if in_place and self.options.gradient_sync != "backward":
-            self._unscale_in_place(inverse_scale)
+            clipping.unscale_(self.parameters.params, inverse_scale)
         else:
             self._inverse_scale = self._coefficient = (
                 self._in_norm_dtype(inverse_scale.reshape(()).double()) * self._factor
             )
         with_norm = self.options.max_grad_norm is not None
         return self.sync_before("GradScaler.unscale_", param_groups, with_norm=with_norm).found_inf
-
-    def _unscale_in_place(self, inverse_scale: Tensor) -> None:
-        gradients = [(param, param.gradient) for param in self.parameters.params]
-        for param, gradient in gradients:
-            if gradient is not None and gradient.dtype == torch.float16:
-                raise ValueError(
-                    f"unscale_: the gradient of {param.name!r} is float16 and would underflow in p.grad. Build "
-                    'the optimizer with gradient_sync="backward", or leave unscaling to GradScaler.step.'
-                )
-        for _, gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(inverse_scale.to(gradient.device))
 
     def full_grad(self, parameter: Tensor, param_groups: ParamGroups) -> Tensor | None:
         """Return the averaged gradient as ``step`` would use it; None if no rank has one. Collective."""
@@ -466,24 +454,7 @@ class StepEngine:
 
     def average_gradients(self, parameters: Tensor | Iterable[Tensor]) -> None:
         """Average ``p.grad`` of parameters that this optimizer does not train. Collective."""
-        mine = self.parameters.by_id() if self.reducer.averages else {}
-        given = []
-        for position, parameter in enumerate(listed(parameters)):
-            if id(parameter) in mine:
-                name = mine[id(parameter)].name
-                raise ValueError(
-                    f"average_gradients: found parameter {name!r} of this optimizer, expected parameters that it does "
-                    "not have. Leave its own out: it averages their gradients itself."
-                )
-            if not parameter.is_leaf:
-                raise ValueError(
-                    f"average_gradients: tensor {position} of {tuple(parameter.shape)} is computed from others, "
-                    "expected parameters, which have a gradient of their own."
-                )
-            if parameter.requires_grad:
-                what = f"average_gradients: tensor {position} of {tuple(parameter.shape)}"
-                arguments.check_device(what, parameter, self.transport)
-                given.append(parameter)
+        given = self.parameters.of_others(parameters, may_be_mine=not self.reducer.averages)
         self.reducer.close_open_round()
         outside.average_gradients(given, self.transport)
 

@@ -258,12 +258,15 @@ class AloneInBackward(AloneReducer):
     def _pass_on(self, bucket: FlatBucket) -> None:
         arena, self._passed[bucket.index] = bucket.arena, True
         inside = {param.index for param, _ in bucket.segments}
-        scattered = scatter(arena, [self._gradients[p.index] if p.index in inside else None for p in arena.params])
-        stats = self._grad_stats[bucket.index] = measure_bucket(bucket, scattered)
-        if self._pass(bucket, scattered, stats, self.used):
-            for param, _ in bucket.segments:
-                if all(self._passed[other.index] for other in param.buckets):
-                    self._gradients[param.index] = None
+        # Gradients of the bucket, and updates before this one, may be on several streams.
+        device = bucket.parameters.device
+        with joined_streams(self._streams.get(device), device):
+            scattered = scatter(arena, [self._gradients[p.index] if p.index in inside else None for p in arena.params])
+            stats = self._grad_stats[bucket.index] = measure_bucket(bucket, scattered)
+            is_used = self._pass(bucket, scattered, stats, self.used)
+        for param, _ in bucket.segments if is_used else ():
+            if all(self._passed[other.index] for other in param.buckets):
+                self._gradients[param.index] = None
 
     @torch.no_grad()
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
