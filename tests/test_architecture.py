@@ -33,6 +33,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "state.torch_view",
     ),
     ("engine.step",),
+    ("engine.in_backward",),
     ("engine.updating",),
     ("engine.step_sync", "engine.parameters", "engine.clipping"),
     ("engine.overlap", "checks.misuse", "checks.replicas", "state.memory", "state.whole"),
