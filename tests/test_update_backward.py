@@ -21,7 +21,10 @@ from torch.utils.checkpoint import checkpoint
 import shardadam
 from shardadam import GradScaler, Precision, ShardedAdamW
 from shardadam import transport as transports
+from shardadam.transport.base import Finished
+from tests import test_expert_parallel, test_hybrid, test_tensor_parallel
 from tests.adversarial import AdversarialTransport
+from tests.parallel_training import Training
 from tests.ranks import on_ranks, rank_and_size
 
 STEPS = 5
@@ -91,8 +94,8 @@ def train(case: Case, update: Any, steps: int = STEPS) -> dict[str, Any]:
     model = Model(case).to(getattr(torch, case.dtype))
     if case.shape == "frozen":
         model.blocks[1].requires_grad_(False)
-    kind = "auto" if case.transport == "adversarial" else case.transport
-    connected = transports.connect(None, kind=kind)
+    kind = "auto" if case.transport in ("adversarial", "hybrid") else case.transport
+    connected = transports.connect(test_hybrid.mesh_of((2, 2)) if case.transport == "hybrid" else None, kind=kind)
     optimizer = ShardedAdamW(
         [
             {"params": [p for n, p in model.named_parameters() if "experts" not in n]},
@@ -172,6 +175,7 @@ WAYS = [
 CASES = [*FORMATS, *SHAPES, *WAYS]
 RUNS = [(n, case) for n, case in itertools.product([1, 2], CASES) if n > 1 or case.transport == "shared_memory"]
 RUNS += [(4, case) for case in (Case(), Case(shape="changing"), Case(overlap=True), Case(transport="collective"))]
+RUNS += [(4, Case(transport="hybrid", shape=shape)) for shape in ("plain", "changing")]
 RUNS += [(3, Case(shape="some ranks", dtype="bfloat16", moments="int8", master="none"))]
 
 
@@ -185,6 +189,28 @@ def test_equals_the_update_in_step_bit_for_bit(world_size: int, case: Case) -> N
         assert differing(one["parameters"], other["parameters"]) == []
         assert differing(one["state"], other["state"]) == []
         assert other["skipped"] == 0
+
+
+PARALLEL = [
+    *(
+        (test_tensor_parallel.train_split, case)
+        for case in (test_tensor_parallel.TRANSFORMER, test_tensor_parallel.GRID)
+    ),
+    *((test_expert_parallel.train_split, test_expert_parallel.Case(table)) for table in test_expert_parallel.TABLES),
+    (test_expert_parallel.train_split, test_expert_parallel.Case("rare", ("copies experts", 1, 4))),
+]
+
+
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize(("train_split", "case"), PARALLEL, ids=lambda one: getattr(one, "id", ""))
+def test_equals_the_update_in_step_of_models_that_ranks_divide(train_split: Any, case: Any) -> None:
+    training = Training(clip="none", steps=4)
+    in_step = on_ranks(4, train_split, case, training)
+    in_backward = on_ranks(4, train_split, case, replace(training, options={"update": "backward"}))
+    for one, other in zip(in_step, in_backward, strict=True):
+        assert differing(one.parameters, other.parameters) == []
+        assert differing(one.state, other.state) == []
+        assert other.skipped == 0
 
 
 # What is updated when
@@ -226,6 +252,31 @@ def test_buckets_are_updated_while_backward_runs_and_no_gradient_is_kept(world_s
 def test_buckets_of_unused_parameters_wait_for_step() -> None:
     for found in on_ranks(2, observe, Case(shape="some ranks")):
         assert 0 < found["early"] < found["all"]
+
+
+class _Held(Finished):
+    """An all-gather whose results a peer is still reading."""
+
+    is_over = False
+
+    def is_released(self) -> bool:
+        return self.is_over
+
+
+def test_nothing_is_written_in_backward_that_a_peer_may_still_read() -> None:
+    expected = observe(Case())["all"]
+    torch.manual_seed(1)
+    model = Model(Case())
+    optimizer = ShardedAdamW(model.parameters(), lr=1e-2, bucket_mb=0.004, update="backward")
+    held = _Held()
+    optimizer._engine.gatherer._unreleased.append(held)
+    tokens = torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
+    cross_entropy(model(tokens[:, :-1], 0).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    arenas = optimizer._engine.parameters.arenas
+    assert all(int(arena.state["exp_avg_sq"].count_nonzero()) == 0 for arena in arenas)
+    held.is_over = True
+    optimizer.step()
+    assert sum(int(arena.state["exp_avg_sq"].count_nonzero()) for arena in arenas) == expected
 
 
 # Gradients that are not finite
