@@ -23,7 +23,7 @@ from shardadam import ShardedAdamW
 from shardadam import transport as transports
 from shardadam.engine.reduction import backward_reducer, copy_in
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import ShardGroup
+from shardadam.engine.storage import ShardGroup, gradient_shard
 from shardadam.sums.stats import GradStats
 from shardadam.transport import Pending, SingleProcessTransport, Transport
 from shardadam.transport.base import Finished
@@ -701,12 +701,12 @@ def test_a_staging_buffer_is_refilled_only_after_its_last_transfer_in_the_same_s
     bucket = bucket_of_eight(OneTransfer(transfer))
     pool.reserve([bucket])
     send = partial(pool.reduce_scatter, bucket, accumulate=False, stats=GradStats(with_squares=False))
-    send(pool.acquire(bucket, may_wait=False))
+    send(pool.acquire(bucket, may_wait=False), gradient_shard(bucket))
     pool.wait_all()
     assert transfer.waited_again == 0
     staging = pool.acquire(bucket, may_wait=False)
     assert transfer.waited_again == 1
-    send(staging)
+    send(staging, gradient_shard(bucket))
     pool.wait_all()
     pool.trim()
     assert pool.acquire(bucket, may_wait=False) is staging and transfer.waited_again == 1
@@ -766,7 +766,9 @@ def test_a_bucket_on_streams_waits_for_a_buffer_not_for_a_sum() -> None:
     for name in range(4):
         transport.transfer = BetweenHosts(log, name)
         staging = pool.acquire(bucket, may_wait=False)
-        pool.reduce_scatter(bucket, staging, accumulate=False, stats=GradStats(with_squares=False))
+        pool.reduce_scatter(
+            bucket, staging, gradient_shard(bucket), accumulate=False, stats=GradStats(with_squares=False)
+        )
     assert log == ["buffer 0", "buffer 1"] and len(list(pool.buffers())) == 2 and not pool.is_idle
     pool.wait_all()
     assert log[2:] == ["sum 0", "sum 1", "sum 2", "sum 3"] and pool.is_idle
@@ -779,7 +781,7 @@ def test_transfers_on_another_device_are_not_waited_for() -> None:
     bucket = bucket_of_eight(OneTransfer(BetweenHosts(log, 0)))
     pool.reserve([bucket])
     staging = pool.acquire(bucket, may_wait=False)
-    pool.reduce_scatter(bucket, staging, accumulate=False, stats=GradStats(with_squares=False))
+    pool.reduce_scatter(bucket, staging, gradient_shard(bucket), accumulate=False, stats=GradStats(with_squares=False))
     pool.wait_for_device(torch.device("meta"))
     assert log == []
     pool.wait_for_device(torch.device("cpu"))
