@@ -196,17 +196,22 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
 # The step
 
 
-def build(moments: Any, lr: Any, transport: Connect) -> tuple[nn.Module, ShardedAdamW]:
+in_both_places = pytest.mark.parametrize("update", ["step", "backward"])
+
+
+def build(moments: Any, lr: Any, transport: Connect, update: str) -> tuple[nn.Module, ShardedAdamW]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).to(DEVICE).bfloat16()
-    options: Any = dict(lr=lr, max_grad_norm=1.0, precision=Precision(moments=moments), bucket_mb=0.005)
+    options: Any = dict(lr=lr, precision=Precision(moments=moments), bucket_mb=0.005, update=update)
+    options["max_grad_norm"] = 1.0 if update == "step" else None
     return model, ShardedAdamW(model.parameters(), transport=connected(transport), **options)
 
 
 @on_nccl_too
 @of_moments
-def test_a_step_does_not_wait_for_the_device(moments: str, transport: Connect) -> None:
-    model, optimizer = build(moments, 1e-2, transport)
+@in_both_places
+def test_a_step_does_not_wait_for_the_device(moments: str, transport: Connect, update: str) -> None:
+    model, optimizer = build(moments, 1e-2, transport, update)
     batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     for step in range(3):
         # The first step compiles kernels and agrees on the order of buckets.
@@ -222,13 +227,14 @@ def test_a_step_does_not_wait_for_the_device(moments: str, transport: Connect) -
 
 @on_nccl_too
 @of_moments
-def test_replays_of_a_captured_step_equal_steps(moments: str, transport: Connect) -> None:
+@in_both_places
+def test_replays_of_a_captured_step_equal_steps(moments: str, transport: Connect, update: str) -> None:
     """Forward, backward and step are one CUDA graph; the learning rate changes between replays."""
     batch = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
     results = []
     for is_captured in (False, True):
         lr = torch.tensor(1e-2, device=DEVICE)
-        model, optimizer = build(moments, lr, transport)
+        model, optimizer = build(moments, lr, transport, update)
 
         def step(model: nn.Module = model, optimizer: ShardedAdamW = optimizer) -> None:
             model(batch).float().square().mean().backward()
@@ -245,12 +251,13 @@ def test_replays_of_a_captured_step_equal_steps(moments: str, transport: Connect
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def train_on_streams(transport: Connect, streams: int) -> list[Tensor]:
+def train_on_streams(transport: Connect, streams: int, update: Any = "step") -> list[Tensor]:
     """Train branches of a model on different streams, where autograd also runs their backward and the hooks."""
     torch.manual_seed(0)
     branches = nn.ModuleList(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256)) for _ in range(6))
     branches.to(DEVICE)
-    optimizer = ShardedAdamW(branches.parameters(), lr=1e-2, bucket_mb=0.3, transport=connected(transport))
+    options: Any = dict(transport=connected(transport), update=update)
+    optimizer = ShardedAdamW(branches.parameters(), lr=1e-2, bucket_mb=0.3, **options)
     sides = [torch.cuda.Stream() for _ in range(streams)]
     batch = torch.randn(64, 256, device=DEVICE)
     for _ in range(6):
@@ -268,10 +275,11 @@ def train_on_streams(transport: Connect, streams: int) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("slow_transfers")
-def test_a_step_waits_for_gradients_of_all_streams() -> None:
+@in_both_places
+def test_a_step_waits_for_gradients_of_all_streams(update: str) -> None:
     expected = train_on_streams(connect, 0)
-    for streams in (0, 3):
-        for a, b in zip(train_on_streams(nccl_of_one, streams), expected, strict=True):
+    for transport, streams in ((nccl_of_one, 0), (nccl_of_one, 3), (connect, 3)):
+        for a, b in zip(train_on_streams(transport, streams, update), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
