@@ -308,6 +308,31 @@ def test_gradients_that_the_update_reads_without_a_shard_are_not_rounded(world_s
             torch.testing.assert_close(found, 0.1 * mean, rtol=1e-6, atol=1e-6)  # type: ignore[operator]
 
 
+def train_in_backward(transport: str, gradients: Any, update: Any) -> tuple[list[Tensor], int, int]:
+    """Return parameters and moments after three steps, and the bytes of gradient shards before and after a backward."""
+    precision = Precision(gradients=gradients)
+    parameters, optimizer = build(torch.float32, precision, transport=transport, update=update)
+    before = optimizer.memory().gradient_shard
+    for step in range(3):
+        backward(parameters, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    moments = [optimizer.full_state(parameter)["exp_avg"] for parameter in parameters]
+    found = [*(parameter.detach().clone() for parameter in parameters), *moments]
+    return found, before, optimizer.memory().gradient_shard
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+def test_updates_in_backward_read_bfloat16_shards(transport: str) -> None:
+    expected, *_ = on_ranks(2, train_in_backward, transport, "bf16", "step")[0]
+    rounded = on_ranks(2, train_in_backward, transport, "bf16", "backward")
+    exact = on_ranks(2, train_in_backward, transport, "auto", "backward")
+    for (found, *nbytes), (other, *twice) in zip(rounded, exact, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+        assert [2 * n for n in nbytes] == twice and min(nbytes) > 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_one_rank_a_second_backward_is_added_to_a_bfloat16_shard(dtype: torch.dtype) -> None:
     parameters, optimizer = build(dtype)

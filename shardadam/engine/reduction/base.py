@@ -273,9 +273,8 @@ def allocate_gradient_shards(buckets: Sequence[FlatBucket]) -> None:
 
 
 def shard_dtype(bucket: FlatBucket) -> torch.dtype:
-    """Return the dtype of the bucket's gradient shard; with gradients "auto", that in which the transport's sums arrive.
-
-    ``Reducer.make_exact`` may change it.
+    """Return the dtype of the bucket's gradient shard; with gradients "auto" that in which the transport's sums arrive,
+    until ``Reducer.make_exact``.
     """
     format, device = bucket.arena.format, bucket.parameters.device
     if format.gradients != "auto":
