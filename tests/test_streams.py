@@ -381,6 +381,7 @@ FEATURES = [
     Mode(precision=BF16_GRADIENTS, max_grad_norm=1.0),
     Mode(precision=BF16_GRADIENTS, rounds=2, clips=("value", "some")),
     Mode(kernels=True, precision=BF16_GRADIENTS, dtype=BFLOAT16, rounds=2, captures=True),
+    Mode(update="backward", precision=BF16_GRADIENTS),
     Mode(kernels=True, max_grad_norm=1.0),
     Mode(kernels=True, dtype=BFLOAT16, precision=INT8, rounds=2, max_grad_norm=1.0),
     Mode(kernels=True, captures=True, overlaps=True, rounds=2),
