@@ -275,7 +275,8 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     has_shard = not setting.is_local and (not is_bucket_view or (peak and setting.clips))
     # NCCL writes its sums to the shard, in the dtype on the wire.
     is_wire = device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
-    shard_dtype = setting.precision.wire_dtype(dtype) if is_wire else format.exact_dtype
+    is_wire = is_wire and format.gradients == "auto"
+    shard_dtype = setting.precision.wire_dtype(dtype) if is_wire else format.gradient_dtype
     return {
         "parameters": arena.numel * dtype.itemsize,
         "gradients": arena.numel * dtype.itemsize if is_bucket_view else 0,

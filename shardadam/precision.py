@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number formats of the optimizer state and of gradients on the wire. Data only: allocates and converts nothing."""
+"""Number formats of the optimizer state and of gradients, on the wire and in shards. Data only: converts nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import torch
 Moments = Literal["fp32", "bf16", "int8"]
 Master = Literal["auto", "split", "fp32", "none"]
 Accumulate = Literal["wire", "fp32"]
+Gradients = Literal["auto", "fp32", "bf16"]
 
 _PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHOICES = {"moments": get_args(Moments), "master": get_args(Master), "accumulate": get_args(Accumulate)}
+_CHOICES = {
+    "moments": get_args(Moments),
+    "master": get_args(Master),
+    "accumulate": get_args(Accumulate),
+    "gradients": get_args(Gradients),
+}
+_EXACT = {"moments": ("fp32",), "gradients": ("auto", "fp32")}
+"""By field: the formats that lose nothing of a float64 parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Number formats of an optimizer's state and of its gradients on the wire.
+    """Number formats of an optimizer's state, and of its gradients on the wire and in shards.
 
     Args:
         moments: format of exp_avg and exp_avg_sq. ``"fp32"``: 4 bytes each, exact (8 bytes for float64 parameters,
@@ -30,12 +38,18 @@ class Precision:
             master, 2 bytes. Equal to "fp32" bit for bit for bfloat16, and for float16 values of at least 2^-17.
             ``"none"``: no master, the parameter is rounded stochastically. ``"auto"``: "split", but "fp32" for float16
             on the CPU, where that is faster.
-        reduce: dtype of gradients on the wire; None: the gradient's own. The gradient shard is float32 (float64 for
-            float64 parameters); but where the backend sums in the dtype on the wire (NCCL), it has that dtype until a
-            step has several backwards, as it loses nothing by it.
+        reduce: dtype of gradients on the wire; None: the gradient's own.
         accumulate: dtype in which gradients are summed over ranks. ``"wire"``: whatever is fastest; NCCL sums in the
-            dtype on the wire. ``"fp32"``: the gradient shard's dtype, in rank order, by all-to-all and a local sum,
-            with any backend. With Gloo, "wire" does the same.
+            dtype on the wire. ``"fp32"``: float32 (float64 for float64 parameters), in rank order, by all-to-all and a
+            local sum, with any backend. With Gloo, "wire" does the same.
+        gradients: dtype of the gradient shard, this rank's part of the averaged gradients. ``"auto"``: float32 (float64
+            for float64 parameters); but where the backend sums in the dtype on the wire (NCCL), it has that dtype until
+            a step has several backwards or clips by value, as it loses nothing by it. ``"fp32"``: float32 (float64)
+            from the start. ``"bf16"``: bfloat16, 2 bytes, for parameters below float64. Sums are made as ``accumulate``
+            says, then rounded once, to the nearest, ties to even. Each further backward in a step is added in float32,
+            and the sum rounded again. Where the update reads gradients without a shard (on one rank, with
+            ``gradient_sync="external"``, with "step" over shared memory), they are not rounded; if something needs a
+            shard there, it has this dtype.
         seed: seed of stochastic rounding, from 0 to 2^32 - 1. Random numbers depend only on it, the parameter's
             position in the optimizer, its step, and the element's position: not on the number of ranks.
     """
@@ -44,6 +58,7 @@ class Precision:
     master: Master = "auto"
     reduce: torch.dtype | None = None
     accumulate: Accumulate = "wire"
+    gradients: Gradients = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,20 +82,22 @@ class Precision:
                 f"Parameter {name!r}: found dtype {dtype}, expected one of {_PARAMETER_DTYPES}. "
                 "Freeze it (requires_grad=False) or do not pass it to the optimizer."
             )
-        if dtype == torch.float64 and self.moments != "fp32":
+        narrow = [field for field, wide in _EXACT.items() if getattr(self, field) not in wide]
+        if dtype == torch.float64 and narrow:
+            argument = f"{narrow[0]}={getattr(self, narrow[0])!r}"
             raise TypeError(
-                f"Parameter {name!r} is float64, expected float32, bfloat16 or float16 with Precision(moments="
-                f"{self.moments!r}). Convert it, or give it an optimizer of its own with the default precision."
+                f"Parameter {name!r} is float64, expected float32, bfloat16 or float16 with Precision({argument}). "
+                "Convert it, or give it an optimizer of its own with the default precision."
             )
 
     def format(self, dtype: torch.dtype, device: torch.device) -> Format:
         """Return the formats for parameters of ``dtype`` on ``device``, with "auto" resolved."""
         if dtype in (torch.float32, torch.float64):
-            return Format(dtype, self.moments, "own")
+            return Format(dtype, self.moments, "own", self.gradients)
         if self.master == "auto":
             is_slow = dtype == torch.float16 and device.type == "cpu"
-            return Format(dtype, self.moments, "fp32" if is_slow else "split")
-        return Format(dtype, self.moments, self.master)
+            return Format(dtype, self.moments, "fp32" if is_slow else "split", self.gradients)
+        return Format(dtype, self.moments, self.master, self.gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +107,17 @@ class Format:
     dtype: torch.dtype
     moments: Moments
     master: Literal["own", "split", "fp32", "none"]
+    gradients: Gradients = "auto"
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The dtype of arithmetic, of gradient shards and of uncompressed moments."""
+        """The dtype of arithmetic and of uncompressed moments."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype of gradient shards; with gradients "auto", of those that several rounds or a write change."""
+        return torch.bfloat16 if self.gradients == "bf16" else self.exact_dtype
 
     @property
     def is_random(self) -> bool:

@@ -17,7 +17,9 @@ pytestmark = interpreted.pytestmark
 WAYS = ("clipped", "rounds", "no_sync", "clip_grad_value_", "only some steps clip values", "unused", "full_grad")
 
 
-def train(on_kernel: bool, gradient_sync: Any, dtype: torch.dtype, moments: Any, way: str) -> list[Tensor]:
+def train(
+    on_kernel: bool, gradient_sync: Any, dtype: torch.dtype, moments: Any, way: str, gradients: Any = "auto"
+) -> list[Tensor]:
     """Return parameters and norms of one process."""
     from shardadam import Precision, ShardedAdamW, update
 
@@ -25,7 +27,8 @@ def train(on_kernel: bool, gradient_sync: Any, dtype: torch.dtype, moments: Any,
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 7), nn.Linear(7, 300)).to(dtype)
     update.KERNEL_DEVICES.update({"cpu"} if on_kernel else set())
     try:
-        options: Any = dict(lr=1e-2, bucket_mb=0.004, max_grad_norm=0.5, precision=Precision(moments=moments))
+        precision = Precision(moments=moments, gradients=gradients)
+        options: Any = dict(lr=1e-2, bucket_mb=0.004, max_grad_norm=0.5, precision=precision)
         optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync, **options)
         norms = []
         for step in range(4):
@@ -65,6 +68,19 @@ def test_kernels_train_as_torchs_operations_in_every_mode(
     found = interpreter.submit(train, True, gradient_sync, dtype, moments, way).result(timeout=100)
     for one, other in zip(found, train(False, gradient_sync, dtype, moments, way), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["rounds", "clip_grad_value_"])
+def test_kernels_train_from_bfloat16_gradient_shards(
+    interpreter: ProcessPoolExecutor, way: str, dtype: torch.dtype
+) -> None:
+    arguments = ("backward", dtype, "fp32", way, "bf16")
+    found = interpreter.submit(train, True, *arguments).result(timeout=100)
+    # Parameters that differ in their last place may round a gradient to the next bfloat16, 0.4% away.
+    atol = 1e-4 if dtype == torch.float32 else 2e-3
+    for one, other in zip(found, train(False, *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=atol)
 
 
 def test_sums_of_squares_of_shards_are_not_counted_for_gradients_outside(interpreter: ProcessPoolExecutor) -> None:

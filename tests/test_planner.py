@@ -63,7 +63,8 @@ def settings(world_size: int, kind: str) -> list[Setting]:
     all_moments: tuple[Moments, ...] = ("fp32",) if "fp64" in kind else ("fp32", "bf16", "int8")
     all_masters: tuple[Master, ...] = ("auto", "split", "fp32", "none") if "fp32" != kind != "fp64" else ("auto",)
     precisions = [Precision(moments=m, master=w) for m, w in itertools.product(all_moments, all_masters)]
-    precisions += [Precision(reduce=torch.float32), Precision(accumulate="fp32")]
+    precisions += [Precision(reduce=torch.float32), Precision(accumulate="fp32"), Precision(gradients="fp32")]
+    precisions += [] if "fp64" in kind else [Precision(gradients="bf16", moments=m) for m in all_moments]
     return [
         Setting(
             world_size=world_size,
@@ -123,11 +124,13 @@ def staging_after_backward(kind: str, setting: Setting) -> tuple[int, int]:
 
 @pytest.mark.parametrize("transport", ["auto", "collective"])
 @pytest.mark.parametrize("gradient_sync", ["backward", "step", "external"])
-@pytest.mark.parametrize("reduce", [None, torch.float32])
-def test_the_peak_of_staging_is_two_buffers(gradient_sync: str, transport: str, reduce: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    "precision", [Precision(), Precision(reduce=torch.float32), Precision(gradients="bf16")], ids=("", "reduce", "bf16")
+)
+def test_the_peak_of_staging_is_two_buffers(gradient_sync: str, transport: str, precision: Precision) -> None:
     setting = Setting(
         world_size=2,
-        precision=Precision(reduce=reduce),
+        precision=precision,
         gradient_sync=gradient_sync,  # type: ignore[arg-type]
         bucket_mb=0.01,
         transport=transport,  # type: ignore[arg-type]
@@ -217,6 +220,19 @@ def test_replicas_and_other_reduce_dtypes_have_no_bucket_views() -> None:
     assert plan(planned("bf16"), replace(setting, precision=Precision(reduce=torch.float32))).gradients == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "device", "auto"), [("fp32", "cpu", 4), ("bf16", "cpu", 4), ("fp32", "cuda", 4), ("bf16", "cuda", 2)]
+)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_plan_counts_gradient_shards_in_their_dtype(kind: str, device: str, auto: int, replicas: int) -> None:
+    sizes = {"auto": auto if replicas == 1 else 4, "fp32": 4, "bf16": 2}
+    for gradients, size in sizes.items():
+        precision = Precision(gradients=gradients)  # type: ignore[arg-type]
+        setting = Setting(world_size=2, replicas=replicas, device=device, precision=precision)
+        found = plan(planned(kind), setting)
+        assert found.gradient_shard / size == found.moments / 8 > 0
+
+
 def test_nccl_needs_receive_buffers_for_exact_sums_only() -> None:
     setting = Setting(world_size=4, device="cuda")
     native = plan(planned("fp32"), setting, peak=True).staging
@@ -231,6 +247,7 @@ def test_nccl_needs_receive_buffers_for_exact_sums_only() -> None:
         (Setting(bucket_mb=0), "fp32"),
         (Setting(gradient_sync="never"), "fp32"),  # type: ignore[arg-type]
         (Setting(precision=Precision(moments="int8")), "fp64"),
+        (Setting(precision=Precision(gradients="bf16")), "fp64"),
     ],
 )
 def test_the_planner_refuses_what_the_optimizer_refuses(setting: Setting, kind: str) -> None:

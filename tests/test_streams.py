@@ -337,6 +337,7 @@ def capturing(simulation: Simulation) -> Iterator[None]:
 
 BFLOAT16 = torch.bfloat16
 INT8 = Precision(moments="int8")
+BF16_GRADIENTS = Precision(gradients="bf16")
 FEATURES = [
     Mode(),
     Mode(gradient_sync="step", max_grad_norm=1.0),
@@ -377,6 +378,10 @@ FEATURES = [
     Mode(captures=True, gradient_sync="step"),
     Mode(captures=True, gradient_sync="external"),
     Mode(captures=True, overlaps=True),
+    Mode(precision=BF16_GRADIENTS, max_grad_norm=1.0),
+    Mode(precision=BF16_GRADIENTS, rounds=2, clips=("value", "some")),
+    Mode(kernels=True, precision=BF16_GRADIENTS, dtype=BFLOAT16, rounds=2, captures=True),
+    Mode(update="backward", precision=BF16_GRADIENTS),
     Mode(kernels=True, max_grad_norm=1.0),
     Mode(kernels=True, dtype=BFLOAT16, precision=INT8, rounds=2, max_grad_norm=1.0),
     Mode(kernels=True, captures=True, overlaps=True, rounds=2),
@@ -753,13 +758,13 @@ MUTANTS = [
     ),
     Mutant(
         "hybrid's all-reduce does not wait for the reduce-scatter",
-        "transport.hybrid:HybridTransport.reduce_scatter",
+        "transport.hybrid:HybridTransport._in_two_stages",
         {"reduce_scatter.wait()": "pass"},
         HYBRID,
     ),
     Mutant(
         "hybrid measures a shard before its all-reduce is over",
-        "transport.hybrid:HybridTransport.reduce_scatter",
+        "transport.hybrid:HybridTransport._in_two_stages",
         {"self._replica.all_reduce(total).wait()": "self._replica.all_reduce(total)"},
         HYBRID,
     ),
@@ -768,6 +773,13 @@ MUTANTS = [
         "transport.hybrid:HybridTransport.reduce_scatter",
         {"kept=total)": "kept=request.shard)"},
         replace(HYBRID, rounds=2),
+        "reused",
+    ),
+    Mutant(
+        "hybrid's float32 sum of a bfloat16 shard is not on the stream that reuses its memory",
+        "transport.hybrid:HybridTransport.reduce_scatter",
+        {"with self._streams.on(shard.device) if shard.is_cuda else nullcontext()": "with nullcontext()"},
+        replace(HYBRID, precision=BF16_GRADIENTS),
         "reused",
     ),
     Mutant(

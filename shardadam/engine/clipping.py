@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from shardadam.chunks import chunks
 from shardadam.engine.storage import FlatBucket, ShardedParam, gradient_shard
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.transport import Job, Transport
@@ -44,7 +45,9 @@ def total_norm(
     mine = block[job.rank] if is_max else block[0]
     for gradient, scale, weight in _gradients(params):
         # By rows, then in float64, as in sums/stats.py.
-        norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), norm_type, dim=1).double().to(device)
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT_NUMEL), norm_type, dim=1, dtype=exact)
+        norms = norms.double().to(device)
         norms = norms if scale == 1 else norms * scale
         if is_max:
             torch.maximum(mine, norms.max(), out=mine)
@@ -57,14 +60,23 @@ def total_norm(
 
 @torch.no_grad()
 def scale_(params: Sequence[ShardedParam], coefficient: Tensor) -> None:
-    """Multiply this rank's shards of the gradients of ``params`` by ``coefficient``, of one element."""
+    """Multiply this rank's shards of the gradients of ``params`` by ``coefficient``, of one element; round once."""
     for gradient, _, _ in _gradients(params):
-        gradient.mul_(coefficient.to(gradient))
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        factor = coefficient.to(gradient.device, exact)
+        if gradient.dtype == exact:
+            gradient.mul_(factor)
+            continue
+        for chunk in chunks(0, gradient.numel(), gradient.device):
+            gradient[chunk].copy_(gradient[chunk].to(exact) * factor)
 
 
 @torch.no_grad()
 def clamp_(params: Sequence[ShardedParam], limit: float | Tensor) -> None:
-    """Clamp this rank's shards of the gradients of ``params`` to [-limit, limit]; NaN stays NaN."""
+    """Clamp this rank's shards of the gradients of ``params`` to [-limit, limit]; NaN stays NaN.
+
+    As with torch's clip_grad_value_, the limit is rounded to the dtype of the shard.
+    """
     if isinstance(limit, Tensor) and limit.device.type == "cpu":
         limit = float(limit)  # a copy to the device would wait for it
     for gradient, scale, _ in _gradients(params):

@@ -20,11 +20,11 @@ class Memory:
             ``fully_shard``, which are copied for the length of a step.
         gradients: the flat buffers that ``p.grad`` are views of, with ``gradient_sync="step"`` over shared memory. On
             one rank, the gradients that backward has made and the next step will use.
-        gradient_shard: this rank's shard of the reduced gradients. Where gradients are not reduced by this optimizer
-            (one rank, ``gradient_sync="external"``), and over shared memory with ``gradient_sync="step"``, it is
-            allocated when something first needs it: the norm over shared memory, a full gradient, clipping by value, a
-            second backward in a step. With ``update="backward"``, the shards of two buckets, and those that wait for
-            ``step``.
+        gradient_shard: this rank's shard of the reduced gradients, in the dtype that ``Precision.gradients`` says.
+            Where gradients are not reduced by this optimizer (one rank, ``gradient_sync="external"``), and over shared
+            memory with ``gradient_sync="step"``, it is allocated when something first needs it: the norm over shared
+            memory, a full gradient, clipping by value, a second backward in a step. With ``update="backward"``, the
+            shards of two buckets, and those that wait for ``step``.
         staging: the current buffers for buckets of gradients that are being reduced. They grow while backward is ahead
             of the peers.
         moments: this rank's shard of exp_avg and exp_avg_sq, scales included.

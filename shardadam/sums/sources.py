@@ -15,7 +15,10 @@ from shardadam.sums.stats import GradStats
 def sum_sources_(
     shard: Tensor, sources: Sequence[Tensor], *, scale: float, accumulate: bool, stats: GradStats | None = None
 ) -> None:
-    """Write ``scale`` times the sum of ``sources`` to ``shard``, summing in their order and in its dtype.
+    """Write ``scale`` times the sum of ``sources`` to ``shard``.
+
+    Sums in their order and in float32 (float64 for a float64 shard). A narrower shard gets the sum rounded once, to the
+    nearest, ties to even.
 
     Args:
         accumulate: add to what ``shard`` holds instead of overwriting it.
@@ -26,11 +29,15 @@ def sum_sources_(
 
         kernel.sum_(shard, sources, stats.squares, scale=scale, accumulate=accumulate)
         return
+    exact = torch.promote_types(shard.dtype, torch.float32)
+    is_narrow = shard.dtype != exact
     for chunk in chunks(0, shard.numel(), shard.device):
         part = shard[chunk]
-        total = torch.empty_like(part) if accumulate else part
+        total = torch.empty_like(part, dtype=exact) if accumulate or is_narrow else part
         sum_chunk_(total, [source[chunk] for source in sources], scale=scale)
-        if accumulate:
+        if is_narrow:
+            part.copy_(total.add_(part) if accumulate else total)
+        elif accumulate:
             part.add_(total)
         if stats is not None:
             stats.update(part)

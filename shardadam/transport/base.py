@@ -83,8 +83,8 @@ class ReduceScatter:
     Args:
         staging: its ``send`` holds the bucket's gradients. The transport may overwrite them.
         numel: elements to sum, from the start of ``send``: a multiple of the world size.
-        shard: ``numel / world_size`` elements, in float32 or float64, or in ``Transport.sum_dtype``. Valid after
-            ``Pending.wait``.
+        shard: ``numel / world_size`` elements, in float32 or float64, in ``Transport.sum_dtype``, or in bfloat16: then
+            the sum is made as for float32, and rounded once. Valid after ``Pending.wait``.
         scale: multiplies the sum.
         accumulate: add to what ``shard`` holds instead of overwriting it.
         stats: of ``shard``; measures its final values.

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hybrid sharding: a shard group splits one copy of the state, and a replica group holds equal shards.
 
-Reduces gradients in two stages: a reduce-scatter in the shard group, then an all-reduce of the shard, in its float32 or
+Reduces gradients in two stages: a reduce-scatter in the shard group, then an all-reduce of the shard, in float32 or
 float64, in the replica group. Every sum ends with an all-reduce over replicas, so that replicas are equal bit for bit.
 
 Note: one order of all-reduces
     All ranks of a replica group must start their all-reduces in the same order, but they complete the reduce-scatters
     before them at different times. So each rank starts the all-reduces of shards in the order of the reduce-scatters,
     and all pending ones before any other transfer in the replica group. ``done`` starts those that need no waiting.
+
+Note: one float32 sum at a time
+    A bfloat16 shard needs a float32 buffer for its sum. If each bucket kept its own until the step, as the sum of a
+    second round does, they would take more than a float32 shard. So on a GPU such a buffer belongs to the stream of the
+    all-reduces, which uses its memory again for the next bucket, and whose reduce-scatter waits for this all-reduce.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -75,7 +81,20 @@ class HybridTransport(Transport):
     # Transfers
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
-        total = torch.empty_like(request.shard) if request.accumulate else request.shard
+        shard = request.shard
+        exact = torch.promote_types(shard.dtype, torch.float32)
+        if shard.dtype == exact:
+            total = torch.empty_like(shard) if request.accumulate else shard
+            return self._in_two_stages(request, total, kept=total)
+        with self._streams.on(shard.device) if shard.is_cuda else nullcontext():
+            return self._in_two_stages(request, torch.empty_like(shard, dtype=exact), kept=None)
+
+    def _in_two_stages(self, request: ReduceScatter, total: Tensor, *, kept: Tensor | None) -> Pending:
+        """Do ``reduce_scatter`` by way of ``total``.
+
+        Args:
+            kept: ``total``, if it must not be freed before the transfer is complete.
+        """
         reduce_scatter = self._shard.reduce_scatter(replace(request, shard=total, accumulate=False, stats=None))
         finish = partial(_finish, request, total)
         if not reduce_scatter.on_host:
@@ -83,7 +102,7 @@ class HybridTransport(Transport):
                 reduce_scatter.wait()
                 self._replica.all_reduce(total).wait()
                 finish()
-            return _InTwoStages(stream, reduce_scatter, kept=total)
+            return _InTwoStages(stream, reduce_scatter, kept=kept)
         # Ready all-reduces are started in `done`: sums may raise (memory), and nothing may once this is sent.
         transfer = _TwoStageSum(self, reduce_scatter, partial(self._replica.all_reduce, total), finish)
         self._unsummed.append(transfer)
@@ -151,7 +170,7 @@ class _InTwoStages(OnStream):
     The slow all-reduce between hosts does not keep the buffer that the reduce-scatter has read.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, reduce_scatter: Pending, *, kept: Tensor) -> None:
+    def __init__(self, stream: torch.cuda.Stream, reduce_scatter: Pending, *, kept: Tensor | None) -> None:
         super().__init__(stream, kept=kept)
         self._reduce_scatter = reduce_scatter
 
@@ -213,8 +232,8 @@ class _TwoStageSum(Pending):
 
 
 def _finish(request: ReduceScatter, total: Tensor) -> None:
-    """Add ``total``, the scaled sum over all ranks, to ``request.shard`` if asked to accumulate; measure it."""
-    if request.accumulate:
-        sum_sources_(request.shard, [total], scale=1, accumulate=True, stats=request.stats)
+    """Write ``total``, the scaled sum over all ranks, to ``request.shard``, or add it; measure the shard."""
+    if total is not request.shard:
+        sum_sources_(request.shard, [total], scale=1, accumulate=request.accumulate, stats=request.stats)
     elif request.stats is not None:
         request.stats.measure(request.shard)

@@ -174,19 +174,20 @@ class Reducer(ABC):
 
     @torch.no_grad()
     def make_exact(self) -> list[FlatArena]:
-        """Keep gradient shards in the dtype of the arithmetic from now on, as several rounds or a write need it.
+        """Keep gradient shards in their lasting dtype from now on, as several rounds or a write need it.
 
-        The sums of one round have no more digits than the dtype in which they have arrived.
+        With gradients "auto" that is the dtype of the arithmetic. The sums of one round have no more digits than the
+        dtype in which they have arrived. With others, shards have it from the start.
 
         Returns:
             The arenas whose shards have been replaced, by copies made on the current stream.
         """
         replaced = []
         for arena in self._arenas():
-            exact, before = arena.format.exact_dtype, arena.gradient_shard
-            if before is not None and before.dtype != exact:
+            lasting, before = arena.format.gradient_dtype, arena.gradient_shard
+            if before is not None and before.dtype != lasting:
                 self._wait_for_device(arena.parameters.device)
-                arena.allocate_gradient_shard(exact)
+                arena.allocate_gradient_shard(lasting)
                 for bucket in arena.buckets:
                     gradient_shard(bucket).copy_(before[bucket.shard_slice])
                 self._replaced.append(before)
@@ -265,16 +266,20 @@ def stats_of(arena: FlatArena, squares: Tensor | None, *, with_squares: bool) ->
 
 
 def allocate_gradient_shards(buckets: Sequence[FlatBucket]) -> None:
-    """Allocate the gradient shards of new buckets, in the dtype in which the transport's sums arrive."""
+    """Allocate the gradient shards of new buckets."""
     for bucket in buckets:
         bucket.arena.allocate_gradient_shard(shard_dtype(bucket))
         set_gradient_scale(bucket)
 
 
 def shard_dtype(bucket: FlatBucket) -> torch.dtype:
-    """Return the dtype in which the transport's sums arrive."""
-    exact, device = bucket.arena.format.exact_dtype, bucket.parameters.device
-    return bucket.arena.transport.sum_dtype(bucket.wire_dtype, exact, device)
+    """Return the dtype of the bucket's gradient shard; with gradients "auto" that in which the transport's sums arrive,
+    until ``Reducer.make_exact``.
+    """
+    format, device = bucket.arena.format, bucket.parameters.device
+    if format.gradients != "auto":
+        return format.gradient_dtype
+    return bucket.arena.transport.sum_dtype(bucket.wire_dtype, format.gradient_dtype, device)
 
 
 def set_gradient_scale(bucket: FlatBucket) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from shardadam.chunks import chunks
 from shardadam.engine.reduction.base import (
     Reducer,
     Snapshot,
@@ -90,7 +91,8 @@ class LocalReducer(Reducer):
         else:
             self._move_to_shard(param.arena)
             for bucket, segment, target in _segments(param):
-                target.add_(ordered[segment.start : segment.start + segment.numel])
+                for chunk in chunks(0, segment.numel, target.device):  # on the CPU, other dtypes take temporaries
+                    target[chunk].add_(ordered[segment.start + chunk.start : segment.start + chunk.stop])
                 self._grad_stats.pop(bucket.index, None)
 
     def _move_to_shard(self, arena: FlatArena) -> None:
@@ -99,7 +101,7 @@ class LocalReducer(Reducer):
             return
         scattered = self.scattered(arena)
         assert scattered is not None
-        arena.allocate_gradient_shard(arena.format.exact_dtype)
+        arena.allocate_gradient_shard(arena.format.gradient_dtype)
         for bucket in arena.buckets:
             segments = [segment for _, segment in bucket.shard_segments]
             scattered.write_(gradient_shard(bucket), segments, 0, bucket.plan.shard_numel)

@@ -100,7 +100,7 @@ class StepReducer(Reducer):
             transport.fence()  # every rank has written its gradients
         for bucket in left:
             sources = self._bucket_views.sources(bucket)
-            bucket.arena.allocate_gradient_shard(bucket.arena.format.exact_dtype)
+            bucket.arena.allocate_gradient_shard(bucket.arena.format.gradient_dtype)
             stats = self._new_stats(bucket, with_squares=self._with_squares)
             with record("reduce_scatter"):
                 sum_sources_(gradient_shard(bucket), sources.slices, scale=sources.scale, accumulate=False, stats=stats)
