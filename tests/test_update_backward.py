@@ -438,6 +438,15 @@ def invalid_hyperparameter() -> tuple[str, bool]:
     return text, all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_backward_updates_nothing_until_a_checkpoint_is_loaded() -> None:
+    model, optimizer = small()
+    optimizer._engine.poison.reason = "a step was interrupted"
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    text = message_of(partial(backward, model))
+    assert "a step was interrupted. Load a whole checkpoint" in text
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_an_invalid_learning_rate_raises_in_backward_and_writes_nothing() -> None:
     text, is_unchanged = invalid_hyperparameter()
     assert "lr: found nan, expected a finite number" in text

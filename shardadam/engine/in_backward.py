@@ -83,7 +83,9 @@ class UpdateInBackward:
 
         Raises:
             TypeError, ValueError: a hyperparameter is not valid. Nothing has been written.
+            RuntimeError: a step was interrupted before, and no checkpoint has been loaded since.
         """
+        self._poison.check("update parameters")
         with self._streams.on(bucket.parameters.device):
             found_inf = are_finite([stats], bucket.parameters.device).logical_not().float()
             self._left_out.append(found_inf)
