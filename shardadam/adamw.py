@@ -42,6 +42,7 @@ class ShardedAdamW(ShardedAdam):
         bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -63,4 +64,5 @@ class ShardedAdamW(ShardedAdam):
             bucket_mb=bucket_mb,
             transport=transport,
             model_parallel_group=model_parallel_group,
+            ema_decay=ema_decay,
         )

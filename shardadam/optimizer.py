@@ -7,8 +7,8 @@ Does no arithmetic and calls no collectives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,10 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             the same copy of the model: tensor- and pipeline-parallel ranks, this rank among them, but no other of
             ``process_group``. Norms, skipped steps and checkpoints are then those of the whole model. None: the ranks
             along the meshes of DTensor parameters, if there are any.
+        ema_decay: keep an exponential moving average of the exact weights, in float32 (float64 for float64 parameters),
+            split over ranks like the moments: average = ema_decay * average + (1 - ema_decay) * weight after every
+            step that is not skipped; the first one copies the weight, as torch.optim.swa_utils.AveragedModel does. At
+            least 0 and less than 1; None: no average. See ``averaged_parameters``.
 
     A param group may have ``process_group``: those ranks of the optimizer's process group that hold the same parameters
     (experts), a ProcessGroup or a 1-D DeviceMesh; their state is split over these ranks. It may have
@@ -122,6 +126,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         bucket_mb: float | None = None,
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -142,6 +147,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             precision=Precision() if precision is None else precision,
             bucket_mb=bucket_mb,
             transport="auto" if isinstance(transport, Transport) else transport,
+            ema_decay=ema_decay,
         )
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
@@ -305,6 +311,39 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         """
         self._engine.overlap_gather(model, blocks)
 
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Context manager: parameters have the values of their averages (``ema_decay``). Collective, also at its end.
+
+        Gathers the averages into the model, rounded to the parameters' dtype; puts the training weights back at the
+        end, bit for bit, also if the body raises. Meanwhile each rank keeps its shards of the training weights: 1/N of
+        the parameters. Both ends cost an all-gather, and a backward through a graph from before either one raises.
+        Before the first step, the averages are the weights. With ``fully_shard``, call ``model.reshard()`` after a
+        forward without backward, before each end: FSDP would go on using the values that it has gathered.
+
+        Raises:
+            RuntimeError: the optimizer has no ``ema_decay``. Within the context, ``step``, ``load_state_dict``, methods
+                that return the state, ``add_param_group``, ``shardadam.save`` and ``load`` of this optimizer, and a
+                second ``averaged_parameters`` raise; nothing is lost by it.
+        """
+        with desync.in_call("averaged_parameters"):
+            self._put_averages()
+        try:
+            yield
+        finally:
+            with desync.in_call("averaged_parameters"):
+                self._put_weights_back()
+
+    @collective
+    def _put_averages(self) -> None:
+        self._engine.averages.check()
+        self._add_unfrozen_params()
+        self._engine.put_averages()
+
+    @collective
+    def _put_weights_back(self) -> None:
+        self._engine.put_weights_back()
+
     @collective
     def synchronize(self) -> None:
         """Wait until all parameters are gathered and no peer reads them any more. Collective.
@@ -347,6 +386,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             super().add_param_group(self._parameters.take_group(count, param_group))
             return
         engine, parameters = self._engine, self._parameters
+        engine.averages.refuse("add_param_group()")
         try:
             with agreed(engine.transport.control) as claims:
                 arguments.check_group(param_group, self.defaults)

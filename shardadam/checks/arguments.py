@@ -42,6 +42,7 @@ class Options:
     precision: Precision
     bucket_mb: float | None
     transport: str
+    ema_decay: float | None = None
 
     def bucket_bytes(self, device_types: Iterable[str], nbytes: int, world_size: int) -> int:
         """Return the size of a bucket, in bytes, for parameters of ``nbytes`` that ``world_size`` ranks split."""
@@ -67,6 +68,11 @@ class Options:
             raise ValueError(
                 f"transport: found {self.transport!r}, expected 'auto', 'collective', 'shared_memory' or a Transport"
             )
+        if self.ema_decay is not None:
+            if isinstance(self.ema_decay, (bool, Tensor)):
+                found = f"{self.ema_decay!r}, a {type(self.ema_decay).__name__}"
+                raise TypeError(f"ema_decay: found {found}, expected None or a float, such as 0.999")
+            _check_number("ema_decay", self.ema_decay, 0, 1)
 
     def claims(self) -> list[Claim]:
         """Return the options, which must be equal on all ranks."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from shardadam.checks import arguments
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
+from shardadam.engine.averaging import ParameterAverages
 from shardadam.engine.borrowing import lent
-from shardadam.engine.gathering import ParameterGatherer
+from shardadam.engine.gathering import ParameterGatherer, mark_written
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters, listed
 from shardadam.engine.reduction import reducer_for
@@ -36,7 +37,7 @@ from shardadam.engine.storage import (
 from shardadam.engine.updating import ParamGroups, Updater
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
-from shardadam.state import masters, whole
+from shardadam.state import averages, masters, whole
 from shardadam.sums.stats import clip_coefficient
 from shardadam.transport import Job
 from shardadam.transport.streams import is_capturing
@@ -65,6 +66,7 @@ class StepEngine:
         with_squares = options.max_grad_norm is not None
         self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares)
         self.gatherer = ParameterGatherer()
+        self.averages = ParameterAverages(parameters, self.gatherer)
         self.updater = Updater(parameters)
         self.warnings = MisuseWarnings(self.parameters.params)
         self.poison = Poison()
@@ -166,6 +168,7 @@ class StepEngine:
                 "Use that one, and delete this one."
             )
         self.poison.check("step")
+        self.averages.refuse("step()")
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
@@ -192,7 +195,7 @@ class StepEngine:
             self.gatherer.synchronize()
         # The update has written to flat buffers. Tell autograd that parameters have changed: backward through a graph
         # from before the step must raise instead of using the new values.
-        _mark_written([param for param in parameters.params if used is None or used[param.index]])
+        mark_written([param for param in parameters.params if used is None or used[param.index]])
         self.reducer.learn_order()
         self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
         if self.grad_norm is not None and self._inverse_scale is not None:
@@ -384,6 +387,27 @@ class StepEngine:
         coefficient = self._coefficient_for(param.arena)
         return gradient if coefficient is None else gradient.mul_(coefficient)
 
+    # Averages
+
+    def put_averages(self) -> None:
+        """Put the averages of the weights into the parameters, until ``put_weights_back``. Collective."""
+        self.averages.check()
+        self.poison.check("put averages into its parameters")
+        self.gatherer.synchronize()
+        self.refresh_masters()
+        try:
+            self.averages.begin()
+        except Exception as error:
+            self.poison.reason = f"averaged_parameters() did not begin ({type(error).__name__})"
+            raise
+
+    def put_weights_back(self) -> None:
+        try:
+            self.averages.end()
+        except Exception as error:
+            self.poison.reason = f"averaged_parameters() did not put the weights back ({type(error).__name__})"
+            raise
+
     # After the step
 
     def zero_grad(self) -> None:
@@ -441,6 +465,8 @@ class StepEngine:
     def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
         """Make the stored masters follow parameters that were written from outside, before they are read. Local.
 
+        Averages follow, too, until a first one is made.
+
         Args:
             params: those that are read; None for all.
 
@@ -448,10 +474,11 @@ class StepEngine:
             RuntimeError: device, dtype, shape or strides of a parameter have changed.
         """
         params = self.parameters.params if params is None else params
-        params = [param for param in params if param.arena.state.keys() & set(formats.MASTERS)]
+        params = [param for param in params if param.arena.state.keys() & {*formats.MASTERS, formats.AVERAGE}]
         rebind_moved(params)
         for param in params:
             masters.refresh_(param)
+        averages.refresh_(params)
 
     def state_was_loaded(self, *, parameters: bool = False) -> None:
         """Use the state that a load has written, and drop what was known about the state before.
@@ -467,7 +494,8 @@ class StepEngine:
             for bucket in self.parameters.buckets:
                 self.gatherer.dispatch(bucket)
             self.gatherer.synchronize()
-            _mark_written(self.parameters.params)
+            mark_written(self.parameters.params)
+        averages.refresh_(self.parameters.params)
 
     def release(self) -> None:
         """Remove hooks, and free memory and the transport, once the optimizer is gone. Local."""
@@ -480,13 +508,6 @@ class StepEngine:
                 self.job.model_parallel.close(clean=True)
         finally:
             self.parameters.release()
-
-
-def _mark_written(params: Sequence[ShardedParam]) -> None:
-    """Tell autograd that parameters have changed. Graphs hold DTensors, or their local tensors."""
-    changed = [param.parameter for param in params]
-    changed += [param.local for param in params if param.local is not param.parameter]
-    torch.autograd.graph.increment_version(changed)
 
 
 def _exact_gradient(bucket: FlatBucket) -> Tensor:

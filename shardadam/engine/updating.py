@@ -56,6 +56,7 @@ class Updater:
                     host_used=None if host_used is None else host_used[arena.indices],
                     coefficient=coefficient_of(arena),
                     hyperparameters=param_groups[arena.group_index],
+                    ema_decay=self._parameters.options.ema_decay,
                 )
             )
         return host_used
