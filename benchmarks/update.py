@@ -96,6 +96,7 @@ def update(optimizer: ShardedAdamW) -> None:
                 host_used=None,
                 coefficient=None,
                 hyperparameters=optimizer.param_groups[0],
+                ema_decay=optimizer._engine.options.ema_decay,
             )
         )
         for buckets in adjoining(arena.buckets):

@@ -43,6 +43,7 @@ class ShardedAdamW(ShardedAdam):
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
         update: Literal["step", "backward"] = "step",
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -65,4 +66,5 @@ class ShardedAdamW(ShardedAdam):
             transport=transport,
             model_parallel_group=model_parallel_group,
             update=update,
+            ema_decay=ema_decay,
         )

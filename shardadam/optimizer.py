@@ -7,8 +7,8 @@ Does no arithmetic and calls no collectives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -84,6 +84,10 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             ``"step"`` bit for bit, but nothing can clip, scale, read or discard gradients, and only one backward
             between two steps may be outside of ``no_sync``. Hyperparameters are those during backward. Where the
             gradients of a rank's shard of a bucket are not finite, that shard alone stays as it is.
+        ema_decay: keep an exponential moving average of the exact weights, in float32 (float64 for float64 parameters),
+            split over ranks like the moments: average = ema_decay * average + (1 - ema_decay) * weight after every
+            step that is not skipped; the first one copies the weight, as torch.optim.swa_utils.AveragedModel does. At
+            least 0 and less than 1; None: no average. See ``averaged_parameters``.
 
     A param group may have ``process_group``: those ranks of the optimizer's process group that hold the same parameters
     (experts), a ProcessGroup or a 1-D DeviceMesh; their state is split over these ranks. It may have
@@ -128,6 +132,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         transport: Literal["auto", "collective", "shared_memory"] | Transport = "auto",
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
         update: Literal["step", "backward"] = "step",
+        ema_decay: float | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -149,6 +154,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             bucket_mb=bucket_mb,
             transport="auto" if isinstance(transport, Transport) else transport,
             update=update,
+            ema_decay=ema_decay,
         )
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
@@ -313,6 +319,41 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         """
         self._engine.overlap_gather(model, blocks)
 
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Context manager: parameters have the values of their averages (``ema_decay``). Collective, also at its end.
+
+        Gathers the averages into the model, rounded to the parameters' dtype; puts the training weights back at the
+        end, bit for bit, also if the body raises. Meanwhile each rank keeps its shards of the training weights: 1/N of
+        the parameters. Both ends cost an all-gather, and a backward through a graph from before either one raises.
+        Before the first step, the averages are the weights. With ``fully_shard``, call ``model.reshard()`` after a
+        forward without backward, before each end: FSDP would go on using the values that it has gathered.
+
+        Raises:
+            RuntimeError: the optimizer has no ``ema_decay``. Within the context, ``step``, ``load_state_dict``, methods
+                that return the state, ``add_param_group``, ``shardadam.save`` and ``load`` of this optimizer, and a
+                second ``averaged_parameters`` raise; nothing is lost by it.
+        """
+        with desync.in_call("averaged_parameters"):
+            self._put_averages()
+        try:
+            yield
+        finally:
+            with desync.in_call("averaged_parameters"):
+                self._put_weights_back()
+
+    @collective
+    def _put_averages(self) -> None:
+        self._engine.averages.check()
+        self._add_unfrozen_params()
+        self._engine.gatherer.synchronize()
+        self._engine.refresh_masters()
+        self._engine.averages.begin()
+
+    @collective
+    def _put_weights_back(self) -> None:
+        self._engine.averages.end()
+
     @collective
     def synchronize(self) -> None:
         """Wait until all parameters are gathered and no peer reads them any more. Collective.
@@ -355,6 +396,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             super().add_param_group(self._parameters.take_group(count, param_group))
             return
         engine, parameters = self._engine, self._parameters
+        engine.averages.refuse("add_param_group()")
         try:
             with agreed(engine.transport.control) as claims:
                 arguments.check_group(param_group, self.defaults)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shardadam import update
 from shardadam.checks.arguments import Options
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.engine.storage import allocate_counters, block_table, kernel_tables
+from shardadam.engine.tables import allocate_counters, table_bytes
 from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Master, Moments, Precision
@@ -100,6 +100,7 @@ class Setting:
         transport: as the optimizer takes it; "auto" is planned as for ranks of one host.
         replicas: with hybrid sharding, the number of shard groups; else 1.
         clips: whether the norm of the gradients is computed, for clipping.
+        ema: whether the optimizer has an ``ema_decay``.
     """
 
     world_size: int = 1
@@ -110,6 +111,7 @@ class Setting:
     transport: Literal["auto", "collective", "shared_memory"] = "auto"
     replicas: int = 1
     clips: bool = False
+    ema: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -259,14 +261,11 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     key, ranks = _key_of(arena), buckets[0].world_size
     dtype, device = key.dtype, key.device
     numel = arena.numel // ranks
-    format = setting.precision.format(dtype, device)
+    format = setting.precision.format(dtype, device, has_average=setting.ema)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
     zeros = [0] * len(arena.parameters)
-    counters = allocate_counters(zeros, arena.offsets, zeros, torch.device("meta"))
-    block_count, block_dtype = block_table(numel, len(arena.parameters), format, device)
-    squares, positions = kernel_tables(buckets, dtype, device)
-    tables = counters.table_bytes + block_count * block_dtype.itemsize
-    tables += squares * torch.float64.itemsize + positions * torch.int32.itemsize
+    counters = allocate_counters(zeros, arena.offsets, zeros, torch.device("meta"), has_average=setting.ema)
+    tables = counters.table_bytes + table_bytes(buckets, len(arena.parameters), format, device)
     if update.has_kernel(dtype, device):
         from shardadam.update.triton import TritonUpdate
 
@@ -283,7 +282,8 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
         "gradient_shard": numel * shard_dtype.itemsize if has_shard else 0,
         "moments": sum(state.get(name, 0) for name in (*formats.MOMENTS, *formats.SCALES)),
         "master": sum(state.get(name, 0) for name in formats.MASTERS),
-        "scalars": counters.steps.nbytes + counters.bounds.nbytes,
+        "average": state.get(formats.AVERAGE, 0),
+        "scalars": counters.scalar_bytes,
         "tables": tables,
     }
 

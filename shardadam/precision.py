@@ -90,24 +90,32 @@ class Precision:
                 "Convert it, or give it an optimizer of its own with the default precision."
             )
 
-    def format(self, dtype: torch.dtype, device: torch.device) -> Format:
+    def format(self, dtype: torch.dtype, device: torch.device, *, has_average: bool = False) -> Format:
         """Return the formats for parameters of ``dtype`` on ``device``, with "auto" resolved."""
+        master: Literal["own", "split", "fp32", "none"]
         if dtype in (torch.float32, torch.float64):
-            return Format(dtype, self.moments, "own", self.gradients)
-        if self.master == "auto":
-            is_slow = dtype == torch.float16 and device.type == "cpu"
-            return Format(dtype, self.moments, "fp32" if is_slow else "split", self.gradients)
-        return Format(dtype, self.moments, self.master, self.gradients)
+            master = "own"
+        elif self.master == "auto":
+            master = "fp32" if dtype == torch.float16 and device.type == "cpu" else "split"
+        else:
+            master = self.master
+        return Format(dtype, self.moments, master, self.gradients, has_average)
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The formats of one parameter dtype. Master "own": the parameter is its own master."""
+    """The formats of one parameter dtype.
+
+    Args:
+        master: "own": the parameter is its own master.
+        has_average: whether there is a moving average of the exact weights, in ``exact_dtype``.
+    """
 
     dtype: torch.dtype
     moments: Moments
     master: Literal["own", "split", "fp32", "none"]
     gradients: Gradients = "auto"
+    has_average: bool = False
 
     @property
     def exact_dtype(self) -> torch.dtype:

@@ -58,15 +58,26 @@ ONLY_BUCKET: Any = None  # the kernel does not use it
 LR = 3e-3
 
 
+@pytest.mark.parametrize("averages", [False, True], ids=["", "averages"])
 @each_variant
-def test_interpreted_kernel_equals_reference(interpreter: ProcessPoolExecutor, variant: Variant) -> None:
-    assert interpreter.submit(differences_from_reference, variant).result(timeout=100) == []
+def test_interpreted_kernel_equals_reference(
+    interpreter: ProcessPoolExecutor, variant: Variant, averages: bool
+) -> None:
+    assert interpreter.submit(differences_from_reference, variant, averages=averages).result(timeout=100) == []
+
+
+@pytest.mark.parametrize("decay", [0.0, 1 - 2.0**-20])
+def test_averages_with_extreme_decays_equal_the_reference(interpreter: ProcessPoolExecutor, decay: float) -> None:
+    variant = Variant("fp32", "bfloat16", "split")
+    found = interpreter.submit(differences_from_reference, variant, averages=True, decay=decay).result(timeout=100)
+    assert found == []
 
 
 @each_variant
 def test_nothing_is_written_if_the_step_is_skipped(interpreter: ProcessPoolExecutor, variant: Variant) -> None:
-    assert interpreter.submit(differences_after_no_step, variant).result(timeout=100) == []
-    assert interpreter.submit(differences_after_no_step, variant, of_shard=True).result(timeout=100) == []
+    for of_shard, averages in itertools.product([False, True], repeat=2):
+        found = interpreter.submit(differences_after_no_step, variant, of_shard=of_shard, averages=averages)
+        assert found.result(timeout=100) == []
 
 
 def test_positions_are_counted_in_uint32(interpreter: ProcessPoolExecutor) -> None:
@@ -175,13 +186,15 @@ NUMELS = (700, 1, 128, 129, 300, 1000, 5)
 """Of the parameters; the shard begins in the middle of the first and ends with two blocks of padding."""
 FIRST_BLOCK = 2
 STEPS_BEFORE = (0, 1, 7, 1000, 123_456, 2, 40)
+AVERAGED_BEFORE = (0, 1, 0, 2000, 123_456, 0, 2**40)
+DECAY = 0.99
 
 
 LITTLE = slice(9 * BLOCK_NUMEL, 10 * BLOCK_NUMEL)
 """A block whose 8-bit moments are so small that they have no scale."""
 
 
-def build_counters() -> Counters:
+def build_counters(*, averages: bool = False) -> Counters:
     """Return counters of parameters with different step counts, and bounds of 0 steps, ordinary ones, and none."""
     blocks = torch.tensor([-(-numel // BLOCK_NUMEL) for numel in NUMELS])
     return Counters(
@@ -190,6 +203,7 @@ def build_counters() -> Counters:
         param_ids=torch.tensor([0, 3, 4, 5, 9, 11, 1000]),
         first_blocks=blocks.cumsum(0) - blocks,
         numels=torch.tensor(NUMELS),
+        n_averaged=torch.tensor(AVERAGED_BEFORE) if averages else None,
     )
 
 
@@ -198,7 +212,9 @@ def blocks_of_parameters() -> Tensor:
     return torch.cat([blocks[FIRST_BLOCK:], blocks[-1:], blocks[-1:]]).to(torch.int16)
 
 
-def build_shard(variant: Variant, random: torch.Generator, blocks: Tensor | None = None) -> Shard:
+def build_shard(
+    variant: Variant, random: torch.Generator, blocks: Tensor | None = None, *, averages: bool = False
+) -> Shard:
     blocks = blocks_of_parameters() if blocks is None else blocks
     numel = len(blocks) * BLOCK_NUMEL
     dtype = getattr(torch, variant.dtype)
@@ -226,6 +242,7 @@ def build_shard(variant: Variant, random: torch.Generator, blocks: Tensor | None
         remainder=remainder,
         blocks=blocks,
         first_block=FIRST_BLOCK,
+        average=awkward_values(numel, random) if averages else None,
     )
 
 
@@ -261,7 +278,7 @@ def to_device(state: Any, device: str) -> Any:
 
 
 def clone_counters(counters: Counters) -> Counters:
-    return Counters(*(getattr(counters, field.name).clone() for field in fields(counters)))
+    return replace(counters, **{name: flat.clone() for name, flat in flats_of(counters).items()})
 
 
 def overwrite_some(shard: Shard, random: torch.Generator) -> None:
@@ -279,13 +296,19 @@ def overwrite_some(shard: Shard, random: torch.Generator) -> None:
     shard.parameter[written == 2] *= -2.0
 
 
-def step_reference(shard: Shard, counters: Counters, step: Step) -> None:
+def step_reference(shard: Shard, counters: Counters, step: Step, *, decay: float = DECAY) -> None:
     """Take the step with the reference, parameter by parameter, with Python numbers."""
     for index in shard.blocks.unique().tolist():
-        if index in step.unused:
-            continue
         rows = (shard.blocks == index).nonzero().flatten()
         part = shard.narrow(slice(int(rows[0]) * BLOCK_NUMEL, (int(rows[-1]) + 1) * BLOCK_NUMEL))
+        averaged: dict[str, Any] = {}
+        if counters.n_averaged is not None:
+            averaged = {"n_averaged": int(counters.n_averaged[index]), "ema_decay": decay}
+        if index in step.unused:
+            if part.average is not None:
+                weight = reference.exact_weight(part.parameter, part.master, part.remainder)
+                reference.average_(part.average, weight, **averaged)
+            continue
         t = int(counters.steps[index]) + 1
         begin = (part.first_block - int(counters.first_blocks[index])) * BLOCK_NUMEL
         positions = torch.arange(begin, begin + part.parameter.numel())
@@ -302,12 +325,16 @@ def step_reference(shard: Shard, counters: Counters, step: Step) -> None:
             exp_avg_sq_scale=part.exp_avg_sq_scale,
             bound_squared=float(counters.bounds[index]),
             random=reference.random_bits(positions, seed=SEED, step=t, param_id=int(counters.param_ids[index])),
+            average=part.average,
+            **averaged,
             **hyperparameters,
         )
     count_reference(counters, step)
 
 
 def count_reference(counters: Counters, step: Step) -> None:
+    if counters.n_averaged is not None:
+        counters.n_averaged.add_(1)
     for index in range(len(counters.steps)):
         if index not in step.unused:
             counters.steps[index] += 1
@@ -315,7 +342,7 @@ def count_reference(counters: Counters, step: Step) -> None:
             counters.bounds[index] = bound
 
 
-def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -> None:
+def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0, *, decay: float = DECAY) -> None:
     device = counters.steps.device
     used = torch.ones(len(counters.steps), dtype=torch.bool)
     used[list(step.unused)] = False
@@ -326,6 +353,7 @@ def begin(update: Any, counters: Counters, step: Step, found_inf: float = 0.0) -
             host_used=None,
             coefficient=None if step.coefficient is None else torch.tensor(step.coefficient, device=device),
             hyperparameters=step.hyperparameters,
+            ema_decay=decay,
         )
     )
 
@@ -338,9 +366,11 @@ def small_programs(rows: int = 16) -> Any:
     return triton
 
 
-def differences_from_reference(variant: Variant, positions_before: int = 0, device: str = "cpu") -> list[str]:
+def differences_from_reference(
+    variant: Variant, positions_before: int = 0, device: str = "cpu", *, averages: bool = False, decay: float = DECAY
+) -> list[str]:
     random = torch.Generator().manual_seed(VARIANTS.index(variant))
-    truth, true_counters = build_shard(variant, random), build_counters()
+    truth, true_counters = build_shard(variant, random, averages=averages), build_counters(averages=averages)
     true_counters.first_blocks.sub_(positions_before // BLOCK_NUMEL)
     ours, counters = to_device(clone(truth), device), to_device(clone_counters(true_counters), device)
     update = small_programs().TritonUpdate(counters, seed=SEED)
@@ -350,9 +380,9 @@ def differences_from_reference(variant: Variant, positions_before: int = 0, devi
         gradient[LITTLE] = 1e-35 * gradient[LITTLE].clamp(-3, 3)
         for shard in (ours, truth):
             shard.gradient.copy_(gradient)
-        begin(update, counters, step)
+        begin(update, counters, step, decay=decay)
         update.step_(ours, ONLY_BUCKET)
-        step_reference(truth, true_counters, step)
+        step_reference(truth, true_counters, step, decay=decay)
         there = to_device(ours, "cpu"), to_device(counters, "cpu")
         found += [f"step {number}: {text}" for text in differences(there[0], truth, there[1], true_counters)]
         truth = to_device(clone(ours), "cpu")
@@ -361,10 +391,10 @@ def differences_from_reference(variant: Variant, positions_before: int = 0, devi
     return found
 
 
-def differences_after_no_step(variant: Variant, *, of_shard: bool = False) -> list[str]:
+def differences_after_no_step(variant: Variant, *, of_shard: bool, averages: bool) -> list[str]:
     """Skip the step, or only the update of the shard: then the counters advance."""
     random = torch.Generator().manual_seed(7)
-    shard, counters = build_shard(variant, random), build_counters()
+    shard, counters = build_shard(variant, random, averages=averages), build_counters(averages=averages)
     shard.gradient.fill_(math.nan)
     before, counters_before = clone(shard), clone_counters(counters)
     update = small_programs().TritonUpdate(counters, seed=SEED)
@@ -504,7 +534,7 @@ def build_arena_shard(variant: Variant, device: str = "cpu") -> ArenaShard:
     positions, blocks = torch.cat(position), torch.cat(block)
     random = torch.Generator().manual_seed(VARIANTS.index(variant))
     numel = plan.arenas[0].numel
-    whole = build_shard(variant, random, torch.zeros(numel // BLOCK_NUMEL, dtype=torch.int16))
+    whole = build_shard(variant, random, torch.zeros(numel // BLOCK_NUMEL, dtype=torch.int16), averages=True)
     elements = (positions[:, None] * BLOCK_NUMEL + torch.arange(BLOCK_NUMEL)).flatten()
     state = {name: flat[positions if len(flat) < numel else elements] for name, flat in flats_of(whole).items()}
     state |= {"parameter": whole.parameter, "blocks": blocks.to(torch.int16), "positions": positions.int()}
@@ -516,7 +546,9 @@ def build_arena_shard(variant: Variant, device: str = "cpu") -> ArenaShard:
         parameter = shard.parameter[begin : begin + bucket.shard_numel]
         buckets.append(replace(part, parameter=parameter, first_block=begin // BLOCK_NUMEL, positions=None))
         start += bucket.shard_numel
-    counters = replace(build_counters(), first_blocks=offsets // BLOCK_NUMEL, numels=torch.tensor(ARENA_NUMELS))
+    counters = replace(
+        build_counters(averages=True), first_blocks=offsets // BLOCK_NUMEL, numels=torch.tensor(ARENA_NUMELS)
+    )
     return ArenaShard(shard, buckets, plans, to_device(counters, device))
 
 
@@ -556,7 +588,8 @@ def differences_between_forms(variant: Variant, dtype: str, device: str = "cpu")
     assert aligned.addresses and aligned.addresses.is_aligned and moved.addresses and not moved.addresses.is_aligned
     truth = take(aligned, torch.float32, scattered=False, merged=False)
     untouched = build_arena_shard(variant, device).flats()
-    assert all((bits_of(truth[name]) != bits_of(untouched[name])).any() for name in ("parameter", "exp_avg"))
+    written = ("parameter", "exp_avg", "average")
+    assert all((bits_of(truth[name]) != bits_of(untouched[name])).any() for name in written)
     forms = {
         "flat, merged": take(aligned, kind, scattered=False, merged=True),
         "scattered": take(aligned, kind, scattered=True, merged=False),
@@ -577,8 +610,7 @@ def differences(ours: Shard, truth: Shard, counters: Counters, true_counters: Co
     """Return the differing fields; the bits of NaNs and the remainder of a NaN do not count."""
     found = []
     pairs = {name: (flat, flats_of(truth)[name]) for name, flat in flats_of(ours).items() if name != "gradient"}
-    for field in fields(counters):
-        pairs[field.name] = (getattr(counters, field.name), getattr(true_counters, field.name))
+    pairs |= {name: (flat, flats_of(true_counters)[name]) for name, flat in flats_of(counters).items()}
     for name, (a, b) in pairs.items():
         wrong = bits_of(a) != bits_of(b)
         if a.is_floating_point():
@@ -663,6 +695,18 @@ def test_compiled_kernel_that_may_skip_its_shard_spills_no_register(compiler: Pr
     assert compiled.registers <= MOST_REGISTERS
 
 
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize(("variant", "architecture"), [*itertools.product(VARIANTS, ARCHITECTURES)], ids=str)
+def test_compiled_kernel_with_averages_spills_no_register(
+    compiler: ProcessPoolExecutor, variant: Variant, architecture: int
+) -> None:
+    """Of scattered gradients, and with a shard that may be skipped: the form that needs the most registers."""
+    compiled = compiler.submit(compile_update, variant, architecture, "scattered, averages").result(timeout=100)
+    print(f"{variant} sm_{architecture}: {compiled.registers} registers, {len(compiled.instructions)} instructions")
+    assert not compiled.spills
+    assert compiled.registers <= MOST_REGISTERS
+
+
 @pytest.mark.parametrize("name", ["float32-own-fp32", "bfloat16-split-int8"])
 def test_scattered_gradients_are_loaded_16_bytes_at_a_time(compiler: ProcessPoolExecutor, name: str) -> None:
     variant = next(variant for variant in VARIANTS if str(variant) == name)
@@ -685,9 +729,10 @@ def compile_update(variant: Variant, architecture: int, form: str = "one bucket"
     """Compile the update of one bucket with float32 gradients, or of several with gradients of the parameters."""
     from shardadam.update import triton
 
-    shard, numels = build_shard(variant, torch.Generator()), build_counters().numels
+    form, _, averages = form.partition(", ")
+    shard, numels = build_shard(variant, torch.Generator(), averages=bool(averages)), build_counters().numels
     addresses = None
-    found_inf = torch.zeros(()) if form == "in backward" else None
+    found_inf = torch.zeros(()) if form == "in backward" or averages else None
     if form not in ("one bucket", "in backward"):
         gradient = shard.gradient.to(shard.parameter.dtype)
         shard = replace(shard, gradient=gradient, positions=torch.zeros(len(shard.blocks), dtype=torch.int32))
@@ -711,7 +756,7 @@ def compile_prologue(lr: Any, architecture: int) -> Compiled:
 
     kernel, triton.prologue = triton.prologue, Prologue()
     step = Step(adam_step(lr=lr, weight_decay=0.1), coefficient=0.5)
-    begin(triton.TritonUpdate(build_counters(), seed=SEED), build_counters(), step)
+    begin(triton.TritonUpdate(build_counters(averages=True), seed=SEED), build_counters(), step)
     triton.prologue = kernel
     arguments, keywords = given
     return compile_kernel(kernel, arguments, keywords, architecture)

@@ -41,6 +41,7 @@ class Case:
     accumulate: int = 1
     overlap: bool = False
     schedule: bool = False
+    ema: bool = False
     found_inf: int | None = None  # the step of an infinite gradient
 
     @property
@@ -106,6 +107,7 @@ def train(case: Case, update: Any, steps: int = STEPS) -> dict[str, Any]:
         bucket_mb=0.004,
         transport=AdversarialTransport(connected) if case.transport == "adversarial" else connected,
         update=update,
+        ema_decay=0.9 if case.ema else None,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)) if case.schedule else None
     if case.overlap:
@@ -165,6 +167,8 @@ WAYS = [
     Case(overlap=True),
     Case(overlap=True, shape="changing"),
     Case(schedule=True),
+    Case(ema=True, shape="changing"),
+    Case(ema=True, shape="unused", dtype="bfloat16", moments="int8"),
     *(
         Case(transport=transport, shape=shape)
         for transport in ("collective", "adversarial")

@@ -25,7 +25,7 @@ from shardadam.engine.strides import is_dense
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.optimizer import ShardedAdam
 from shardadam.state.flat_shard import dimension_order
-from shardadam.state.local import local_state
+from shardadam.state.local import SCALARS, local_state
 from shardadam.transport.placement import local_tensor, placements_of, runs_of
 from shardadam.update import formats
 
@@ -198,7 +198,7 @@ def state_specs(param: ShardedParam, of_parameter: TensorSpec) -> dict[str, Tens
             specs[kind] = replace(of_parameter, dtype=tensor.dtype, block_numel=ALIGNMENT_NUMEL)
         elif kind == "remainder":
             specs["master"] = replace(of_parameter, dtype=torch.float32)
-        elif kind not in ("step", "bound"):
+        elif kind not in SCALARS:
             specs[kind] = replace(of_parameter, dtype=tensor.dtype)
     return specs
 

@@ -66,7 +66,8 @@ class DcpReader(StorageReader):
 
     ``state_dict`` is ``{"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}`` or a
     part of it, also with ``flatten_optimizer_state_dict=True``. It may be loaded on any number of ranks. Keys:
-    ``model.NAME``, ``optimizer.state.NAME.exp_avg``, ``exp_avg_sq``, ``step``, and ``master`` if masters were saved.
+    ``model.NAME``, ``optimizer.state.NAME.exp_avg``, ``exp_avg_sq``, ``step``, and what was saved of ``master``,
+    ``average`` and ``n_averaged``.
     Tensors have the parameters' shapes. Moments are float32 (float64 if stored so) in every format; steps are
     0-dimensional float32.
 
@@ -218,6 +219,8 @@ def _numbers_of(values: Values) -> dict[str, Any]:
     for name, step in values.steps.items():
         for each in (name, *other_names.get(name, ())):
             found[f"optimizer.state.{each}.step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
+            if name in values.n_averaged:
+                found[f"optimizer.state.{each}.n_averaged"] = torch.tensor(values.n_averaged[name], device="cpu")
     for number, (names, group) in enumerate(zip(values.groups, values.param_groups(), strict=True)):
         found[f"{PARAM_GROUPS}.{number}.params"] = names
         for option, value in (*group.items(), ("param_names", names)):

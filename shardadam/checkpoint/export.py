@@ -25,45 +25,58 @@ from torch import Tensor
 
 from shardadam.checkpoint.directory import create_directory, sync_directory
 from shardadam.checkpoint.files import CheckpointError, TensorSpec, create_exclusively, memory_of
-from shardadam.checkpoint.reader import open_newest
+from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import MODEL_PREFIX
 from shardadam.checkpoint.values import Values
+from shardadam.engine.averaging import rounded
 from shardadam.state.flat_shard import in_shape
+from shardadam.update import formats
 
 Format = Literal["torch", "safetensors"]
 FORMATS: tuple[Format, ...] = ("torch", "safetensors")
+Weights = Literal["trained", "ema"]
+WEIGHTS: tuple[Weights, ...] = ("trained", "ema")
 
 
 def export(
-    directory: str | os.PathLike[str], *, format: Format, output: str | os.PathLike[str] | None = None
+    directory: str | os.PathLike[str],
+    *,
+    format: Format,
+    output: str | os.PathLike[str] | None = None,
+    weights: Weights = "trained",
 ) -> list[Path]:
     """Writes the newest checkpoint in ``directory``, or ``directory`` itself if it is one, as plain files. Local.
 
     ``torch``: ``model.pt`` for ``model.load_state_dict``, and ``optimizer.pt`` for
     ``torch.optim.AdamW.load_state_dict``; both load with ``torch.load(weights_only=True)``. ``safetensors``:
     ``model.safetensors`` and ``optimizer.safetensors``, which has tensors ``state.NAME.exp_avg`` and so on, and
-    ``param_groups`` and ``steps`` as JSON in its metadata. A model or optimizer that was not saved has no file.
+    ``param_groups``, ``steps`` and, with averages, ``n_averaged`` as JSON in its metadata. A model or optimizer that
+    was not saved has no file.
 
-    Tensors have the parameters' shapes; moments and masters are float32 (float64 for float64 parameters) in every
-    format. ``torch`` files keep strides, and tied tensors share memory. safetensors files are row-major, contain tied
-    tensors once, and list their other names as ``aliases`` in the metadata.
+    Tensors have the parameters' shapes; moments, masters and averages are float32 (float64 for float64 parameters) in
+    every format. ``torch`` files keep strides, and tied tensors share memory. safetensors files are row-major, contain
+    tied tensors once, and list their other names as ``aliases`` in the metadata.
 
     Args:
         output: directory for the files, created if missing. Default: ``NAME-FORMAT`` in the current directory, with the
             name of the checkpoint.
+        weights: ``"ema"``: the model has the averages of its trained parameters (``ema_decay``) in their place, rounded
+            to their dtype as by ``averaged_parameters``; there is no file of the optimizer then.
 
     Returns:
         The paths of the files.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged, a file exists already, or a file cannot be written. No
-            file is left behind then.
+        CheckpointError: there is no checkpoint, it is damaged, it lacks the averages that are to be exported, a file
+            exists already, or a file cannot be written. No file is left behind then.
     """
     if format not in FORMATS:
         raise ValueError(f"format: found {format!r}, expected one of {FORMATS}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: found {weights!r}, expected one of {WEIGHTS}")
     with open_newest(Path(directory).absolute()) as reader:
         output = Path(f"{reader.path.name}-{format}" if output is None else output).absolute()
-        values = Values(reader)
+        values: Values = Values(reader) if weights == "trained" else _AveragedModel(reader)
         write = _write_torch if format == "torch" else _write_safetensors
         try:
             with _published(output) as files:
@@ -71,6 +84,38 @@ def export(
             return files.paths
         except OSError as error:
             raise CheckpointError(f"{output}: {error}. Nothing was exported.") from error
+
+
+class _AveragedModel(Values):
+    """The model of a checkpoint with averages in place of its trained parameters, and no optimizer."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
+        self._averages: dict[str, str] = {}  # keys of the averages, by that of the parameter
+        for name in self.parameters:
+            key = f"{MODEL_PREFIX}{name}"
+            if key in self.specs and name not in self.n_averaged:
+                raise CheckpointError(
+                    f"{reader.path} has no average of {name!r}, expected those of all trained parameters. Train with "
+                    "ema_decay, or export the trained weights."
+                )
+            if key in self.specs:
+                self._averages[key] = self.state_of(name)[formats.AVERAGE]
+        if not self._averages:
+            raise CheckpointError(
+                f"{reader.path} has no averages of a model's parameters. Save model and optimizer, with ema_decay, or "
+                "export the trained weights."
+            )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunks(self, key: str) -> Iterator[Tensor]:
+        if key not in self._averages:
+            yield from super().chunks(key)
+            return
+        for chunk in super().chunks(self._averages[key]):
+            yield rounded(chunk, self.specs[key].dtype)
 
 
 class _Files:
@@ -220,6 +265,8 @@ def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]
             if name in values.steps:
                 state[index] = {"step": torch.tensor(values.steps[name], dtype=torch.float32, device="cpu")}
                 state[index] |= {kind: _stored(values, key) for kind, key in values.state_of(name).items()}
+                if name in values.n_averaged:
+                    state[index]["n_averaged"] = torch.tensor(values.n_averaged[name], device="cpu")
         position += len(names)
     return {"state": state, "param_groups": packed}
 
@@ -300,7 +347,8 @@ def _write_safetensors(values: Values, files: _Files) -> None:
             f"state.{name}.{kind}": key for name in values.parameters for kind, key in values.state_of(name).items()
         }
         named = [{**group, "params": names} for names, group in zip(values.groups, groups, strict=True)]
-        _write_file(values, files, "optimizer.safetensors", state, {"param_groups": named, "steps": values.steps})
+        numbers = {"steps": values.steps, **({"n_averaged": values.n_averaged} if values.n_averaged else {})}
+        _write_file(values, files, "optimizer.safetensors", state, {"param_groups": named, **numbers})
 
 
 def _write_file(

@@ -31,8 +31,9 @@ from shardadam.layout import ITEM_BYTES, cut
 
 MANIFEST = "checkpoint.json"
 FORMAT = "shardadam checkpoint"
-VERSIONS = (1, 2)
-"""Of the format. 2: some tensor is stored as several boxes; what has none is written as 1, which all versions read."""
+VERSIONS = (1, 2, 3)
+"""Of the format. 2: some tensor is stored as several boxes. 3: there are averages of weights. What has neither is
+written as 1, which all versions read."""
 
 
 MAX_MANIFEST_BYTES = 512 * 2**20
@@ -370,6 +371,9 @@ def manifest_text(content: Mapping[str, Any]) -> str:
 def _version_of(content: Mapping[str, Any]) -> int:
     """Returns the first version of the format that has all that ``content`` has."""
     try:
+        parameters = content.get("optimizer", {}).get("parameters", {})
+        if any("n_averaged" in parameter for parameter in parameters.values()):
+            return VERSIONS[2]
         return VERSIONS[any("boxes" in tensor for tensor in content["index"]["tensors"].values())]
     except (AttributeError, KeyError, TypeError):  # it is no manifest
         return VERSIONS[0]

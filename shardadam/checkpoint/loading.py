@@ -253,7 +253,7 @@ def _check_fit(contents: Contents, reader: Reader, scheduler: Any, compared: Seq
                 f"{reader.path} has state of parameters that are frozen here: {_some(frozen)}. Set requires_grad on "
                 "them before loading. You may freeze them again afterwards; their state stays."
             )
-        kinds = (*formats.MOMENTS, "master")
+        kinds = (*formats.MOMENTS, "master", formats.AVERAGE)
         _check_shapes(reader, {p.state_key(k): tuple(p.param.parameter.shape) for p in contents.owned for k in kinds})
     if scheduler is not None and SCHEDULER not in reader.index.objects:
         raise CheckpointError(f"{reader.path} was saved without a scheduler. Call load without scheduler.")
@@ -419,6 +419,8 @@ def _set_scalars(contents: Contents, saved: SavedOptimizer) -> None:
                 formats.write_master_(state, piece.parameter(), piece.parameter())
         steps = 0.0 if entry is None else entry.step
         counters.steps[param.arena_index] = steps
+        if counters.n_averaged is not None:  # with 0, the weight becomes the average in after_load
+            counters.n_averaged[param.arena_index] = (entry.n_averaged or 0) if entry is not None else 0
         betas = groups[param.arena.group_index]["betas"]
         bound = None if entry is None else entry.bound
         counters.bounds[param.arena_index] = reference.bound_squared_at(steps, betas) if bound is None else bound

@@ -20,7 +20,7 @@ from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, random_state_key
 from shardadam.engine.strides import is_dense
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
-from shardadam.state.local import local_state
+from shardadam.state.local import SCALARS, local_state
 from shardadam.transport.placement import local_tensor
 from shardadam.update import formats, reference
 from shardadam.version import __version__
@@ -160,12 +160,13 @@ def _description(contents: Contents) -> dict[str, Any]:
 
 
 def _scalars(state: Mapping[str, Tensor]) -> dict[str, float | str]:
-    """Returns step and bound; the bound as hexadecimal text, because it may be infinite and JSON has no infinity."""
-    return {
-        kind: float(state[kind]) if kind == "step" else float(state[kind]).hex()
-        for kind in ("step", "bound")
-        if kind in state
+    """Returns all numbers; the bound as hexadecimal text, because it may be infinite and JSON has no infinity."""
+    convert: dict[str, Callable[[Tensor], float | str]] = {
+        "step": float,
+        "bound": lambda bound: float(bound).hex(),
+        "n_averaged": int,
     }
+    return {kind: convert[kind](state[kind]) for kind in SCALARS if kind in state}
 
 
 def _add_pieces(part: Part, parameter: OwnedParameter, kind: str, key: str, spec: TensorSpec, box: BoxSpec) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardadam.engine.storage import ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
-from shardadam.state.local import local_state, spans_of
+from shardadam.state.local import SCALARS, local_state, spans_of
 from shardadam.update import formats
 
 PIECE_NUMEL = 4 * ITEM_BYTES
@@ -36,13 +36,13 @@ class Piece:
         return memory_order(local, local)[self.start : self.stop]
 
     def state(self) -> dict[str, Tensor]:
-        """Returns views of their state, 1-D: moments, their scales, and master or remainder."""
+        """Returns views of their state, 1-D: moments, their scales, master or remainder, and average."""
         begin, end = self.state_start, self.state_start + self.stop - self.start
         elements, blocks = slice(begin, end), slice(begin // ALIGNMENT_NUMEL, -(-end // ALIGNMENT_NUMEL))
         return {
             kind: tensor[blocks if kind in formats.SCALES else elements]
             for kind, tensor in local_state(self.param).items()
-            if kind not in ("step", "bound")
+            if kind not in SCALARS
         }
 
 

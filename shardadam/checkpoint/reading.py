@@ -46,7 +46,8 @@ class _Source:
 
     def __init__(self, reader: Reader, parameter: OwnedParameter, aliases: Mapping[str, str]) -> None:
         self._reader = reader
-        keys = {kind: parameter.state_key(kind) for kind in (*formats.MOMENTS, *formats.SCALES, "master")}
+        kinds = (*formats.MOMENTS, *formats.SCALES, "master", formats.AVERAGE)
+        keys = {kind: parameter.state_key(kind) for kind in kinds}
         keys["parameter"] = aliases.get(parameter.value_key, parameter.value_key)
         self._tensors = {kind: reader.index.tensors[key] for kind, key in keys.items() if key in reader.index.tensors}
         self._keys = keys
@@ -145,6 +146,9 @@ def _read_state(piece: Piece, source: _Source) -> None:
         elif source.dtype("parameter") == torch.float32:
             master = source.read("parameter", piece).to(parameter.device)
         write_master_(piece.param, master, state=state, parameter=parameter, start=piece.state_start)
+    if formats.AVERAGE in state and source.dtype(formats.AVERAGE) is not None:  # else n_averaged becomes 0
+        average = state[formats.AVERAGE]
+        _copy_(average, source.read(formats.AVERAGE, piece, average))
 
 
 def _read_codes(piece: Piece, source: _Source, state: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -53,10 +53,11 @@ _PARAMETERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class SavedParameter:
-    """Numbers of a trained parameter. ``bound``: see ``reference.bound_squared_at``; None if it was not saved."""
+    """Numbers of a trained parameter. ``bound``: see ``reference.bound_squared_at``. None if it was not saved."""
 
     step: float
     bound: float | None
+    n_averaged: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,17 +389,18 @@ def _parameter_of(found: Mapping[str, Any], what: str) -> SavedParameter:
             bound = math.nan
         if not bound >= 0:
             raise ValueError(f"{what}: found bound {shown(found['bound'])}, expected a hexadecimal number of 0 or more")
-    return SavedParameter(float(step), bound)
+    n_averaged = _number(found["n_averaged"], f"{what}, n_averaged") if "n_averaged" in found else None
+    return SavedParameter(float(step), bound, n_averaged)
 
 
-def _check_state(parameters: Iterable[str], masters: set[str], index: Index) -> None:
+def _check_state(parameters: Mapping[str, SavedParameter], masters: set[str], index: Index) -> None:
     """Checks that each parameter has the state that its format needs, in its own shape, and nothing else has state."""
     tensors = index.tensors
     states: dict[str, dict[str, StoredTensor]] = {name: {} for name in parameters}
     for key, tensor in tensors.items():
         if key.startswith(STATE_PREFIX):
             name, _, kind = key.removeprefix(STATE_PREFIX).rpartition(".")
-            if name not in states or kind not in (*formats.MOMENTS, *formats.SCALES, "master"):
+            if name not in states or kind not in (*formats.MOMENTS, *formats.SCALES, "master", formats.AVERAGE):
                 raise ValueError(f"found {shown(key)}, expected the state of a parameter that the manifest lists")
             states[name][kind] = tensor
     # The model may have another tensor of the same name, which is not the optimizer's.
@@ -409,6 +411,8 @@ def _check_state(parameters: Iterable[str], masters: set[str], index: Index) -> 
     for name, state in states.items():
         value = values[name]
         _check_moments(f"parameter {shown(name)}", state, value)
+        if (formats.AVERAGE in state) != (parameters[name].n_averaged is not None):
+            raise ValueError(f"parameter {shown(name)}: found one of average and n_averaged, expected both or none")
         if value is not None:
             own = value.spec.dtype in (torch.float32, torch.float64)
         else:
@@ -445,8 +449,9 @@ def _check_moments(what: str, state: Mapping[str, StoredTensor], value: StoredTe
             raise ValueError(f"{what}: found {kind} of shape {shown(spec.shape)}, expected {shown(expected.shape)}")
         if [box.spec for box in tensor.boxes] != expected_boxes:
             raise ValueError(f"{what}: found {kind} in other boxes than {formats.MOMENTS[0]}")
-        if kind not in formats.MOMENTS and spec.dtype != torch.float32:
-            raise ValueError(f"{what}: found {kind} of {_names([spec.dtype])}, expected float32")
+        exact = torch.float64 if kind == formats.AVERAGE and torch.float64 in dtypes else torch.float32
+        if kind not in formats.MOMENTS and spec.dtype != exact:
+            raise ValueError(f"{what}: found {kind} of {_names([spec.dtype])}, expected {_names([exact])}")
     if value is None:
         return
     if value.spec.dtype not in _PARAMETERS or (value.spec.shape, value.spec.order) != (shape, first.spec.order):

@@ -25,7 +25,7 @@ from shardadam.update import formats
 CHUNK_NUMEL = 2**17
 """Elements in a chunk of ``Values.chunks``: a multiple of ``ALIGNMENT_NUMEL``."""
 
-STATE = (*formats.MOMENTS, "master")
+STATE = (*formats.MOMENTS, "master", formats.AVERAGE)
 _MAX_OPEN = 64
 ReadFn = Callable[[int, int], Tensor]
 
@@ -34,7 +34,7 @@ class Values:
     """The decoded tensors of a checkpoint.
 
     ``specs``: all tensors by key, without scales; moments are float32 (float64 if stored so). ``parameters``: names of
-    the parameters that have state.
+    the parameters that have state. ``steps``, ``n_averaged``: by name; the latter of those that have an average.
 
     Args:
         reader: must stay open while anything is read.
@@ -47,6 +47,8 @@ class Values:
         saved = optimizer.parameters if optimizer else {}
         self.parameters: list[str] = [name for group in self.groups for name in group if name in saved]
         self.steps: dict[str, float] = {name: saved[name].step for name in self.parameters}
+        counts = {name: saved[name].n_averaged for name in self.parameters}
+        self.n_averaged: dict[str, int] = {name: count for name, count in counts.items() if count is not None}
         self.aliases: dict[str, str] = reader.manifest.aliases
         self._scale_of: dict[str, str] = {}
         self.specs = {key: tensor.spec for key, tensor in reader.index.tensors.items()}

@@ -43,6 +43,7 @@ class Options:
     bucket_mb: float | None
     transport: str
     update: str = "step"
+    ema_decay: float | None = None
 
     def bucket_bytes(self, device_types: Iterable[str], nbytes: int, world_size: int) -> int:
         """Return the size of a bucket, in bytes, for parameters of ``nbytes`` that ``world_size`` ranks split."""
@@ -80,6 +81,11 @@ class Options:
             raise ValueError(
                 f"transport: found {self.transport!r}, expected 'auto', 'collective', 'shared_memory' or a Transport"
             )
+        if self.ema_decay is not None:
+            if isinstance(self.ema_decay, (bool, Tensor)):
+                found = f"{self.ema_decay!r}, a {type(self.ema_decay).__name__}"
+                raise TypeError(f"ema_decay: found {found}, expected None or a float, such as 0.999")
+            _check_number("ema_decay", self.ema_decay, 0, 1)
 
     def claims(self) -> list[Claim]:
         """Return the options, which must be equal on all ranks."""

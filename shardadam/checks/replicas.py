@@ -24,6 +24,7 @@ from torch import Tensor
 from shardadam.engine.storage import NamedParameter, ShardedParam
 from shardadam.engine.strides import is_dense
 from shardadam.ranks.agreement import exchange, name_ranks
+from shardadam.state import averages
 from shardadam.state.local import local_state
 from shardadam.state.masters import refresh_
 from shardadam.transport import Job, Transport, placement
@@ -63,6 +64,7 @@ def replicated_tensors(
     if transport.replicas > 1:
         for param in params:  # some replicas may have looked at the state since the parameters were written
             refresh_(param)
+        averages.refresh_(params)
     states = [(param, local_state(param)) for param in params]
     tensors += [ReplicatedTensor(f"the step of parameter {param.name!r}", state["step"]) for param, state in states]
     tensors.append(ReplicatedTensor("skipped_steps", skipped_steps))

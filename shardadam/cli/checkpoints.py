@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shardadam.checkpoint.export import FORMATS, export
+from shardadam.checkpoint.export import FORMATS, WEIGHTS, export
 from shardadam.checkpoint.files import MANIFEST, CheckpointError
 from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import MODEL_PREFIX, STATE_PREFIX
@@ -33,6 +33,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     command.add_argument("directory", **directory)
     command.add_argument("--format", required=True, choices=FORMATS)
+    command.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="trained",
+        help="ema: the averages of the weights (ema_decay) as the model, in the dtypes of the parameters, without the "
+        "optimizer; default: trained",
+    )
     command.add_argument("--output", metavar="OUT", type=Path, help="directory for the files; default: ./NAME-FORMAT")
     command.set_defaults(run=_export)
 
@@ -49,7 +56,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _export(options: argparse.Namespace) -> int:
-    for path in export(options.directory, format=options.format, output=options.output):
+    paths = export(options.directory, format=options.format, output=options.output, weights=options.weights)
+    for path in paths:
         show(f"{path}  {binary_size(path.stat().st_size)}")
     return 0
 
@@ -112,7 +120,7 @@ def _checkpoints_in(directory: Path) -> list[str]:
     return found
 
 
-KINDS = ("model", *formats.MOMENTS, "scales", "master")
+KINDS = ("model", *formats.MOMENTS, "scales", "master", formats.AVERAGE)
 
 
 def _kind(key: str) -> str:

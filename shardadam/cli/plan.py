@@ -46,7 +46,7 @@ data-parallel and split its state; N / (T P E) of them hold the same experts. Te
   version     1; within a version, fields may be added but do not change
   what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
               dtypes {{fp32, bf16, ...: elements}}
-  asked       your settings: ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip,
+  asked       your settings: ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip, ema,
               transport
   parallel    null without model parallelism: tensor, expert, pipeline, data (ranks that hold the same part), and what
               the planned rank holds, the fullest: stage (from 1), layers (first and last), tensors, parameters,
@@ -116,6 +116,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument("--bucket-mb", metavar="MIB", type=_positive, help="default: the optimizer's, 32 (8 on CPUs)")
     command.add_argument("--clip", action="store_true", help="gradients are clipped (max_grad_norm)")
+    command.add_argument("--ema", action="store_true", help="keep an average of the weights (ema_decay)")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     command.add_argument(
         "--memory",
@@ -213,6 +214,7 @@ def _setting(options: argparse.Namespace, parallel: ModelParallel) -> Setting:
         device=options.device,
         transport="auto" if is_inside_host else "collective",
         clips=options.clip,
+        ema=options.ema,
     )
 
 
@@ -243,6 +245,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "master": asked.precision.master,
             "bucket_bytes": found.bucket_bytes,
             "clip": asked.clips,
+            "ema": asked.ema,
             "transport": asked.transport,
         },
         "parallel": _parallel(found),

@@ -19,6 +19,7 @@ _PARTS = (
     ("gradients, gradient shard, staging", ("gradients", "gradient_shard", "staging"), "#56B4E9"),
     ("moments", ("moments",), "#D55E00"),
     ("master", ("master",), "#E69F00"),
+    ("average", ("average",), "#009E73"),
     ("tables", ("scalars", "tables"), "#000000"),
 )
 

@@ -88,7 +88,8 @@ def _call(setting: Setting, source: ModelSource) -> str:
     precision = [f'moments="{setting.precision.moments}"']
     if _has_masters(source):
         precision.append(f'master="{setting.precision.master}"')
-    return f'ShardedAdamW(gradient_sync="{setting.gradient_sync}", precision=Precision({", ".join(precision)}))'
+    ema = ", ema_decay=0.999" if setting.ema else ""
+    return f'ShardedAdamW(gradient_sync="{setting.gradient_sync}", precision=Precision({", ".join(precision)}){ema})'
 
 
 def _kinds(found: Comparison, unit: Unit) -> str:
@@ -101,10 +102,13 @@ def _kinds(found: Comparison, unit: Unit) -> str:
         "staging": ("staging",),
         "moments": ("moments",),
         "master": ("master",),
+        "average": ("average",),
         "tables": ("scalars", "tables"),
     }
     if not has_masters:
         del columns["master"]
+    if not found.asked.ema:
+        del columns["average"]
     names = ["moments", "master"] if has_masters else ["moments"]
     rows = [["", *names, *columns, "total", *_fits_header(found)]]
     for usage in found.formats:

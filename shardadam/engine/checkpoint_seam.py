@@ -27,8 +27,17 @@ class CheckpointSeam:
 
     def __init__(self, engine: StepEngine, before_load: Callable[[], None], after_load: _AfterLoad) -> None:
         self._engine = engine
-        self.before_load = before_load
+        self._before_load = before_load
         self.after_load = after_load
+
+    def before_load(self) -> None:
+        """Adds parameters that were unfrozen. Collective if there are any.
+
+        Raises:
+            RuntimeError: parameters have the values of their averages.
+        """
+        self._engine.averages.refuse("load")
+        self._before_load()
 
     @property
     def store_barrier(self) -> StoreBarrier:
@@ -64,6 +73,7 @@ class CheckpointSeam:
         self._engine.check_between_steps()
         self._engine.step_sync.read_all()
         self._engine.poison.check("be saved")
+        self._engine.averages.refuse("save")
         self._engine.gatherer.wait_all()
         rebind_moved(self.params)
         self._engine.refresh_masters()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardadam.engine.profiling import record
-from shardadam.engine.storage import FlatBucket
+from shardadam.engine.storage import FlatBucket, ShardedParam
 from shardadam.ranks.signals import defer_signals
 from shardadam.transport import Pending
 from shardadam.transport.base import own_slice
@@ -76,6 +76,14 @@ class ParameterGatherer:
         for pending in self._unreleased:
             pending.await_release()
         self._unreleased.clear()
+
+
+def mark_written(params: Iterable[ShardedParam]) -> None:
+    """Tell autograd that parameters have changed. Graphs hold DTensors, or their local tensors."""
+    params = list(params)
+    changed = [param.parameter for param in params]
+    changed += [param.local for param in params if param.local is not param.parameter]
+    torch.autograd.graph.increment_version(changed)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from shardadam.checks import arguments
+from shardadam.engine.averaging import ParameterAverages
 from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.reduction.base import Gradients
@@ -54,6 +55,7 @@ class UpdateInBackward:
         parameters: ShardedParameters,
         updater: Updater,
         gatherer: ParameterGatherer,
+        averages: ParameterAverages,
         *,
         param_groups: Callable[[], ParamGroups],
         poison: Poison,
@@ -61,6 +63,7 @@ class UpdateInBackward:
         self._parameters = parameters
         self._updater = updater
         self._gatherer = gatherer
+        self._averages = averages
         self._param_groups = param_groups
         self._poison = poison
         self._streams = InStreamOrder()
@@ -83,9 +86,11 @@ class UpdateInBackward:
 
         Raises:
             TypeError, ValueError: a hyperparameter is not valid. Nothing has been written.
-            RuntimeError: a step was interrupted before, and no checkpoint has been loaded since.
+            RuntimeError: a step was interrupted before, and no checkpoint has been loaded since; or parameters have the
+                values of their averages.
         """
         self._poison.check("update parameters")
+        self._averages.refuse('backward with update="backward"')
         with self._streams.on(bucket.parameters.device):
             found_inf = are_finite([stats], bucket.parameters.device).logical_not().float()
             self._left_out.append(found_inf)
@@ -121,8 +126,7 @@ class UpdateInBackward:
             host_used: list[bool] | None = None
             if not all_used:
                 for arena, before in self._before.items():
-                    arena.counters.steps.copy_(before.steps)
-                    arena.counters.bounds.copy_(before.bounds)
+                    arena.counters.copy_(before)
                 arenas = self._parameters.arenas
                 host_used = self._begin_arenas(arenas, used=used, all_used=False)
             else:
@@ -151,8 +155,7 @@ class UpdateInBackward:
             masters.settle_(self._parameters.params)
             self._groups = self._groups or _hyperparameters(self._param_groups())
             for arena in left:
-                counters = arena.counters
-                self._before[arena] = replace(counters, steps=counters.steps.clone(), bounds=counters.bounds.clone())
+                self._before[arena] = arena.counters.clone()
             self._begin_arenas(left, used=None, all_used=True)
 
     def _begin_arenas(self, arenas: Sequence[FlatArena], *, used: Tensor | None, all_used: bool) -> list[bool] | None:

@@ -253,6 +253,7 @@ class ShardedParameters:
                 copies=[self._copies_of(p.parameter) for p in members],
                 is_borrowed=group is self._alone,
                 precision=self.options.precision,
+                has_average=self.options.ema_decay is not None,
                 bucket_bytes=self.options.bucket_bytes(
                     {p.local.device.type for p in members},
                     sum(p.local.nbytes for p in members),
@@ -269,8 +270,9 @@ class ShardedParameters:
                 self.broadcast(own, group.transport)
         with lent(arenas, written=False):
             for bucket in buckets:
-                if bucket.shard.master is not None:
-                    bucket.shard.master.copy_(bucket.shard.parameter)
+                for exact in (bucket.shard.master, bucket.shard.average):
+                    if exact is not None:
+                        exact.copy_(bucket.shard.parameter)
         self.arenas += arenas
         self.params += params
         self.buckets += buckets

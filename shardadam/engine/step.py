@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from shardadam.checks import arguments
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
+from shardadam.engine.averaging import ParameterAverages
 from shardadam.engine.borrowing import lent
-from shardadam.engine.gathering import ParameterGatherer
+from shardadam.engine.gathering import ParameterGatherer, mark_written
 from shardadam.engine.in_backward import UpdateInBackward
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters
@@ -37,7 +38,7 @@ from shardadam.engine.storage import (
 from shardadam.engine.updating import ParamGroups, Updater, scale_of
 from shardadam.ranks import agreement
 from shardadam.ranks.agreement import Claim
-from shardadam.state import masters, whole
+from shardadam.state import averages, masters, whole
 from shardadam.sums.stats import clip_coefficient
 from shardadam.transport import Job
 from shardadam.transport.streams import is_capturing
@@ -68,12 +69,13 @@ class StepEngine:
         self.parameters = parameters
         with_squares = options.max_grad_norm is not None
         self.gatherer = ParameterGatherer()
-        self.updater = Updater()
         self.poison = Poison()
+        self.averages = ParameterAverages(parameters, self.gatherer, self.poison)
+        self.updater = Updater(options.ema_decay)
         self.in_backward: UpdateInBackward | None = None
         if options.update == "backward":
             self.in_backward = UpdateInBackward(
-                parameters, self.updater, self.gatherer, param_groups=param_groups, poison=self.poison
+                parameters, self.updater, self.gatherer, self.averages, param_groups=param_groups, poison=self.poison
             )
         take = None if self.in_backward is None else self.in_backward.take
         self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares, take=take)
@@ -179,6 +181,7 @@ class StepEngine:
                 "Use that one, and delete this one."
             )
         self.poison.check("step")
+        self.averages.refuse("step()")
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
         """Update the buckets in the order in which the next forward needs them; gather each when it is updated."""
@@ -212,7 +215,7 @@ class StepEngine:
             self.gatherer.synchronize()
         # The update has written to flat buffers. Tell autograd that parameters have changed: backward through a graph
         # from before the step must raise instead of using the new values.
-        _mark_written([param for param in parameters.params if used is None or used[param.index]])
+        mark_written([param for param in parameters.params if used is None or used[param.index]])
         self.reducer.learn_order()
         self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
         if self.grad_norm is not None and self._inverse_scale is not None:
@@ -465,6 +468,8 @@ class StepEngine:
     def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
         """Make the stored masters follow parameters that were written from outside, before they are read. Local.
 
+        Averages follow, too, until a first one is made.
+
         Args:
             params: those that are read; None for all.
 
@@ -472,10 +477,11 @@ class StepEngine:
             RuntimeError: device, dtype, shape or strides of a parameter have changed.
         """
         params = self.parameters.params if params is None else params
-        params = [param for param in params if param.arena.state.keys() & set(formats.MASTERS)]
+        params = [param for param in params if param.arena.state.keys() & {*formats.MASTERS, formats.AVERAGE}]
         rebind_moved(params)
         for param in params:
             masters.refresh_(param)
+        averages.refresh_(params)
 
     def state_was_loaded(self, *, parameters: bool = False) -> None:
         """Use the state that a load has written, and drop what was known about the state before.
@@ -491,7 +497,8 @@ class StepEngine:
             for bucket in self.parameters.buckets:
                 self.gatherer.dispatch(bucket)
             self.gatherer.synchronize()
-            _mark_written(self.parameters.params)
+            mark_written(self.parameters.params)
+        averages.refresh_(self.parameters.params)
 
     def release(self) -> None:
         """Remove hooks, and free memory and the transport, once the optimizer is gone. Local."""
@@ -504,13 +511,6 @@ class StepEngine:
                 self.job.model_parallel.close(clean=True)
         finally:
             self.parameters.release()
-
-
-def _mark_written(params: Sequence[ShardedParam]) -> None:
-    """Tell autograd that parameters have changed. Graphs hold DTensors, or their local tensors."""
-    changed = [param.parameter for param in params]
-    changed += [param.local for param in params if param.local is not param.parameter]
-    torch.autograd.graph.increment_version(changed)
 
 
 def _exact_gradient(bucket: FlatBucket) -> Tensor:

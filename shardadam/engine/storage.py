@@ -10,16 +10,16 @@ import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardadam import layout, update
 from shardadam.engine.strides import same_order
+from shardadam.engine.tables import allocate_counters, block_table, fill_blocks, kernel_tables
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format, Precision
-from shardadam.sums import has_kernel
 from shardadam.sums.reference import program_count
 from shardadam.transport import Transport, placement
 from shardadam.transport.base import own_slice
@@ -189,8 +189,10 @@ class FlatBucket:
         return slice(start, start + self.plan.shard_numel)
 
     def exact_state(self, name: str) -> Tensor:
-        """Return the shard's exp_avg, exp_avg_sq or master, in float32, or in float64 for float64 parameters."""
-        stored = {key: getattr(self.shard, key) for key in self.arena.state}
+        """Return the shard's exp_avg, exp_avg_sq, average or master, in float32 (float64 for float64 parameters)."""
+        stored: dict[str, Tensor] = {key: getattr(self.shard, key) for key in self.arena.state}
+        if name == formats.AVERAGE:
+            return stored[name]
         if name != "master":
             return formats.read_moments(stored)[formats.MOMENTS.index(name)]
         master = formats.read_master(stored, self.shard.parameter)
@@ -219,6 +221,7 @@ def allocate(
     copies: Sequence[int],
     is_borrowed: bool,
     precision: Precision,
+    has_average: bool,
     bucket_bytes: int,
     first_index: int,
 ) -> list[FlatArena]:
@@ -229,6 +232,7 @@ def allocate(
     Args:
         copies: how many model-parallel ranks hold the elements of each parameter.
         is_borrowed: as in ``FlatArena``.
+        has_average: as in ``Format``.
         first_index: the number of ``ShardedParam`` that the optimizer has already.
     """
     specs = [
@@ -242,7 +246,10 @@ def allocate(
     for index, arena_plan in enumerate(plan.arenas):
         in_arena = [parameters[i] for i in arena_plan.parameters]
         weight = 1 / (transport.replicas * copies[arena_plan.parameters[0]])
-        arena = _allocate_arena(arena_plan, in_arena, shard_group, weight, is_borrowed, precision, first_index)
+        format = precision.format(in_arena[0].local.dtype, in_arena[0].local.device, has_average=has_average)
+        arena = _allocate_arena(
+            arena_plan, in_arena, shard_group, weight, is_borrowed, format, precision.seed, first_index
+        )
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         buckets = [bucket for bucket in plan.buckets if bucket.arena == index]
         for bucket in buckets:
@@ -272,15 +279,16 @@ def _allocate_arena(
     shard_group: ShardGroup,
     norm_weight: float,
     is_borrowed: bool,
-    precision: Precision,
+    format: Format,
+    seed: int,
     first_index: int,
 ) -> FlatArena:
     first, transport = parameters[0], shard_group.transport
     dtype, device = first.local.dtype, first.local.device
     numel = plan.numel // transport.world_size
-    format = precision.format(dtype, device)
     numels = [named.local.numel() for named in parameters]
-    counters = allocate_counters([named.param_id for named in parameters], plan.offsets, numels, device)
+    param_ids = [named.param_id for named in parameters]
+    counters = allocate_counters(param_ids, plan.offsets, numels, device, has_average=format.has_average)
     block_count, block_dtype = block_table(numel, len(parameters), format, device)
     arena = FlatArena(
         group_index=first.group_index,
@@ -296,7 +304,7 @@ def _allocate_arena(
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
         positions=None,
         counters=counters,
-        update=update.choose(counters, dtype, seed=precision.seed, rank=transport.rank),
+        update=update.choose(counters, dtype, seed=seed, rank=transport.rank),
     )
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
         local = named.local
@@ -318,32 +326,13 @@ def _allocate_arena(
     return arena
 
 
-def allocate_counters(
-    param_ids: Sequence[int], offsets: Sequence[int], numels: Sequence[int], device: torch.device
-) -> Counters:
-    """Return counters at zero for parameters of ``numels`` elements at ``offsets`` in their arena, in elements."""
-    return Counters(
-        steps=torch.zeros(len(param_ids), dtype=torch.float32, device=device),
-        bounds=torch.zeros(len(param_ids), dtype=torch.float64, device=device),
-        param_ids=torch.tensor(param_ids, device=device),
-        first_blocks=torch.tensor([offset // ALIGNMENT_NUMEL for offset in offsets], device=device),
-        numels=torch.tensor(numels, dtype=torch.int64, device=device),
-    )
-
-
-def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
-    """Return length and dtype of ``Shard.blocks`` for ``numel`` elements of a rank; length 0 if it is not needed."""
-    is_needed = format.is_random or has_kernel(format.dtype, device)
-    return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
-
-
 def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: torch.dtype) -> None:
     start = plan.offset // plan.world_size
     elements = slice(start, start + plan.shard_numel)
     whole = arena.parameters[plan.offset : plan.offset + plan.numel]
     segments = list(plan.shard_segments(rank))
     if arena.blocks.numel() > 0:
-        _fill_blocks(arena.blocks[_blocks_of(elements)], segments)
+        fill_blocks(arena.blocks[_blocks_of(elements)], segments)
     first_block = (plan.offset + rank * plan.shard_numel) // ALIGNMENT_NUMEL
     bucket = FlatBucket(
         plan=plan,
@@ -366,22 +355,15 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
 def _shard_of(arena: FlatArena, elements: slice, parameter: Tensor, first_block: int) -> Shard:
     """Return ``elements`` of the arena's state and gradients, with the parameters that they belong to."""
     blocks = _blocks_of(elements)
-
-    def state(name: str) -> Tensor | None:
-        flat = arena.state.get(name)
-        return None if flat is None else flat[blocks if name in formats.SCALES else elements]
-
+    state: dict[str, Any] = dict.fromkeys(formats.STATE)
+    for name, flat in arena.state.items():
+        state[name] = flat[blocks if name in formats.SCALES else elements]
     return Shard(
         parameter=parameter,
         gradient=None if arena.gradient_shard is None else arena.gradient_shard[elements],
-        exp_avg=arena.state["exp_avg"][elements],
-        exp_avg_sq=arena.state["exp_avg_sq"][elements],
-        exp_avg_scale=state("exp_avg_scale"),
-        exp_avg_sq_scale=state("exp_avg_sq_scale"),
-        master=state("master"),
-        remainder=state("remainder"),
         blocks=arena.blocks[blocks],
         first_block=first_block,
+        **state,
     )
 
 
@@ -405,14 +387,6 @@ def _add_kernel_tables(arena: FlatArena, plans: Sequence[layout.Bucket]) -> None
             for shard in (bucket.shard,)
         ]
         arena.positions = torch.cat(found).to(device)
-
-
-def kernel_tables(plans: Sequence[layout.Bucket], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Return the lengths of ``FlatArena.squares`` and ``positions`` for an arena of these buckets; 0: not needed."""
-    if not has_kernel(dtype, device):
-        return 0, 0
-    block_count = sum(plan.shard_numel for plan in plans) // ALIGNMENT_NUMEL
-    return sum(program_count(plan.shard_numel) for plan in plans), block_count if plans[0].world_size > 1 else 0
 
 
 def gradient_shard(bucket: FlatBucket) -> Tensor:
@@ -455,15 +429,6 @@ def merged(buckets: Sequence[FlatBucket]) -> Shard:
         return _shard_of(arena, elements, parameter, first.shard.first_block)
     shard = _shard_of(arena, elements, arena.parameters, first.shard.first_block)
     return replace(shard, positions=arena.positions[_blocks_of(elements)])
-
-
-def _fill_blocks(blocks: Tensor, segments: Sequence[layout.Segment]) -> None:
-    """Write which parameter each block belongs to; padding belongs to the parameter before it."""
-    if segments:
-        firsts = [segment.offset // ALIGNMENT_NUMEL for segment in segments]
-        lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], len(blocks)])]
-        owners = torch.tensor([segment.parameter for segment in segments], dtype=blocks.dtype, device="cpu")
-        blocks.copy_(owners.repeat_interleave(torch.tensor(lengths, device="cpu")))
 
 
 def bind(param: ShardedParam) -> None:

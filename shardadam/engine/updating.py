@@ -18,7 +18,14 @@ ParamGroups = Sequence[Mapping[str, Any]]
 
 
 class Updater:
-    """The updates of one step: ``begin``, then ``update`` once for each bucket."""
+    """The updates of one step: ``begin``, then ``update`` once for each bucket.
+
+    Args:
+        ema_decay: of the averages; None without.
+    """
+
+    def __init__(self, ema_decay: float | None) -> None:
+        self._ema_decay = ema_decay
 
     def begin(
         self,
@@ -53,6 +60,7 @@ class Updater:
                     host_used=None if host_used is None else host_used[arena.indices],
                     coefficient=coefficient_of(arena),
                     hyperparameters=param_groups[arena.group_index],
+                    ema_decay=self._ema_decay,
                 )
             )
         return host_used

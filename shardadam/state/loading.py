@@ -130,7 +130,7 @@ def _own(param: ShardedParam, saved: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in expected if saved and name not in own]
     if missing:
         raise ValueError(f"Parameter {param.name!r}: found only {sorted(saved)} in state_dict, {missing} are missing.")
-    for name in (*formats.MOMENTS, "master"):
+    for name in (*formats.MOMENTS, "master", formats.AVERAGE):
         if name in own:
             own[name] = _own_part(param, name, own[name], spans_of(param))
     for name in formats.SCALES:
@@ -179,7 +179,8 @@ def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[f
     """Writes this rank's elements into the state, converted to its format. If ``saved`` is empty, Adam restarts.
 
     Args:
-        saved: 1-D tensors, in any format; ``step`` and ``bound`` are numbers.
+        saved: 1-D tensors, in any format; ``step``, ``bound`` and ``n_averaged`` are numbers. Without an average, the
+            average becomes the exact weight, as before the first step.
         betas: for the bound, if ``saved`` has none.
     """
     state = local_state(param)
@@ -200,3 +201,7 @@ def load_param_(param: ShardedParam, saved: Mapping[str, Any], *, betas: tuple[f
         formats.write_moments_(state, *formats.read_moments(saved))
     param.kept_master = None
     write_master_(param, saved.get("master", parameter), state=state, parameter=parameter)
+    if formats.AVERAGE in state:
+        if formats.AVERAGE in saved:
+            state[formats.AVERAGE].copy_(saved[formats.AVERAGE])
+        state["n_averaged"].fill_(int(saved.get("n_averaged", 1)) if formats.AVERAGE in saved else 0)

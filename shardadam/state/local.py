@@ -16,12 +16,14 @@ from shardadam.state.flat_shard import FlatShard, Runs, dimension_order, in_shap
 from shardadam.transport import placement
 from shardadam.update import formats, reference
 
+SCALARS = ("step", "bound", "n_averaged")
+"""The names of numbers in ``local_state``: 0-dim."""
 CODES = {"exp_avg": "exp_avg_code", "exp_avg_sq": "exp_avg_sq_code"}
 
 
 def local_state(param: ShardedParam) -> dict[str, Tensor]:
     """Returns views of this rank's elements of the parameter's state, in memory order and in the format they are stored
-    in. All are 1-D, except step and bound (0-dim).
+    in. All are 1-D, except ``SCALARS``.
     """
     arena = param.arena
     state = {"step": arena.counters.steps[param.arena_index]}
@@ -29,6 +31,8 @@ def local_state(param: ShardedParam) -> dict[str, Tensor]:
         state[name] = flat[param.block_slice if name in formats.SCALES else param.state_slice]
     if arena.format.moments == "int8":
         state["bound"] = arena.counters.bounds[param.arena_index]
+    if arena.counters.n_averaged is not None:
+        state["n_averaged"] = arena.counters.n_averaged[param.arena_index]
     return state
 
 
@@ -59,7 +63,7 @@ def saved_state(param: ShardedParam) -> dict[str, Tensor]:
     saved: dict[str, Tensor] = {}
     for name, tensor in local_state(param).items():
         key = saved_name(name, param)
-        if name in ("step", "bound"):
+        if name in SCALARS:
             saved[key] = tensor
             continue
         if name == "remainder":
@@ -103,8 +107,8 @@ def _numel(runs: Runs) -> int:
 
 
 def state_spans(name: str, param: ShardedParam) -> list[Span]:
-    """Returns the spans of the part that a tensor of ``local_state`` holds; none for step and bound."""
-    if name in ("step", "bound"):
+    """Returns the spans of the part that a tensor of ``local_state`` holds; none for numbers."""
+    if name in SCALARS:
         return []
     return block_spans(param) if name in formats.SCALES else spans_of(param)
 

@@ -32,7 +32,7 @@ class Memory:
             next step, also a float32 copy of masters whose parameters were written from outside, or not loaded yet.
         average: this rank's shard of the averages of the weights (``ema_decay``).
         offload_buffers: through which offloaded state passes on its way to the update: that of two buckets.
-        scalars: each parameter's step counter and bound on its update.
+        scalars: each parameter's step counter, bound on its update, and number of averages.
         tables: which parameter each block of 128 elements belongs to, each parameter's inputs for the kernels, and the
             sums of squares that they write.
         on_host: moments, masters and averages in pinned memory of the host (``HostOffload``), which do not count
@@ -75,9 +75,9 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
         staging=reducer.staging_bytes(),
         moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
         master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),
-        average=0,
+        average=_nbytes(arenas, (formats.AVERAGE,)),
         offload_buffers=0,
-        scalars=sum(arena.counters.steps.nbytes + arena.counters.bounds.nbytes for arena in arenas),
+        scalars=sum(arena.counters.scalar_bytes for arena in arenas),
         tables=sum(
             arena.blocks.nbytes
             + sum(table.nbytes for table in (arena.positions, arena.squares) if table is not None)

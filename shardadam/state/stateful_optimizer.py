@@ -50,12 +50,17 @@ class StatefulOptimizer(Optimizer):
     def full_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the parameter's whole state: step, exp_avg, exp_avg_sq and, where there is one, master. Collective.
 
+        With ``ema_decay`` also average and n_averaged.
+
         Returns:
-            New tensors of the parameter's shape, float32 (float64 for float64 parameters); ``step`` is 0-dim.
+            New tensors of the parameter's shape, float32 (float64 for float64 parameters). ``step`` and ``n_averaged``,
+            the number of averages that were made (int64), are 0-dim.
 
         Raises:
             ValueError: ``parameter`` is frozen since the build, or not a parameter of this optimizer.
+            RuntimeError: parameters have the values of their averages (``averaged_parameters``).
         """
+        self._engine.averages.refuse("full_state()")
         self._add_unfrozen_params()
         self._engine.gatherer.synchronize()
         param = self._engine.parameters.find(parameter)
@@ -75,6 +80,7 @@ class StatefulOptimizer(Optimizer):
         Every trainable parameter has an entry, also before the first step, when its step and moments are zeros: torch
         adds entries in the first step. Local; collective if parameters were unfrozen since the last step.
         """
+        self._engine.averages.refuse("state_dict()")
         if self._consolidated is None:
             self._add_unfrozen_params()
         self._engine.gatherer.wait_all()
@@ -95,9 +101,10 @@ class StatefulOptimizer(Optimizer):
 
         With ``all_ranks=True``, on every rank. Tensors are new, on the CPU, of the parameters' shapes, and float32
         (float64 for float64 parameters) whatever format they are stored in. Parameters with a master also have
-        ``master``, which torch's optimizers keep and ignore.
+        ``master``, and with ``ema_decay`` all have ``average`` and ``n_averaged``: torch's optimizers keep and ignore
+        these.
         """
-        return self._whole_state_dict(to=None if all_ranks else 0) or {}
+        return self._whole_state_dict("full_state_dict()", to=None if all_ranks else 0) or {}
 
     @collective
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -105,9 +112,10 @@ class StatefulOptimizer(Optimizer):
 
         ``state_dict()`` returns it there until the next step.
         """
-        self._consolidated = self._whole_state_dict(to=to)
+        self._consolidated = self._whole_state_dict("consolidate_state_dict()", to=to)
 
-    def _whole_state_dict(self, *, to: int | None) -> dict[str, Any] | None:
+    def _whole_state_dict(self, call: str, *, to: int | None) -> dict[str, Any] | None:
+        self._engine.averages.refuse(call)
         self._add_unfrozen_params()
         self._engine.gatherer.synchronize()
         self._engine.refresh_masters()
@@ -120,13 +128,16 @@ class StatefulOptimizer(Optimizer):
 
         Also loads the hyperparameters of the param groups. As in torch, except that one that is a tensor here stays the
         same tensor and gets the value: captured CUDA graphs read it. Load the model before or after it: masters in
-        ``state_dict`` are exact either way; without any, the parameters at the next step are the masters. Local, but
-        all ranks must call it; collective if parameters were unfrozen since the last step.
+        ``state_dict`` are exact either way; without any, the parameters at the next step are the masters. Without
+        averages in it, as from torch's AdamW, the weights are the averages until the next step. Local, but all ranks
+        must call it; collective if parameters were unfrozen since the last step.
 
         Raises:
             ValueError: ``state_dict`` does not fit this optimizer, or has state of a parameter that is frozen here.
                 Nothing has been changed.
+            RuntimeError: parameters have the values of their averages (``averaged_parameters``).
         """
+        self._engine.averages.refuse("load_state_dict()")
         self._add_unfrozen_params()
         self._engine.gatherer.wait_all()
         state_dict = state_dict.copy()

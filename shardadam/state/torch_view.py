@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shardadam.engine.storage import ShardedParam
-from shardadam.state import local
+from shardadam.state import averages, local
+from shardadam.state.local import SCALARS
 from shardadam.state.masters import refresh_, write_master_
+from shardadam.update.formats import AVERAGE
 
-_SCALARS = ("step", "bound")
 _MASTER = "master"
 
 
@@ -26,8 +27,8 @@ class ParamState(dict[str, Tensor]):
     """``optimizer.state[p]``: this rank's elements of the parameter's state, as 1-D views of the flat storage, by name.
 
     Assigning to an entry copies a tensor of the entry's shape, or this rank's elements of one of the parameter's shape.
-    Clearing restarts the parameter's Adam, as in torch; an exact master weight stays. Single entries cannot be added
-    or removed.
+    Clearing restarts the parameter's Adam, as in torch, and its average; an exact master weight stays. Single entries
+    cannot be added or removed.
     """
 
     def __init__(self, param: ShardedParam) -> None:
@@ -40,6 +41,8 @@ class ParamState(dict[str, Tensor]):
             self._addresses = {key: view.data_ptr() for key, view in local.torch_state(self._param).items()}
         if name == _MASTER:
             refresh_(self._param)
+        elif name == AVERAGE:
+            averages.refresh_([self._param])
         return super().__getitem__(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -124,7 +127,7 @@ class ParamState(dict[str, Tensor]):
             self._refuse(name)
         target = self[name]
         given = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-        if name in _SCALARS:
+        if name in SCALARS:
             if given.numel() == 1:
                 return given.reshape(())
         elif given.is_floating_point() or given.dtype == target.dtype:
@@ -148,6 +151,8 @@ class ParamState(dict[str, Tensor]):
             write_master_(self._param, value, state=local.local_state(self._param), parameter=parameter)
         else:
             target.copy_(value)
+        if name == AVERAGE:
+            super().__getitem__("n_averaged").clamp_(min=1)  # else the next average would copy the weight
 
 
 class OptimizerState(defaultdict[Tensor, Any]):

@@ -26,8 +26,8 @@ def gather(param: ShardedParam, shard_of: Callable[[FlatBucket], Tensor]) -> Ten
 
 
 def of_one(param: ShardedParam) -> dict[str, Tensor]:
-    """Returns step, moments and, if there is one, master of a parameter, as new tensors on its device."""
-    whole = {"step": _step(param).clone()}
+    """Returns numbers, moments and, where there are some, master and average: new tensors on the parameter's device."""
+    whole = {name: number.clone() for name, number in _numbers(param).items()}
     with lent([param.arena], written=False):
         for name in _names(param.arena):
             whole[name] = gather(param, methodcaller("exact_state", name))
@@ -38,10 +38,12 @@ def of_all(arenas: Sequence[FlatArena], *, keep: bool) -> list[tuple[ShardedPara
     """Returns the same of every parameter, on the CPU. Those of DTensors are whole, too: collective over their mesh.
 
     Args:
-        keep: whether this rank needs the tensors; otherwise the dicts contain only the step.
+        keep: whether this rank needs the tensors; otherwise the dicts contain only numbers.
     """
     found: dict[int, tuple[ShardedParam, dict[str, Tensor]]] = {
-        param.index: (param, {"step": _step(param).cpu().clone()}) for arena in arenas for param in arena.params
+        param.index: (param, {name: number.cpu().clone() for name, number in _numbers(param).items()})
+        for arena in arenas
+        for param in arena.params
     }
     for arena in arenas:
         # Ranks that shard with each other (fully_shard) all take part, even if only one needs the result.
@@ -59,10 +61,14 @@ def of_all(arenas: Sequence[FlatArena], *, keep: bool) -> list[tuple[ShardedPara
     return list(found.values())
 
 
-def _step(param: ShardedParam) -> Tensor:
-    return param.arena.counters.steps[param.arena_index]
+def _numbers(param: ShardedParam) -> dict[str, Tensor]:
+    """Returns ``step`` and, with averages, ``n_averaged``, 0-dim."""
+    counters, index = param.arena.counters, param.arena_index
+    averaged = {} if counters.n_averaged is None else {"n_averaged": counters.n_averaged[index]}
+    return {"step": counters.steps[index], **averaged}
 
 
 def _names(arena: FlatArena) -> list[str]:
     """Returns the names that ``FlatBucket.exact_state`` takes."""
-    return [*formats.MOMENTS, *(["master"] if arena.format.master in ("fp32", "split") else [])]
+    master = ["master"] if arena.format.master in ("fp32", "split") else []
+    return [*formats.MOMENTS, *master, *([formats.AVERAGE] if arena.format.has_average else [])]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Allocates the stored state, and converts it to exact values and back: for loading, saving and inspection.
 
-A state is a dict of flat tensors: ``exp_avg`` and ``exp_avg_sq``, their scales if they are codes, and ``master`` or
-``remainder`` if there is one. A step never calls anything here.
+A state is a dict of flat tensors: ``exp_avg`` and ``exp_avg_sq``, their scales if they are codes, ``master`` or
+``remainder`` if there is one, and ``average`` with ``ema_decay``. A step never calls anything here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from shardadam.update import reference
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 MASTERS = ("master", "remainder")
+AVERAGE = "average"
+STATE = (*MOMENTS, *SCALES, *MASTERS, AVERAGE)
+"""All names; each is a field of ``update.Shard``."""
 _NEAREST = 0x80008000  # with these random bits, stochastic rounding rounds to the nearest value
 
 
@@ -37,6 +40,8 @@ def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
         state["master"] = (numel, exact)
     elif format.master == "split":
         state["remainder"] = (numel, torch.int16)
+    if format.has_average:
+        state[AVERAGE] = (numel, exact)
     return state
 
 

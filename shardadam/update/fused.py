@@ -19,7 +19,7 @@ from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Segment
 from shardadam.sums.scattered import Scattered
 from shardadam.sums.sources import sum_chunk_
 from shardadam.update import reference
-from shardadam.update.runs import Run, RunTable
+from shardadam.update.runs import Run, RunTable, equal_runs
 from shardadam.update.shard import Counters, Shard, Sources, StepInputs
 
 _LARGEST_BFLOAT16 = 3.3895e38  # a float32 below this cannot be rounded to infinity
@@ -55,6 +55,9 @@ class FusedUpdate:
         self._on_cpu = counters.steps.device.type == "cpu"
         self._limits: Tensor | None = None
         self._keys: Tensor | None = None
+        # How far averages move towards the weights: those of each parameter, and of all if it is the same, on the host.
+        self._rates: Sequence[float | Tensor] = ()
+        self._common_rate: float | None = None
         self._version = counters.steps._version
 
     def begin(self, inputs: StepInputs) -> None:
@@ -76,6 +79,19 @@ class FusedUpdate:
         self._version = counters.steps._version
         after = _bounds_after(counters.bounds, inputs.hyperparameters["betas"])
         counters.bounds.copy_(torch.where(taken, after, counters.bounds))
+        if counters.n_averaged is not None:
+            assert inputs.ema_decay is not None
+            self._begin_averages(counters.n_averaged, 1 - inputs.ema_decay, inputs.found_inf)
+
+    def _begin_averages(self, n_averaged: Tensor, rate: float, found_inf: Tensor) -> None:
+        is_first = n_averaged == 0
+        self._common_rate = None
+        if self._on_cpu:
+            rates = [1.0 if first else rate for first in is_first.tolist()]
+            self._rates, self._common_rate = rates, rates[0] if len(set(rates)) == 1 else None
+        else:
+            self._rates = torch.where(is_first, 1.0, torch.full_like(is_first, rate, dtype=torch.float64)).unbind()
+        n_averaged.add_(found_inf == 0)
 
     @property
     def nbytes(self) -> int:
@@ -92,14 +108,16 @@ class FusedUpdate:
         found_inf: Tensor | None = None,
     ) -> None:
         runs = self._runs.runs(bucket, self._host_used)
-        if not runs or self._skip or (self._on_cpu and found_inf is not None and bool(found_inf)):
+        if self._skip or (self._on_cpu and found_inf is not None and bool(found_inf)):
+            return
+        if not runs and shard.average is None:
             return
         self._found_inf = self._skips_all
         if found_inf is not None and self._skips_all is not None:
             self._found_inf = torch.maximum(self._skips_all, found_inf)
         exact = shard.exact_dtype
         whole = shard.gradient if gradients is None else None
-        if whole is not None and whole.dtype == exact and not shard.is_encoded:
+        if whole is not None and whole.dtype == exact and not shard.is_encoded and shard.average is None:
             flats = (shard.parameter, whole, shard.exp_avg, shard.exp_avg_sq)
             if runs[0].stop - runs[0].start == shard.parameter.numel():
                 lists = [[flat] for flat in flats]
@@ -125,7 +143,42 @@ class FusedUpdate:
                         sum_chunk_(gradient, [source[chunk] for source in gradients.slices], scale=gradients.scale)
                     elif whole is not None:
                         gradient.copy_(whole[chunk])
-                step(shard, chunk, run, gradient, scratch)
+                weight = step(shard, chunk, run, gradient, scratch)
+                if shard.average is not None and self._common_rate is not None:
+                    self._average_(shard.average[chunk], weight, self._common_rate, scratch)
+        if shard.average is not None:
+            self._average_others_(shard, bucket, scratch)
+
+    def _average_others_(self, shard: Shard, bucket: Bucket, scratch: Scratch) -> None:
+        """Average the parameters that were not averaged with their update: those that take no part in the step, or all
+        if they differ in whether this is their first average.
+        """
+        assert shard.average is not None
+        if self._common_rate is None:
+            labels: list[int | None] = [*range(len(self._rates))]
+        elif self._host_used is None:
+            return
+        else:
+            labels = [None if is_used else 0 for is_used in self._host_used]
+        for run in equal_runs(bucket, self._rank, labels):
+            for chunk in chunks(run.start, run.stop, shard.parameter.device):
+                kept = (None if flat is None else flat[chunk] for flat in (shard.master, shard.remainder))
+                weight = reference.exact_weight(shard.parameter[chunk], *kept)
+                self._average_(shard.average[chunk], weight, self._rates[run.parameter], scratch)
+
+    def _average_(self, average: Tensor, weight: Tensor, rate: float | Tensor, scratch: Scratch) -> None:
+        """Do ``reference.average_``.
+
+        Args:
+            rate: 1 to copy the weight, else 1 - decay. A tensor off the CPU, where the host must not wait.
+        """
+        if isinstance(rate, Tensor):
+            self._store_(average, torch.where(rate == 1, weight, average + (weight - average) * rate.to(weight.dtype)))
+        elif rate == 1:
+            average.copy_(weight)
+        else:
+            moved = scratch.take(average, slice(0, average.numel()), "moved")
+            average.add_(torch.sub(weight, average, out=moved).mul_(rate))
 
     def _adam_(
         self,
@@ -161,13 +214,14 @@ class FusedUpdate:
             found_inf=self._found_inf,
         )
 
-    def _step_plain_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """Update a chunk that is stored in the dtype of the arithmetic."""
+    def _step_plain_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> Tensor:
+        """Update a chunk that is stored in the dtype of the arithmetic; return the exact weights."""
         flats = (shard.parameter, shard.exp_avg, shard.exp_avg_sq)
         weight, m, v = (flat[chunk] for flat in flats)
         self._adam_([weight], [gradient], [m], [v], runs=[run])
+        return weight
 
-    def _step_bfloat16_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
+    def _step_bfloat16_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> Tensor:
         """Do ``_step_encoded_`` for the formats of ``_is_common`` in fewer passes, and without temporaries."""
         parameter = shard.parameter[chunk]
         bits = scratch.take(parameter, chunk, "bits", torch.int32)
@@ -189,13 +243,14 @@ class FusedUpdate:
         self._adam_([weight], [gradient], [shard.exp_avg[chunk]], [shard.exp_avg_sq[chunk]], runs=[run], is_scaled=True)
         if not _is_finite(weight):
             self._write_weight(shard.narrow(chunk, gradient), weight, None)
-            return
+            return weight
         parameter.copy_(_ties_away(weight, out=bits))
         if shard.remainder is not None:
             remainder.copy_(weight.view(torch.int32))  # the copy keeps the low 16 bits
+        return weight
 
-    def _step_encoded_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> None:
-        """Decode a chunk, update it and encode it again."""
+    def _step_encoded_(self, shard: Shard, chunk: slice, run: Run, gradient: Tensor, scratch: Scratch) -> Tensor:
+        """Decode a chunk, update it and encode it again; return the exact weights."""
         shard = shard.narrow(chunk, gradient)
         random = self._random_words(shard) if shard.is_random else None
         weight = _read_weight(shard)
@@ -211,6 +266,7 @@ class FusedUpdate:
 
         self._write_weight(shard, weight, random)
         self._write_moments(shard, m, v, random)
+        return weight if shard.has_exact_weight else shard.parameter.to(weight.dtype)
 
     def _random_words(self, shard: Shard) -> Tensor:
         """Return 32 random bits for each element, int32: those of ``reference.random_bits``."""

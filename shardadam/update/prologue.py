@@ -17,30 +17,44 @@ COLUMNS = tl.constexpr(8)
 # decoupled weight decay, 1 - lr decay; and the factor of L2 decay. Without the one kind of decay its factor is 1, or 0.
 COEFFICIENT, BETA1, REST1, BETA2, REST2, EPS, DECAY, L2 = (tl.constexpr(column) for column in range(8))
 # Row 1 + i, for parameter i: 1 if it takes this step, else 0; lr / (1 - b1^t); 1 / sqrt(1 - b2^t); C before this step;
-# the key of its random bits and its first block in the arena, these two as the bits of an int32.
-TAKEN, STEP_SIZE, CORRECTION, BOUND, KEY, FIRST_BLOCK = (tl.constexpr(column) for column in range(6))
+# the key of its random bits and its first block in the arena, these two as the bits of an int32; how far the average
+# moves towards the weight: 1 at the first average, then 1 - decay, 0 if the step is skipped.
+TAKEN, STEP_SIZE, CORRECTION, BOUND, KEY, FIRST_BLOCK, RATE = (tl.constexpr(column) for column in range(7))
 
 
 @triton.jit(
-    do_not_specialize=["count", "lr_bits", "beta1", "beta2", "kept_bound", "new_bound", "eps", "weight_decay", "key"]
+    do_not_specialize=[
+        "count",
+        "lr_bits",
+        "beta1",
+        "beta2",
+        "kept_bound",
+        "new_bound",
+        "eps",
+        "weight_decay",
+        "rate_of_average",
+        "key",
+    ]
 )
 def prologue(
     steps,  # float32, in and out: t of each parameter
     bounds,  # float64, in and out: C^2 of each parameter
     param_ids,  # int64: position of each parameter in param_groups
     first_blocks,  # int64: first block of each parameter in the arena
+    n_averaged,  # int64, in and out: number of averages of each parameter; None without averages
     count,  # number of parameters
     used,  # bool: whether each parameter takes part
     found_inf,  # float32, 0-dim: not 0 if the step is skipped
     coefficient,  # float32, 0-dim: multiplies gradients; None for 1
     lr,  # the learning rate as a tensor of one element; None if lr_bits has it
-    lr_bits,  # the learning rate; here and down to weight_decay: float64 as the bits of an int64
+    lr_bits,  # the learning rate; here and down to rate_of_average: float64 as the bits of an int64
     beta1,
     beta2,
     kept_bound,  # C^2 after the step is kept_bound times C^2 before it,
     new_bound,  # plus new_bound (reference.bound_squared_after)
     eps,
     weight_decay,
+    rate_of_average,  # 1 - decay of averages
     key,  # hash of the seed
     table,  # float32, out: (1 + count) rows of COLUMNS
     DECOUPLED: tl.constexpr,  # bool: AdamW's weight decay instead of Adam's
@@ -68,8 +82,8 @@ def prologue(
     tl.store(table + L2, 0.0 if DECOUPLED else decay.to(tl.float32))
     index = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = index < count
-    taken = inside & (tl.load(used + index, mask=inside, other=0) != 0)
-    taken &= tl.load(found_inf + 0 * index) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
+    goes_on = tl.load(found_inf + 0 * index) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
+    taken = goes_on & inside & (tl.load(used + index, mask=inside, other=0) != 0)
     step = tl.load(steps + index, mask=taken, other=0.0) + 1.0
     bound = tl.load(bounds + index, mask=taken, other=0.0)
     kept = as_float64(kept_bound) * bound
@@ -88,6 +102,11 @@ def prologue(
     tl.store(row + BOUND, tl.sqrt(bound).to(tl.float32), mask=taken)
     tl.store(row + KEY, mixed(step_key + param_id).to(tl.float32, bitcast=True), mask=taken)
     tl.store(row + FIRST_BLOCK, first_block.to(tl.float32, bitcast=True), mask=taken)
+    if n_averaged is not None:
+        count_before = tl.load(n_averaged + index, mask=inside, other=0)
+        moved = tl.where(count_before == 0, 1.0, as_float64(rate_of_average).to(tl.float32))
+        tl.store(row + RATE, tl.where(goes_on, moved, 0.0), mask=inside)
+        tl.store(n_averaged + index, count_before + 1, mask=inside & goes_on)
 
 
 @triton.jit

@@ -32,6 +32,9 @@ def step_(
     exp_avg_sq_scale: Tensor | None = None,
     bound_squared: float = math.inf,
     random: Tensor | None = None,
+    average: Tensor | None = None,
+    n_averaged: int = 0,
+    ema_decay: float = 0.0,
     **hyperparameters: Any,
 ) -> None:
     """Take one step on a flat tensor in any format, in place.
@@ -49,15 +52,11 @@ def step_(
         exp_avg_scale, exp_avg_sq_scale: float32, one for each ``BLOCK_NUMEL`` elements.
         bound_squared: C^2 after the step before (``bound_squared_after``); used for 8-bit moments only.
         random: int64, 32 random bits for each element (``random_bits``); needed for stochastic rounding.
+        average: of the exact weights, float32 or float64; None: there is none.
+        n_averaged, ema_decay: as in ``average_``. A parameter that takes no step is averaged by ``average_`` alone.
         hyperparameters: those of ``adam_``.
     """
-    if master is not None:
-        written = round_half_away(master, parameter.dtype) != parameter
-        weight = torch.where(written, parameter.to(master.dtype), master)
-    elif remainder is not None:
-        weight = join(parameter, remainder)
-    else:
-        weight = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    weight = exact_weight(parameter, master, remainder)
     if exp_avg_scale is not None and exp_avg_sq_scale is not None:
         m, v = decode_moments(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, bound_squared)
     else:
@@ -76,6 +75,9 @@ def step_(
     else:
         assert random is not None
         parameter.copy_(round_stochastically(weight, parameter.dtype, second_word(random) & 0xFFFF))
+        weight = parameter.to(weight.dtype)  # nothing more exact is kept
+    if average is not None:
+        average_(average, weight, n_averaged=n_averaged, ema_decay=ema_decay)
     if exp_avg_scale is not None and exp_avg_sq_scale is not None:
         assert random is not None
         encoded = encode_moments(m, v, random)
@@ -127,12 +129,38 @@ def adam_(
     weight.sub_(step_size * exp_avg / (square_root(exp_avg_sq) * correction + eps))
 
 
+def average_(average: Tensor, weight: Tensor, *, n_averaged: int, ema_decay: float) -> None:
+    """Move the exponential moving average of exact weights towards ``weight``, in place.
+
+    As torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn: the first average is a copy.
+
+    Args:
+        average, weight: of one shape and dtype, float32 or float64.
+        n_averaged: how many averages were made before.
+        ema_decay: d in ``d average + (1 - d) weight``; at least 0 and less than 1.
+    """
+    if n_averaged == 0 or ema_decay == 0:
+        average.copy_(weight)
+    else:
+        average.add_((weight - average) * (1 - ema_decay))
+
+
 def square_root(value: Tensor) -> Tensor:
     """Return the correctly rounded square root; torch.sqrt of float32 on the CPU is not correctly rounded."""
     return value.double().sqrt().to(value.dtype)
 
 
 # Master weights
+
+
+def exact_weight(parameter: Tensor, master: Tensor | None, remainder: Tensor | None) -> Tensor:
+    """Return the exact values behind a parameter. Where it was written since its master was, it is the exact value."""
+    if master is not None:
+        written = round_half_away(master, parameter.dtype) != parameter
+        return torch.where(written, parameter.to(master.dtype), master)
+    if remainder is not None:
+        return join(parameter, remainder)
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def round_half_away(value: Tensor, dtype: torch.dtype) -> Tensor:

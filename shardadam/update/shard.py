@@ -7,7 +7,7 @@ Nothing here computes. ``update/reference.py`` says what the formats mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Shard:
         first_block: the shard's offset in its arena, in blocks; not used with ``positions``.
         positions: for the kernel, of a shard that is not contiguous in its arena, as that of several buckets: the
             position of each block in the arena, in blocks; int32. Else None.
+        average: exponential moving average of the exact weights, float32 (float64); None without ``ema_decay``.
     """
 
     parameter: Tensor
@@ -50,6 +51,7 @@ class Shard:
     blocks: Tensor
     first_block: int
     positions: Tensor | None = None
+    average: Tensor | None = None
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -64,9 +66,13 @@ class Shard:
     @property
     def is_random(self) -> bool:
         """Whether the parameter or the moments are rounded stochastically."""
-        exact = self.exact_dtype
-        has_weight = self.parameter.dtype == exact or self.master is not None or self.remainder is not None
-        return self.exp_avg.dtype != exact or not has_weight
+        return self.exp_avg.dtype != self.exact_dtype or not self.has_exact_weight
+
+    @property
+    def has_exact_weight(self) -> bool:
+        """Whether the exact weight is stored: the parameter is exact, or has a master or a remainder."""
+        is_exact = self.parameter.dtype == self.exact_dtype
+        return is_exact or self.master is not None or self.remainder is not None
 
     def narrow(self, elements: slice, gradient: Tensor | None = None) -> Shard:
         """Return the shard's ``elements``, as views.
@@ -113,6 +119,8 @@ class Counters:
         param_ids: int64; the parameter's position in ``param_groups``, counted over all groups.
         first_blocks: int64; the parameter's offset in the arena, in blocks of ``ALIGNMENT_NUMEL`` elements.
         numels: int64; elements of the parameter.
+        n_averaged: int64; number of averages that were made of it; None without ``ema_decay``. It may exceed ``steps``:
+            a parameter that takes no part in a step is averaged all the same, as in torch.optim.swa_utils.
     """
 
     steps: Tensor
@@ -120,6 +128,24 @@ class Counters:
     param_ids: Tensor
     first_blocks: Tensor
     numels: Tensor
+    n_averaged: Tensor | None = None
+
+    def clone(self) -> Counters:
+        """Return a copy of what steps change, beside the same tables."""
+        averaged = None if self.n_averaged is None else self.n_averaged.clone()
+        return replace(self, steps=self.steps.clone(), bounds=self.bounds.clone(), n_averaged=averaged)
+
+    def copy_(self, other: Counters) -> None:
+        """Take over what steps change from ``other``."""
+        self.steps.copy_(other.steps)
+        self.bounds.copy_(other.bounds)
+        if self.n_averaged is not None and other.n_averaged is not None:
+            self.n_averaged.copy_(other.n_averaged)
+
+    @property
+    def scalar_bytes(self) -> int:
+        """Bytes of what steps change."""
+        return self.steps.nbytes + self.bounds.nbytes + (0 if self.n_averaged is None else self.n_averaged.nbytes)
 
     @property
     def table_bytes(self) -> int:
@@ -137,6 +163,7 @@ class StepInputs:
         host_used: ``used`` on the host; None if all parameters take part, or if the update reads ``used`` alone.
         coefficient: what gradients are multiplied by, 0-dim float32 (float64 for float64 parameters); None for 1.
         hyperparameters: a param group: lr, betas, eps, weight_decay, maximize, decoupled_weight_decay.
+        ema_decay: of the averages; used if the arena has them.
     """
 
     found_inf: Tensor
@@ -144,3 +171,4 @@ class StepInputs:
     host_used: Sequence[bool] | None
     coefficient: Tensor | None
     hyperparameters: Mapping[str, Any]
+    ema_decay: float | None = None

@@ -35,6 +35,7 @@ from shardadam.update.prologue import (
     FIRST_BLOCK,
     KEY,
     L2,
+    RATE,
     REST1,
     REST2,
     STEP_SIZE,
@@ -104,6 +105,7 @@ class TritonUpdate:
                 counters.bounds,
                 counters.param_ids,
                 counters.first_blocks,
+                counters.n_averaged,
                 counters.steps.numel(),
                 inputs.used,
                 inputs.found_inf,
@@ -116,6 +118,7 @@ class TritonUpdate:
                 _bits((1 - beta1) ** 2 / (1 - beta2)),
                 _bits(float(hyperparameters["eps"])),
                 _bits(float(hyperparameters["weight_decay"])),
+                _bits(1.0 - (inputs.ema_decay or 0.0)),
                 self._key,
                 self._table,
                 DECOUPLED=decoupled,
@@ -172,7 +175,7 @@ def variant(shard: Shard, addresses: Addresses | None) -> dict[str, Any]:
 
 
 def arguments(shard: Shard, addresses: Addresses | None, numels: Tensor) -> tuple[Any, ...]:
-    """Return a shard and its gradients as the first twelve arguments of ``update``; bfloat16 as int16, its bits."""
+    """Return a shard and its gradients as the first arguments of ``update``; bfloat16 as int16, its bits."""
     flats = (
         shard.parameter,
         None if addresses is not None else shard.gradient,
@@ -183,6 +186,7 @@ def arguments(shard: Shard, addresses: Addresses | None, numels: Tensor) -> tupl
         shard.exp_avg_scale,
         shard.exp_avg_sq_scale,
         shard.remainder if shard.master is None else shard.master,
+        shard.average,
         shard.blocks,
         shard.positions,
     )
@@ -211,6 +215,7 @@ def update(
     exp_avg_scale,  # float32, one for each block; None without codes
     exp_avg_sq_scale,  # float32, one for each block; None without codes
     kept,  # float32 master, int16 remainder, or None
+    average,  # float32: of the exact weights; None: there is none
     blocks,  # int16 or int32: the parameter of each block
     positions,  # int32: where each block is in the arena, and then parameter is all of it; None: one after the other
     first_block,  # the shard's first block in the arena, without positions
@@ -236,7 +241,13 @@ def update(
     scalars = table + COLUMNS * (1 + owner)
     taken = inside & (tl.load(scalars + TAKEN) != 0.0)
     if found_inf is not None:
-        taken &= tl.load(found_inf + 0 * row) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
+        goes_on = tl.load(found_inf + 0 * row) == 0.0  # loaded as a vector: the interpreter mistypes a scalar
+        taken &= goes_on
+    read = taken
+    if average is not None:  # also of parameters that take no part in the step
+        read = inside & (tl.load(scalars + RATE) != 0.0)
+        if found_inf is not None:
+            read &= goes_on
     step_size = tl.load(scalars + STEP_SIZE, mask=taken, other=0.0)
     correction = tl.load(scalars + CORRECTION, mask=taken, other=0.0)
     if positions is not None:
@@ -250,8 +261,8 @@ def update(
         kept_at = kept + start + element
     exp_avg, exp_avg_sq = exp_avg + start + element, exp_avg_sq + start + element
 
-    stored = tl.load(parameter, mask=taken, other=0)
-    weight = decode_weight(stored, kept_at, taken, MASTER)
+    stored = tl.load(parameter, mask=read, other=0)
+    weight = decode_weight(stored, kept_at, read, MASTER)
     m, v = tl.load(exp_avg, mask=taken, other=0), tl.load(exp_avg_sq, mask=taken, other=0)
     if MOMENTS == "int8":
         m_scale_at, v_scale_at = exp_avg_scale + start_row + row, exp_avg_sq_scale + start_row + row
@@ -268,6 +279,7 @@ def update(
         g = load_scattered(addresses, numels, owner, block, taken, ELEMENT, ALIGNED)
     else:
         g = to_float32(tl.load(gradient + start + element, mask=taken, other=0))
+    before = weight
     weight, m, v, root = adam(weight, g, m, v, step_size, correction, table, EXACT)
 
     if MOMENTS != "fp32" or MASTER == "none":
@@ -284,7 +296,16 @@ def update(
         tl.store(kept_at, low, mask=taken)
     else:
         low_half = mixed(random + SECOND_WORD) & 0xFFFF
-        tl.store(parameter, round_stochastically(weight, stored.dtype, low_half), mask=taken)
+        rounded = round_stochastically(weight, stored.dtype, low_half)
+        tl.store(parameter, rounded, mask=taken)
+        weight = to_float32(rounded)  # nothing more exact is kept
+    if average is not None:
+        average += start + element
+        # Here, not with the other loads, to save registers.
+        rate, value = tl.load(scalars + RATE, mask=read, other=0.0), tl.load(average, mask=read, other=0.0)
+        weight = tl.where(taken, weight, before)
+        value = tl.where(rate == 1.0, weight, value + (weight - value) * rate)
+        tl.store(average, value, mask=read)
     if MOMENTS == "int8":
         m_code, v_code, m_scale, v_scale = encode_moments(m, root, random, EXACT)
         tl.store(exp_avg, m_code, mask=taken)
