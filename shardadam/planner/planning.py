@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans the bytes that training takes on each rank, by kind, before anything is allocated.
-
-Uses the optimizer's own layout, formats and tables, so that a plan equals ``optimizer.memory()``. Allocates no
-tensor of a parameter's size, and measures nothing.
-"""
+"""The bytes that an optimizer will hold on each rank, by kind: equal to ``optimizer.memory()``."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import lcm, prod
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +18,7 @@ from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.tables import allocate_counters, table_bytes
 from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
 from shardadam.optimizer import GradientSync
-from shardadam.precision import Master, Moments, Precision
+from shardadam.precision import Precision
 from shardadam.state.memory import Memory
 from shardadam.transport import placement
 from shardadam.update import formats
@@ -164,7 +159,7 @@ def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory
 def lay_out(parameters: Planned, setting: Setting) -> Layout:
     """Return the layout of the trainable parameters, for ``memory_of``. Raises as ``plan`` does."""
     device = torch.device(setting.device)
-    trainable = _trainable(_planned(parameters))
+    trainable = trainable_of(described(parameters))
     for index, one in enumerate(trainable):
         setting.precision.check_parameter(one.dtype, str(index))
     of_groups: dict[int | None, list[int]] = {None: []}  # by param group, where it has a shard group of its own
@@ -236,7 +231,7 @@ def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory
     return Memory(**{kind.name: total[kind.name] for kind in fields(Memory)})
 
 
-def _planned(parameters: Planned) -> list[PlannedParameter]:
+def described(parameters: Planned) -> list[PlannedParameter]:
     listed = list(parameters)
     largest = max((len(placement.mesh_ranks(one)) for one in listed if isinstance(one, Tensor)), default=0)
 
@@ -248,7 +243,7 @@ def _planned(parameters: Planned) -> list[PlannedParameter]:
     return [of(one) if isinstance(one, Tensor) else one for one in listed]
 
 
-def _trainable(parameters: Sequence[PlannedParameter]) -> list[PlannedParameter]:
+def trainable_of(parameters: Sequence[PlannedParameter]) -> list[PlannedParameter]:
     return [one for one in parameters if one.trainable]
 
 
@@ -258,7 +253,7 @@ def shard_group_multiple(parameters: Iterable[PlannedParameter]) -> int:
 
 
 def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, peak: bool) -> dict[str, int]:
-    key, ranks = _key_of(arena), buckets[0].world_size
+    key, ranks = key_of(arena), buckets[0].world_size
     dtype, device = key.dtype, key.device
     numel = arena.numel // ranks
     format = setting.precision.format(dtype, device, has_average=setting.ema)
@@ -270,7 +265,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
         from shardadam.update.triton import TritonUpdate
 
         tables += TritonUpdate(counters, seed=0).nbytes
-    is_bucket_view = _has_bucket_view(key, ranks, setting)
+    is_bucket_view = has_bucket_view(key, ranks, setting)
     has_shard = not setting.is_local and (not is_bucket_view or (peak and setting.clips))
     # NCCL writes its sums to the shard, in the dtype on the wire.
     is_wire = device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
@@ -288,7 +283,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     }
 
 
-def _key_of(arena: Arena) -> ArenaKey:
+def key_of(arena: Arena) -> ArenaKey:
     return cast("ArenaKey", arena.key)
 
 
@@ -297,7 +292,7 @@ def _is_shared(device: torch.device, ranks: int, setting: Setting) -> bool:
     return device.type == "cpu" and ranks > 1 and setting.transport != "collective"
 
 
-def _has_bucket_view(key: ArenaKey, ranks: int, setting: Setting) -> bool:
+def has_bucket_view(key: ArenaKey, ranks: int, setting: Setting) -> bool:
     """Return whether ``p.grad`` is a view of a flat buffer that peers read (``engine/reduction/bucket_view.py``).
 
     Args:
@@ -316,8 +311,8 @@ def _staging_bytes(layout: Layout, setting: Setting) -> int:
         return 0
     numels: dict[tuple[int | None, int, torch.dtype, torch.device], list[int]] = {}
     for bucket in layout.buckets:
-        key = _key_of(layout.arenas[bucket.arena])
-        if not _has_bucket_view(key, bucket.world_size, setting):
+        key = key_of(layout.arenas[bucket.arena])
+        if not has_bucket_view(key, bucket.world_size, setting):
             users = key.own_group, bucket.world_size, setting.precision.wire_dtype(key.dtype), key.device
             numels.setdefault(users, []).append(bucket.numel)
     total = 0
@@ -334,187 +329,3 @@ def _received_numel(numel: int, device: torch.device, ranks: int, setting: Setti
     if device.type == "cpu":
         return numel - numel // ranks
     return numel if setting.precision.accumulate == "fp32" else 0  # NCCL sums in place
-
-
-# All memory of a rank
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes that training takes on a rank.
-
-    Does not count activations, buffers of the model, what torch itself takes, and the second copy of the parameters
-    while an optimizer is built.
-
-    Args:
-        parameters: of all parameters, frozen ones included.
-        gradients: of the gradients that exist at once. With ``gradient_sync="backward"`` those of one bucket, as
-            backward completes buckets roughly in order.
-        optimizer: of its state and everything else that it holds.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
-
-
-def adamw_bytes(parameters: Planned) -> int:
-    """Return the bytes of torch.optim.AdamW's state: two moments in the parameter's dtype, a float32 step counter."""
-    return sum(2 * one.nbytes + 4 for one in _trainable(_planned(parameters)))
-
-
-def adamw_need(parameters: Planned) -> Need:
-    """Return what training with torch.optim.AdamW takes on each rank.
-
-    Does not count DDP's own buckets, which take extra memory unless gradients are views of them.
-    """
-    known = _planned(parameters)
-    gradients = sum(one.nbytes for one in _trainable(known)) + _while_summed(_trainable(known))
-    return Need(sum(one.nbytes for one in known), gradients, adamw_bytes(known))
-
-
-def need(parameters: Planned, setting: Setting) -> Need:
-    """Return what training with ``ShardedAdam`` or ``ShardedAdamW`` takes on each rank. Raises as ``plan`` does."""
-    known = _planned(parameters)
-    return need_of(known, lay_out(known, setting), setting)
-
-
-def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
-    """Return ``need`` for an existing layout of ``parameters``; ``setting`` may differ as in ``memory_of``."""
-    known = _planned(parameters)
-    memory = memory_of(layout, setting, peak=True)
-    frozen = sum(one.nbytes for one in known if not one.trainable)
-    return Need(
-        parameters=memory.parameters + frozen,
-        gradients=memory.gradients + _gradient_bytes(_trainable(known), layout, setting),
-        optimizer=memory.total - memory.parameters - memory.gradients,
-    )
-
-
-def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> int:
-    """Return the most bytes of gradients that exist at once outside the optimizer's buffers."""
-    if setting.gradient_sync == "backward" and not setting.is_local:
-        buckets = ({segment.parameter for segment in bucket.segments} for bucket in layout.buckets)
-        tied = {index for index, one in enumerate(trainable) if one.is_tied}  # may wait for their last use
-
-        def with_bucket(bucket: set[int]) -> int:
-            nbytes = sum(trainable[index].nbytes for index in bucket | tied)
-            return nbytes + _while_summed([trainable[index] for index in bucket])
-
-        return max(map(with_bucket, buckets), default=0)
-    viewed: list[PlannedParameter] = []
-    others: list[PlannedParameter] = []
-    for arena in layout.arenas:
-        some = [trainable[index] for index in arena.parameters]
-        is_view = _has_bucket_view(_key_of(arena), setting.shard_group(some[0]), setting)
-        (viewed if is_view else others).extend(some)
-    just_made = max((one.nbytes for one in viewed), default=0)  # by autograd, before it is copied into its view
-    return sum(one.nbytes for one in others) + max(_while_summed(others), just_made, _while_summed(viewed, of=3))
-
-
-def _while_summed(parameters: Iterable[PlannedParameter], *, of: int = 2) -> int:
-    """Return the extra bytes while autograd adds up the gradients of a tied parameter: ``of`` times the largest one."""
-    return max((of * one.nbytes for one in parameters if one.is_tied), default=0)
-
-
-# What fits
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """Whether a requested setting fits, and the nearest one that does.
-
-    Args:
-        asked: the requested setting.
-        available: bytes of memory for each rank with ``asked``.
-        need: what ``asked`` takes.
-        nearest: the setting with the fewest changes that fits: ``asked`` itself if it fits, None if no setting fits.
-        nearest_need: what ``nearest`` takes.
-        changes: how ``nearest`` differs from ``asked``: of "moments", "world_size", "gradient_sync" and "master".
-    """
-
-    asked: Setting
-    available: int
-    need: Need
-    nearest: Setting | None
-    nearest_need: Need | None
-    changes: tuple[str, ...] = ()
-
-    @property
-    def fits(self) -> bool:
-        return self.nearest == self.asked
-
-
-def fitting(
-    parameters: Planned, asked: Setting, available: int | Callable[[int], int], *, most_ranks: int = 1024
-) -> Fit:
-    """Find the setting nearest to ``asked`` that fits.
-
-    Nearest is the setting that changes the fewest of moments, ranks, ``gradient_sync`` and master. Among equals, one
-    that changes an earlier of these is nearer; then one with fewer steps down the formats, and up the powers of two of
-    ranks before down them (times ``shard_group_multiple``). ``gradient_sync="external"`` is never proposed, though it
-    may be kept or given up.
-
-    Args:
-        available: bytes of memory for each rank; or a function from the number of ranks to them, as for ranks that
-            share a host: ``lambda ranks: host_bytes // ranks``.
-        most_ranks: the largest number of ranks to propose.
-
-    Raises:
-        ValueError, TypeError: the optimizer would refuse ``asked``.
-    """
-    known = _planned(parameters)
-    layouts = {asked.world_size: lay_out(known, asked)}
-    room = available if callable(available) else lambda _: available
-    asked_need = need_of(known, layouts[asked.world_size], asked)
-    for candidate, changes in _candidates(known, asked, most_ranks):
-        if candidate.world_size not in layouts:
-            layouts[candidate.world_size] = lay_out(known, candidate)
-        found = need_of(known, layouts[candidate.world_size], candidate)
-        if found.total <= room(candidate.world_size):
-            return Fit(asked, room(asked.world_size), asked_need, candidate, found, changes)
-    return Fit(asked, room(asked.world_size), asked_need, None, None)
-
-
-def _candidates(
-    parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int
-) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """Yield all settings with their changes, the nearest first.
-
-    Includes changes that take more bytes: the nearest that fits never has one.
-    """
-    precision, dtypes = asked.precision, {one.dtype for one in _trainable(parameters)}
-    moments: list[Moments] = [precision.moments]
-    if torch.float64 not in dtypes:
-        moments += [other for other in get_args(Moments) if other != precision.moments]
-    masters: list[Master] = [precision.master]
-    if dtypes & {torch.bfloat16, torch.float16}:
-        masters += [other for other in ("split", "none") if other != precision.master]
-    syncs: list[GradientSync] = [asked.gradient_sync]
-    syncs += [other for other in ("backward", "step") if other != asked.gradient_sync]
-    least = shard_group_multiple(parameters)
-    powers = [least * 2**power for power in range(most_ranks.bit_length()) if least * 2**power <= most_ranks]
-    more = [ranks for ranks in powers if ranks > asked.world_size]
-    fewer = [ranks for ranks in reversed(powers) if ranks < asked.world_size]
-    choices = (moments, [asked.world_size, *more, *fewer], syncs, masters)
-    names = ("moments", "world_size", "gradient_sync", "master")
-
-    def distance(indices: tuple[int, ...]) -> tuple[int, tuple[bool, ...], int, tuple[int, ...]]:
-        is_kept = tuple(index == 0 for index in indices)
-        return is_kept.count(False), is_kept, sum(indices), indices  # a change of an earlier name is nearer
-
-    for indices in sorted(itertools.product(*(range(len(some)) for some in choices)), key=distance):
-        m, n, s, w = indices
-        yield (
-            replace(
-                asked,
-                world_size=choices[1][n],
-                gradient_sync=syncs[s],
-                precision=replace(precision, moments=moments[m], master=masters[w]),
-            ),
-            tuple(name for name, index in zip(names, indices, strict=True) if index),
-        )
