@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from shardadam import Precision, ShardedAdamW, sums
+from shardadam.cli.model_source import find_model_source
 from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.optimizer import GradientSync
 from shardadam.planner import (
     Fit,
     Need,
@@ -25,6 +27,7 @@ from shardadam.planner import (
     need,
     plan,
 )
+from shardadam.planner.planning import When
 from shardadam.precision import Master, Moments
 from shardadam.state.memory import Memory
 from tests.ranks import on_ranks
@@ -39,6 +42,12 @@ DTYPES = {
     "mixed with fp64": [torch.bfloat16, torch.float64],
 }
 BUCKET_MB = (0.0001, 0.01, None)
+MODES: tuple[tuple[GradientSync, When], ...] = (
+    ("backward", "step"),
+    ("backward", "backward"),
+    ("step", "step"),
+    ("external", "step"),
+)
 
 
 def build_groups(kind: str, device: str = "cpu") -> list[list[nn.Parameter]]:
@@ -69,12 +78,13 @@ def settings(world_size: int, kind: str) -> list[Setting]:
         Setting(
             world_size=world_size,
             precision=precision,
-            gradient_sync=gradient_sync,  # type: ignore[arg-type]
+            gradient_sync=gradient_sync,
+            update=update,
             bucket_mb=bucket_mb,
             transport=transport,  # type: ignore[arg-type]
         )
-        for precision, gradient_sync, bucket_mb, transport in itertools.product(
-            precisions, ("backward", "step", "external"), BUCKET_MB, ("auto", "collective")
+        for precision, (gradient_sync, update), bucket_mb, transport in itertools.product(
+            precisions, MODES, BUCKET_MB, ("auto", "collective")
         )
     ]
 
@@ -87,6 +97,7 @@ def build(kind: str, setting: Setting) -> tuple[ShardedAdamW, list[nn.Parameter]
         gradient_sync=setting.gradient_sync,
         bucket_mb=setting.bucket_mb,
         transport=setting.transport,
+        update=setting.update,
     )
     return optimizer, [parameter for group in groups for parameter in group if parameter.requires_grad]
 
@@ -143,6 +154,41 @@ def test_the_peak_of_staging_is_two_buffers(gradient_sync: str, transport: str, 
         assert (staging > 0) == (expected.staging > 0)
         assert gradient_shard == expected.gradient_shard
         assert (gradient_shard > 0) == (gradient_sync != "external")
+
+
+def after_updates_in_backward(kind: str, some: list[Setting]) -> list[Memory]:
+    """Return what optimizers hold when all buckets have been updated in backward, and after the step."""
+    found = []
+    for setting in some:
+        optimizer, parameters = build(kind, setting)
+        backward(parameters)
+        optimizer._engine.reducer.wait_all()
+        found.append(optimizer.memory())
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(optimizer.memory())
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_updates_in_backward_keep_two_shards_of_the_largest_bucket(world_size: int) -> None:
+    some = [
+        Setting(world_size=world_size, precision=precision, bucket_mb=bucket_mb, update="backward")
+        for precision, bucket_mb in itertools.product((Precision(), Precision(accumulate="fp32")), (0.01, None))
+    ]
+    for found in on_ranks(world_size, after_updates_in_backward, "mixed", some):
+        for index, memory in enumerate(found):
+            setting = some[index // 2]
+            expected = plan(planned("mixed"), setting, peak=True)
+            if index % 2:
+                assert memory.gradient_shard == expected.gradient_shard, setting
+            else:  # more where a peer was late
+                assert memory.gradient_shard >= expected.gradient_shard, setting
+            assert (memory.gradient_shard > 0) == (world_size > 1)
+            assert memory.gradients == expected.gradients == 0
+            assert memory.state == expected.state
+            if world_size > 1:
+                assert expected.gradient_shard < plan(planned("mixed"), replace(setting, update="step")).gradient_shard
 
 
 def test_one_bucket_needs_one_staging_buffer() -> None:
@@ -248,6 +294,10 @@ def test_nccl_needs_receive_buffers_for_exact_sums_only() -> None:
         (Setting(gradient_sync="never"), "fp32"),  # type: ignore[arg-type]
         (Setting(precision=Precision(moments="int8")), "fp64"),
         (Setting(precision=Precision(gradients="bf16")), "fp64"),
+        (Setting(update="now"), "fp32"),  # type: ignore[arg-type]
+        (Setting(update="backward", gradient_sync="step"), "fp32"),
+        (Setting(update="backward", gradient_sync="external"), "fp32"),
+        (Setting(update="backward", clips=True), "fp32"),
     ],
 )
 def test_the_planner_refuses_what_the_optimizer_refuses(setting: Setting, kind: str) -> None:
@@ -321,6 +371,51 @@ def test_a_tied_gradient_is_kept_while_other_buckets_are_reduced() -> None:
     large = PlannedParameter((1024, 128))
     setting = Setting(world_size=2, bucket_mb=BUCKET)
     assert need([large, TIED], setting).gradients == large.nbytes + TIED.nbytes
+
+
+SPLIT = [(64, 64), (300, 40), (7,), (500, 64), (3, 3), (64, 64)]
+"""The second and the fourth are larger than a bucket of 0.01 MiB."""
+
+
+@pytest.mark.parametrize("bucket_mb", [0.01, 0.05, None])
+def test_one_rank_keeps_the_gradients_of_one_bucket_with_updates_in_backward(bucket_mb: float | None) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SPLIT]
+    setting = Setting(bucket_mb=bucket_mb, update="backward")
+    optimizer = ShardedAdamW(parameters, bucket_mb=bucket_mb, update="backward")
+    reducer: Any = optimizer._engine.reducer
+    take, found = reducer._pass, []
+
+    def recorded(*arguments: Any) -> bool:
+        found.append(optimizer.memory().gradients)
+        done: bool = take(*arguments)
+        return done
+
+    reducer._pass = recorded
+    x = torch.zeros(())
+    for parameter in parameters:  # each one's gradient is there before the next one's
+        x = x + (parameter + x).sum()
+    x.backward()
+    assert len(found) == len(lay_out(parameters, setting).buckets)
+    assert max(found) == need(parameters, setting).gradients
+    assert optimizer.memory().gradients == 0
+    if bucket_mb is not None:
+        whole = sum(parameter.nbytes for parameter in parameters)
+        assert max(found) < whole == need(parameters, replace(setting, update="step")).gradients
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_updates_in_backward_keep_tied_gradients_until_their_last_use(world_size: int) -> None:
+    setting = Setting(world_size=world_size, bucket_mb=BUCKET, update="backward")
+    large = PlannedParameter((1024, 128))
+    assert need([TIED, *MATRICES], setting).gradients == 3 * MATRIX_BYTES
+    assert need([large, TIED], setting).gradients == large.nbytes + TIED.nbytes
+
+
+def test_7b_in_8_bits_without_masters_trains_in_30_gb_on_one_gpu() -> None:
+    parameters = find_model_source("7B").planned
+    setting = Setting(device="cuda", precision=Precision(moments="int8", master="none"), update="backward")
+    assert 28.5e9 < need(parameters, setting).total <= 30e9
+    assert need(parameters, replace(setting, update="step")).total > 40e9
 
 
 def test_tied_parameters_of_a_model_are_recognised() -> None:

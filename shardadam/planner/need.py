@@ -29,8 +29,8 @@ class Need:
 
     Args:
         parameters: of all parameters, frozen ones included.
-        gradients: of the gradients that exist at once. With ``gradient_sync="backward"`` those of one bucket, as
-            backward completes buckets roughly in order.
+        gradients: of the gradients that exist at once. With ``gradient_sync="backward"`` on several ranks, and with
+            ``update="backward"``, those of one bucket, as backward completes buckets roughly in order.
         optimizer: of its state and everything else that it holds.
     """
 
@@ -78,7 +78,7 @@ def need_of(parameters: Planned, layout: Layout, setting: Setting) -> Need:
 
 def _gradient_bytes(trainable: Sequence[PlannedParameter], layout: Layout, setting: Setting) -> int:
     """Return the most bytes of gradients that exist at once outside the optimizer's buffers."""
-    if setting.gradient_sync == "backward" and not setting.is_local:
+    if setting.update == "backward" or (setting.gradient_sync == "backward" and not setting.is_local):
         buckets = ({segment.parameter for segment in bucket.segments} for bucket in layout.buckets)
         tied = {index for index, one in enumerate(trainable) if one.is_tied}  # may wait for their last use
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shardadam import update
 from shardadam.checks.arguments import Options
+from shardadam.engine.reduction.scratch import ShardScratch
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.tables import allocate_counters, table_bytes
 from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
@@ -22,6 +23,9 @@ from shardadam.precision import Precision
 from shardadam.state.memory import Memory
 from shardadam.transport import placement
 from shardadam.update import formats
+
+When = Literal["step", "backward"]
+"""When parameters are updated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Setting:
         replicas: with hybrid sharding, the number of shard groups; else 1.
         clips: whether the norm of the gradients is computed, for clipping.
         ema: whether the optimizer has an ``ema_decay``.
+        update: as the optimizer takes it.
     """
 
     world_size: int = 1
@@ -107,6 +112,20 @@ class Setting:
     replicas: int = 1
     clips: bool = False
     ema: bool = False
+    update: When = "step"
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError if the optimizer would refuse these arguments."""
+        self._options.check()
+        if self.update == "backward" and self.clips:
+            raise ValueError(
+                'update="backward": found clips=True, expected False: the norm is known only after backward. Choose '
+                'update="step", or do not clip.'
+            )
+
+    @property
+    def _options(self) -> Options:
+        return Options(self.gradient_sync, None, self.precision, self.bucket_mb, self.transport, self.update)
 
     @property
     def is_local(self) -> bool:
@@ -136,18 +155,18 @@ class Setting:
         Raises:
             ValueError, TypeError: the optimizer would refuse these arguments.
         """
-        options = Options(self.gradient_sync, None, self.precision, self.bucket_mb, self.transport)
-        options.check()
-        return options.bucket_bytes({torch.device(self.device).type}, nbytes, ranks or self.world_size)
+        self.check()
+        return self._options.bucket_bytes({torch.device(self.device).type}, nbytes, ranks or self.world_size)
 
 
 def plan(parameters: Planned, setting: Setting, *, peak: bool = False) -> Memory:
     """Return what ``optimizer.memory()`` returns on each rank when an optimizer is built over ``parameters``.
 
     Args:
-        peak: plan for training instead: with ``clips`` all gradient shards. In training, staging exceeds the plan only
-            while peers are late, and gradient shards only once a step has several backwards or needs gradients in
-            shards (``Memory.gradient_shard``). On CPUs tables then grow by a few bytes for each parameter, which are
+        peak: plan for training instead: with ``clips`` all gradient shards. In training, staging (and with
+            ``update="backward"`` gradient shards) exceed the plan only while peers are late or parameters are unused,
+            and gradient shards otherwise only once a step has several backwards or needs gradients in shards
+            (``Memory.gradient_shard``). On CPUs tables then grow by a few bytes for each parameter, which are
             not counted.
 
     Raises:
@@ -221,10 +240,15 @@ def _joined(layouts: Sequence[Layout]) -> Layout:
 
 
 def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory:
-    """Return ``plan`` for an existing layout. The setting's precision, ``gradient_sync``, transport and ``clips`` may
-    differ from those that the layout was built with.
+    """Return ``plan`` for an existing layout. The setting's precision, ``gradient_sync``, ``update``, transport and
+    ``clips`` may differ from those that the layout was built with.
+
+    Raises:
+        ValueError, TypeError: the optimizer would refuse these arguments.
     """
-    total: Counter[str] = Counter(staging=_staging_bytes(layout, setting))
+    setting.check()
+    total: Counter[str] = Counter()
+    total.update(staging=_staging_bytes(layout, setting), gradient_shard=_scratch_bytes(layout, setting))
     for index, arena in enumerate(layout.arenas):
         buckets = [bucket for bucket in layout.buckets if bucket.arena == index]
         total.update(_arena_bytes(arena, buckets, setting, peak=peak))
@@ -266,15 +290,12 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
 
         tables += TritonUpdate(counters, seed=0).nbytes
     is_bucket_view = has_bucket_view(key, ranks, setting)
-    has_shard = not setting.is_local and (not is_bucket_view or (peak and setting.clips))
-    # NCCL writes its sums to the shard, in the dtype on the wire.
-    is_wire = device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
-    is_wire = is_wire and format.gradients == "auto"
-    shard_dtype = setting.precision.wire_dtype(dtype) if is_wire else format.gradient_dtype
+    is_kept = setting.update == "step" and not setting.is_local
+    has_shard = is_kept and (not is_bucket_view or (peak and setting.clips))
     return {
         "parameters": arena.numel * dtype.itemsize,
         "gradients": arena.numel * dtype.itemsize if is_bucket_view else 0,
-        "gradient_shard": numel * shard_dtype.itemsize if has_shard else 0,
+        "gradient_shard": numel * _shard_dtype(key, setting).itemsize if has_shard else 0,
         "moments": sum(state.get(name, 0) for name in (*formats.MOMENTS, *formats.SCALES)),
         "master": sum(state.get(name, 0) for name in formats.MASTERS),
         "average": state.get(formats.AVERAGE, 0),
@@ -301,6 +322,31 @@ def has_bucket_view(key: ArenaKey, ranks: int, setting: Setting) -> bool:
     is_wire_dtype = setting.precision.wire_dtype(key.dtype) == key.dtype
     is_read = setting.gradient_sync == "step" and setting.replicas == 1 and _is_shared(key.device, ranks, setting)
     return is_read and is_wire_dtype and key.is_plain
+
+
+def _shard_dtype(key: ArenaKey, setting: Setting) -> torch.dtype:
+    """Return the dtype of a shard of reduced gradients."""
+    format = setting.precision.format(key.dtype, key.device)
+    # NCCL writes its sums to the shard, in the dtype on the wire.
+    is_wire = key.device.type == "cuda" and setting.replicas == 1 and setting.precision.accumulate == "wire"
+    is_wire = is_wire and format.gradients == "auto"
+    return setting.precision.wire_dtype(key.dtype) if is_wire else format.gradient_dtype
+
+
+def _scratch_bytes(layout: Layout, setting: Setting) -> int:
+    """Return the bytes of gradient shards that are used again with ``update="backward"``: two for each shard group and
+    dtype (one if it has one bucket), each as large as that of its largest bucket.
+    """
+    if setting.update == "step" or setting.is_local:
+        return 0
+    numels: dict[tuple[int | None, int, torch.dtype, torch.device], list[int]] = {}
+    for bucket in layout.buckets:
+        key = key_of(layout.arenas[bucket.arena])
+        users = key.own_group, bucket.world_size, _shard_dtype(key, setting), key.device
+        numels.setdefault(users, []).append(bucket.shard_numel)
+    return sum(
+        min(ShardScratch.SIZE, len(some)) * max(some) * dtype.itemsize for (_, _, dtype, _), some in numels.items()
+    )
 
 
 def _staging_bytes(layout: Layout, setting: Setting) -> int:
