@@ -435,17 +435,19 @@ def test_clipping_needs_the_whole_gradient_shard() -> None:
 
 LOW = [PlannedParameter((128, 128), torch.bfloat16)] * 16
 ASKED = Setting(world_size=2, bucket_mb=BUCKET)
+LEAN = replace(ASKED, precision=Precision(gradients="bf16", moments="int8"))
+FORMATS = ("gradients", "moments", "master")
 
 
 def total(parameters: list[PlannedParameter], asked: Setting = ASKED, **changes: Any) -> int:
-    precision = {name: changes.pop(name) for name in ("moments", "master") if name in changes}
+    precision = {name: changes.pop(name) for name in FORMATS if name in changes}
     return need(parameters, replace(asked, precision=replace(asked.precision, **precision), **changes)).total
 
 
 def check(fit: Fit, parameters: list[PlannedParameter], **changes: Any) -> None:
     """Check that the nearest setting differs from the requested one only in ``changes``, and its bytes."""
     assert fit.nearest is not None and fit.nearest_need is not None
-    precision = {name: changes[name] for name in ("moments", "master") if name in changes}
+    precision = {name: changes[name] for name in FORMATS if name in changes}
     others = {name: value for name, value in changes.items() if name not in precision}
     assert fit.nearest == replace(fit.asked, precision=replace(fit.asked.precision, **precision), **others)
     assert fit.changes == tuple(changes)
@@ -458,31 +460,60 @@ def test_settings_that_fit_are_not_changed() -> None:
     check(fitting(MATRICES, ASKED, total(MATRICES)), MATRICES)
 
 
-def test_moments_are_reduced_first_and_no_further_than_needed() -> None:
-    check(fitting(MATRICES, ASKED, total(MATRICES) - 1), MATRICES, moments="bf16")
+def test_gradient_shards_are_narrowed_first() -> None:
+    check(fitting(MATRICES, ASKED, total(MATRICES) - 1), MATRICES, gradients="bf16")
+    exact = replace(ASKED, precision=Precision(gradients="fp32"), device="cuda")
+    check(fitting(LOW, exact, total(LOW, exact) - 1), LOW, gradients="auto")
+
+
+def test_moments_are_reduced_second_and_no_further_than_needed() -> None:
+    check(fitting(MATRICES, ASKED, total(MATRICES, gradients="bf16") - 1), MATRICES, moments="bf16")
     check(fitting(MATRICES, ASKED, total(MATRICES, moments="bf16") - 1), MATRICES, moments="int8")
 
 
-def test_ranks_are_added_second_and_no_more_than_needed() -> None:
-    available = total(MATRICES, moments="int8") - 1
-    check(fitting(MATRICES, ASKED, available), MATRICES, world_size=4)
-    available = total(MATRICES, world_size=4) - 1
-    assert total(MATRICES, moments="int8") > available
-    check(fitting(MATRICES, ASKED, available), MATRICES, world_size=8)
+def test_the_update_moves_into_backward_third() -> None:
+    check(fitting(MATRICES, LEAN, total(MATRICES, LEAN) - 1), MATRICES, update="backward")
+    asked = replace(ASKED, world_size=1, precision=Precision(moments="int8"))  # without gradient shards
+    check(fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=1), MATRICES, update="backward")
 
 
-def test_gradient_sync_becomes_backward_third() -> None:
+def test_the_update_moves_into_backward_only_where_nothing_clips_or_reads_gradients() -> None:
+    asked = replace(LEAN, clips=True)
+    check(fitting(MATRICES, asked, total(MATRICES, asked) - 1), MATRICES, world_size=4)  # one change instead of two
+    fit = fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=2)
+    check(fit, MATRICES, update="backward", clips=False)
+    asked = replace(LEAN, gradient_sync="step", transport="collective")
+    available = total(MATRICES, asked, gradient_sync="backward") - 1
+    check(fitting(MATRICES, asked, available, most_ranks=2), MATRICES, update="backward", gradient_sync="backward")
+    assert total(MATRICES, LEAN) > total(MATRICES, LEAN, update="backward")
+
+
+def test_clipping_is_given_up_for_updates_in_backward_only() -> None:
+    asked = replace(LEAN, gradient_sync="step", clips=True)
+    available = total(MATRICES, asked, clips=False)
+    assert available < total(MATRICES, asked)
+    nearest = fitting(MATRICES, asked, available, most_ranks=2).nearest
+    assert nearest is not None and (nearest.clips or nearest.update == "backward")
+
+
+def test_gradient_sync_becomes_backward_fourth() -> None:
     asked = replace(ASKED, gradient_sync="step", transport="collective")
-    available = min(total(MATRICES, asked, moments="int8"), total(MATRICES, asked, world_size=2)) - 1
+    available = total(MATRICES, asked, moments="int8") - 1
     check(fitting(MATRICES, asked, available, most_ranks=2), MATRICES, gradient_sync="backward")
 
 
-def test_the_master_is_reduced_last() -> None:
-    asked = replace(ASKED, precision=Precision(moments="int8", master="fp32"), transport="collective")
-    available = total(LOW, asked) - 1
-    check(fitting(LOW, asked, available, most_ranks=2), LOW, master="split")
-    available = total(LOW, asked, master="split") - 1
-    check(fitting(LOW, asked, available, most_ranks=2), LOW, master="none")
+def test_the_master_is_reduced_before_ranks_are_added() -> None:
+    precision = replace(LEAN.precision, master="fp32")
+    asked = replace(LEAN, precision=precision, update="backward", transport="collective")
+    check(fitting(LOW, asked, total(LOW, asked) - 1), LOW, master="split")
+    check(fitting(LOW, asked, total(LOW, asked, master="split") - 1), LOW, master="none")
+
+
+def test_ranks_are_added_last_and_no_more_than_needed() -> None:
+    asked = replace(LEAN, update="backward")
+    check(fitting(MATRICES, asked, total(MATRICES, asked) - 1), MATRICES, world_size=4)
+    available = total(MATRICES, asked, world_size=4) - 1
+    check(fitting(MATRICES, asked, available), MATRICES, world_size=8)
 
 
 def test_bucket_views_may_take_less_than_float32_gradient_shards() -> None:
@@ -491,10 +522,11 @@ def test_bucket_views_may_take_less_than_float32_gradient_shards() -> None:
 
 
 def test_two_changes_are_made_where_one_is_not_enough_by_the_fewest_steps() -> None:
-    available = total(MATRICES, moments="bf16", world_size=4)
-    one = [total(MATRICES, moments="int8"), total(MATRICES, world_size=4)]
+    asked = replace(ASKED, precision=Precision(gradients="bf16"), update="backward")
+    available = total(MATRICES, asked, moments="bf16", world_size=4)
+    one = [total(MATRICES, asked, moments="int8"), total(MATRICES, asked, world_size=4)]
     assert available < min(one)
-    check(fitting(MATRICES, ASKED, available, most_ranks=4), MATRICES, moments="bf16", world_size=4)
+    check(fitting(MATRICES, asked, available, most_ranks=4), MATRICES, moments="bf16", world_size=4)
 
 
 def test_nothing_fits_where_parameters_do_not() -> None:
@@ -505,7 +537,7 @@ def test_nothing_fits_where_parameters_do_not() -> None:
 
 
 def test_fewer_ranks_are_proposed_where_they_share_the_memory_of_a_host() -> None:
-    asked = replace(ASKED, world_size=4, precision=Precision(moments="int8"), gradient_sync="backward")
+    asked = replace(LEAN, world_size=4, update="backward")
     host_bytes = 2 * total(MATRICES, asked, world_size=2)
     assert host_bytes // 4 < total(MATRICES, asked)
     fit = fitting(MATRICES, asked, lambda ranks: host_bytes // ranks, most_ranks=4)
@@ -515,9 +547,10 @@ def test_fewer_ranks_are_proposed_where_they_share_the_memory_of_a_host() -> Non
 
 def test_moments_of_float64_and_masters_of_float32_are_not_changed() -> None:
     doubles = [PlannedParameter((128, 128), torch.float64)] * 4
-    check(fitting(doubles, ASKED, total(doubles) - 1), doubles, world_size=4)
-    asked = replace(ASKED, precision=Precision(moments="int8"))
-    assert fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=2).nearest is None
+    asked = replace(ASKED, update="backward")
+    check(fitting(doubles, asked, total(doubles, asked) - 1), doubles, world_size=4)
+    asked = replace(LEAN, world_size=1, update="backward")
+    assert fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=1).nearest is None
 
 
 def test_external_gradients_are_never_proposed() -> None:

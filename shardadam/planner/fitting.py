@@ -6,11 +6,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
-from shardadam.optimizer import GradientSync
 from shardadam.planner.need import Need, need_of
 from shardadam.planner.planning import (
     Planned,
@@ -21,7 +20,16 @@ from shardadam.planner.planning import (
     shard_group_multiple,
     trainable_of,
 )
-from shardadam.precision import Master, Moments
+from shardadam.precision import Moments
+
+CHANGES = ("gradients", "moments", "update", "clips", "gradient_sync", "master", "world_size")
+"""What ``fitting`` may change of a setting, from what costs least to what costs most.
+
+Gradient shards in bfloat16 are rounded once a step, and moments with an unbiased error. An update in backward rounds
+nothing, but takes clipping and other access to gradients away. Another ``gradient_sync`` changes the code around it.
+Without masters the parameters themselves are rounded. More ranks cost hardware.
+"""
+_OF_PRECISION = ("gradients", "moments", "master")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,7 @@ class Fit:
         need: what ``asked`` takes.
         nearest: the setting with the fewest changes that fits: ``asked`` itself if it fits, None if no setting fits.
         nearest_need: what ``nearest`` takes.
-        changes: how ``nearest`` differs from ``asked``: of "moments", "world_size", "gradient_sync" and "master".
+        changes: how ``nearest`` differs from ``asked``: some of ``CHANGES``, in their order.
     """
 
     asked: Setting
@@ -54,10 +62,11 @@ def fitting(
 ) -> Fit:
     """Find the setting nearest to ``asked`` that fits.
 
-    Nearest is the setting that changes the fewest of moments, ranks, ``gradient_sync`` and master. Among equals, one
-    that changes an earlier of these is nearer; then one with fewer steps down the formats, and up the powers of two of
-    ranks before down them (times ``shard_group_multiple``). ``gradient_sync="external"`` is never proposed, though it
-    may be kept or given up.
+    Nearest is the setting with the fewest of ``CHANGES``. Among equals, one that changes an earlier of these is nearer:
+    they are in the order of what they cost. Then one with fewer steps down the formats, and up the powers of two of
+    ranks before down them (times ``shard_group_multiple``). ``update="backward"`` is proposed with ``gradient_sync=
+    "backward"`` and without clipping only, as the optimizer refuses it otherwise. ``gradient_sync="external"`` is never
+    proposed, though it may be kept or given up.
 
     Args:
         available: bytes of memory for each rank; or a function from the number of ranks to them, as for ranks that
@@ -83,38 +92,46 @@ def fitting(
 def _candidates(
     parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int
 ) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """Yield all settings with their changes, the nearest first.
-
-    Includes changes that take more bytes: the nearest that fits never has one.
-    """
-    precision, dtypes = asked.precision, {one.dtype for one in trainable_of(parameters)}
-    moments: list[Moments] = [precision.moments]
-    if torch.float64 not in dtypes:
-        moments += [other for other in get_args(Moments) if other != precision.moments]
-    masters: list[Master] = [precision.master]
-    if dtypes & {torch.bfloat16, torch.float16}:
-        masters += [other for other in ("split", "none") if other != precision.master]
-    syncs: list[GradientSync] = [asked.gradient_sync]
-    syncs += [other for other in ("backward", "step") if other != asked.gradient_sync]
-    least = shard_group_multiple(parameters)
-    powers = [least * 2**power for power in range(most_ranks.bit_length()) if least * 2**power <= most_ranks]
-    more = [ranks for ranks in powers if ranks > asked.world_size]
-    fewer = [ranks for ranks in reversed(powers) if ranks < asked.world_size]
-    choices = (moments, [asked.world_size, *more, *fewer], syncs, masters)
-    names = ("moments", "world_size", "gradient_sync", "master")
+    """Yield all settings with their changes, the nearest first."""
+    choices = _choices(parameters, asked, most_ranks)
 
     def distance(indices: tuple[int, ...]) -> tuple[int, tuple[bool, ...], int, tuple[int, ...]]:
         is_kept = tuple(index == 0 for index in indices)
         return is_kept.count(False), is_kept, sum(indices), indices  # a change of an earlier name is nearer
 
-    for indices in sorted(itertools.product(*(range(len(some)) for some in choices)), key=distance):
-        m, n, s, w = indices
-        yield (
-            replace(
-                asked,
-                world_size=choices[1][n],
-                gradient_sync=syncs[s],
-                precision=replace(precision, moments=moments[m], master=masters[w]),
-            ),
-            tuple(name for name, index in zip(names, indices, strict=True) if index),
-        )
+    for indices in sorted(itertools.product(*(range(len(choices[name])) for name in CHANGES)), key=distance):
+        values = {name: choices[name][index] for name, index in zip(CHANGES, indices, strict=True)}
+        in_backward = values["update"] == "backward"
+        if in_backward and (values["clips"] or values["gradient_sync"] != "backward"):
+            continue
+        if values["clips"] != asked.clips and not in_backward:
+            continue
+        precision = replace(asked.precision, **{name: values.pop(name) for name in _OF_PRECISION})
+        changes = tuple(name for name, index in zip(CHANGES, indices, strict=True) if index)
+        yield replace(asked, precision=precision, **values), changes
+
+
+def _choices(parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int) -> dict[str, list[Any]]:
+    """Return what each of ``CHANGES`` may become, the requested value first."""
+    precision, dtypes = asked.precision, {one.dtype for one in trainable_of(parameters)}
+    is_low = bool(dtypes & {torch.bfloat16, torch.float16})
+    may_be_narrow = torch.float64 not in dtypes
+    masters = ("auto" if precision.master == "auto" else "fp32", "split", "none")
+    least = shard_group_multiple(parameters)
+    powers = [least * 2**power for power in range(most_ranks.bit_length()) if least * 2**power <= most_ranks]
+    more = [ranks for ranks in powers if ranks > asked.world_size]
+    fewer = [ranks for ranks in reversed(powers) if ranks < asked.world_size]
+    return {
+        "gradients": _narrower(precision.gradients, ("fp32", "auto", "bf16") if may_be_narrow else ()),
+        "moments": _narrower(precision.moments, get_args(Moments) if may_be_narrow else ()),
+        "update": list(dict.fromkeys((asked.update, "backward"))),
+        "clips": [True, False] if asked.clips else [False],
+        "gradient_sync": list(dict.fromkeys((asked.gradient_sync, "backward", "step"))),
+        "master": _narrower(precision.master, masters if is_low else ()),
+        "world_size": [asked.world_size, *more, *fewer],
+    }
+
+
+def _narrower(asked: str, formats: Sequence[str]) -> list[str]:
+    """Return the requested format, and those after it in ``formats``."""
+    return [asked, *(formats[formats.index(asked) + 1 :] if asked in formats else ())]
