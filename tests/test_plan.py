@@ -115,8 +115,9 @@ def built(parameters: Parameters, rows: list[dict[str, Any]], bucket_mb: float) 
                 nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=trains)
                 for shape, dtype, trains in parameters
             ],
-            precision=Precision(moments=row["moments"], master=row["master"]),
+            precision=Precision(moments=row["moments"], master=row["master"], gradients=row["gradients"]),
             gradient_sync=row["gradient_sync"],
+            update=row["update"],
             bucket_mb=bucket_mb,
         )
         memory = optimizer.memory()
@@ -127,18 +128,25 @@ def built(parameters: Parameters, rows: list[dict[str, Any]], bucket_mb: float) 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "asked", [["--gradient-sync", "external"], ["--update", "backward", "--gradients", "bf16"]], ids=["", "low"]
+)
 def test_planned_bytes_equal_optimizer_memory(
-    name: str, ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, ranks: int, asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     what = write_config(name, tmp_path) if name in CONFIGS else f"tests.test_plan:{FUNCTIONS[name].__name__}"
-    options = ["--ranks", str(ranks), "--device", "cpu", "--bucket-mb", "0.02", "--gradient-sync", "external"]
+    options = ["--ranks", str(ranks), "--device", "cpu", "--bucket-mb", "0.02", *asked]
     found = planned_json(capsys, what, *options)
     model = build_real_model(name, tmp_path)
     parameters = [(tuple(one.shape), one.dtype, one.requires_grad) for one in model.parameters()]
     assert found["what"]["parameters"] == sum(one.numel() for one in model.parameters())
     rows = found["formats"]
     has_low = any(dtype != torch.float32 for _, dtype, _ in parameters)
-    assert len(rows) == 3 * 3 * (3 if has_low else 1)
+    assert len(rows) == (3 if "external" in asked else 2) * 3 * (3 if has_low else 1)
+    assert [row["update"] for row in rows] == [
+        "backward" if "--update" in asked and row["gradient_sync"] == "backward" else "step" for row in rows
+    ]
+    assert {row["gradients"] for row in rows} == {"bf16" if "--gradients" in asked else "auto"}
     for of_rank in on_ranks(ranks, built, parameters, rows, 0.02):
         assert of_rank == [row["built"] for row in rows]
 
@@ -179,6 +187,8 @@ def test_the_json_repeats_the_options(capsys: pytest.CaptureFixture[str]) -> Non
         "replicas": 2,
         "device": "cpu",
         "gradient_sync": "step",
+        "update": "step",
+        "gradients": "auto",
         "moments": "int8",
         "master": "fp32",
         "bucket_bytes": 2**19,
@@ -411,7 +421,8 @@ def test_missing_packages_are_named_with_their_extra(
     [["--ranks", "0"], ["--ranks", "2.5"], ["--ranks", "-1"], ["--memory", "80XB"],
      ["--memory", "0"],
      ["--memory", "much"], ["--bucket-mb", "0"], ["--bucket-mb", "nan"], ["--dtype", "fp8"], ["--moments", "int4"],
-     ["--device", "tpu"], ["--gradient-sync", "never"], ["--hosts", "0"]],
+     ["--device", "tpu"], ["--gradient-sync", "never"], ["--hosts", "0"], ["--gradients", "fp8"],
+     ["--update", "later"]],
     ids=" ".join,
 )  # fmt: skip
 def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,6 +435,10 @@ def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureF
 def test_contradicting_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--hosts: found 3 with --ranks 8" in refused(capsys, "1M", "--hosts", "3")
     assert "--replicas: found 16 with --ranks 8" in refused(capsys, "1M", "--replicas", "16")
+    assert "--update: found backward with --clip" in refused(capsys, "1M", "--update", "backward", "--clip")
+    for sync in ("step", "external"):
+        text = refused(capsys, "1M", "--update", "backward", "--gradient-sync", sync)
+        assert f"--update: found backward with --gradient-sync {sync}" in text
     assert "float64" in refused(capsys, "1M", "--dtype", "fp64", "--moments", "int8")
 
 
@@ -447,10 +462,15 @@ def test_fits_and_choice_equal_those_of_the_planner(capsys: pytest.CaptureFixtur
         fit = fitting(parameters, asked, available)
         found = planned_json(capsys, "10M", "--ranks", "2", "--memory", str(available), code=0 if fit.fits else 1)
         choice = found["choice"]
+        names = {row["name"]: row for row in found["comparison"]}
+        # A choice that differs in more than moments, master, gradient_sync and ranks has a row of its own.
+        assert ("choice" in names) == bool({"gradients", "update", "clips"} & set(fit.changes))
+        if "choice" in names:
+            assert names["choice"]["bytes"]["total"] == choice["bytes"]["total"] and names["choice"]["fits"]
         assert choice["fits"] == fit.fits
         assert choice["changes"] == ["ranks" if change == "world_size" else change for change in fit.changes]
         if fit.nearest is None or fit.nearest_need is None:
-            assert {choice[key] for key in ("ranks", "gradient_sync", "moments", "master", "bytes")} == {None}
+            assert {value for key, value in choice.items() if key not in ("fits", "changes")} == {None}
         else:
             assert choice["ranks"] == fit.nearest.world_size and choice["moments"] == fit.nearest.precision.moments
             assert choice["bytes"] == {**asdict(fit.nearest_need), "total": fit.nearest_need.total}
@@ -563,6 +583,30 @@ def test_the_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]
     text = printed(capsys, "10M", "--memory", "1KB", code=1).replace("\n", " ")
     assert "Nothing fits" in text and "ranks with more memory" in text and "never" in text
     assert "Give --memory" in printed(capsys, "10M")
+    text = printed(capsys, "7B", "--ranks", "1", "--memory", "40GB", code=1).replace("\n", " ")
+    assert "Choose 4 ranks instead" in text and "the choice for as many ranks" in text
+    here = 'On 1 rank, choose moments="int8", update="backward" and master="none": it takes 28.90 GB.'
+    assert here in text
+
+
+def test_a_choice_for_as_many_ranks_is_given_beside_one_with_more(capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = find_model_source("7B").planned
+    found = planned_json(capsys, "7B", "--ranks", "1", "--memory", "40GB", code=1)
+    choice, here = found["choice"], found["here"]
+    assert choice["ranks"] == 4 and choice["changes"] == ["ranks"]
+    assert here["ranks"] == 1 and here["changes"] == ["moments", "update", "master"] and not here["clip"]
+    precision = Precision(moments="int8", master="none")
+    least = need(parameters, Setting(precision=precision, update="backward", device="cuda")).total
+    assert here["bytes"]["total"] == least <= 30e9
+    row = next(row for row in found["comparison"] if row["name"] == "here")
+    assert row["bytes"]["total"] == least and row["fits"] and row["fits_from"] == 1
+    assert planned_json(capsys, "7B", "--ranks", "1", "--memory", "400GB")["here"] is None
+
+
+def test_the_text_shows_when_parameters_are_updated(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "10M", "--ranks", "2", "--update", "backward", "--gradients", "fp32")
+    assert 'gradient_sync="backward", update="backward", precision=Precision(' in text and 'gradients="fp32"' in text
+    assert '>  shardadam, update="backward"' in text and 'shardadam "backward" (ZeRO-2)' not in text
 
 
 def test_float32_has_no_column_of_masters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -582,6 +626,7 @@ def test_help_documents_the_json(capsys: pytest.CaptureFixture[str]) -> None:
         *found["formats"][0],
         *found["comparison"][0],
         *found["choice"],
+        "here",
     ):
         assert key in text, key
 

@@ -247,7 +247,7 @@ def test_state_of_experts_is_split_over_the_ranks_that_hold_them() -> None:
 
 def test_only_numbers_of_ranks_that_experts_can_be_spread_over_are_proposed() -> None:
     parameters = [PlannedParameter((300, 256), group=1, expert_parallel=3)] * 8
-    asked = Setting(world_size=3, precision=Precision(moments="int8"))
+    asked = Setting(world_size=3, precision=Precision(moments="int8", gradients="bf16"), update="backward")
     found = fitting(parameters, asked, need(parameters, asked).total - 1, most_ranks=64)
     assert found.nearest is not None and found.changes == ("world_size",) and found.nearest.world_size == 6
     assert found.nearest_need == need(parameters, found.nearest)
@@ -385,8 +385,10 @@ def test_fsdp2_shards_experts_over_the_ranks_that_hold_them() -> None:
 
 def test_proposed_ranks_count_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--dtype", "fp32", "--tensor-parallel", "2", "--pipeline-parallel", "2", "--bucket-mb", "1"]
+    options += ["--gradients", "bf16", "--update", "backward"]
     part = divide(find_model_source("10M", torch.float32), ModelParallel(tensor=2, pipeline=2)).held.planned
-    asked = Setting(world_size=2, precision=Precision(moments="int8"), bucket_mb=1, device="cuda")
+    precision = Precision(moments="int8", gradients="bf16")
+    asked = Setting(world_size=2, precision=precision, update="backward", bucket_mb=1, device="cuda")
     available = need(part, asked).total - 1
     options += ["--moments", "int8", "--memory", str(available)]
     choice = planned_json(capsys, "10M", "--ranks", "8", *options, code=1)["choice"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast, get_args
 
 import torch
@@ -52,7 +52,8 @@ class Usage:
     """The bytes that one way to train takes on each rank.
 
     Args:
-        name: "adamw", "adamw_fp32_master", "step", "backward", "external" or "fsdp2".
+        name: "adamw", "adamw_fp32_master", "step", "backward", "external", "fsdp2"; "choice" for the nearest setting
+            that fits, "here" for the nearest that fits on as many ranks as requested.
         kinds: bytes in training, by kind; has all ``KINDS``.
         built: ``optimizer.memory()`` right after construction; None for other optimizers.
         setting: None for other optimizers.
@@ -84,9 +85,12 @@ class Comparison:
         asked: the requested setting, without a master of "auto" if all parameters get the same one.
         hosts: number of hosts that share the ranks evenly.
         available: bytes of memory for each rank; None if not known.
-        formats: our optimizer in every format with every ``gradient_sync``; of each, the requested format is first.
-        alternatives: other optimizers, and ours in the requested format.
+        formats: our optimizer in every format of moments and master with every ``gradient_sync``; of each, the
+            requested format is first. "backward" has the requested ``update``.
+        alternatives: other optimizers, and ours in the requested format; and the nearest settings that fit, unless
+            ``formats`` have them on some number of ranks.
         fit: None if the available memory is not known.
+        here: the nearest setting that fits on as many ranks as requested, if ``fit`` has found another number.
     """
 
     part: Part
@@ -96,6 +100,7 @@ class Comparison:
     formats: tuple[Usage, ...]
     alternatives: tuple[Usage, ...]
     fit: Fit | None
+    here: Fit | None = None
 
     @property
     def source(self) -> ModelSource:
@@ -174,7 +179,9 @@ def compare(
         )
 
     def in_format(sync: GradientSync, precision: Precision) -> Usage:
-        return with_fit(lambda ranks: ours(replace(asked, world_size=ranks, gradient_sync=sync, precision=precision)))
+        when = asked.update if sync == "backward" else "step"
+        setting = replace(asked, gradient_sync=sync, update=when, precision=precision)
+        return with_fit(lambda ranks: ours(replace(setting, world_size=ranks)))
 
     syncs: list[GradientSync] = ["step", "backward"]
     if asked.gradient_sync == "external":
@@ -189,7 +196,17 @@ def compare(
     keeps_masters = asked.precision.master != "none"
     alternatives.append(with_fit(lambda ranks: fsdp2(part.held, ranks, keeps_masters=keeps_masters)))
     fit = None if available is None else _fitting(planned, asked, available, layout_of(asked.world_size))
-    return Comparison(part, asked, hosts, available, formats, tuple(alternatives), fit)
+    here = None
+    if available is not None and fit is not None and "world_size" in fit.changes:
+        here = fitting(planned, asked, lambda ranks: available if ranks == asked.world_size else -1, most_ranks=1)
+    for name, found in (("choice", fit), ("here", here)):
+        if found is None or found.nearest is None:
+            continue
+        nearest = found.nearest
+        if replace(nearest, world_size=asked.world_size) not in [usage.setting for usage in formats]:
+            fits_from = with_fit(partial(lambda one, ranks: ours(replace(one, world_size=ranks)), nearest)).fits_from
+            alternatives.append(replace(ours(nearest), name=name, fits=True, fits_from=fits_from))
+    return Comparison(part, asked, hosts, available, formats, tuple(alternatives), fit, here)
 
 
 def _fitting(planned: Sequence[PlannedParameter], asked: Setting, available: int, layout: Layout) -> Fit:

@@ -22,8 +22,9 @@ from shardadam.cli.plan_plot import plot
 from shardadam.cli.plan_text import as_text
 from shardadam.cli.text import show
 from shardadam.optimizer import GradientSync
-from shardadam.planner import Need, Setting
-from shardadam.precision import Master, Moments, Precision
+from shardadam.planner import Fit, Need, Setting
+from shardadam.planner.planning import When
+from shardadam.precision import Gradients, Master, Moments, Precision
 
 _DESCRIPTION = """\
 Computes the bytes that training takes on each rank, by kind, in every format, and compares them with torch.optim.AdamW
@@ -46,18 +47,21 @@ data-parallel and split its state; N / (T P E) of them hold the same experts. Te
   version     1; within a version, fields may be added but do not change
   what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
               dtypes {{fp32, bf16, ...: elements}}
-  asked       your settings: ranks, hosts, replicas, device, gradient_sync, moments, master, bucket_bytes, clip, ema,
-              transport
+  asked       your settings: ranks, hosts, replicas, device, gradient_sync, update, gradients, moments, master,
+              bucket_bytes, clip, ema, transport
   parallel    null without model parallelism: tensor, expert, pipeline, data (ranks that hold the same part), and what
               the planned rank holds, the fullest: stage (from 1), layers (first and last), tensors, parameters,
               trainable, cuts {{how: names}}
   memory      the value of --memory, or null
-  formats     one for each format and gradient_sync: moments, master, gradient_sync, asked (whether these are your
-              settings), built (fields of optimizer.memory() after construction, and their total), bytes (the same kinds
-              in training, p.grad and frozen parameters included, and their total), fits, fits_from
-  comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2: name, estimate, bytes, fits, fits_from
-  choice      null without --memory: fits, changes (what differs from your settings), ranks, gradient_sync, moments,
-              master, bytes {{parameters, gradients, optimizer, total}}; if nothing fits, all but fits and changes null
+  formats     one for each format and gradient_sync: moments, master, gradients, gradient_sync, update, asked (whether
+              these are your settings), built (fields of optimizer.memory() after construction, and their total), bytes
+              (the same kinds in training, p.grad and frozen parameters included, and their total), fits, fits_from
+  comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2, and choice and here if formats do not have them
+              on any number of ranks: name, estimate, bytes, fits, fits_from
+  choice      null without --memory: fits, changes (what differs from your settings), ranks, gradient_sync, update,
+              clip, gradients, moments, master, bytes {{parameters, gradients, optimizer, total}}; if nothing fits, all
+              but fits and changes null
+  here        the same for as many ranks as in your settings, if choice has others; else null
 fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas, and
 the parts of the model) on which it fits, or null if that is more than {MOST_RANKS} data-parallel ranks.
 
@@ -109,10 +113,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--dtype", choices=DTYPES, help="of parameters; default: the model's own, and bf16 for a number"
     )
+    command.add_argument(
+        "--gradients", choices=get_args(Gradients), default="auto", help="format of gradient shards; default: auto"
+    )
     command.add_argument("--moments", choices=get_args(Moments), default="fp32", help="default: fp32")
     command.add_argument("--master", choices=get_args(Master), default="auto", help="default: auto")
     command.add_argument(
         "--gradient-sync", choices=get_args(GradientSync), default="backward", help="default: backward"
+    )
+    command.add_argument(
+        "--update",
+        choices=get_args(When),
+        default="step",
+        help="backward: each bucket is updated while backward runs, and nothing clips; default: step",
     )
     command.add_argument("--bucket-mb", metavar="MIB", type=_positive, help="default: the optimizer's, 32 (8 on CPUs)")
     command.add_argument("--clip", action="store_true", help="gradients are clipped (max_grad_norm)")
@@ -203,18 +216,29 @@ def _setting(options: argparse.Namespace, parallel: ModelParallel) -> Setting:
             f"--replicas: found {replicas} with --expert-parallel {parallel.expert}, expected 1: experts are not "
             "sharded in two levels. Leave out one of them."
         )
+    if options.update == "backward" and options.clip:
+        raise CommandError(
+            "--update: found backward with --clip, expected step: the norm is known only after backward. Leave out one "
+            "of them."
+        )
+    if options.update == "backward" and options.gradient_sync != "backward":
+        raise CommandError(
+            f"--update: found backward with --gradient-sync {options.gradient_sync}, expected --gradient-sync "
+            "backward: other code reads gradients after backward. Leave out one of them."
+        )
     # Tensor parallelism is innermost: a shard group's ranks are that far apart.
     is_inside_host = (ranks // hosts) % (data // replicas * parallel.tensor) == 0
     return Setting(
         world_size=data // replicas,
         replicas=replicas,
-        precision=Precision(moments=options.moments, master=options.master),
+        precision=Precision(moments=options.moments, master=options.master, gradients=options.gradients),
         gradient_sync=options.gradient_sync,
         bucket_mb=options.bucket_mb,
         device=options.device,
         transport="auto" if is_inside_host else "collective",
         clips=options.clip,
         ema=options.ema,
+        update=options.update,
     )
 
 
@@ -241,6 +265,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "replicas": asked.replicas,
             "device": asked.device,
             "gradient_sync": asked.gradient_sync,
+            "update": asked.update,
+            "gradients": asked.precision.gradients,
             "moments": asked.precision.moments,
             "master": asked.precision.master,
             "bucket_bytes": found.bucket_bytes,
@@ -255,7 +281,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
             {"name": usage.name, "estimate": usage.is_estimate, "bytes": _bytes(usage), **_fits(usage)}
             for usage in found.alternatives
         ],
-        "choice": _choice(found),
+        "choice": _choice(found, found.fit),
+        "here": _choice(found, found.here),
     }
 
 
@@ -280,7 +307,9 @@ def _format(found: Comparison, usage: Usage) -> dict[str, Any]:
     return {
         "moments": usage.setting.precision.moments,
         "master": usage.setting.precision.master,
+        "gradients": usage.setting.precision.gradients,
         "gradient_sync": usage.setting.gradient_sync,
+        "update": usage.setting.update,
         "asked": found.is_asked(usage),
         "built": {**asdict(usage.built), "total": usage.built.total},
         "bytes": _bytes(usage),
@@ -296,16 +325,18 @@ def _fits(usage: Usage) -> dict[str, Any]:
     return {"fits": usage.fits, "fits_from": usage.fits_from}
 
 
-def _choice(found: Comparison) -> dict[str, Any] | None:
-    fit = found.fit
+def _choice(found: Comparison, fit: Fit | None) -> dict[str, Any] | None:
     if fit is None:
         return None
     nearest, need = fit.nearest, fit.nearest_need
     return {
         "fits": fit.fits,
-        "changes": ["ranks" if change == "world_size" else change for change in fit.changes],
+        "changes": [{"world_size": "ranks", "clips": "clip"}.get(change, change) for change in fit.changes],
         "ranks": None if nearest is None else nearest.world_size * nearest.replicas * found.part.parallel.ranks,
         "gradient_sync": None if nearest is None else nearest.gradient_sync,
+        "update": None if nearest is None else nearest.update,
+        "clip": None if nearest is None else nearest.clips,
+        "gradients": None if nearest is None else nearest.precision.gradients,
         "moments": None if nearest is None else nearest.precision.moments,
         "master": None if nearest is None else nearest.precision.master,
         "bytes": None if need is None else _need(need),

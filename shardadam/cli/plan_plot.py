@@ -10,7 +10,7 @@ from typing import Any
 
 from shardadam.cli.comparison import Comparison, Usage
 from shardadam.cli.errors import CommandError
-from shardadam.cli.plan_text import NAMES
+from shardadam.cli.plan_text import name_of
 from shardadam.cli.text import Unit, plural
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; as in benchmarks/results/memory-vs-n.png.
@@ -73,7 +73,7 @@ def _shown(found: Comparison) -> list[Usage]:
 
 def _label(usage: Usage) -> str:
     if usage.setting is None:
-        return NAMES[usage.name]
+        return name_of(usage)
     precision = usage.setting.precision
     master = "" if usage.kinds["master"] == 0 and precision.master != "none" else f", master {precision.master}"
     return f"{usage.name}: moments {precision.moments}{master}"

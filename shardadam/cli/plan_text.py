@@ -17,6 +17,8 @@ NAMES = {
     "backward": 'shardadam "backward" (ZeRO-2)',
     "external": 'shardadam "external" under DDP',
     "fsdp2": "FSDP2, estimated",
+    "choice": "the choice below",
+    "here": "the choice for as many ranks",
 }
 _WIDTH = 100
 
@@ -88,8 +90,24 @@ def _call(setting: Setting, source: ModelSource) -> str:
     precision = [f'moments="{setting.precision.moments}"']
     if _has_masters(source):
         precision.append(f'master="{setting.precision.master}"')
-    ema = ", ema_decay=0.999" if setting.ema else ""
-    return f'ShardedAdamW(gradient_sync="{setting.gradient_sync}", precision=Precision({", ".join(precision)}){ema})'
+    if setting.precision.gradients != "auto":
+        precision.append(f'gradients="{setting.precision.gradients}"')
+    arguments = [*_when(setting), f"precision=Precision({', '.join(precision)})"]
+    arguments += ["ema_decay=0.999"] if setting.ema else []
+    return f"ShardedAdamW({', '.join(arguments)})"
+
+
+def _when(setting: Setting) -> list[str]:
+    """Returns the arguments that say when gradients are reduced and parameters updated."""
+    update = ['update="backward"'] if setting.update == "backward" else []
+    return [f'gradient_sync="{setting.gradient_sync}"', *update]
+
+
+def name_of(usage: Usage) -> str:
+    """The row of ``usage`` in a table that compares optimizers."""
+    if usage.name == "backward" and usage.setting is not None and usage.setting.update == "backward":
+        return 'shardadam, update="backward"'
+    return NAMES[usage.name]
 
 
 def _kinds(found: Comparison, unit: Unit) -> str:
@@ -118,9 +136,7 @@ def _kinds(found: Comparison, unit: Unit) -> str:
         cells = [unit(sum(usage.kinds[kind] for kind in kinds)) for kinds in columns.values()]
         formats = [precision.moments, precision.master] if has_masters else [precision.moments]
         rows.append([">" if found.is_asked(usage) else "", *formats, *cells, unit(usage.total), *_fits(found, usage)])
-    title = (
-        f'{unit.name} per rank in training, with gradient_sync="{found.asked.gradient_sync}"; ">" marks your settings'
-    )
+    title = f'{unit.name} per rank in training, with {", ".join(_when(found.asked))}; ">" marks your settings'
     return f"{title}\n{table(rows, right=range(1 + len(names), len(rows[0])))}"
 
 
@@ -129,7 +145,7 @@ def _alternatives(found: Comparison, unit: Unit) -> str:
     for usage in found.alternatives:
         parameters, gradients = usage.kinds["parameters"], usage.kinds["gradients"]
         cells = [unit(value) for value in (parameters, gradients, usage.total - parameters - gradients, usage.total)]
-        rows.append([">" if found.is_asked(usage) else "", NAMES[usage.name], *cells, *_fits(found, usage)])
+        rows.append([">" if found.is_asked(usage) else "", name_of(usage), *cells, *_fits(found, usage)])
     return f"{unit.name} per rank, compared with other optimizers\n{table(rows, right=range(2, len(rows[0])))}"
 
 
@@ -197,19 +213,33 @@ def _choice(found: Comparison, unit: Unit) -> str:
         return f"Your settings fit: training takes {leaves}."
     return (
         f"With your settings, training takes {unit.named(fit.need.total)} and does not fit. Choose "
-        f"{_changes(fit, found)} instead, the smallest change that fits: it takes {leaves}."
+        f"{_changes(fit, found)} instead, the smallest change that fits: it takes {leaves}.{_choice_here(found, unit)}"
     )
+
+
+def _choice_here(found: Comparison, unit: Unit) -> str:
+    here = found.here
+    if here is None:
+        return ""
+    ranks = plural(found.ranks, "rank")
+    if here.nearest_need is None:
+        return f" On {ranks}, nothing fits."
+    return f" On {ranks}, choose {_changes(here, found)}: it takes {unit.named(here.nearest_need.total)}."
 
 
 def _changes(fit: Fit, found: Comparison) -> str:
     assert fit.nearest is not None
     texts = {
+        "gradients": f'gradients="{fit.nearest.precision.gradients}"',
         "moments": f'moments="{fit.nearest.precision.moments}"',
         "world_size": plural(fit.nearest.world_size * fit.nearest.replicas * found.part.parallel.ranks, "rank"),
+        "update": f'update="{fit.nearest.update}"',
+        "clips": "no clipping (max_grad_norm=None)",
         "gradient_sync": f'gradient_sync="{fit.nearest.gradient_sync}"',
         "master": f'master="{fit.nearest.precision.master}"',
     }
-    return " and ".join(texts[change] for change in fit.changes)
+    *others, last = (texts[change] for change in fit.changes)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _nothing_fits(found: Comparison, fit: Fit, unit: Unit) -> str:
