@@ -148,6 +148,8 @@ def add_overlap(add: Callable[..., Any]) -> None:
 def add_formats(add: Callable[..., Any]) -> None:
     add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="format of sharded moments")
     add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="format of bf16 masters")
+    add("--gradients", choices=("auto", "fp32", "bf16"), default="auto", help="format of sharded gradients")
+    add("--update", choices=("step", "backward"), default="step", help="backward: while it runs; needs --clip 0")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the parameters")
 
 
@@ -175,6 +177,7 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
         )
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its directory does not exist; create it, or choose another")
+    check_sharded_options(args, parser)
     check_checkpoint_options(args, parser)
     if args.check_every and args.optimizer != "sharded":
         parser.error(
@@ -184,6 +187,27 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
     if args.prompt is None:
         args.prompt = "" if args.data else "def "
     return args, parser, choose_device(args.device, ranks, parser)
+
+
+def check_sharded_options(args: argparse.Namespace, parser: Parser) -> None:
+    """Exits on options that ShardedAdamW would refuse, or that torch's AdamW does not have."""
+    defaults = {"moments": "fp32", "master": "auto", "gradients": "auto", "update": "step"}
+    used = [f"--{name} {getattr(args, name)}" for name, value in defaults.items() if getattr(args, name) != value]
+    if used and args.optimizer == "adamw":
+        parser.error(
+            f"{' '.join(used)} with --optimizer adamw: torch's AdamW has no such choice; use --optimizer sharded, or "
+            "omit them"
+        )
+    if args.update == "backward" and args.clip:
+        parser.error(
+            f"--update backward with --clip {args.clip:g}: the norm is known only after backward; give --clip 0, or "
+            "--update step"
+        )
+    if args.update == "backward" and args.gradient_sync != "backward":
+        parser.error(
+            f"--update backward with --gradient-sync {args.gradient_sync}: gradients must be reduced in backward; give "
+            "--gradient-sync backward, or --update step"
+        )
 
 
 def check_checkpoint_options(args: argparse.Namespace, parser: Parser) -> None:

@@ -4,6 +4,7 @@ that each rank needs before it trains, and refuses to start if that does not fit
 
     torchrun --standalone --nproc-per-node 2 launch/finetune.py                   # all weights, on two ranks
     ... launch/finetune.py --moments int8 --memory-limit 350MB                    # in little memory
+    ... launch/finetune.py --fit --memory-limit 260MB                             # chooses settings that fit
     ... launch/finetune.py --tune lora --data reviews.jsonl --save-dir tuned      # your own texts, adapters only
 
 Without --data, it learns which module a docstring of Python's standard library belongs to. The baseline is a linear
@@ -44,7 +45,16 @@ from classifier import (
 )
 from data import DataError
 from finetune_arguments import parse_arguments
-from memory_check import Demand, Workload, available_memory, kept_bytes, nearest
+from memory_check import (
+    HEADER,
+    Demand,
+    Workload,
+    available_memory,
+    changed_options,
+    cheapest,
+    kept_bytes,
+    nearest,
+)
 from pretrain import Replicated, Sharded, Timings, average, parameter_groups, synchronize
 from probe import Scores, confusion, probe
 from rendezvous import destroyed_on_success
@@ -137,8 +147,9 @@ def workload(
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     setting = Setting(
         world_size=ranks.world_size,
-        precision=Precision(moments=args.moments, master=args.master, seed=args.seed),
+        precision=Precision(moments=args.moments, master=args.master, gradients=args.gradients, seed=args.seed),
         gradient_sync=args.gradient_sync,
+        update=args.update,
         device=device.type,
         clips=args.clip > 0,
     )
@@ -170,7 +181,15 @@ def check_memory(
         return demand
     available = memory.per_rank(ranks.world_size)
     report.say(f"available           {megabytes(available)} a rank ({memory.source})")
-    if demand.total <= available:
+    if args.fit:
+        fitted, tried = cheapest(work, memory)
+        report.rows(HEADER, [row.cells() for row in tried])
+        if fitted is not None:
+            options = changed_options(work.setting, fitted.setting)
+            report.say(f"--fit trains with {' '.join(options) or 'the settings as asked'}")
+            adopt(fitted.setting, args)
+            return fitted.demand()
+    elif demand.total <= available:
         return demand
     options = nearest(work, memory)
     if options is None and args.tune == "full":
@@ -193,10 +212,19 @@ def check_memory(
     )
 
 
+def adopt(setting: Setting, args: argparse.Namespace) -> None:
+    """Changes the options to those of ``setting``."""
+    args.moments, args.master = setting.precision.moments, setting.precision.master
+    args.gradients, args.update, args.gradient_sync = setting.precision.gradients, setting.update, setting.gradient_sync
+    if not setting.clips:
+        args.clip = 0.0
+
+
 def chosen_options(args: argparse.Namespace) -> str:
     if args.optimizer == "adamw":
         return "--optimizer adamw"
-    return f"--moments {args.moments} --dtype {args.dtype} --gradient-sync {args.gradient_sync}"
+    options = f"--moments {args.moments} --dtype {args.dtype} --gradient-sync {args.gradient_sync}"
+    return f"{options} --update backward" if args.update == "backward" else options
 
 
 # The baseline and the scores
@@ -360,6 +388,7 @@ def finetune(
     forward_backward, optimizer = timings.medians()
     results = {
         **{name: getattr(args, name) for name in ("tune", "optimizer", "moments", "dtype", "gradient_sync", "seed")},
+        **{name: getattr(args, name) for name in ("master", "gradients", "update", "clip")},
         "world_size": ranks.world_size,
         "device": device.type,
         "steps": args.steps,

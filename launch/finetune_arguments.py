@@ -9,7 +9,18 @@ from pathlib import Path
 import torch
 
 import memory_check
-from arguments import Parser, Ranks, add_formats, add_machine, add_overlap, choose_device, not_negative, positive, real
+from arguments import (
+    Parser,
+    Ranks,
+    add_formats,
+    add_machine,
+    add_overlap,
+    check_sharded_options,
+    choose_device,
+    not_negative,
+    positive,
+    real,
+)
 
 LEARNING_RATES = {"full": 4e-4, "lora": 2e-3}
 
@@ -59,6 +70,12 @@ def make_parser(ranks: Ranks) -> Parser:
         help="for parameters, gradients, optimizer and activations of a rank, such as 2GB; None: what is free on the "
         "GPU or host, whatever the limit of a container",
     )
+    add(
+        "--fit",
+        action="store_true",
+        help="train with the cheapest settings that fit: prints what it tries, such as narrower formats or --update "
+        "backward --clip 0, what each needs, and which it takes",
+    )
 
     add = parser.add_argument_group("data and output").add_argument
     add("--data", default=None, metavar="FILE.jsonl", help='lines of {"text", "label"}; None: Python\'s docstrings')
@@ -83,10 +100,13 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
             f"--batch {args.batch} cannot be divided over {ranks.world_size} ranks and --accumulate {args.accumulate}; "
             f"choose a multiple of {ranks.world_size * args.accumulate}"
         )
-    if args.optimizer == "adamw" and (args.moments, args.master) != ("fp32", "auto"):
+    check_sharded_options(args, parser)
+    if args.fit and args.optimizer == "adamw":
+        parser.error("--fit with --optimizer adamw: torch's AdamW has no settings to choose from; omit one of them")
+    if args.update == "backward" and args.accumulate > 1:
         parser.error(
-            f"--moments {args.moments} --master {args.master} with --optimizer adamw: torch's AdamW has no such "
-            "choice; use --optimizer sharded, or omit them"
+            f"--update backward with --accumulate {args.accumulate}: every backward would have to keep its gradients "
+            "for the last one; give --accumulate 1, or --update step"
         )
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its directory does not exist; create it, or choose another")

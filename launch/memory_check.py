@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -192,12 +192,14 @@ class Workload:
 def nearest(work: Workload, memory: AvailableMemory) -> tuple[list[str], Demand] | None:
     """Finds options with which training fits; returns them as typed, and the memory needed then. None: nothing fits.
 
-    Tries, in this order: other formats of the optimizer on as many ranks (shardadam.planner.fitting), these with
+    Tries, in this order: other settings of the optimizer on as many ranks (shardadam.planner.fitting), these with
     smaller micro-batches, and both on other numbers of ranks.
     """
     for other_world_sizes in (False, True):
         accumulate = work.accumulate
         while work.activations(work.setting.world_size, accumulate) is not None:
+            if work.setting.update == "backward" and accumulate > 1:
+                break  # all gradients would be kept for the last backward
             found = _nearest(work, memory, accumulate, other_world_sizes)
             if found is not None:
                 return found
@@ -216,7 +218,9 @@ def _nearest(
             return -1
         return memory.per_rank(world_size) - activations
 
-    fit = fitting(work.parameters, work.setting, available, most_ranks=8 * asked if other_world_sizes else asked)
+    most_ranks = 8 * asked if other_world_sizes else asked
+    keep = ("update", "clips") if accumulate > 1 else ()
+    fit = fitting(work.parameters, work.setting, available, most_ranks=most_ranks, keep=keep)
     if fit.nearest is None or fit.nearest_need is None:
         return None
     options = [] if work.sharded else ["--optimizer sharded"]
@@ -230,5 +234,105 @@ def option(name: str, setting: Setting) -> str:
     """A changed field of a setting, as typed on the command line."""
     if name == "world_size":
         return f"{setting.world_size} ranks (torchrun --nproc-per-node)"
-    value = setting.gradient_sync if name == "gradient_sync" else getattr(setting.precision, name)
+    if name == "clips":
+        return "--clip 0"
+    value = getattr(setting if name in ("gradient_sync", "update") else setting.precision, name)
     return f"--{name.replace('_', '-')} {value}"
+
+
+# The cheapest setting that fits
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A row of what ``cheapest`` has tried.
+
+    Args:
+        options: the options that it adds to the row before (or takes back), as typed.
+        demand: None if they cannot be used.
+        verdict: whether it fits, or why not.
+    """
+
+    options: str
+    demand: Demand | None
+    verdict: str
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, under ``HEADER``."""
+        counts = (self.demand.total, self.demand.need.optimizer, self.demand.need.gradients) if self.demand else ()
+        return self.options, *(megabytes(count) for count in counts), *[""] * (3 - len(counts)), self.verdict
+
+
+HEADER = ("--fit tries", "a rank needs", "optimizer", "gradients", "")
+
+
+def cheapest(work: Workload, memory: AvailableMemory) -> tuple[Workload | None, list[Tried]]:
+    """Adds one saving after another, from what costs least, until training fits; then takes back those that it does
+    without, what costs most first. Returns the workload with the setting that fits (None: none does), and all rows.
+    """
+    available = memory.per_rank(work.setting.world_size)
+    rows: list[Tried] = []
+    added: list[str] = []
+
+    def row(options: str, found: Workload) -> bool:
+        fits = found.demand().total <= available
+        rows.append(Tried(options, found.demand(), "fits" if fits else "does not fit"))
+        return fits
+
+    def with_savings(names: Sequence[str]) -> Workload:
+        setting = work.setting
+        for name in names:
+            setting = SAVINGS[name](setting)
+        return replace(work, setting=setting)
+
+    fits = row("as asked", work)
+    for name in SAVINGS if not fits else ():
+        before, after = with_savings(added), with_savings([*added, name])
+        options = " ".join(changed_options(before.setting, after.setting))
+        if before.setting == after.setting:
+            continue
+        if name == "update" and work.accumulate > 1:
+            rows.append(Tried(f"+ {options}", None, f"not with --accumulate {work.accumulate}"))
+        elif after.demand().total >= before.demand().total:
+            rows.append(Tried(f"+ {options}", after.demand(), "saves nothing"))
+        else:
+            added.append(name)
+            fits = row(f"+ {options}", after)
+            if fits:
+                break
+    if not fits:
+        return None, rows
+    for name in reversed(added[:-1]):
+        left = [other for other in added if other != name]
+        options = " ".join(changed_options(with_savings(left).setting, with_savings(added).setting))
+        if row(f"- {options}", with_savings(left)):
+            added = left
+    return with_savings(added), rows
+
+
+def _in_backward(setting: Setting) -> Setting:
+    return replace(setting, update="backward", gradient_sync="backward", clips=False)
+
+
+def _without_masters(setting: Setting) -> Setting:
+    return replace(setting, precision=replace(setting.precision, master="none"))
+
+
+SAVINGS: dict[str, Callable[[Setting], Setting]] = {
+    "gradients": lambda setting: replace(setting, precision=replace(setting.precision, gradients="bf16")),
+    "moments": lambda setting: replace(setting, precision=replace(setting.precision, moments="int8")),
+    "update": _in_backward,
+    "master": _without_masters,
+}
+"""What ``cheapest`` adds, in this order: from what costs least."""
+
+
+def changed_options(before: Setting, after: Setting) -> list[str]:
+    """The options that differ, as typed."""
+    found = [name for name in ("gradients", "moments", "master") if _differs(before.precision, after.precision, name)]
+    found += [name for name in ("update", "gradient_sync", "clips") if _differs(before, after, name)]
+    return [option(name, after) for name in found]
+
+
+def _differs(before: object, after: object, name: str) -> bool:
+    return getattr(before, name) != getattr(after, name)

@@ -53,7 +53,8 @@ class Sharded:
             betas=BETAS,
             max_grad_norm=args.clip or None,
             gradient_sync=args.gradient_sync,
-            precision=Precision(moments=args.moments, master=args.master, seed=args.seed),
+            precision=Precision(moments=args.moments, master=args.master, gradients=args.gradients, seed=args.seed),
+            update=args.update,
         )
         self.schedule = make_schedule(self.optimizer, args)
         on_gpu = any(p.is_cuda for p in model.parameters())

@@ -6,7 +6,7 @@ Prints numbers that it is given; must not compute or communicate. All other rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +37,9 @@ class Silence:
         pass
 
     def validation(self, step: int, loss: float) -> None:
+        pass
+
+    def rows(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         pass
 
     def summary(self, rows: Mapping[str, str], sample: bytes) -> None:
@@ -77,6 +80,15 @@ class Report(Silence):
 
     def say(self, line: str) -> None:
         self.console.print(Text(line), soft_wrap=True)
+
+    def rows(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Prints a table."""
+        table = Table()
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)
 
     def step_done(self, step: int) -> None:
         self.progress.update(self.task, completed=step)

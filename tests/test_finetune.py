@@ -159,7 +159,7 @@ def test_a_run_that_does_not_fit_is_refused_and_the_proposed_settings_run(few_te
 
     for limit, expected in (
         ("390MB", "--moments"),
-        ("290MB", "--moments int8 --accumulate"),
+        ("290MB", "--moments int8 --update backward --clip 0"),
         ("130MB", "--tune lora"),
         ("95MB", None),
     ):
@@ -185,6 +185,53 @@ def test_both_ranks_refuse_with_the_same_message(few_texts: Path) -> None:
     first, second = on_ranks(2, results_on_a_rank, *options)
     assert first == second
     assert "memory is short" in first and "Nearest that fits: --optimizer sharded" in first
+
+
+def test_fit_chooses_settings_says_why_and_trains_with_them(
+    few_texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--data", str(few_texts), "--epochs=1", "--fit"]
+    result, _ = finetuned(*asked, "--memory-limit=260MB")
+    assert (result["moments"], result["update"], result["clip"]) == ("int8", "backward", 0)
+    assert result["demand_bytes"] <= 260e6
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    tried = [
+        ("as asked", "does not fit"),
+        ("+ --gradients bf16", "saves nothing"),
+        ("+ --moments int8", "does not fit"),
+        ("+ --update backward --clip 0", "fits"),
+        ("- --moments int8", "does not fit"),
+    ]
+    assert len(lines) == len(tried)
+    for line, (options, verdict) in zip(lines, tried, strict=True):
+        assert options in line and verdict in line, line
+    assert "--fit trains with --moments int8 --update backward --clip 0" in printed
+    explicit, _ = finetuned(*asked[:-1], "--moments=int8", "--update=backward", "--clip=0", "--memory-limit=260MB")
+    for name in ("validation_loss", "training_loss", "demand_bytes", "state_bytes"):
+        assert explicit[name] == result[name], name
+
+
+def test_fit_leaves_settings_that_fit_and_refuses_where_nothing_does(
+    few_texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune import DoesNotFit
+
+    asked = ["--data", str(few_texts), "--epochs=1", "--fit"]
+    result, _ = finetuned(*asked, "--memory-limit=900MB")
+    assert (result["moments"], result["update"], result["clip"]) == ("fp32", "step", 1)
+    assert "--fit trains with the settings as asked" in capsys.readouterr().out
+    with pytest.raises(DoesNotFit, match="Nearest that fits: --tune lora"):
+        finetuned(*asked, "--memory-limit=130MB")
+
+
+def test_two_ranks_fit_into_the_same_settings(few_texts: Path) -> None:
+    options = ["--data", str(few_texts), "--epochs=1", "--fit", "--memory-limit=260MB", "--clip=0"]
+    first, second = on_ranks(2, results_on_a_rank, *options, deadline_s=100)
+    assert isinstance(first, dict) and isinstance(second, dict)
+    for name in ("gradients", "moments", "update", "clip", "demand_bytes", "validation_loss"):
+        assert first[name] == second[name], name
+    assert first["demand_bytes"] <= 260e6 and first["gradients"] == "bf16"
 
 
 @pytest.mark.long
@@ -343,6 +390,11 @@ def test_unreadable_data_is_named(lines: list[str] | None, expected: str, tmp_pa
     [
         (["--batch=15", "--accumulate=2"], "choose a multiple of 2"),
         (["--optimizer=adamw", "--moments=int8"], "use --optimizer sharded"),
+        (["--optimizer=adamw", "--update=backward", "--clip=0"], "--update backward with --optimizer adamw"),
+        (["--optimizer=adamw", "--fit"], "--fit with --optimizer adamw"),
+        (["--update=backward"], "--update backward with --clip 1"),
+        (["--update=backward", "--clip=0", "--gradient-sync=step"], "--update backward with --gradient-sync step"),
+        (["--update=backward", "--clip=0", "--accumulate=2"], "--update backward with --accumulate 2"),
         (["--memory-limit=lots"], "expected a size such as 500MB"),
         (["--dropout=1"], "expected 0 or more, below 1"),
         (["--json=nowhere/results.json"], "its directory does not exist"),

@@ -198,7 +198,7 @@ def compare(
     fit = None if available is None else _fitting(planned, asked, available, layout_of(asked.world_size))
     here = None
     if available is not None and fit is not None and "world_size" in fit.changes:
-        here = fitting(planned, asked, lambda ranks: available if ranks == asked.world_size else -1, most_ranks=1)
+        here = fitting(planned, asked, available, keep=["world_size"])
     for name, found in (("choice", fit), ("here", here)):
         if found is None or found.nearest is None:
             continue

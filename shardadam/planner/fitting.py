@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -58,7 +58,12 @@ class Fit:
 
 
 def fitting(
-    parameters: Planned, asked: Setting, available: int | Callable[[int], int], *, most_ranks: int = 1024
+    parameters: Planned,
+    asked: Setting,
+    available: int | Callable[[int], int],
+    *,
+    most_ranks: int = 1024,
+    keep: Collection[str] = (),
 ) -> Fit:
     """Find the setting nearest to ``asked`` that fits.
 
@@ -72,6 +77,7 @@ def fitting(
         available: bytes of memory for each rank; or a function from the number of ranks to them, as for ranks that
             share a host: ``lambda ranks: host_bytes // ranks``.
         most_ranks: the largest number of ranks to propose.
+        keep: those of ``CHANGES`` that must not be changed.
 
     Raises:
         ValueError, TypeError: the optimizer would refuse ``asked``.
@@ -80,7 +86,7 @@ def fitting(
     layouts = {asked.world_size: lay_out(known, asked)}
     room = available if callable(available) else lambda _: available
     asked_need = need_of(known, layouts[asked.world_size], asked)
-    for candidate, changes in _candidates(known, asked, most_ranks):
+    for candidate, changes in _candidates(known, asked, most_ranks, keep):
         if candidate.world_size not in layouts:
             layouts[candidate.world_size] = lay_out(known, candidate)
         found = need_of(known, layouts[candidate.world_size], candidate)
@@ -90,10 +96,11 @@ def fitting(
 
 
 def _candidates(
-    parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int
+    parameters: Sequence[PlannedParameter], asked: Setting, most_ranks: int, keep: Collection[str]
 ) -> Iterator[tuple[Setting, tuple[str, ...]]]:
     """Yield all settings with their changes, the nearest first."""
     choices = _choices(parameters, asked, most_ranks)
+    choices |= {name: choices[name][:1] for name in keep}
 
     def distance(indices: tuple[int, ...]) -> tuple[int, tuple[bool, ...], int, tuple[int, ...]]:
         is_kept = tuple(index == 0 for index in indices)
