@@ -84,6 +84,7 @@ class Case:
 
     def take_step(self, model: Net, optimizer: ShardedAdamW, step: int, *, skips: bool = True) -> None:
         rank, world_size = rank_and_size()
+        loss = torch.zeros(())
         for name, p in model.named_parameters():
             if not takes_part(name, step):
                 continue
@@ -94,9 +95,11 @@ class Case:
             if skips and step == SKIPPED and rank == 0 and name == "matrix":
                 gradient[3] = torch.inf
             if self.sync == "backward":
-                (p.float() * gradient).sum().backward()
+                loss = loss + (p.float() * gradient).sum()
             else:
                 p.grad = gradient.to(p.dtype)
+        if self.sync == "backward":
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
