@@ -69,7 +69,7 @@ def _scattered_bytes(arguments: Arguments) -> int:
 
 
 def _prologue(arguments: Arguments) -> tuple[int, int]:
-    counters = _bytes(arguments, "steps", "bounds")
+    counters = _bytes(arguments, "steps", "bounds", "n_averaged")
     reads = counters + _bytes(arguments, "param_ids", "first_blocks", "used", "found_inf", "coefficient", "lr")
     return reads, counters + _bytes(arguments, "table")
 
@@ -77,7 +77,7 @@ def _prologue(arguments: Arguments) -> tuple[int, int]:
 def _update(arguments: Arguments) -> tuple[int, int]:
     # With positions, ``parameter`` is the arena's whole, of which the kernel uses the shard's blocks.
     state = arguments["block_count"] * ALIGNMENT_NUMEL * arguments["parameter"].element_size()
-    state += _bytes(arguments, "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "kept")
+    state += _bytes(arguments, "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "kept", "average")
     if arguments["addresses"] is not None:
         gradients = _scattered_bytes(arguments)
     else:

@@ -151,6 +151,22 @@ def test_planned_bytes_equal_optimizer_memory(
         assert of_rank == [row["built"] for row in rows]
 
 
+def test_averages_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["tests.test_plan:Odd", "--ranks", "4", "--device", "cpu"]
+    without, found = planned_json(capsys, *options), planned_json(capsys, *options, "--ema")
+    assert (without["asked"]["ema"], found["asked"]["ema"]) == (False, True)
+    for one, other in zip(without["formats"], found["formats"], strict=True):
+        assert one["built"]["average"] == 0 < other["built"]["average"]
+        assert other["bytes"]["total"] - one["bytes"]["total"] == (
+            other["built"]["average"] + other["built"]["scalars"] - one["built"]["scalars"]
+        )
+    main(["plan", *options])
+    assert "average " not in capsys.readouterr().out
+    main(["plan", *options, "--ema"])
+    text = capsys.readouterr().out
+    assert "average " in text and "ema_decay=" in text
+
+
 def test_the_bytes_of_training_add_up_to_the_planners_need(capsys: pytest.CaptureFixture[str]) -> None:
     what = "tests.test_plan:Odd"
     options = ["--ranks", "4", "--device", "cpu", "--bucket-mb", "0.01", "--clip"]
@@ -193,6 +209,7 @@ def test_the_json_repeats_the_options(capsys: pytest.CaptureFixture[str]) -> Non
         "master": "fp32",
         "bucket_bytes": 2**19,
         "clip": False,
+        "ema": False,
         "transport": "auto",
     }
     spanning = planned_json(capsys, "1M", "--ranks", "8", "--hosts", "4", "--replicas", "2", "--device", "cpu")

@@ -98,6 +98,7 @@ def build(kind: str, setting: Setting) -> tuple[ShardedAdamW, list[nn.Parameter]
         bucket_mb=setting.bucket_mb,
         transport=setting.transport,
         update=setting.update,
+        ema_decay=0.9 if setting.ema else None,
     )
     return optimizer, [parameter for group in groups for parameter in group if parameter.requires_grad]
 
@@ -118,6 +119,16 @@ def test_a_plan_equals_optimizer_memory(world_size: int, kind: str, part: int) -
     for found in on_ranks(world_size, memories, kind, some):
         for setting, memory, one in zip(some, found, expected, strict=True):
             assert memory == one, setting
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["mixed", "mixed with fp64"])
+def test_a_plan_with_averages_equals_optimizer_memory(world_size: int, kind: str) -> None:
+    some = [replace(setting, ema=True) for setting in settings(world_size, kind)[::17]]
+    expected = [plan(planned(kind), setting) for setting in some]
+    for found in on_ranks(world_size, memories, kind, some):
+        assert found == expected
+        assert all(memory.average > 0 for memory in found)
 
 
 def backward(parameters: list[nn.Parameter]) -> None:
