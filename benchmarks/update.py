@@ -16,6 +16,9 @@ format, or the nearest: torch's AdamW (`fused` and `foreach`), the step with flo
 are installed. ``ratio`` is the other's time over shardadam's: above 1, shardadam is faster. Its step includes
 the check for NaNs, and on a CPU a copy of each gradient into a buffer in the cache.
 
+`--averages` instead times, in turns, the update with an average of the weights (`ema_decay`) and without, and the pass of
+its own with which AveragedModel would average float32 weights.
+
 `--tune` instead tries the kernel's tile sizes and warps, and correctly rounded against fast division and roots.
 """
 
@@ -110,8 +113,7 @@ def bytes_moved(optimizer: ShardedAdamW) -> int:
 
 def kept_bytes(optimizer: ShardedAdamW) -> int:
     (arena,) = optimizer._engine.parameters.arenas
-    names = (*formats.MOMENTS, *formats.SCALES, *formats.MASTERS)
-    return sum(arena.state[name].nbytes for name in names if name in arena.state)
+    return sum(arena.state[name].nbytes for name in formats.STATE if name in arena.state)
 
 
 def bytes_of_an_element(form: Form) -> float:
@@ -297,6 +299,41 @@ def measure_update(form: Form, numel: int, args: argparse.Namespace) -> dict[str
     return found
 
 
+def measure_averages(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the update without averages, with them, and with a pass of its own for them."""
+    optimizers = {
+        name: build(form, numel, args.device, ema_decay=d) for name, d in (("without", None), ("with", 0.999))
+    }
+    moved = {}
+    for name, optimizer in optimizers.items():
+        (arena,) = optimizer._engine.parameters.arenas
+        arena.allocate_gradient_shard(torch.float32)
+        arena.gradient_shard.normal_()
+        moved[name] = bytes_moved(optimizer) / numel
+    weights = [p.detach().float() for p in optimizers["without"].param_groups[0]["params"]]
+    averages = [torch.zeros_like(w) for w in weights]
+    contenders: dict[str, Callable[[], object]] = {
+        name: lambda one=optimizer: update(one) for name, optimizer in optimizers.items()
+    }
+    contenders["pass"] = lambda: torch._foreach_lerp_(averages, weights, 0.001)
+    times = in_turns(contenders, args.rounds, args.device)
+    own_pass = [a + b for a, b in zip(times["without"], times["pass"], strict=True)]
+    found = {
+        "numel": numel,
+        "bytes": moved,
+        "ns": {name: [1e9 * taken / numel for taken in times[name]] for name in optimizers},
+        "ratio": ratio(times["with"], times["without"]),
+        "ratios": [a / b for a, b in zip(times["with"], times["without"], strict=True)],
+        "ratio_of_own_pass": ratio(own_pass, times["without"]),
+    }
+    print(
+        f"{form} | {moved['without']:5.1f} | {moved['with']:5.1f} | {spread(found['ns']['without'])} | "
+        f"{spread(found['ns']['with'])} | {spread(found['ratios'])} | {found['ratio_of_own_pass']:5.2f}",
+        flush=True,
+    )
+    return found
+
+
 def measure_steps(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time shardadam's step against each other optimizer, one at a time."""
     peers = [peer for peer in PEERS if peer.forms(form)]
@@ -400,6 +437,7 @@ def main() -> None:
         "--only", nargs="+", default=[], help="only formats whose line has these words, such as: bfloat16 split int8"
     )
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--averages", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.device = torch.device(args.device)
@@ -418,6 +456,17 @@ def main() -> None:
         write()
         return
     forms = [form for form in FORMS if set(args.only) <= set(str(form).split())]
+    if args.averages:
+        print(
+            "   dtype | master | moments | bytes |  with | ns without | ns with | with / without | own pass / without"
+        )
+        for form in forms:
+            numel = round(args.mib[0] * MIB / bytes_of_an_element(form) / 2**14) * 2**14
+            entry = {"dtype": str(form.dtype), "master": form.master, "moments": form.moments, "mib": args.mib[0]}
+            result["forms"].append(entry | measure_averages(form, numel, args))
+            release(args.device)
+            write()
+        return
     for mib in args.mib:
         print(f"\nThe update, shards of {mib:g} MiB")
         print("   dtype | master | moments | bytes |  ns per element           |    GB/s | floor | MiB extra")

@@ -97,7 +97,7 @@ def save(
         step: number of steps taken; names the checkpoint.
         model: its ``state_dict()`` is saved. This rank may have a part of the whole: DTensors, a pipeline stage, some
             experts. Different tensors must have different names on all ranks.
-        optimizer: its moments, masters, steps and hyperparameters are saved.
+        optimizer: its moments, masters, averages, steps and hyperparameters are saved.
         scheduler: any object with ``state_dict()``, equal on all ranks.
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
         keep: number of checkpoints to keep in ``directory``; None: all.
