@@ -16,8 +16,8 @@ format, or the nearest: torch's AdamW (`fused` and `foreach`), the step with flo
 are installed. ``ratio`` is the other's time over shardadam's: above 1, shardadam is faster. Its step includes
 the check for NaNs, and on a CPU a copy of each gradient into a buffer in the cache.
 
-`--averages` instead times, in turns, the update with an average of the weights (`ema_decay`) and without, and the pass of
-its own with which AveragedModel would average float32 weights.
+`--averages` instead times, in turns, the update with an average of the weights (`ema_decay`) and without, and the pass
+of its own with which AveragedModel would average float32 weights.
 
 `--tune` instead tries the kernel's tile sizes and warps, and correctly rounded against fast division and roots.
 """

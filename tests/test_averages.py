@@ -216,7 +216,7 @@ def test_averages_of_every_format_are_those_of_its_own_weights(moments: str, mas
         states_ = [optimizer.full_state(p) for p in model.parameters()]
         weights = [s.get("master", p.detach().float()) for s, p in zip(states_, model.parameters(), strict=True)]
         expected = [a + (w - a) * (1 - DECAY) for a, w in zip(expected, weights, strict=True)] if step else weights
-        assert equal(averages_of(model, optimizer), expected)
+        assert_close(averages_of(model, optimizer), expected)
 
 
 # Before the first step, later parameters, and states from elsewhere

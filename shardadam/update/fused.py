@@ -117,7 +117,8 @@ class FusedUpdate:
             self._found_inf = torch.maximum(self._skips_all, found_inf)
         exact = shard.exact_dtype
         whole = shard.gradient if gradients is None else None
-        if whole is not None and whole.dtype == exact and not shard.is_encoded and shard.average is None:
+        is_plain = whole is not None and whole.dtype == exact and not shard.is_encoded
+        if is_plain and whole is not None and shard.average is None:
             flats = (shard.parameter, whole, shard.exp_avg, shard.exp_avg_sq)
             if runs[0].stop - runs[0].start == shard.parameter.numel():
                 lists = [[flat] for flat in flats]
@@ -132,7 +133,7 @@ class FusedUpdate:
         if isinstance(gradients, Scattered) and bucket.offset not in self._segments:
             self._segments[bucket.offset] = list(bucket.shard_segments(self._rank))
         for run in runs:
-            for chunk in chunks(run.start, run.stop, shard.parameter.device):
+            for chunk in chunks(run.start, run.stop, shard.parameter.device, is_long=is_plain):
                 if whole is not None and whole.dtype == exact:
                     gradient = whole[chunk]
                 else:
@@ -145,11 +146,11 @@ class FusedUpdate:
                         gradient.copy_(whole[chunk])
                 weight = step(shard, chunk, run, gradient, scratch)
                 if shard.average is not None and self._common_rate is not None:
-                    self._average_(shard.average[chunk], weight, self._common_rate, scratch)
+                    self._average_(shard.average[chunk], weight, self._common_rate)
         if shard.average is not None:
-            self._average_others_(shard, bucket, scratch)
+            self._average_others_(shard, bucket)
 
-    def _average_others_(self, shard: Shard, bucket: Bucket, scratch: Scratch) -> None:
+    def _average_others_(self, shard: Shard, bucket: Bucket) -> None:
         """Average the parameters that were not averaged with their update: those that take no part in the step, or all
         if they differ in whether this is their first average.
         """
@@ -164,21 +165,20 @@ class FusedUpdate:
             for chunk in chunks(run.start, run.stop, shard.parameter.device):
                 kept = (None if flat is None else flat[chunk] for flat in (shard.master, shard.remainder))
                 weight = reference.exact_weight(shard.parameter[chunk], *kept)
-                self._average_(shard.average[chunk], weight, self._rates[run.parameter], scratch)
+                self._average_(shard.average[chunk], weight, self._rates[run.parameter])
 
-    def _average_(self, average: Tensor, weight: Tensor, rate: float | Tensor, scratch: Scratch) -> None:
-        """Do ``reference.average_``.
+    def _average_(self, average: Tensor, weight: Tensor, rate: float | Tensor) -> None:
+        """Do ``reference.average_``, up to the rounding of torch's lerp, which torch.optim.swa_utils uses, too.
 
         Args:
             rate: 1 to copy the weight, else 1 - decay. A tensor off the CPU, where the host must not wait.
         """
         if isinstance(rate, Tensor):
-            self._store_(average, torch.where(rate == 1, weight, average + (weight - average) * rate.to(weight.dtype)))
+            self._store_(average, torch.where(rate == 1, weight, average.lerp(weight, rate.to(weight.dtype))))
         elif rate == 1:
             average.copy_(weight)
         else:
-            moved = scratch.take(average, slice(0, average.numel()), "moved")
-            average.add_(torch.sub(weight, average, out=moved).mul_(rate))
+            average.lerp_(weight, rate)
 
     def _adam_(
         self,
