@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -326,7 +326,8 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         Gathers the averages into the model, rounded to the parameters' dtype; puts the training weights back at the
         end, bit for bit, also if the body raises. Meanwhile each rank keeps its shards of the training weights: 1/N of
         the parameters. Both ends cost an all-gather, and a backward through a graph from before either one raises.
-        Before the first step, the averages are the weights. With ``fully_shard``, call ``model.reshard()`` after a
+        Before the first step, the averages are the weights. With ``update="backward"``, a backward within the context
+        accumulates in ``p.grad``, as in ``no_sync``. With ``fully_shard``, call ``model.reshard()`` after a
         forward without backward, before each end: FSDP would go on using the values that it has gathered.
 
         Raises:
@@ -344,11 +345,13 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
 
     @collective
     def _put_averages(self) -> None:
-        self._engine.averages.check()
+        engine = self._engine
+        engine.averages.check()
+        engine.check_between_steps()
         self._add_unfrozen_params()
-        self._engine.gatherer.synchronize()
-        self._engine.refresh_masters()
-        self._engine.averages.begin()
+        engine.gatherer.synchronize()
+        engine.refresh_masters()
+        engine.averages.begin(nullcontext() if engine.in_backward is None else engine.reducer.no_sync())
 
     @collective
     def _put_weights_back(self) -> None:

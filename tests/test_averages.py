@@ -69,6 +69,11 @@ class Case:
         given = [str(value) for value in (*self.precision.values(), *self.options.values())]
         return "-".join([str(self.dtype).removeprefix("torch."), self.sync, *given])
 
+    @property
+    def skips(self) -> bool:
+        """Whether a gradient that is not finite skips the whole step."""
+        return self.options.get("update") != "backward"
+
     def build(self, **changed: Any) -> tuple[Net, ShardedAdamW]:
         model = Net(self.dtype)
         given = {
@@ -127,13 +132,13 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert bool(((a - b).abs() <= 1e-6 * b.abs().clamp(min=LR)).all()), (a - b).abs().max()
 
 
-def torchs_averages(world_size: int, *, steps: int = STEPS) -> list[Tensor]:
+def torchs_averages(world_size: int, *, skips: bool = True) -> list[Tensor]:
     """Return the averages of a float32 model that torch's AdamW trains with the mean of all ranks' gradients."""
     model = Net(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    for step in range(steps):
-        if step == SKIPPED:
+    for step in range(STEPS):
+        if skips and step == SKIPPED:
             continue
         for name, p in model.named_parameters():
             gradients = torch.stack([noise(name, step, rank) for rank in range(world_size)])
@@ -155,6 +160,8 @@ CASES = [
     Case(sync="step", options={"transport": "collective"}),
     *(Case(dtype, sync, {"master": master}) for dtype in (BF16, torch.float16) for sync, master in MASTERS),
     Case(sync="external", options={"max_grad_norm": 1e9}),
+    Case(options={"update": "backward"}),
+    Case(BF16, options={"update": "backward", "transport": "collective"}),
 ]
 
 
@@ -162,7 +169,7 @@ def run(case: Case) -> tuple[list[Tensor], list[Tensor], bool, list[int]]:
     """Return the averages, the values within the context, whether the weights came back, and numbers of averages."""
     model, optimizer = case.build()
     for step in range(STEPS):
-        case.take_step(model, optimizer, step)
+        case.take_step(model, optimizer, step, skips=case.skips)
     averages, before = averages_of(model, optimizer), [*values(model), *states(model, optimizer)]
     with optimizer.averaged_parameters():
         inside = values(model)
@@ -173,12 +180,12 @@ def run(case: Case) -> tuple[list[Tensor], list[Tensor], bool, list[int]]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_averages_equal_those_of_torch_over_exact_weights(case: Case, world_size: int) -> None:
-    expected = torchs_averages(world_size)
+    expected = torchs_averages(world_size, skips=case.skips)
     for averages, inside, is_restored, counts in on_ranks(world_size, run, case):
         assert_close(averages, expected)
         assert equal(inside, [a if case.dtype == torch.float32 else round_half_away(a, case.dtype) for a in averages])
         assert is_restored
-        assert counts == [STEPS - 1] * len(SHAPES)
+        assert counts == [STEPS - case.skips] * len(SHAPES)
 
 
 def test_averages_on_four_ranks() -> None:
@@ -354,6 +361,7 @@ TRAINED = [
     (Case(BF16, precision={"master": "none", "moments": "int8"}), False, ()),
     (Case(BF16, "external"), True, ()),
     (Case(BF16, options={"transport": "collective"}), True, ()),
+    (Case(BF16, options={"update": "backward"}), True, ()),
 ]
 
 
@@ -449,6 +457,31 @@ def test_without_ema_decay_there_are_no_averages() -> None:
     Case().take_step(model, optimizer, 1)
     assert optimizer.memory().average == 0
     assert optimizer.full_state(model.matrix).keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_updates_in_backward_wait_for_the_training_weights(world_size: int) -> None:
+    assert on_ranks(world_size, train_within) == [True] * world_size
+
+
+def train_within() -> bool:
+    """Run backward within the context, and enter it between backward and step."""
+    case = Case(options={"update": "backward"})
+    model, optimizer = case.build()
+    case.take_step(model, optimizer, 1)
+    before = [*values(model), *states(model, optimizer)]
+    with optimizer.averaged_parameters():
+        model().backward()
+    is_unchanged = equal([*values(model), *states(model, optimizer)], before)
+    is_kept = all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    (model.matrix.square().sum()).backward()
+    try:
+        optimizer.averaged_parameters().__enter__()
+    except RuntimeError as error:
+        refused = "half-way through a step" in str(error)
+    optimizer.step()
+    return is_unchanged and is_kept and refused
 
 
 def test_backward_through_a_graph_from_before_is_refused() -> None:

@@ -241,7 +241,7 @@ MODES: dict[str, tuple[Step, torch.dtype, dict[str, Any]]] = {
     "int8": (accumulation, BF16, {"precision": Precision(moments="int8"), "max_grad_norm": 1.0}),
     "bf16 moments, no masters": (plain, BF16, {"precision": Precision(moments="bf16", master="none")}),
     "averages": (experts_in_turn, BF16, {"ema_decay": 0.9, "max_grad_norm": 1.0}),
-    "averages, float64": (experts_in_turn, FP64, {"ema_decay": 0.9}),
+    "averages, float64": (all_used, FP64, {"ema_decay": 0.9}),
     "fp32 masters": (plain, BF16, {"precision": Precision(master="fp32")}),
     "float16": (accumulation, FP16, {"max_grad_norm": 1.0}),
     "float64": (all_used, FP64, {"max_grad_norm": 1.0}),

@@ -8,7 +8,7 @@ rest. Masters and remainders stay where they are, and are exact again beside the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class ParameterAverages:
         self._gatherer = gatherer
         self._poison = poison
         self._kept: list[tuple[FlatBucket, Tensor]] = []  # this rank's shards of the training weights
+        self._paused: AbstractContextManager[None] = nullcontext()
         self.is_active = False
 
     def check(self) -> None:
@@ -54,15 +55,19 @@ class ParameterAverages:
             )
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def begin(self, paused: AbstractContextManager[None]) -> None:
         """Put the averages into the parameters, rounded to their dtype. Collective.
 
         An average that equals its exact weight gives the parameter's own value, bit for bit.
+
+        Args:
+            paused: entered until ``end``: with ``update="backward"``, a context in which backward updates nothing.
         """
         parameters = self._parameters
-        self._kept = []
+        self._kept, self._paused = [], paused
         self.is_active = True
         with self._poisoned_by_errors("did not begin"), lent(parameters.arenas, written=True):
+            paused.__enter__()
             for bucket in parameters.buckets:
                 parameter = bucket.shard.parameter
                 self._kept.append((bucket, parameter.clone()))
@@ -82,6 +87,7 @@ class ParameterAverages:
             finally:
                 kept, self._kept = self._kept, []
                 self.is_active = False
+                self._paused.__exit__(None, None, None)
                 with lent(parameters.arenas, written=True):
                     for bucket, values in kept:
                         bucket.shard.parameter.copy_(values)
