@@ -139,6 +139,7 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
             copies=[1] * len(named),
             is_borrowed=False,
             precision=precision,
+            has_average=False,
             bucket_bytes=4096,
             first_index=0,
         )

@@ -210,7 +210,9 @@ def planned_and_held(format: Any, options: dict[str, Any]) -> list[tuple[Memory,
         optimizer = ShardedAdamW(
             parameters, precision=precision, bucket_mb=bucket_mb, offload=DiskOffload("/var/tmp"), **options
         )
-        setting = Setting(rank_and_size()[1], precision, bucket_mb=bucket_mb, offload="disk", **options)
+        setting = Setting(
+            world_size=rank_and_size()[1], precision=precision, bucket_mb=bucket_mb, offload="disk", **options
+        )
         found.append((plan(parameters, setting), optimizer.memory()))
     return found
 
