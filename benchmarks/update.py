@@ -43,7 +43,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from shardadam import Precision, ShardedAdamW
-from shardadam.engine.storage import adjoining, merged
+from shardadam.engine.merging import adjoining, merged
 from shardadam.update import StepInputs, formats
 
 MIB = 2**20

@@ -7,6 +7,7 @@ from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import Checkpoint, CheckpointError, has_checkpoint, load, save
 from shardadam.clipping import clip_grad_norm_
 from shardadam.grad_scaler import GradScaler
+from shardadam.offload import DiskOffload, HostOffload
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Precision
 from shardadam.ranks.desync import RankDesyncError
@@ -16,7 +17,9 @@ from shardadam.version import __version__
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "DiskOffload",
     "GradScaler",
+    "HostOffload",
     "Memory",
     "Precision",
     "RankDesyncError",

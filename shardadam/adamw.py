@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
+from shardadam.offload import Offload
 from shardadam.optimizer import GradientSync, ShardedAdam
 from shardadam.precision import Precision
 from shardadam.transport import Transport
@@ -44,6 +45,7 @@ class ShardedAdamW(ShardedAdam):
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
         update: Literal["step", "backward"] = "step",
         ema_decay: float | None = None,
+        offload: Offload | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -67,4 +69,5 @@ class ShardedAdamW(ShardedAdam):
             model_parallel_group=model_parallel_group,
             update=update,
             ema_decay=ema_decay,
+            offload=offload,
         )

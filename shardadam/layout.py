@@ -8,7 +8,7 @@ the project. Every rank computes the same layout, and ``planner.py`` computes it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -145,6 +145,26 @@ def build_layout(parameters: Sequence[ParameterSpec], *, world_size: int, bucket
         arenas.append(Arena(key, itemsize, builder.end, tuple(indices), tuple(offsets)))
         buckets.extend(builder.buckets)
     return Layout(world_size, tuple(arenas), tuple(buckets))
+
+
+def renumbered(layout: Layout, indices: Sequence[int]) -> Layout:
+    """Return a layout of some of the parameters with their indices among all."""
+    arenas = [replace(arena, parameters=tuple(indices[i] for i in arena.parameters)) for arena in layout.arenas]
+    buckets = [
+        replace(bucket, segments=tuple(replace(one, parameter=indices[one.parameter]) for one in bucket.segments))
+        for bucket in layout.buckets
+    ]
+    return Layout(layout.world_size, tuple(arenas), tuple(buckets))
+
+
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """Return the arenas and buckets of all layouts. ``world_size`` is that of the first; each bucket has its own."""
+    arenas: list[Arena] = []
+    buckets: list[Bucket] = []
+    for layout in layouts:
+        buckets += [replace(bucket, arena=len(arenas) + bucket.arena) for bucket in layout.buckets]
+        arenas += layout.arenas
+    return Layout(layouts[0].world_size, tuple(arenas), tuple(buckets))
 
 
 class _ArenaBuilder:

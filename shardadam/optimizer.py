@@ -32,6 +32,7 @@ from shardadam.engine.parameters import (
 from shardadam.engine.step import StepEngine
 from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
+from shardadam.offload import Offload, check_offload
 from shardadam.precision import Precision
 from shardadam.ranks import agreement, desync
 from shardadam.ranks.agreement import Claim
@@ -88,6 +89,8 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             split over ranks like the moments: average = ema_decay * average + (1 - ema_decay) * weight after every
             step that is not skipped; the first one copies the weight, as torch.optim.swa_utils.AveragedModel does. At
             least 0 and less than 1; None: no average. See ``averaged_parameters``.
+        offload: where moments and masters are kept between steps: ``HostOffload()``, in pinned memory of the host, or
+            ``DiskOffload(directory)``, in files. None: on the device of their parameters. Results are the same.
 
     A param group may have ``process_group``: those ranks of the optimizer's process group that hold the same parameters
     (experts), a ProcessGroup or a 1-D DeviceMesh; their state is split over these ranks. It may have
@@ -133,6 +136,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
         update: Literal["step", "backward"] = "step",
         ema_decay: float | None = None,
+        offload: Offload | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -155,6 +159,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             transport="auto" if isinstance(transport, Transport) else transport,
             update=update,
             ema_decay=ema_decay,
+            offload=offload,
         )
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
@@ -165,6 +170,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             self._parameters = ShardedParameters(transport, options)
             with agreed_or_closed(transport) as claims:
                 options.check()
+                check_offload(offload)
                 super().__init__(params, defaults)
                 named = named_parameters(self.param_groups)
                 self._parameters.check(named)
@@ -400,6 +406,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             return
         engine, parameters = self._engine, self._parameters
         engine.averages.refuse("add_param_group()")
+        trained = len(parameters.params)
         try:
             with agreed(engine.transport.control) as claims:
                 arguments.check_group(param_group, self.defaults)
@@ -410,11 +417,12 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
                 arguments.check_parts(parts, engine.job, engine.transport)
                 claims += parameters.claims(self.param_groups[count:], named, first_group=count)
             parameters.connect_groups(named)
+            self._add_params(named)
         except Exception:
-            del self.param_groups[count:]
-            parameters.forget_group(count)
+            if len(parameters.params) == trained:  # else the group was added, and what followed has failed
+                del self.param_groups[count:]
+                parameters.forget_group(count)
             raise
-        self._add_params(named)
 
     def _current_groups(self) -> list[dict[str, Any]]:
         return self.param_groups

@@ -182,10 +182,10 @@ def _add_pieces(part: Part, parameter: OwnedParameter, kind: str, key: str, spec
 def _read(piece: Piece, kind: str) -> Tensor:
     if kind == "parameter":
         return piece.parameter()
-    state = piece.state()
-    if kind == "master" and "remainder" in state:
-        return reference.join(piece.parameter(), state["remainder"])
-    return state[kind]
+    if kind == "master" and "remainder" in piece.param.arena.state:
+        parameter = piece.parameter()
+        return reference.join(parameter, piece.read_state("remainder").to(parameter.device))
+    return piece.read_state(kind)
 
 
 def _check_ordinary(key: str, tensor: Tensor) -> None:

@@ -45,6 +45,32 @@ class Piece:
             if kind not in SCALARS
         }
 
+    def read_state(self, kind: str) -> Tensor:
+        """Returns one of them to be read only. Of state in files, it is a copy, and takes no other memory.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        arena = self.param.arena
+        if arena.reserved is None:
+            return self.state()[kind]
+        start = self.param.state_start + self.state_start
+        stop = start + self.stop - self.start
+        elements = slice(start, stop)
+        if kind in formats.SCALES:
+            elements = slice(start // ALIGNMENT_NUMEL, -(-stop // ALIGNMENT_NUMEL))
+        return arena.reserved.store.read(arena.reserved, kind, elements)
+
+    def state_was_written(self) -> None:
+        """Frees memory that writing to ``state`` has taken, if it is in files.
+
+        Raises:
+            OSError: it cannot be stored.
+        """
+        arena = self.param.arena
+        if arena.reserved is not None:
+            arena.reserved.store.has_written(arena.reserved, sum(tensor.nbytes for tensor in self.state().values()))
+
 
 def pieces_of(param: ShardedParam) -> Iterator[Piece]:
     """Yields this rank's pieces in ascending order; each starts at a multiple of ``ALIGNMENT_NUMEL``."""

@@ -39,6 +39,7 @@ def read_tensors(contents: Contents, reader: Reader) -> None:
                 _read_parameter(piece, source)
             if parameter.name in trained:
                 _read_state(piece, source)
+                piece.state_was_written()
 
 
 class _Source:

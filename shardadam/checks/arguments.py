@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardadam.engine.storage import NamedParameter
 from shardadam.engine.strides import is_dense
+from shardadam.offload import Offload
 from shardadam.precision import Precision
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import Job, Transport, placement
@@ -44,6 +45,7 @@ class Options:
     transport: str
     update: str = "step"
     ema_decay: float | None = None
+    offload: Offload | None = None
 
     def bucket_bytes(self, device_types: Iterable[str], nbytes: int, world_size: int) -> int:
         """Return the size of a bucket, in bytes, for parameters of ``nbytes`` that ``world_size`` ranks split."""
@@ -88,7 +90,7 @@ class Options:
             _check_number("ema_decay", self.ema_decay, 0, 1)
 
     def claims(self) -> list[Claim]:
-        """Return the options, which must be equal on all ranks."""
+        """Return the options, which must be equal on all ranks, except for the directory of ``DiskOffload``."""
         return [Claim("the optimizer", field.name, repr(getattr(self, field.name))) for field in fields(self)]
 
 

@@ -131,6 +131,7 @@ class UpdateInBackward:
                 host_used = self._begin_arenas(arenas, used=used, all_used=False)
             else:
                 self._begin()
+            self._updater.expect([self._parameters.buckets[index] for index in self._kept])
             for index, (gradients, found_inf) in self._kept.items():
                 self._update(self._parameters.buckets[index], gradients, found_inf)
         self.reset()
@@ -157,6 +158,7 @@ class UpdateInBackward:
             for arena in left:
                 self._before[arena] = arena.counters.clone()
             self._begin_arenas(left, used=None, all_used=True)
+            self._updater.expect(self._parameters.buckets)
 
     def _begin_arenas(self, arenas: Sequence[FlatArena], *, used: Tensor | None, all_used: bool) -> list[bool] | None:
         device = arenas[0].parameters.device

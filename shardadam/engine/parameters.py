@@ -18,8 +18,17 @@ from torch import Tensor
 from shardadam.checks import arguments
 from shardadam.checks.arguments import Options, is_stored_elsewhere, parts_of
 from shardadam.engine.borrowing import lent
-from shardadam.engine.storage import FlatArena, FlatBucket, NamedParameter, ShardedParam, ShardGroup, allocate
+from shardadam.engine.storage import (
+    FlatArena,
+    FlatBucket,
+    NamedParameter,
+    ShardedParam,
+    ShardGroup,
+    allocate,
+    plan_layout,
+)
 from shardadam.engine.strides import is_dense, unrepeated
+from shardadam.offload import Reserved, open_store
 from shardadam.ranks import agreement, desync
 from shardadam.ranks.agreement import Claim
 from shardadam.transport import SingleProcessTransport, Transport, connect, placement
@@ -107,6 +116,7 @@ class ShardedParameters:
         params: the trainable ones, by ``ShardedParam.index``.
         arenas, buckets: their flat storage.
         frozen: the parameters with ``requires_grad=False``, which are only broadcast.
+        store: where the state is kept between steps, if it is offloaded.
     """
 
     def __init__(self, transport: Transport, options: Options) -> None:
@@ -116,6 +126,7 @@ class ShardedParameters:
         self.frozen: list[NamedParameter] = []
         self.transport = transport
         self.options = options
+        self.store = open_store(options.offload)
         self._common = ShardGroup(transport, transport.world_size * transport.replicas)
         self._requested: dict[int, _OwnGroup] = {}  # by the index of a param group that has one of its own
         self._own: dict[int, ShardGroup] = {}  # the same, once connected
@@ -241,24 +252,23 @@ class ShardedParameters:
         self.connect_groups(named)
         trainable = [p for p in named if p.parameter.requires_grad]
         frozen = [p for p in named if not p.parameter.requires_grad]
-        self._add_parts(parts_of([p.parameter for p in named], self.transport))
         of_groups: dict[ShardGroup, list[NamedParameter]] = {}
         for one in trainable:
             of_groups.setdefault(self.shard_group_of(one), []).append(one)
+        parts = self._parts | parts_of([p.parameter for p in named], self.transport)
+        reserved = self._reserve(of_groups, parts)
+        self._take_parts(parts)
         arenas: list[FlatArena] = []
         for group, members in of_groups.items():
             arenas += allocate(
                 members,
                 shard_group=group,
-                copies=[self._copies_of(p.parameter) for p in members],
+                copies=[_copies_of(p.parameter, parts) for p in members],
                 is_borrowed=group is self._alone,
                 precision=self.options.precision,
                 has_average=self.options.ema_decay is not None,
-                bucket_bytes=self.options.bucket_bytes(
-                    {p.local.device.type for p in members},
-                    sum(p.local.nbytes for p in members),
-                    group.transport.world_size,
-                ),
+                bucket_bytes=self._bucket_bytes(group, members),
+                reserved=reserved.get(group, ()),
                 first_index=len(self.params) + sum(len(arena.params) for arena in arenas),
             )
         params = [param for arena in arenas for param in arena.params]
@@ -270,28 +280,56 @@ class ShardedParameters:
                 self.broadcast(own, group.transport)
         with lent(arenas, written=False):
             for bucket in buckets:
+                home = bucket.arena.reserved
                 for exact in (bucket.shard.master, bucket.shard.average):
                     if exact is not None:
                         exact.copy_(bucket.shard.parameter)
+                        if home is not None:
+                            home.store.has_written(home, exact.nbytes)
         self.arenas += arenas
         self.params += params
         self.buckets += buckets
-        self.frozen += frozen
+        added = {id(one.parameter) for one in trainable}
+        self.frozen = [one for one in self.frozen if id(one.parameter) not in added] + frozen
         return params, buckets
 
-    def _add_parts(self, ranks: frozenset[int]) -> None:
-        """Take in that DTensors are now on ``ranks``: parameters that were added before have copies on all of them."""
-        before, self._parts = self._parts, self._parts | ranks
+    def _bucket_bytes(self, group: ShardGroup, members: Sequence[NamedParameter]) -> int:
+        devices, nbytes = {p.local.device.type for p in members}, sum(p.local.nbytes for p in members)
+        return self.options.bucket_bytes(devices, nbytes, group.transport.world_size)
+
+    def _reserve(
+        self, of_groups: Mapping[ShardGroup, Sequence[NamedParameter]], parts: frozenset[int]
+    ) -> dict[ShardGroup, list[Reserved]]:
+        """Return room for the state of each arena that will be allocated, if it is offloaded. Collective then.
+
+        Raises:
+            OSError: there is no room on this rank.
+            RuntimeError: there is none on another one.
+        """
+        if self.store is None:
+            return {}
+        reserved: dict[ShardGroup, list[Reserved]] = {}
+        with agreed(self.transport.control):
+            for group, members in of_groups.items():
+                ranks = group.transport.world_size
+                copies = [_copies_of(p.parameter, parts) for p in members]
+                plan = plan_layout(members, copies, ranks, self._bucket_bytes(group, members))
+                reserved[group] = []
+                for arena in plan.arenas:
+                    local = members[arena.parameters[0]].local
+                    has_average = self.options.ema_decay is not None
+                    format = self.options.precision.format(local.dtype, local.device, has_average=has_average)
+                    reserved[group].append(self.store.reserve(format, arena.numel // ranks, local.device))
+        return reserved
+
+    def _take_parts(self, parts: frozenset[int]) -> None:
+        """Take in that DTensors are now on ``parts``: parameters that were added before have copies on all of them."""
+        before, self._parts = self._parts, parts
         for arena in self.arenas:
             arena.norm_weight *= max(1, len(before)) / max(1, len(self._parts))
 
-    def _copies_of(self, parameter: Tensor) -> int:
-        """Return how many model-parallel ranks hold the elements of the parameter, or its shards in ``external``."""
-        held = len(self._parts & placement.mesh_ranks(parameter)) or 1
-        return placement.copies_of(parameter) * max(1, len(self._parts)) // held
-
     def take_unfrozen(self) -> list[NamedParameter]:
-        """Remove and return the ``frozen`` parameters that now have ``requires_grad=True``, checked on all ranks.
+        """Return the ``frozen`` parameters that now have ``requires_grad=True``, checked on all ranks, for ``add``.
 
         Collective if there are any.
         """
@@ -300,7 +338,6 @@ class ShardedParameters:
             with agreed(self.transport.control) as claims:
                 self.check(unfrozen)
                 claims += self.claims([], unfrozen)
-            self.frozen = [p for p in self.frozen if not p.parameter.requires_grad]
         return unfrozen
 
     def claims(
@@ -419,6 +456,8 @@ class ShardedParameters:
         for arena in self.arenas:
             arena.params.clear()
             arena.buckets.clear()
+        if self.store is not None:
+            self.store.close()
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor], transport: Transport | None = None) -> None:
@@ -454,3 +493,13 @@ class ShardedParameters:
                 whole.copy_(dense)
         for pending, _, _ in transfers:
             pending.await_release()
+
+
+def _copies_of(parameter: Tensor, parts: frozenset[int]) -> int:
+    """Return how many model-parallel ranks hold the elements of the parameter, or its shards in ``external``.
+
+    Args:
+        parts: the ranks that hold different parts of DTensors, with this one.
+    """
+    held = len(parts & placement.mesh_ranks(parameter)) or 1
+    return placement.copies_of(parameter) * max(1, len(parts)) // held

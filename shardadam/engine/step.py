@@ -21,6 +21,7 @@ from shardadam.engine.averaging import ParameterAverages
 from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer, mark_written
 from shardadam.engine.in_backward import UpdateInBackward
+from shardadam.engine.merging import adjoining
 from shardadam.engine.overlap import OverlappedForward, uncovered
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.reduction import reducer_for
@@ -31,7 +32,6 @@ from shardadam.engine.storage import (
     FlatBucket,
     NamedParameter,
     ShardedParam,
-    adjoining,
     gradient_shard,
     rebind_moved,
 )
@@ -71,7 +71,7 @@ class StepEngine:
         self.gatherer = ParameterGatherer()
         self.poison = Poison()
         self.averages = ParameterAverages(parameters, self.gatherer, self.poison)
-        self.updater = Updater(options.ema_decay)
+        self.updater = Updater(options.ema_decay, parameters.store)
         self.in_backward: UpdateInBackward | None = None
         if options.update == "backward":
             self.in_backward = UpdateInBackward(
@@ -130,10 +130,11 @@ class StepEngine:
             with lent(self.parameters.arenas, written=True):
                 self._update(stats, param_groups)
             self.forget_gradients()
+            self._peers_may_be_ahead = False
+            self.updater.end()
         except Exception as error:
-            self.poison.reason = f"step() did not complete ({type(error).__name__})"
+            self.poison.reason = self.updater.error or f"step() did not complete ({type(error).__name__})"
             raise
-        self._peers_may_be_ahead = False
 
     def sync_before(self, call: str, param_groups: ParamGroups, *, with_norm: bool) -> GlobalGradStats:
         """Complete the reduction, and check with one all-reduce that all ranks may write. Collective.
@@ -166,6 +167,7 @@ class StepEngine:
             Claim("which call they are in:", "", call),
             Claim("how many steps they have taken:", "", str(self.step_sync.steps)),
             Claim("their gradients:", "", self.reducer.local_error or "in order"),
+            Claim("their offloaded state:", "", self.updater.error or "in order"),
         ]
         return Claims([*of_job, *arguments.claims(param_groups, [], may_wait=False)], of_job)
 
@@ -180,7 +182,8 @@ class StepEngine:
                 "Another optimizer has been built over this one's parameters since, and reduces their gradients now. "
                 "Use that one, and delete this one."
             )
-        self.poison.check("step")
+        if self.updater.error is None:  # else the sync of this step, or its end, raises; see "Note: lost state"
+            self.poison.check("step")
         self.averages.refuse("step()")
 
     def _update(self, stats: GlobalGradStats, param_groups: ParamGroups) -> None:
@@ -203,6 +206,7 @@ class StepEngine:
                 all_used=stats.all_used,
                 coefficient_of=self._coefficient_for,
             )
+            self.updater.expect(in_order)
             for buckets in adjoining(in_order):
                 self.updater.update(buckets, self.reducer.gradients(buckets[0]))
                 for bucket in buckets:
@@ -308,8 +312,8 @@ class StepEngine:
         return self.in_backward is not None and (any(self.reducer.used) or self.reducer.rounds_since_reset > 0)
 
     def check_between_steps(self) -> None:
-        """Raise RuntimeError if an update has begun in backward, that ``step`` has not completed yet."""
-        if self._is_in_step:
+        """Raise RuntimeError if an update has begun in backward, that ``step`` has not completed yet, but still can."""
+        if self._is_in_step and self.poison.reason is None:
             raise RuntimeError(
                 'Found parameters and state half-way through a step, which update="backward" begins in backward, '
                 "expected a completed one. Call step() first."
@@ -468,13 +472,8 @@ class StepEngine:
     def refresh_masters(self, params: Sequence[ShardedParam] | None = None) -> None:
         """Make the stored masters follow parameters that were written from outside, before they are read. Local.
 
-        Averages follow, too, until a first one is made.
-
-        Args:
-            params: those that are read; None for all.
-
-        Raises:
-            RuntimeError: device, dtype, shape or strides of a parameter have changed.
+        Averages follow, too, until a first one is made. ``params``: those that are read; None for all. Raises
+        RuntimeError if device, dtype, shape or strides of a parameter have changed.
         """
         params = self.parameters.params if params is None else params
         params = [param for param in params if param.arena.state.keys() & {*formats.MASTERS, formats.AVERAGE}]
@@ -489,7 +488,10 @@ class StepEngine:
         Args:
             parameters: the load has also written this rank's shards of the parameters; gathers them. Collective then.
         """
+        if self._is_in_step:  # one that was refused
+            self.forget_gradients()
         self.poison.reason = None
+        self.updater.recover()
         self.step_sync.state_was_loaded()
         for arena in self.parameters.arenas:
             arena.update.reload()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +19,12 @@ from shardadam import layout, update
 from shardadam.engine.strides import same_order
 from shardadam.engine.tables import allocate_counters, block_table, fill_blocks, kernel_tables
 from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.offload import Reserved, StoredShard
 from shardadam.precision import Format, Precision
 from shardadam.sums.reference import program_count
 from shardadam.transport import Transport, placement
 from shardadam.transport.base import own_slice
 from shardadam.update import Counters, Shard, Update, formats
-
-_MERGED_NUMEL = 1 << 26
-"""Most elements of a shard that one launch updates, so that the first all-gathers need not wait long."""
 
 
 @dataclass(eq=False, slots=True)
@@ -112,11 +110,12 @@ class FlatArena:
         is_borrowed: other code stores the parameters (``fully_shard``): ``parameters`` has memory in ``lent`` only.
         parameters: whole. All other tensors are this rank's shards.
         gradient_shard: None while no gradients are reduced to it; see ``allocate_gradient_shard``.
-        state: by the names in ``update/formats.py``.
+        flat_state: see ``state``.
         blocks: as in ``update.Shard``.
         positions: as in ``update.Shard``, of all buckets; None if the update takes one bucket at a time.
         gradient_scale: the mean gradient is ``gradient_scale`` times what the gradient shard holds.
         squares: float64, for sums of squares of all buckets (``sums.GradStats``); None without kernels.
+        reserved: the state's place in a store, if it is offloaded.
     """
 
     group_index: int
@@ -128,13 +127,14 @@ class FlatArena:
     buckets: list[FlatBucket]
     parameters: Tensor
     gradient_shard: Tensor | None
-    state: dict[str, Tensor]
+    flat_state: dict[str, Tensor]
     blocks: Tensor
     positions: Tensor | None
     counters: Counters
     update: Update
     gradient_scale: float = 1.0
     squares: Tensor | None = None
+    reserved: Reserved | None = None
 
     @property
     def transport(self) -> Transport:
@@ -145,12 +145,22 @@ class FlatArena:
     def indices(self) -> slice:
         return slice(self.params[0].index, self.params[-1].index + 1)
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """This rank's shards of the state, by the names in ``update/formats.py``, for all accesses but the update's.
+
+        Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there.
+        """
+        if self.reserved is not None:
+            self.reserved.store.settle()
+        return self.flat_state
+
     def allocate_gradient_shard(self, dtype: torch.dtype) -> None:
         """Allocate the gradient shard, uninitialised, unless there is one of this dtype. A new one replaces the old."""
         if self.gradient_shard is not None and self.gradient_shard.dtype == dtype:
             return
-        exp_avg = self.state["exp_avg"]
-        self.gradient_shard = torch.empty(exp_avg.numel(), dtype=dtype, device=exp_avg.device)
+        numel = self.parameters.numel() // self.transport.world_size
+        self.gradient_shard = torch.empty(numel, dtype=dtype, device=self.parameters.device)
         for bucket in self.buckets:
             bucket.shard = replace(bucket.shard, gradient=self.gradient_shard[bucket.shard_slice])
 
@@ -162,7 +172,8 @@ class FlatBucket:
     Args:
         segments, shard_segments: the parts of parameters in the bucket, and in this rank's shard.
         parameters: whole.
-        shard: of this rank.
+        shard: of this rank. If its state is offloaded, these are its places on the CPU.
+        stored: its state, if that is offloaded.
         wire_dtype: in which gradients are sent.
         squares: of this rank's shard, as in ``FlatArena``.
         index: position among all buckets of the optimizer.
@@ -177,6 +188,7 @@ class FlatBucket:
     wire_dtype: torch.dtype
     squares: Tensor | None = None
     index: int = -1
+    stored: StoredShard | None = None
 
     @property
     def numel(self) -> int:
@@ -190,7 +202,8 @@ class FlatBucket:
 
     def exact_state(self, name: str) -> Tensor:
         """Return the shard's exp_avg, exp_avg_sq, average or master, in float32 (float64 for float64 parameters)."""
-        stored: dict[str, Tensor] = {key: getattr(self.shard, key) for key in self.arena.state}
+        device = self.shard.parameter.device
+        stored: dict[str, Tensor] = {key: getattr(self.shard, key).to(device) for key in self.arena.state}
         if name == formats.AVERAGE:
             return stored[name]
         if name != "master":
@@ -224,6 +237,7 @@ def allocate(
     has_average: bool,
     bucket_bytes: int,
     first_index: int,
+    reserved: Sequence[Reserved] = (),
 ) -> list[FlatArena]:
     """Build flat storage for ``parameters`` and make them views of it; their values do not change.
 
@@ -234,21 +248,18 @@ def allocate(
         is_borrowed: as in ``FlatArena``.
         has_average: as in ``Format``.
         first_index: the number of ``ShardedParam`` that the optimizer has already.
+        reserved: of each arena of ``plan_layout``, if the state is offloaded.
     """
-    specs = [
-        layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device, count))
-        for named, count in zip(parameters, copies, strict=True)
-        for p in (named.local,)
-    ]
     transport = shard_group.transport
-    plan = layout.build_layout(specs, world_size=transport.world_size, bucket_bytes=bucket_bytes)
+    plan = plan_layout(parameters, copies, transport.world_size, bucket_bytes)
     arenas = []
     for index, arena_plan in enumerate(plan.arenas):
         in_arena = [parameters[i] for i in arena_plan.parameters]
         weight = 1 / (transport.replicas * copies[arena_plan.parameters[0]])
         format = precision.format(in_arena[0].local.dtype, in_arena[0].local.device, has_average=has_average)
+        home = reserved[index] if reserved else None
         arena = _allocate_arena(
-            arena_plan, in_arena, shard_group, weight, is_borrowed, format, precision.seed, first_index
+            arena_plan, in_arena, shard_group, weight, is_borrowed, format, precision.seed, first_index, home
         )
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         buckets = [bucket for bucket in plan.buckets if bucket.arena == index]
@@ -264,6 +275,18 @@ def allocate(
     if any(named.local.device.type == "cpu" for named in parameters):
         _return_freed_memory()
     return arenas
+
+
+def plan_layout(
+    parameters: Sequence[NamedParameter], copies: Sequence[int], world_size: int, bucket_bytes: int
+) -> layout.Layout:
+    """Return the layout that ``allocate`` builds of the same arguments."""
+    specs = [
+        layout.ParameterSpec(p.numel(), p.element_size(), (named.group_index, p.dtype, p.device, count))
+        for named, count in zip(parameters, copies, strict=True)
+        for p in (named.local,)
+    ]
+    return layout.build_layout(specs, world_size=world_size, bucket_bytes=bucket_bytes)
 
 
 def _return_freed_memory() -> None:
@@ -282,6 +305,7 @@ def _allocate_arena(
     format: Format,
     seed: int,
     first_index: int,
+    reserved: Reserved | None,
 ) -> FlatArena:
     first, transport = parameters[0], shard_group.transport
     dtype, device = first.local.dtype, first.local.device
@@ -300,11 +324,12 @@ def _allocate_arena(
         buckets=[],
         parameters=transport.allocate_parameters(plan.numel, dtype, device),
         gradient_shard=None,
-        state=formats.allocate(format, numel, device),
+        flat_state=formats.allocate(format, numel, device) if reserved is None else reserved.state,
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
         positions=None,
         counters=counters,
         update=update.choose(counters, dtype, seed=seed, rank=transport.rank),
+        reserved=reserved,
     )
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
         local = named.local
@@ -332,7 +357,7 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
     whole = arena.parameters[plan.offset : plan.offset + plan.numel]
     segments = list(plan.shard_segments(rank))
     if arena.blocks.numel() > 0:
-        fill_blocks(arena.blocks[_blocks_of(elements)], segments)
+        fill_blocks(arena.blocks[blocks_of(elements)], segments)
     first_block = (plan.offset + rank * plan.shard_numel) // ALIGNMENT_NUMEL
     bucket = FlatBucket(
         plan=plan,
@@ -340,8 +365,9 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
         segments=[(arena.params[segment.parameter], segment) for segment in plan.segments],
         shard_segments=[(arena.params[segment.parameter], segment) for segment in segments],
         parameters=whole,
-        shard=_shard_of(arena, elements, own_slice(whole, rank, plan.world_size), first_block),
+        shard=shard_of(arena, elements, own_slice(whole, rank, plan.world_size), first_block),
         wire_dtype=wire_dtype,
+        stored=None if arena.reserved is None else arena.reserved.store.add(arena.reserved, elements, whole.device),
     )
     arena.buckets.append(bucket)
     for param, _ in bucket.segments:
@@ -352,9 +378,9 @@ def _add_bucket(arena: FlatArena, plan: layout.Bucket, rank: int, wire_dtype: to
         param.shard_segments.append(segment)
 
 
-def _shard_of(arena: FlatArena, elements: slice, parameter: Tensor, first_block: int) -> Shard:
+def shard_of(arena: FlatArena, elements: slice, parameter: Tensor, first_block: int) -> Shard:
     """Return ``elements`` of the arena's state and gradients, with the parameters that they belong to."""
-    blocks = _blocks_of(elements)
+    blocks = blocks_of(elements)
     state: dict[str, Any] = dict.fromkeys(formats.STATE)
     for name, flat in arena.state.items():
         state[name] = flat[blocks if name in formats.SCALES else elements]
@@ -367,7 +393,7 @@ def _shard_of(arena: FlatArena, elements: slice, parameter: Tensor, first_block:
     )
 
 
-def _blocks_of(elements: slice) -> slice:
+def blocks_of(elements: slice) -> slice:
     return slice(elements.start // ALIGNMENT_NUMEL, elements.stop // ALIGNMENT_NUMEL)
 
 
@@ -394,41 +420,6 @@ def gradient_shard(bucket: FlatBucket) -> Tensor:
     gradient = bucket.shard.gradient
     assert gradient is not None
     return gradient
-
-
-def adjoining(buckets: Iterable[FlatBucket]) -> Iterator[list[FlatBucket]]:
-    """Group successive buckets whose shards adjoin in one arena, if its update takes several at once."""
-    group: list[FlatBucket] = []
-    for bucket in buckets:
-        if group and not _adjoins(group, bucket):
-            yield group
-            group = []
-        group.append(bucket)
-    if group:
-        yield group
-
-
-def _adjoins(group: list[FlatBucket], bucket: FlatBucket) -> bool:
-    if bucket.arena is not group[0].arena or not bucket.arena.update.takes_several:
-        return False
-    start = min(one.plan.offset for one in group)
-    stop = max(one.plan.offset + one.numel for one in group)
-    numel = (stop - start + bucket.numel) // bucket.plan.world_size
-    return numel <= _MERGED_NUMEL and bucket.plan.offset in (start - bucket.numel, stop)
-
-
-def merged(buckets: Sequence[FlatBucket]) -> Shard:
-    """Return the shards of ``adjoining`` buckets as one shard, which has ``positions`` if its parameters have gaps."""
-    if len(buckets) == 1:
-        return buckets[0].shard
-    first, last = (choose(buckets, key=lambda bucket: bucket.plan.offset) for choose in (min, max))
-    arena = first.arena
-    elements = slice(first.shard_slice.start, last.shard_slice.stop)
-    if arena.positions is None:
-        parameter = arena.parameters[first.plan.offset : last.plan.offset + last.numel]
-        return _shard_of(arena, elements, parameter, first.shard.first_block)
-    shard = _shard_of(arena, elements, arena.parameters, first.shard.first_block)
-    return replace(shard, positions=arena.positions[_blocks_of(elements)])
 
 
 def bind(param: ShardedParam) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardadam.engine.merging import merged
 from shardadam.engine.profiling import record
-from shardadam.engine.storage import FlatArena, FlatBucket, merged
+from shardadam.engine.storage import FlatArena, FlatBucket
+from shardadam.offload import StateStore
 from shardadam.sums.scattered import Scattered
 from shardadam.update import Sources, StepInputs
 
@@ -18,14 +20,20 @@ ParamGroups = Sequence[Mapping[str, Any]]
 
 
 class Updater:
-    """The updates of one step: ``begin``, then ``update`` once for each bucket.
+    """The updates of one step: ``begin``, ``update`` once for each bucket, and ``end``.
+
+    Note: lost state
+        If a rank cannot read or write offloaded state, it updates no bucket any more, but takes part in all collectives
+        of the step, so that no peer waits for it. ``end`` raises; the next sync tells all ranks.
 
     Args:
         ema_decay: of the averages; None without.
+        store: of offloaded state.
     """
 
-    def __init__(self, ema_decay: float | None) -> None:
+    def __init__(self, ema_decay: float | None, store: StateStore | None) -> None:
         self._ema_decay = ema_decay
+        self._store = store
 
     def begin(
         self,
@@ -78,7 +86,43 @@ class Updater:
         """
         first = buckets[0]
         with record("update"):
-            first.arena.update.step_(merged(buckets), first.plan, gradients, found_inf)
+            if first.stored is None:
+                first.arena.update.step_(merged(buckets), first.plan, gradients, found_inf)
+                return
+            (bucket,) = buckets
+            with first.stored.reserved.store.on_device(first.stored) as state:
+                if state is not None:
+                    shard = bucket.shard.with_state(state)
+                    bucket.arena.update.step_(shard, bucket.plan, gradients, found_inf)
+
+    def expect(self, order: Sequence[FlatBucket]) -> None:
+        """Say in which order ``update`` will probably be called, so that offloaded state is read ahead."""
+        store = self._store
+        if store is not None:
+            store.expect([bucket.stored for bucket in order if bucket.stored is not None])
+
+    def end(self) -> None:
+        """Wait until offloaded state is stored where the next access finds it.
+
+        Raises:
+            RuntimeError: state has been lost; see "Note: lost state".
+        """
+        store = self._store
+        if store is not None:
+            store.end_step()
+        if self.error is not None:
+            raise RuntimeError(f"{self.error}. Load a whole checkpoint, on all ranks.")
+
+    def recover(self) -> None:
+        """Forget ``error``: the whole state has been written anew."""
+        if self._store is not None:
+            self._store.recover()
+
+    @property
+    def error(self) -> str | None:
+        """Why offloaded state has been lost; None if it is whole."""
+        store = self._store
+        return None if store is None or store.error is None else f"offload: {store.error}"
 
 
 def scale_of(arena: FlatArena) -> Tensor | None:

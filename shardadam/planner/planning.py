@@ -17,7 +17,8 @@ from shardadam.checks.arguments import Options
 from shardadam.engine.reduction.scratch import ShardScratch
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.engine.tables import allocate_counters, table_bytes
-from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout
+from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout, joined, renumbered
+from shardadam.offload import offload_planned
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Precision
 from shardadam.state.memory import Memory
@@ -101,6 +102,7 @@ class Setting:
         clips: whether the norm of the gradients is computed, for clipping.
         ema: whether the optimizer has an ``ema_decay``.
         update: as the optimizer takes it.
+        offload: where the state is kept between steps; None: on the device of the parameters.
     """
 
     world_size: int = 1
@@ -112,6 +114,7 @@ class Setting:
     replicas: int = 1
     clips: bool = False
     ema: bool = False
+    offload: Literal["host", "disk"] | None = None
     update: When = "step"
 
     def check(self) -> None:
@@ -195,8 +198,8 @@ def lay_out(parameters: Planned, setting: Setting) -> Layout:
             for key, one in zip(keys, some, strict=True)
         ]
         bucket_bytes = setting.bucket_bytes(sum(one.nbytes for one in some), ranks)
-        layouts.append(_renumbered(build_layout(specs, world_size=ranks, bucket_bytes=bucket_bytes), indices))
-    return _joined(layouts)
+        layouts.append(renumbered(build_layout(specs, world_size=ranks, bucket_bytes=bucket_bytes), indices))
+    return joined(layouts)
 
 
 class ArenaKey(NamedTuple):
@@ -219,26 +222,6 @@ class ArenaKey(NamedTuple):
         return cls(one.group, one.dtype, device, one.copies, one.group if one.expert_parallel > 1 else None)
 
 
-def _renumbered(layout: Layout, indices: Sequence[int]) -> Layout:
-    """Return a layout of some of the parameters with their indices among all."""
-    arenas = [replace(arena, parameters=tuple(indices[i] for i in arena.parameters)) for arena in layout.arenas]
-    buckets = [
-        replace(bucket, segments=tuple(replace(one, parameter=indices[one.parameter]) for one in bucket.segments))
-        for bucket in layout.buckets
-    ]
-    return Layout(layout.world_size, tuple(arenas), tuple(buckets))
-
-
-def _joined(layouts: Sequence[Layout]) -> Layout:
-    """Return the arenas and buckets of all layouts. ``world_size`` is that of the first; each bucket has its own."""
-    arenas: list[Arena] = []
-    buckets: list[Bucket] = []
-    for layout in layouts:
-        buckets += [replace(bucket, arena=len(arenas) + bucket.arena) for bucket in layout.buckets]
-        arenas += layout.arenas
-    return Layout(layouts[0].world_size, tuple(arenas), tuple(buckets))
-
-
 def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory:
     """Return ``plan`` for an existing layout. The setting's precision, ``gradient_sync``, ``update``, transport and
     ``clips`` may differ from those that the layout was built with.
@@ -249,9 +232,13 @@ def memory_of(layout: Layout, setting: Setting, *, peak: bool = False) -> Memory
     setting.check()
     total: Counter[str] = Counter()
     total.update(staging=_staging_bytes(layout, setting), gradient_shard=_scratch_bytes(layout, setting))
+    homes = []
     for index, arena in enumerate(layout.arenas):
         buckets = [bucket for bucket in layout.buckets if bucket.arena == index]
         total.update(_arena_bytes(arena, buckets, setting, peak=peak))
+        key = key_of(arena)
+        homes.append((setting.precision.format(key.dtype, key.device, has_average=setting.ema), buckets))
+    total = offload_planned(total, setting.offload, homes)
     return Memory(**{kind.name: total[kind.name] for kind in fields(Memory)})
 
 

@@ -30,5 +30,6 @@ def refresh_(params: Iterable[ShardedParam]) -> None:
         if counts[id(param.arena)][param.arena_index] == 0:
             masters.refresh_(param)
             state, parameter = local_state(param), own_elements(param, param.local.detach())
-            kept = (state.get(name) for name in formats.MASTERS)
+            found = (state.get(name) for name in formats.MASTERS)
+            kept = (None if one is None else one.to(parameter.device) for one in found)
             state[formats.AVERAGE].copy_(reference.exact_weight(parameter, *kept))

@@ -67,7 +67,8 @@ def saved_state(param: ShardedParam) -> dict[str, Tensor]:
             saved[key] = tensor
             continue
         if name == "remainder":
-            tensor = reference.join(own_elements(param, param.local.detach()), tensor)
+            parameter = own_elements(param, param.local.detach())
+            tensor = reference.join(parameter, tensor.to(parameter.device))
         saved[key] = _whole_or_shard(name, tensor, param)
     return saved
 

@@ -55,18 +55,21 @@ def refresh_(param: ShardedParam) -> None:
     if "remainder" in state and kept is not None:
         formats.write_master_(state, _parameter(param), kept)
     elif "master" in state:
-        stored, parameter = state["master"], _parameter(param)
+        parameter = _parameter(param)
+        stored = state["master"].to(parameter.device)
         written = formats.is_written(parameter, stored)
         if kept is None:
             if not bool(written.any()):
                 return
             kept = param.kept_master = stored.clone()
         value = torch.where(formats.is_written(parameter, kept), parameter.to(stored.dtype), kept)
-        stored.copy_(torch.where(written, value, stored))
+        state["master"].copy_(torch.where(written, value, stored))
 
 
 def settle_(params: Iterable[ShardedParam]) -> None:
-    """Makes the present parameters decide about all kept masters, and frees these. The host does not wait."""
+    """Makes the present parameters decide about all kept masters, and frees these. The host does not wait, unless the
+    state is offloaded.
+    """
     for param in params:
         if param.kept_master is not None:
             refresh_(param)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,16 +68,21 @@ class Memory:
 
 def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
     """Returns the bytes that these arenas and this reducer hold now."""
+    resident = [arena for arena in arenas if arena.reserved is None]
+    reserved = [arena.reserved for arena in arenas if arena.reserved is not None]
+    offloaded: Counter[str] = Counter()
+    for one in reserved:
+        offloaded[one.store.kind] += one.nbytes
     return Memory(
         parameters=sum(arena.parameters.nbytes for arena in arenas if not arena.is_borrowed),
         gradients=reducer.gradient_bytes(),
         gradient_shard=reducer.shard_bytes()
         + sum(0 if arena.gradient_shard is None else arena.gradient_shard.nbytes for arena in arenas),
         staging=reducer.staging_bytes(),
-        moments=_nbytes(arenas, (*formats.MOMENTS, *formats.SCALES)),
-        master=_nbytes(arenas, formats.MASTERS) + _kept_nbytes(arenas),
-        average=_nbytes(arenas, (formats.AVERAGE,)),
-        offload_buffers=0,
+        moments=_nbytes(resident, (*formats.MOMENTS, *formats.SCALES)),
+        master=_nbytes(resident, formats.MASTERS) + _kept_nbytes(arenas),
+        average=_nbytes(resident, (formats.AVERAGE,)),
+        offload_buffers=sum(store.buffer_bytes for store in {one.store for one in reserved}),
         scalars=sum(arena.counters.scalar_bytes for arena in arenas),
         tables=sum(
             arena.blocks.nbytes
@@ -85,8 +91,8 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
             + arena.update.nbytes
             for arena in arenas
         ),
-        on_host=0,
-        on_disk=0,
+        on_host=offloaded["host"],
+        on_disk=offloaded["disk"],
     )
 
 

@@ -83,10 +83,13 @@ def write_moments_(state: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Ten
 
 
 def read_master(state: Mapping[str, Tensor], parameter: Tensor) -> Tensor | None:
-    """Return the exact values behind ``parameter``; None if the state has neither master nor remainder."""
+    """Return the exact values behind ``parameter``, on its device; None if the state has neither master nor remainder.
+
+    Offloaded state may be on another device.
+    """
     if "remainder" in state:
-        return reference.join(parameter, state["remainder"])
-    return state.get("master")
+        return reference.join(parameter, state["remainder"].to(parameter.device))
+    return state["master"].to(parameter.device) if "master" in state else None
 
 
 def write_master_(state: Mapping[str, Tensor], parameter: Tensor, master: Tensor) -> None:

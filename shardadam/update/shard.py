@@ -74,6 +74,11 @@ class Shard:
         is_exact = self.parameter.dtype == self.exact_dtype
         return is_exact or self.master is not None or self.remainder is not None
 
+    def with_state(self, state: Mapping[str, Tensor]) -> Shard:
+        """Return the shard with other tensors as its state, by the names in ``update/formats.py``."""
+        values: dict[str, Any] = dict(state)
+        return replace(self, **values)
+
     def narrow(self, elements: slice, gradient: Tensor | None = None) -> Shard:
         """Return the shard's ``elements``, as views.
 

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State in files, read ahead and written behind by two threads through two buffers.
+
+Note: blocks of two buckets
+    Files are read and written in whole blocks, and the state of a bucket seldom ends with one. So a bucket is read with
+    the bytes of its neighbours in its first and last blocks, and written with them. What the neighbours have written
+    there since is in ``_edges``: one thread writes all buckets, and keeps the blocks that it has written last.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardadam.offload.files import StateFile, aligned, memory_of
+from shardadam.offload.policies import DiskOffload
+from shardadam.offload.regions import (
+    BLOCK_BYTES,
+    Region,
+    buffer_bytes,
+    regions_of,
+    tensor_starts,
+    views_of,
+    whole_blocks,
+)
+from shardadam.offload.store import Reserved, StateStore, StoredShard, state_of
+from shardadam.precision import Format
+from shardadam.update import formats
+
+_MOST_WRITTEN_BYTES = 64 * 2**20
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A buffer, what has been read into it, and what is being written from it.
+
+    Args:
+        memory: on the host, 1-D uint8; begins at a multiple of ``BLOCK_BYTES``. Pinned if there is a device.
+        on_device: as long, on the device of the parameters; ``memory`` itself on the CPU.
+        stream: on which the two are copied to each other; None on the CPU.
+        holds: the bucket whose state is in it, or will be once ``reading`` is done.
+        loaded: the last copy to the device.
+    """
+
+    memory: Tensor
+    on_device: Tensor
+    stream: torch.cuda.Stream | None = None
+    holds: StoredShard | None = None
+    reading: Future[None] | None = None
+    writing: Future[None] | None = None
+    loaded: torch.cuda.Event | None = None
+
+
+class DiskStore(StateStore):
+    """State in files of this process (``DiskOffload``)."""
+
+    kind = "disk"
+
+    def __init__(self, offload: DiskOffload) -> None:
+        self._directory = Path(offload.directory)
+        self._lock = threading.RLock()
+        self._slots: dict[torch.device, list[_Slot]] = {}  # two of each device; the first is used next
+        self._next: dict[StoredShard, StoredShard] = {}  # what is expected after each bucket
+        self._reader = ThreadPoolExecutor(1, "shardadam-read")
+        self._writer = ThreadPoolExecutor(1, "shardadam-write")
+        self._edges: dict[tuple[StateFile, int], bytes] = {}  # see "Note: blocks of two buckets"
+        self._is_settled = True
+        self._written_bytes = 0  # through the mapping, since its pages were given back
+
+    def reserve(self, format: Format, numel: int, device: torch.device) -> Reserved:
+        starts, nbytes = tensor_starts(format, numel)
+        if nbytes == 0:
+            return Reserved(self, format, numel, formats.allocate(format, numel, torch.device("cpu")))
+        file = StateFile(self._directory, nbytes)
+        state = {
+            name: file.bytes[starts[name] : starts[name] + length * dtype.itemsize].view(dtype)
+            for name, (length, dtype) in formats.tensors(format, numel).items()
+        }
+        return Reserved(self, format, numel, state, file)
+
+    def add(self, reserved: Reserved, elements: slice, device: torch.device) -> StoredShard:
+        self.settle()
+        regions = regions_of(reserved.format, reserved.numel, elements)
+        nbytes = buffer_bytes(regions)
+        slots = self._slots.get(device)
+        if slots is None or slots[0].memory.numel() < nbytes:
+            self._slots[device] = [_new_slot(nbytes, device) for _ in range(2)]
+            self.buffer_bytes = sum(slot.on_device.nbytes for slots in self._slots.values() for slot in slots)
+        return StoredShard(reserved, regions, state_of(reserved, regions), device)
+
+    def expect(self, order: Sequence[StoredShard]) -> None:
+        with self._lock:
+            self.settle()
+            for slots in self._slots.values():
+                on_device = [stored for stored in order if self._slots[stored.device] is slots]
+                self._next.update(pairwise(on_device))
+                if on_device:
+                    self._start_reading(on_device[0], slots[0])
+
+    @contextmanager
+    def on_device(self, stored: StoredShard) -> Iterator[dict[str, Tensor] | None]:
+        with self._lock:
+            slots = self._slots[stored.device]
+            slot = next((slot for slot in slots if slot.holds is stored), slots[0])
+            if slot.holds is not stored:
+                self._start_reading(stored, slot)
+            assert slot.reading is not None
+            slot.reading.result()
+            slot.holds = None  # also if the update raises: then nothing is written
+            slots.remove(slot)
+            slots.append(slot)  # the other one is used next, also for a bucket that nobody has expected
+            if self.error is not None:
+                yield None
+                return
+            following = self._next.get(stored)
+            if following is not None and slots[0].holds is not following:
+                self._start_reading(following, slots[0])
+            if slot.loaded is not None:
+                torch.cuda.current_stream(stored.device).wait_event(slot.loaded)
+            yield views_of(stored.regions, slot.on_device)
+            copied = _start_copy_back(slot, stored.device)
+            slot.writing = stored.pending = self._writer.submit(self._write, stored, slot.memory, copied)
+            file: StateFile = stored.reserved.home
+            if not file.is_direct:
+                self._writer.submit(self._flush, stored)
+
+    def end_step(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        if self._is_settled:
+            return
+        with self._lock:
+            for slot in (slot for slots in self._slots.values() for slot in slots):
+                for future in (slot.reading, slot.writing):
+                    if future is not None:
+                        future.result()
+                slot.holds = slot.reading = slot.writing = None
+            self._next = {}
+            self._edges.clear()
+            self._is_settled = True
+
+    def recover(self) -> None:
+        self.settle()
+        self.error = None
+
+    def read(self, reserved: Reserved, name: str, elements: slice) -> Tensor:
+        self.settle()
+        target = reserved.state[name][elements]
+        if target.numel() == 0:
+            return target
+        file: StateFile = reserved.home
+        starts, _ = tensor_starts(reserved.format, reserved.numel)
+        start = starts[name] + elements.start * target.itemsize
+        first = start // BLOCK_BYTES * BLOCK_BYTES
+        memory = aligned(whole_blocks(start + target.nbytes) - first, pinned=False)
+        file.read(memory_of(memory), first)
+        if not file.is_direct:
+            file.flush(first, memory.numel())
+        return memory[start - first : start - first + target.nbytes].view(target.dtype)
+
+    def has_written(self, reserved: Reserved, nbytes: int) -> None:
+        self._written_bytes += nbytes
+        if self._written_bytes >= _MOST_WRITTEN_BYTES and reserved.home is not None:
+            self._written_bytes = 0
+            file: StateFile = reserved.home
+            file.give_back()
+
+    def close(self) -> None:
+        for executor in (self._reader, self._writer):
+            executor.shutdown(wait=False, cancel_futures=True)
+        self._next = {}
+        for slot in (slot for slots in self._slots.values() for slot in slots):
+            if slot.stream is not None:  # the memory goes back to the stream that is current
+                torch.cuda.current_stream(slot.on_device.device).wait_stream(slot.stream)
+        self._slots = {}
+
+    def _start_reading(self, stored: StoredShard, slot: _Slot) -> None:
+        self._is_settled = False
+        slot.holds = stored
+        before = [future for future in (slot.writing, stored.pending) if future is not None]
+        slot.reading = self._reader.submit(self._read, stored, slot, before)
+
+    # In threads. They raise nothing: an error is remembered.
+
+    def _read(self, stored: StoredShard, slot: _Slot, before: Sequence[Future[None]]) -> None:
+        for future in before:
+            future.result()
+        if self.error is not None:
+            return
+        file: StateFile = stored.reserved.home
+        try:
+            content = memory_of(slot.memory)
+            for region in stored.regions:
+                file.read(content[region.buffer_slice], region.first_block)
+        except OSError as error:
+            self._fail("reading", error)
+            return
+        if slot.stream is not None:
+            with torch.cuda.stream(slot.stream):
+                slot.on_device.copy_(slot.memory, non_blocking=True)
+                slot.loaded = slot.stream.record_event()
+
+    def _write(self, stored: StoredShard, memory: Tensor, copied: torch.cuda.Event | None) -> None:
+        if self.error is not None:
+            return
+        if copied is not None:
+            copied.synchronize()
+        file: StateFile = stored.reserved.home
+        try:
+            content = memory_of(memory)
+            for region in stored.regions:
+                blocks = content[region.buffer_slice]
+                self._join_edges(file, region, blocks)
+                file.write(blocks, region.first_block)
+        except OSError as error:
+            self._fail("writing", error)
+
+    def _join_edges(self, file: StateFile, region: Region, blocks: memoryview) -> None:
+        """Put what neighbours have written into the first and the last block; see "Note: blocks of two buckets"."""
+        if region.start == region.stop:
+            return
+        for block in {region.first_block, region.blocks_stop - BLOCK_BYTES}:
+            own = slice(max(region.start - block, 0), min(region.stop - block, BLOCK_BYTES))
+            if own == slice(0, BLOCK_BYTES):
+                continue
+            at = block - region.first_block
+            theirs = self._edges.get((file, block))
+            if theirs is not None:
+                blocks[at : at + own.start] = theirs[: own.start]
+                blocks[at + own.stop : at + BLOCK_BYTES] = theirs[own.stop :]
+            self._edges[file, block] = bytes(blocks[at : at + BLOCK_BYTES])
+
+    def _flush(self, stored: StoredShard) -> None:
+        file: StateFile = stored.reserved.home
+        try:
+            for region in stored.regions:
+                file.flush(region.first_block, region.blocks_stop - region.first_block)
+        except OSError as error:
+            self._fail("writing", error)
+
+    def _fail(self, what: str, error: OSError) -> None:
+        if self.error is None:
+            number = error.errno or 0
+            self.error = f"{what} its state in {self._directory} failed ({os.strerror(number)}, errno {number})"
+
+
+def _new_slot(nbytes: int, device: torch.device) -> _Slot:
+    """Return a slot of ``nbytes``, uninitialised."""
+    is_cpu = device.type == "cpu"
+    memory = aligned(nbytes, pinned=not is_cpu)
+    if is_cpu:
+        return _Slot(memory, memory)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still use what the memory was before
+    return _Slot(memory, torch.empty(nbytes, dtype=torch.uint8, device=device), stream)
+
+
+def _start_copy_back(slot: _Slot, device: torch.device) -> torch.cuda.Event | None:
+    """Copy the updated state to the host, in stream order; return when it is there."""
+    if slot.stream is None:
+        return None
+    slot.stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(slot.stream):
+        slot.memory.copy_(slot.on_device, non_blocking=True)
+        copied: torch.cuda.Event = slot.stream.record_event()
+    return copied

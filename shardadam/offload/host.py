@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State in pinned host memory, copied to the GPU and back in stream order. The host never waits in a step.
+
+Note: order of copies
+    Each of the two buffers has a stream of its own, on which its copies in and out follow each other. The update waits
+    for the copy in, the copy out for the update. State is copied in again only after ``StoredShard.pending``, the copy
+    out of the last step, which may have been on the other stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from shardadam.offload.regions import buffer_bytes, regions_of, views_of
+from shardadam.offload.store import Reserved, StateStore, StoredShard, state_of
+from shardadam.precision import Format
+from shardadam.transport.streams import is_capturing
+from shardadam.update import formats
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A buffer on the GPU, 1-D uint8, the stream of its copies, and the bucket whose state has been copied to it."""
+
+    memory: Tensor
+    stream: torch.cuda.Stream
+    holds: StoredShard | None = None
+
+
+class HostStore(StateStore):
+    """State of parameters on GPUs in pinned host memory (``HostOffload``)."""
+
+    kind = "host"
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._slots: dict[torch.device, list[_Slot]] = {}  # two of each device; the first is used next
+        self._next: dict[StoredShard, StoredShard] = {}  # what is expected after each bucket
+        self._is_settled = True
+        self._is_captured = False  # a graph may be replayed at any time
+
+    def reserve(self, format: Format, numel: int, device: torch.device) -> Reserved:
+        if device.type != "cuda":
+            raise ValueError(
+                f"offload: found HostOffload() and a parameter on {device}, expected parameters on CUDA devices: the "
+                "state of others is in host memory already. Use offload=None, or DiskOffload(directory)."
+            )
+        state = {
+            name: torch.zeros(length, dtype=dtype, device="cpu", pin_memory=True)
+            for name, (length, dtype) in formats.tensors(format, numel).items()
+        }
+        return Reserved(self, format, numel, state)
+
+    def add(self, reserved: Reserved, elements: slice, device: torch.device) -> StoredShard:
+        self.settle()
+        regions = regions_of(reserved.format, reserved.numel, elements)
+        nbytes = buffer_bytes(regions)
+        slots = self._slots.get(device)
+        if slots is None or slots[0].memory.numel() < nbytes:
+            self._slots[device] = [_new_slot(nbytes, device) for _ in range(2)]
+            self.buffer_bytes = sum(slot.memory.nbytes for slots in self._slots.values() for slot in slots)
+        return StoredShard(reserved, regions, state_of(reserved, regions), device)
+
+    def expect(self, order: Sequence[StoredShard]) -> None:
+        with self._lock:
+            self._forget_copies()
+            for device, slots in self._slots.items():
+                if is_capturing(device):
+                    for slot in slots:
+                        slot.stream.wait_stream(torch.cuda.current_stream(device))
+                    self._is_captured = True
+                on_device = [stored for stored in order if stored.device == device]
+                self._next.update(pairwise(on_device))
+                if on_device:
+                    self._copy_in(on_device[0], slots[0])
+
+    @contextmanager
+    def on_device(self, stored: StoredShard) -> Iterator[dict[str, Tensor] | None]:
+        with self._lock:
+            slots = self._slots[stored.device]
+            slot = next((slot for slot in slots if slot.holds is stored), slots[0])
+            if slot.holds is not stored:
+                self._copy_in(stored, slot)
+            slot.holds = None
+            slots.remove(slot)
+            slots.append(slot)  # the other one is used next, also for a bucket that nobody has expected
+            current = torch.cuda.current_stream(stored.device)
+            current.wait_stream(slot.stream)
+            following = self._next.get(stored)
+            if following is not None and slots[0].holds is not following:
+                self._copy_in(following, slots[0])
+            views = views_of(stored.regions, slot.memory)
+            try:
+                yield views
+            finally:
+                slot.stream.wait_stream(current)
+            with torch.cuda.stream(slot.stream):
+                for name, tensor in stored.state.items():
+                    tensor.copy_(views[name], non_blocking=True)
+                stored.pending = slot.stream.record_event()
+
+    def end_step(self) -> None:
+        with self._lock:
+            self._forget_copies()
+            for device, slots in self._slots.items():
+                if is_capturing(device):
+                    for slot in slots:
+                        torch.cuda.current_stream(device).wait_stream(slot.stream)
+
+    def settle(self) -> None:
+        if self._is_settled and not self._is_captured:
+            return
+        with self._lock:
+            self._forget_copies()
+            for device, slots in self._slots.items():
+                for slot in slots:
+                    slot.stream.synchronize()
+                if self._is_captured:
+                    torch.cuda.synchronize(device)
+            self._is_settled = True
+
+    def recover(self) -> None:
+        self.error = None
+
+    def read(self, reserved: Reserved, name: str, elements: slice) -> Tensor:
+        self.settle()
+        return reserved.state[name][elements]
+
+    def has_written(self, reserved: Reserved, nbytes: int) -> None:
+        pass
+
+    def close(self) -> None:
+        for device, slots in self._slots.items():
+            for slot in slots:  # the memory goes back to the stream that is current
+                torch.cuda.current_stream(device).wait_stream(slot.stream)
+        self._next = {}
+        self._slots = {}
+
+    def _copy_in(self, stored: StoredShard, slot: _Slot) -> None:
+        self._is_settled = False
+        slot.holds = stored
+        if stored.pending is not None:
+            slot.stream.wait_event(stored.pending)
+        views = views_of(stored.regions, slot.memory)
+        with torch.cuda.stream(slot.stream):
+            for name, tensor in stored.state.items():
+                views[name].copy_(tensor, non_blocking=True)
+
+    def _forget_copies(self) -> None:
+        for slots in self._slots.values():
+            for slot in slots:
+                slot.holds = None
+        self._next = {}
+
+
+def _new_slot(nbytes: int, device: torch.device) -> _Slot:
+    """Return a buffer of ``nbytes`` on the device, uninitialised."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still use what the memory was before
+    return _Slot(memory, stream)
