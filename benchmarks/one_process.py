@@ -2,7 +2,7 @@
 """How much memory, and time, does fine-tuning on one process take, compared with what a user would pick today?
 
     export OMP_NUM_THREADS=1
-    python benchmarks/one_process.py [--dtypes fp32 bf16] [--rounds 3] [--json out.json]
+    python benchmarks/one_process.py [--dtypes fp32 bf16] [--rounds 2] [--json out.json [--resume]]
     python benchmarks/one_process.py --plan
 
 Trains a decoder of 101M parameters (`launch/model.py`) on a few tokens, so that activations do not hide the optimizer.
@@ -18,9 +18,13 @@ kernels for the same shapes, drops it, builds the model and the optimizer, and t
     counted   beyond, by theory: bytes of the tensors that must exist at once (state, gradients), without temporaries
     building  highest while the optimizer is built, minus the value with only the built model in memory
 
-`trimmed` is `beyond` with a malloc that returns freed memory at once (MALLOC_MMAP_THRESHOLD_=65536), from a run of its
-own; all others are with malloc's default. Files that `DiskOffload` writes are not part of memory, nor is the page
-cache; `--directory` says where they go, which must not be a file system in memory.
+`trimmed` is `beyond` with a malloc that returns freed memory at once (MALLOC_MMAP_THRESHOLD_=65536), in three steps of
+a run of its own; all others are with malloc's default. Files that `DiskOffload` writes are not part of memory, nor is
+the page cache; `--directory` says where they go, which must not be a file system in memory.
+
+**Time** is that of a step, forward and backward included: the median over steps after 2 to warm up, and over rounds
+(the fastest and slowest). "CPU" counts the processor time of all threads of the process, which other work on the
+machine hardly changes; waits for a disk are only in "step".
 
 **Groups.** "Exact weights": training goes on with float32 weights, be they float32 parameters or a master behind
 bf16 ones. "The rest" rounds weights to bf16 in every step. Moments in 8 bits, and Adafactor, which is another
@@ -65,6 +69,7 @@ BASELINE = "adamw"  # of ratios of time
 WARM_UP = 2  # steps that are not timed
 TIMEOUT_S = 400
 TRIMMING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+TRIMMED_STEPS = 3
 PLAN_TOKENS, PLAN_TOLERANCE = 4, 0.05
 GOAL = 0.6
 MB = 1e6
@@ -120,7 +125,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         one = build(entry, dtype, args, layers=args.layers, directory=Path(directory) / "state")
         sizes = {"planned": planned(entry, one.contender)} if entry.is_ours else {}
         settle()
-        peak, (losses, seconds) = highest_in(lambda: train(one.contender, data, args.steps))
+        peak, (losses, seconds, cpu_seconds) = highest_in(lambda: train(one.contender, data, args.steps))
         return {
             "beyond": peak - one.model_bytes,
             "total": peak - before,
@@ -129,6 +134,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "numel": sum(p.numel() for p in one.contender.model.parameters()),
             "losses": losses,
             "seconds": seconds[WARM_UP:],
+            "cpu_seconds": cpu_seconds[WARM_UP:],
             **sizes,
         }
 
@@ -151,17 +157,18 @@ def build(entry: Entry, dtype: torch.dtype, args: argparse.Namespace, *, layers:
     return Built(contender, model_bytes, highest)
 
 
-def train(contender: Contender, data: list[Tensor], count: int) -> tuple[list[float], list[float]]:
-    """Return the losses, and the seconds of each step."""
-    losses, seconds = [], []
+def train(contender: Contender, data: list[Tensor], count: int) -> tuple[list[float], list[float], list[float]]:
+    """Return the losses, and the seconds and CPU seconds of each step."""
+    losses, seconds, cpu_seconds = [], [], []
     for index in range(count):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         loss = contender.forward(data[index % len(data)])
         loss.backward()
         contender.update()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         losses.append(loss.item())
-    return losses, seconds
+    return losses, seconds, cpu_seconds
 
 
 def planned(entry: Entry, contender: Contender) -> dict[str, Any]:
@@ -181,12 +188,15 @@ def planned(entry: Entry, contender: Contender) -> dict[str, Any]:
     }
 
 
-def run_child(name: str, dtype: str, args: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
+def run_child(
+    name: str, dtype: str, args: argparse.Namespace, environment: dict[str, str], *, steps: int
+) -> dict[str, Any]:
     """Run `measure` in a new process; return `{"failed": why}` if the contender cannot run."""
     with tempfile.TemporaryDirectory() as directory:
         out, log = Path(directory) / "out.json", Path(directory) / "log"
         command = [sys.executable, __file__, "--measure", name, "--dtypes", dtype, "--json", str(out)]
-        for option in ("layers", "width", "tokens", "steps", "directory"):
+        command += ["--steps", str(steps)]
+        for option in ("layers", "width", "tokens", "directory"):
             if getattr(args, option) is not None:
                 command += [f"--{option}", str(getattr(args, option))]
         with log.open("w") as to:
@@ -218,46 +228,72 @@ def chosen(dtype: str, args: argparse.Namespace) -> tuple[list[str], dict[str, s
     return [name for name in names if name not in missing], missing
 
 
-def compare(dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    names, failed = chosen(dtype, args)
-    trimmed: dict[str, int] = {}
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for index in range(args.rounds + 1):  # the first with another malloc, which also finds who cannot run
-        turns = [name for name in names if name not in failed]
-        shift = index % len(turns)
-        for name in (*turns[shift:], *turns[:shift]):
-            print(f"{dtype}, round {index} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-            found = run_child(name, dtype, args, TRIMMING if index == 0 else {})
-            if "failed" in found:
-                failed[name] = found["failed"]
-                print(f"{name} does not run: {failed[name]}", file=sys.stderr, flush=True)
-            elif index == 0:
-                trimmed[name] = found["beyond"]
-            else:
-                rounds[name].append(found)
-    contenders = {name: evaluated(name, rounds, trimmed, dtype) for name in names if name not in failed}
-    return {"dtype": dtype, "contenders": contenders, "failed": failed}
+Found = dict[str, dict[str, Any]]
+"""What `run_child` has returned, by "dtype/round/name". Round "trimmed" is the one with another malloc."""
 
 
-def evaluated(
-    name: str, rounds: dict[str, list[dict[str, Any]]], trimmed: dict[str, int], dtype: str
-) -> dict[str, Any]:
-    """Return a contender's rounds with their times, ratios and the error of its losses."""
-    some = rounds[name]
-    seconds = {one: [statistics.median(a_round["seconds"]) for a_round in rounds[one]] for one in (name, BASELINE)}
-    reference = rounds[REFERENCE[dtype]][0]["losses"]
-    return {
-        "label": ENTRIES[name].label,
-        "rounds": some,
-        "trimmed": trimmed[name],
-        "seconds": seconds[name],
-        "to_baseline": [a / b for a, b in zip(seconds[name], seconds[BASELINE], strict=True)],
-        **{key: [a_round[key] for a_round in some] for key in ("beyond", "total", "building", "counted")},
-        "loss_error": max(
-            abs(a - b) / abs(b) for a_round in some for a, b in zip(a_round["losses"], reference, strict=True)
-        ),
-        "first_and_last_loss": (some[0]["losses"][0], some[0]["losses"][-1]),
-    }
+def run_all(args: argparse.Namespace, found: Found) -> dict[str, str]:
+    """Run every contender in every dtype and round that `found` does not have; add to it, and save it in `--json`.
+
+    Contenders that could not run are tried again. Returns why contenders did not run, by "dtype/name".
+    """
+    failed: dict[str, str] = {}
+    for index, round_name in enumerate(round_names(args)):
+        for dtype in args.dtypes:
+            names, missing = chosen(dtype, args)
+            failed |= {f"{dtype}/{name}": why for name, why in missing.items()}
+            shift = index % len(names)
+            for name in (*names[shift:], *names[:shift]):
+                key = f"{dtype}/{round_name}/{name}"
+                if key in found or f"{dtype}/{name}" in failed:
+                    continue
+                print(key, file=sys.stderr, flush=True)
+                is_trimmed = round_name == "trimmed"
+                one = run_child(
+                    name, dtype, args, TRIMMING if is_trimmed else {}, steps=TRIMMED_STEPS if is_trimmed else args.steps
+                )
+                if "failed" in one:
+                    failed[f"{dtype}/{name}"] = one["failed"]
+                    print(f"  does not run: {one['failed']}", file=sys.stderr, flush=True)
+                else:
+                    found[key] = one
+                    if args.json:
+                        Path(args.json).write_text(json.dumps({"head": head(args), "found": found}, indent=1) + "\n")
+    return failed
+
+
+def round_names(args: argparse.Namespace) -> list[str]:
+    return ["1", "trimmed", *(str(index) for index in range(2, args.rounds + 1))]
+
+
+def evaluated(dtype: str, args: argparse.Namespace, found: Found, failed: dict[str, str]) -> dict[str, Any]:
+    """Return the results of a dtype: each contender's rounds with ratios, and the error of its losses."""
+    names = [name for name in chosen(dtype, args)[0] if f"{dtype}/{name}" not in failed]
+    numbered = [name for name in round_names(args) if name != "trimmed"]
+    rounds = {name: [found[f"{dtype}/{index}/{name}"] for index in numbered] for name in names}
+    contenders = {}
+    for name, some in rounds.items():
+        references = (one["losses"] for one in rounds[REFERENCE[dtype]])
+        contenders[name] = {
+            "label": ENTRIES[name].label,
+            "numel": some[0]["numel"],
+            "trimmed": found[f"{dtype}/trimmed/{name}"]["beyond"],
+            **{key: [one[key] for one in some] for key in ("beyond", "total", "building", "counted")},
+            "loss_error": max(
+                abs(a - b) / abs(b)
+                for one, expected in zip(some, references, strict=True)
+                for a, b in zip(one["losses"], expected, strict=True)
+            ),
+            "losses": some[0]["losses"],
+        }
+        for key in ("seconds", "cpu_seconds"):
+            of_rounds, of_baseline = (
+                [statistics.median(one[key]) for one in rounds[which]] for which in (name, BASELINE)
+            )
+            contenders[name][key] = of_rounds
+            contenders[name][f"{key}_ratio"] = [a / b for a, b in zip(of_rounds, of_baseline, strict=True)]
+    why = {key.partition("/")[2]: text for key, text in failed.items() if key.startswith(f"{dtype}/")}
+    return {"dtype": dtype, "contenders": contenders, "failed": why}
 
 
 # Results
@@ -267,7 +303,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     contenders, dtype = result["contenders"], DTYPES[result["dtype"]]
     yield (
         f"{'MB':36} | moments  | total | beyond             | counted | trimmed | building | step, ms             "
-        "| / AdamW             | loss off by (tolerance)"
+        "| CPU ms | CPU / AdamW         | loss off by (tolerance)"
     )
     for weights, title in GROUPS.items():
         mine = [name for name in contenders if ENTRIES[name].weights_in(dtype) == weights]
@@ -282,14 +318,15 @@ def table(result: dict[str, Any]) -> Iterator[str]:
                 f"{entry.label:36} | {entry.moments:8} | {megabytes['total']:5.0f} | {beyond:18} | "
                 f"{megabytes['counted']:7.0f} | {one['trimmed'] / MB:7.0f} | {megabytes['building']:8.0f} | "
                 f"{median_and_range([1e3 * s for s in one['seconds']], '.0f'):20} | "
-                f"{median_and_range(one['to_baseline'], '.2f'):19} | "
+                f"{1e3 * statistics.median(one['cpu_seconds']):6.0f} | "
+                f"{median_and_range(one['cpu_seconds_ratio'], '.2f'):19} | "
                 f"{one['loss_error']:.1e} ({'another algorithm' if limit is None else f'{limit:.0e}'})"
             )
     for name, why in result["failed"].items():
         yield f"{ENTRIES[name].label:36} | does not run: {why}"
     one = contenders[REFERENCE[result["dtype"]]]
-    first, last = one["first_and_last_loss"]
-    yield f"losses of {one['label']}: {first:.3f} to {last:.3f} in {len(one['rounds'][0]['losses'])} steps"
+    losses = one["losses"]
+    yield f"losses of {one['label']}: {losses[0]:.3f}, {', '.join(f'{loss:.3f}' for loss in losses[1:])}"
 
 
 def wrong(result: dict[str, Any]) -> list[str]:
@@ -345,7 +382,7 @@ def report_plan(args: argparse.Namespace) -> int:
         for dtype in args.dtypes:
             if not entry.is_ours or DTYPES[dtype] not in entry.dtypes or (args.only and name not in args.only):
                 continue
-            found = run_child(name, dtype, args, TRIMMING)
+            found = run_child(name, dtype, args, TRIMMING, steps=TRIMMED_STEPS)
             sizes = found.get("planned", found)
             if "failed" in sizes:
                 print(f"{entry.label:36} | {dtype:>5} | not compared: {sizes['failed']}", flush=True)
@@ -382,19 +419,22 @@ def check_directory(directory: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=1024, help="a multiple of 64")
-    parser.add_argument("--tokens", type=int, default=32, help="of each step")
+    parser.add_argument("--tokens", type=int, default=16, help="of each step")
     parser.add_argument("--only", nargs="+", choices=ENTRIES, help="these, and the references; default: all")
     parser.add_argument("--directory", help="for files of DiskOffload; default: the system's temporary directory")
     parser.add_argument("--json", help="file for all raw results")
+    parser.add_argument("--resume", action="store_true", help="keep the results that the file of --json has")
     parser.add_argument("--plan", action="store_true", help="compare the planner with memory() and with measurements")
     parser.add_argument("--measure", metavar="NAME", help="measure this contender only; used by one_process.py itself")
     args = parser.parse_args()
     if args.rounds < 1 or args.steps <= WARM_UP or args.width % 64:
         parser.error(f"--rounds must be at least 1, --steps more than {WARM_UP}, --width a multiple of 64")
+    if args.resume and not args.json:
+        parser.error("--resume needs --json, the file to resume from")
     if args.measure:
         Path(args.json).write_text(json.dumps(measure(args.measure, args)))
         return
@@ -402,15 +442,19 @@ def main() -> None:
     print(head(args))
     if args.plan:
         sys.exit(report_plan(args))
-    results = [compare(dtype, args) for dtype in args.dtypes]
+    found: Found = {}
+    if args.resume:
+        found = json.loads(Path(args.json).read_text())["found"]
+    failed = run_all(args, found)
+    if absent := [key for key in failed if key.partition("/")[2] in (BASELINE, *REFERENCE.values())]:
+        sys.exit(f"nothing to compare with: {', '.join(absent)} did not run")
+    results = [evaluated(dtype, args, found, failed) for dtype in args.dtypes]
     for result in results:
-        numel = next(iter(result["contenders"].values()))["rounds"][0]["numel"]
+        numel = next(iter(result["contenders"].values()))["numel"]
         print(f"```\n{result['dtype']}, {numel:,} parameters, {args.tokens} tokens a step")
         print("\n".join(line.rstrip() for line in table(result)) + "\n```\n")
     print("Leanest with exact weights:\n\n```")
     print("\n".join(line for key in ("total", "beyond") for line in leanest(results, key)) + "\n```")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"head": head(args), "results": results}, indent=1) + "\n")
     off = [label for result in results for label in wrong(result)]
     if off:
         sys.exit(f"WRONG: losses differ from AdamW's: {'; '.join(off)}")
