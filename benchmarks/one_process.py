@@ -2,7 +2,7 @@
 """How much memory, and time, does fine-tuning on one process take, compared with what a user would pick today?
 
     export OMP_NUM_THREADS=1
-    python benchmarks/one_process.py [--dtypes fp32 bf16] [--rounds 2] [--json out.json [--resume]]
+    python benchmarks/one_process.py [--dtypes fp32 bf16] [--rounds 2] [--json out.json [--resume | --report]]
     python benchmarks/one_process.py --plan
 
 Trains a decoder of 101M parameters (`launch/model.py`) on a few tokens, so that activations do not hide the optimizer.
@@ -44,6 +44,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import shlex
 import statistics
@@ -152,7 +153,7 @@ def build(entry: Entry, dtype: torch.dtype, args: argparse.Namespace, *, layers:
     model = make_model(dtype, layers=layers, width=args.width, tokens=args.tokens)
     directory.mkdir()
     model_bytes = settle()
-    where = {"directory": directory} if entry.needs_directory else {}
+    where = {"directory": directory} if entry.is_offloaded else {}
     highest, contender = highest_in(lambda: entry.build(model, **where))
     return Built(contender, model_bytes, highest)
 
@@ -172,20 +173,20 @@ def train(contender: Contender, data: list[Tensor], count: int) -> tuple[list[fl
 
 
 def planned(entry: Entry, contender: Contender) -> dict[str, Any]:
-    """Return the planner's bytes for a contender's setting, next to those that its optimizer has counted."""
+    """Return the planner's bytes for a contender's setting, next to those that its optimizer counts when built.
+
+    Without "plan" and "need", but with "failed", if the planner does not take an option.
+    """
     assert entry.precision is not None and contender.memory is not None
-    parameters = PlannedParameter.of_model(contender.model).values()
+    memory = contender.memory()
+    sizes = {"memory": memory.total - memory.gradients}
+    parameters = list(PlannedParameter.of_model(contender.model).values())
     try:
         setting = Setting(precision=entry.precision, **dict(entry.options))
     except TypeError as error:
-        return {"failed": f"the planner's Setting does not take it: {error}"}
+        return {**sizes, "failed": str(error)}
     buffers = sum(buffer.nbytes for buffer in contender.model.buffers())
-    memory = contender.memory()
-    return {
-        "plan": plan(parameters, setting).total,
-        "memory": memory.total - memory.gradients,
-        "need": need(parameters, setting).total + buffers,
-    }
+    return {**sizes, "plan": plan(parameters, setting).total, "need": need(parameters, setting).total + buffers}
 
 
 def run_child(
@@ -253,13 +254,30 @@ def run_all(args: argparse.Namespace, found: Found) -> dict[str, str]:
                     name, dtype, args, TRIMMING if is_trimmed else {}, steps=TRIMMED_STEPS if is_trimmed else args.steps
                 )
                 if "failed" in one:
-                    failed[f"{dtype}/{name}"] = one["failed"]
+                    failed[f"{dtype}/{name}"] = f"does not run: {one['failed']}"
                     print(f"  does not run: {one['failed']}", file=sys.stderr, flush=True)
                 else:
                     found[key] = one
                     if args.json:
-                        Path(args.json).write_text(json.dumps({"head": head(args), "found": found}, indent=1) + "\n")
+                        save(args, found)
     return failed
+
+
+def save(args: argparse.Namespace, found: Found) -> None:
+    saved = {"head": head(args), "settings": settings_of(args), "found": found}
+    Path(args.json).write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def saved_in(path: str, args: argparse.Namespace) -> tuple[str, Found]:
+    """Return the head and the results in a file. Raises ValueError if they are of other settings."""
+    saved = json.loads(Path(path).read_text())
+    if saved["settings"] != settings_of(args):
+        raise ValueError(f"{path}: found results of {saved['settings']}, expected {settings_of(args)}: pass the former")
+    return saved["head"], saved["found"]
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in ("layers", "width", "tokens", "steps")}
 
 
 def round_names(args: argparse.Namespace) -> list[str]:
@@ -267,32 +285,43 @@ def round_names(args: argparse.Namespace) -> list[str]:
 
 
 def evaluated(dtype: str, args: argparse.Namespace, found: Found, failed: dict[str, str]) -> dict[str, Any]:
-    """Return the results of a dtype: each contender's rounds with ratios, and the error of its losses."""
-    names = [name for name in chosen(dtype, args)[0] if f"{dtype}/{name}" not in failed]
-    numbered = [name for name in round_names(args) if name != "trimmed"]
-    rounds = {name: [found[f"{dtype}/{index}/{name}"] for index in numbered] for name in names}
-    contenders = {}
-    for name, some in rounds.items():
-        references = (one["losses"] for one in rounds[REFERENCE[dtype]])
+    """Return the results of a dtype: each contender's rounds with ratios, and the error of its losses.
+
+    Ratios and errors compare equal rounds. A run that was stopped has contenders with fewer rounds, or none.
+    """
+    numbered = [index for index in round_names(args) if index != "trimmed"]
+
+    def rounds_of(name: str) -> dict[str, dict[str, Any]]:
+        return {index: found[key] for index in numbered if (key := f"{dtype}/{index}/{name}") in found}
+
+    base, reference = rounds_of(BASELINE), rounds_of(REFERENCE[dtype])
+    contenders, why = {}, {}
+    for name in chosen(dtype, args)[0]:
+        some = {index: one for index, one in rounds_of(name).items() if index in base and index in reference}
+        if not some:
+            why[name] = "not measured"
+            continue
+        errors = [
+            abs(a - b) / abs(b)
+            for index, one in some.items()
+            for a, b in zip(one["losses"], reference[index]["losses"], strict=True)
+        ]
+        rounds, trimmed = list(some.values()), found.get(f"{dtype}/trimmed/{name}")
         contenders[name] = {
             "label": ENTRIES[name].label,
-            "numel": some[0]["numel"],
-            "trimmed": found[f"{dtype}/trimmed/{name}"]["beyond"],
-            **{key: [one[key] for one in some] for key in ("beyond", "total", "building", "counted")},
-            "loss_error": max(
-                abs(a - b) / abs(b)
-                for one, expected in zip(some, references, strict=True)
-                for a, b in zip(one["losses"], expected, strict=True)
-            ),
-            "losses": some[0]["losses"],
+            "numel": rounds[0]["numel"],
+            "trimmed": None if trimmed is None else trimmed["beyond"],
+            **{key: [one[key] for one in rounds] for key in ("beyond", "total", "building", "counted")},
+            "loss_error": max(errors, key=lambda error: (math.isnan(error), error)),
+            "losses": rounds[0]["losses"],
         }
         for key in ("seconds", "cpu_seconds"):
-            of_rounds, of_baseline = (
-                [statistics.median(one[key]) for one in rounds[which]] for which in (name, BASELINE)
-            )
-            contenders[name][key] = of_rounds
-            contenders[name][f"{key}_ratio"] = [a / b for a, b in zip(of_rounds, of_baseline, strict=True)]
-    why = {key.partition("/")[2]: text for key, text in failed.items() if key.startswith(f"{dtype}/")}
+            medians = {index: statistics.median(one[key]) for index, one in some.items()}
+            contenders[name][key] = list(medians.values())
+            contenders[name][f"{key}_ratio"] = [
+                value / statistics.median(base[index][key]) for index, value in medians.items()
+            ]
+    why |= {key.partition("/")[2]: text for key, text in failed.items() if key.startswith(f"{dtype}/")}
     return {"dtype": dtype, "contenders": contenders, "failed": why}
 
 
@@ -302,7 +331,7 @@ def evaluated(dtype: str, args: argparse.Namespace, found: Found, failed: dict[s
 def table(result: dict[str, Any]) -> Iterator[str]:
     contenders, dtype = result["contenders"], DTYPES[result["dtype"]]
     yield (
-        f"{'MB':36} | moments  | total | beyond             | counted | trimmed | building | step, ms             "
+        f"{'MB':40} | moments  | total | beyond             | counted | trimmed | building | step, ms             "
         "| CPU ms | CPU / AdamW         | loss off by (tolerance)"
     )
     for weights, title in GROUPS.items():
@@ -314,16 +343,17 @@ def table(result: dict[str, Any]) -> Iterator[str]:
             megabytes = {key: statistics.median(one[key]) / MB for key in ("total", "building", "counted")}
             beyond = median_and_range([count / MB for count in one["beyond"]], ".0f")
             limit = tolerance(entry, dtype)
+            trimmed = "" if one["trimmed"] is None else f"{one['trimmed'] / MB:.0f}"
             yield (
-                f"{entry.label:36} | {entry.moments:8} | {megabytes['total']:5.0f} | {beyond:18} | "
-                f"{megabytes['counted']:7.0f} | {one['trimmed'] / MB:7.0f} | {megabytes['building']:8.0f} | "
+                f"{entry.label:40} | {entry.moments:8} | {megabytes['total']:5.0f} | {beyond:18} | "
+                f"{megabytes['counted']:7.0f} | {trimmed:>7} | {megabytes['building']:8.0f} | "
                 f"{median_and_range([1e3 * s for s in one['seconds']], '.0f'):20} | "
                 f"{1e3 * statistics.median(one['cpu_seconds']):6.0f} | "
                 f"{median_and_range(one['cpu_seconds_ratio'], '.2f'):19} | "
                 f"{one['loss_error']:.1e} ({'another algorithm' if limit is None else f'{limit:.0e}'})"
             )
     for name, why in result["failed"].items():
-        yield f"{ENTRIES[name].label:36} | does not run: {why}"
+        yield f"{ENTRIES[name].label:40} | {why}"
     one = contenders[REFERENCE[result["dtype"]]]
     losses = one["losses"]
     yield f"losses of {one['label']}: {losses[0]:.3f}, {', '.join(f'{loss:.3f}' for loss in losses[1:])}"
@@ -353,46 +383,46 @@ def leanest(results: list[dict[str, Any]], key: str) -> Iterator[str]:
             default=None,
         )
 
-    def is_disk(entry: Entry) -> bool:
-        return dict(entry.options).get("offload") is not None
-
-    peers = {
-        "AdamW with fp32 moments": lambda entry: entry.moments == "fp32",
-        "AdamW": lambda entry: entry.moments != "factored",
-        "any algorithm": lambda entry: True,
+    mine = {
+        "in memory": lambda entry: entry.is_ours and not entry.is_offloaded,
+        "offloaded": lambda entry: entry.is_ours and entry.is_offloaded,
     }
-    own = {"in memory": lambda entry: not is_disk(entry), "offloaded or not": lambda entry: True}
-    for own_title, is_mine in own.items():
-        mine = least(lambda entry, is_mine=is_mine: entry.is_ours and is_mine(entry))
+    peers = {
+        "fp32 moments": lambda entry: not entry.is_ours and entry.moments == "fp32",
+        "its own documentation's form": lambda entry: not entry.is_ours and not entry.is_combined,
+        "any AdamW": lambda entry: not entry.is_ours and entry.moments != "factored",
+        "any algorithm": lambda entry: not entry.is_ours,
+    }
+    for own_title, is_mine in mine.items():
         for title, is_peer in peers.items():
-            peer = least(lambda entry, is_peer=is_peer: not entry.is_ours and is_peer(entry))
-            if mine is not None and peer is not None:
-                ratio = mine[0] / peer[0]
+            if (own := least(is_mine)) is not None and (peer := least(is_peer)) is not None:
+                ratio = own[0] / peer[0]
                 yield (
-                    f"{key}: {mine[1]} ({own_title}) {mine[0] / MB:.0f} MB / peer, {title}: {peer[1]} "
-                    f"{peer[0] / MB:.0f} MB = {ratio:.2f} ({'at most' if ratio <= GOAL else 'over'} {GOAL})"
+                    f"{key:6} | {own_title:9} | {own[1]:44} | {own[0] / MB:5.0f} | {title:28} | {peer[1]:44} | "
+                    f"{peer[0] / MB:5.0f} | {ratio:.2f} {'at most' if ratio <= GOAL else 'over'} {GOAL}"
                 )
 
 
 def report_plan(args: argparse.Namespace) -> int:
     """Print the planner's bytes, the optimizer's and the measured ones; return the exit code."""
     args.tokens, off = PLAN_TOKENS, []
-    print(f"{'MB':36} | dtype | plan, built | memory() | planned in training | measured |  more")
+    print(f"{'MB':40} | dtype | memory() | measured | plan, built | planned in training | measured more")
     for name, entry in ENTRIES.items():
         for dtype in args.dtypes:
             if not entry.is_ours or DTYPES[dtype] not in entry.dtypes or (args.only and name not in args.only):
                 continue
             found = run_child(name, dtype, args, TRIMMING, steps=TRIMMED_STEPS)
-            sizes = found.get("planned", found)
+            if "failed" in found:
+                print(f"{entry.label:40} | {dtype:>5} | does not run: {found['failed']}", flush=True)
+                continue
+            sizes, measured = found["planned"], f"{found['total'] / MB:8.1f}"
+            line = f"{entry.label:40} | {dtype:>5} | {sizes['memory'] / MB:8.1f} | {measured}"
             if "failed" in sizes:
-                print(f"{entry.label:36} | {dtype:>5} | not compared: {sizes['failed']}", flush=True)
+                print(f"{line} | not planned: {sizes['failed']}", flush=True)
+                off.append(f"{entry.label} in {dtype} (not planned)")
                 continue
             more = found["total"] / sizes["need"] - 1
-            print(
-                f"{entry.label:36} | {dtype:>5} | {sizes['plan'] / MB:11.1f} | {sizes['memory'] / MB:8.1f} | "
-                f"{sizes['need'] / MB:19.1f} | {found['total'] / MB:8.1f} | {100 * more:+4.1f}%",
-                flush=True,
-            )
+            print(f"{line} | {sizes['plan'] / MB:11.1f} | {sizes['need'] / MB:19.1f} | {100 * more:+8.1f}%", flush=True)
             if sizes["plan"] != sizes["memory"] or abs(more) > PLAN_TOLERANCE:
                 off.append(f"{entry.label} in {dtype}")
     if off:
@@ -428,24 +458,23 @@ def main() -> None:
     parser.add_argument("--directory", help="for files of DiskOffload; default: the system's temporary directory")
     parser.add_argument("--json", help="file for all raw results")
     parser.add_argument("--resume", action="store_true", help="keep the results that the file of --json has")
+    parser.add_argument("--report", action="store_true", help="run nothing; print what the file of --json has")
     parser.add_argument("--plan", action="store_true", help="compare the planner with memory() and with measurements")
     parser.add_argument("--measure", metavar="NAME", help="measure this contender only; used by one_process.py itself")
     args = parser.parse_args()
     if args.rounds < 1 or args.steps <= WARM_UP or args.width % 64:
         parser.error(f"--rounds must be at least 1, --steps more than {WARM_UP}, --width a multiple of 64")
-    if args.resume and not args.json:
-        parser.error("--resume needs --json, the file to resume from")
+    if (args.resume or args.report) and not args.json:
+        parser.error("--resume and --report need --json, the file with results")
     if args.measure:
         Path(args.json).write_text(json.dumps(measure(args.measure, args)))
         return
     check_directory(args.directory)
-    print(head(args))
+    of_run, found = saved_in(args.json, args) if args.resume or args.report else (head(args), {})
+    print(of_run if args.report else head(args), flush=True)
     if args.plan:
         sys.exit(report_plan(args))
-    found: Found = {}
-    if args.resume:
-        found = json.loads(Path(args.json).read_text())["found"]
-    failed = run_all(args, found)
+    failed = {} if args.report else run_all(args, found)
     if absent := [key for key in failed if key.partition("/")[2] in (BASELINE, *REFERENCE.values())]:
         sys.exit(f"nothing to compare with: {', '.join(absent)} did not run")
     results = [evaluated(dtype, args, found, failed) for dtype in args.dtypes]

@@ -67,7 +67,7 @@ class Entry:
             master behind low-precision ones); "rounded" if each step rounds them to the parameter's dtype.
         moments: how the moments are kept; "factored": another algorithm, whose losses are not Adam's.
         needs: a package that it imports.
-        needs_directory: whether `build` takes `directory`, where it may write files.
+        is_combined: whether the hooks of torch's tutorial step an optimizer that its documentation does not use so.
         precision, options: of `ShardedAdamW`, for its own contenders; None for peers.
     """
 
@@ -77,7 +77,7 @@ class Entry:
     weights: Weights = "fp32"
     dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
     needs: str | None = None
-    needs_directory: bool = False
+    is_combined: bool = False
     precision: Precision | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -88,6 +88,11 @@ class Entry:
     @property
     def is_installed(self) -> bool:
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether `build` takes `directory`, where it writes the state."""
+        return dict(self.options).get("offload") is not None
 
     def weights_in(self, dtype: torch.dtype) -> Weights:
         return "fp32" if dtype == FP32 else self.weights
@@ -234,7 +239,6 @@ def _ours(label: str, moments: str = "fp32", master: str = "auto", **options: An
         moments="8-bit" if moments == "int8" else moments,  # type: ignore[arg-type]
         weights="rounded" if master == "none" else "fp32",
         dtypes=(BF16,) if master == "none" else (FP32, BF16),
-        needs_directory=options.get("offload") == "disk",
         precision=precision,
         options=packed,
     )
@@ -247,7 +251,12 @@ ENTRIES: dict[str, Entry] = {
     "released": Entry("AdamW in backward", partial(released, make=partial(_adamw, fused=True)), "fp32", "rounded"),
     "torchao": Entry("torchao AdamW8bit", partial(plain, make=torchao_8bit), "8-bit", "rounded", needs="torchao"),
     "torchao-released": Entry(
-        "torchao AdamW8bit in backward", partial(released, make=torchao_8bit), "8-bit", "rounded", needs="torchao"
+        "torchao AdamW8bit in backward",
+        partial(released, make=torchao_8bit),
+        "8-bit",
+        "rounded",
+        needs="torchao",
+        is_combined=True,
     ),
     "torchao-offload": Entry(
         "torchao CPUOffloadOptimizer", partial(plain, make=torchao_offload), "fp32", "rounded", needs="torchao"
@@ -261,10 +270,13 @@ ENTRIES: dict[str, Entry] = {
         "8-bit",
         "rounded",
         needs="bitsandbytes",
+        is_combined=True,
     ),
     "flashoptim": Entry("FlashAdamW, 32-bit, in backward", flashoptim, "8-bit", needs="flashoptim"),
     "adafactor": Entry("Adafactor", partial(plain, make=_adafactor), "factored", "rounded"),
-    "adafactor-released": Entry("Adafactor in backward", partial(released, make=_adafactor), "factored", "rounded"),
+    "adafactor-released": Entry(
+        "Adafactor in backward", partial(released, make=_adafactor), "factored", "rounded", is_combined=True
+    ),
     "ours": _ours(""),
     "ours-backward": _ours("in backward", update="backward"),
     "ours-int8": _ours("int8", "int8"),
