@@ -57,7 +57,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -351,9 +351,9 @@ def table(result: dict[str, Any]) -> Iterator[str]:
             yield f"  {ENTRIES[name].label}: {median_and_range(contenders[name]['to_limit'], '.2f')} of the limit"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = ("torch", "shardadam", "deepspeed", "fairscale")) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "shardadam", "deepspeed", "fairscale"):
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

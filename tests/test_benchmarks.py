@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code of benchmarks/gpu.py that a rehearsal on the CPU does not run: the search for the largest model, traces, parts
-that time out, and missed goals. And the arithmetic of benchmarks/scale.py, whose times nothing here can measure.
+that time out, and missed goals. And the arithmetic of benchmarks/scale.py, whose times nothing here can measure, and
+what benchmarks/one_process.py makes of its measurements.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 pytest.importorskip("matplotlib")
 import gpu
 import gpu_trace
 import gpu_train
+import one_process
+import one_process_contenders
 import scale
 from scale_model import DECODERS, EXPERTS, Counts, Decoder, Machine, predict, traffic
 
@@ -264,3 +269,65 @@ def test_a_paper_with_model_parallelism_is_printed_as_a_prediction(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "| mixture" in line]
     assert len(rows) == 4 and all(row[9].endswith("+ 40") for row in rows)
     assert rows[0][8] == "0%" and int(rows[-1][8][:-1]) > 0  # 8 data-parallel ranks: one holds each expert
+
+
+# benchmarks/one_process.py
+
+
+def measured(beyond: int, losses: list[float], seconds: float = 1.0) -> dict[str, Any]:
+    sizes = dict(beyond=beyond, total=beyond + 400, building=0, counted=beyond, numel=100)
+    return {**sizes, "losses": losses, "seconds": [seconds], "cpu_seconds": [seconds]}
+
+
+def one_process_results(**of_ours: Any) -> tuple[list[dict[str, Any]], Any]:
+    """Results in fp32: AdamW, AdamW in backward, and one of shardadam's contenders."""
+    args = SimpleNamespace(rounds=1, only=["released", "ours"], layers=8, width=64, tokens=4, steps=3)
+    found = {
+        "fp32/1/adamw": measured(1200, [5.0, 4.0, 3.0], 2.0),
+        "fp32/1/released": measured(900, [5.0, 4.0, 3.0]),
+        "fp32/1/ours": measured(**{"beyond": 300, "losses": [5.0, 4.0, 3.0], "seconds": 3.0, **of_ours}),
+    }
+    return [one_process.evaluated("fp32", args, found, {})], args
+
+
+def test_a_contender_whose_losses_are_not_adamws_is_named() -> None:
+    for losses, expected in (([5.0, 4.0, 3.00001], []), ([5.0, 4.0, 3.0002], ["shardadam in fp32"])):
+        (result,), _ = one_process_results(losses=losses)
+        assert one_process.wrong(result) == expected
+    (result,), _ = one_process_results(losses=[5.0, 4.0, float("nan")])
+    assert one_process.wrong(result) == ["shardadam in fp32"]
+
+
+def test_the_leanest_peer_with_exact_weights_is_the_one_compared_with() -> None:
+    results, _ = one_process_results()
+    lines = list(one_process.leanest(results, "beyond"))
+    assert len(lines) == 4 and all("AdamW in backward, fp32" in line and "0.33 at most 0.6" in line for line in lines)
+    assert results[0]["contenders"]["ours"]["cpu_seconds_ratio"] == [1.5]
+    assert any("over 0.6" in line for line in one_process.leanest(one_process_results(beyond=600)[0], "beyond"))
+
+
+def test_results_of_other_settings_are_not_resumed(tmp_path: Path) -> None:
+    _, args = one_process_results()
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps({"head": "", "settings": one_process.settings_of(args), "found": {"a": {}}}))
+    assert one_process.saved_in(str(path), args)[1] == {"a": {}}
+    args.steps = 9
+    with pytest.raises(ValueError, match="pass the former"):
+        one_process.saved_in(str(path), args)
+
+
+def test_states_are_counted_by_what_a_tensor_subclass_wraps() -> None:
+    class Wrapper:
+        codes, scale = torch.zeros(256, dtype=torch.uint8), torch.zeros(2)
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["codes", "scale"], None
+
+    assert one_process_contenders._nbytes(Wrapper()) == 256 + 8  # type: ignore[arg-type]
+    assert one_process_contenders._nbytes(torch.zeros(3)) == 12
+
+
+def test_files_of_an_offload_that_would_be_in_memory_are_refused(tmp_path: Path) -> None:
+    one_process.check_directory(str(tmp_path))
+    with pytest.raises(ValueError, match="expected a file system on a disk"):
+        one_process.check_directory("/dev/shm")
