@@ -138,6 +138,7 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
             copies=[1] * len(named),
             is_borrowed=False,
             precision=precision,
+            has_average=True,
             bucket_bytes=4096,
             first_index=0,
         )
@@ -152,7 +153,7 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
     used = torch.ones(len(parameters), dtype=torch.bool)
     launches = 0
     for _ in range(2):
-        arena.update.begin(StepInputs(torch.zeros(()), used, None, torch.tensor(0.25), group))
+        arena.update.begin(StepInputs(torch.zeros(()), used, None, torch.tensor(0.25), group, ema_decay=0.5))
         for buckets in adjoining(reversed(arena.buckets)):
             arena.update.step_(merged(buckets), buckets[0].plan)
             launches += 1
