@@ -64,10 +64,11 @@ def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
 # The kernel
 
 
+@pytest.mark.parametrize("averages", [False, True], ids=["", "averages"])
 @interpreted.each_variant
-def test_compiled_kernel_equals_reference(variant: interpreted.Variant) -> None:
+def test_compiled_kernel_equals_reference(variant: interpreted.Variant, averages: bool) -> None:
     """Bit for bit, as in the interpreter, with infinities, subnormals, NaNs and stale remainders."""
-    assert interpreted.differences_from_reference(variant, device=DEVICE) == []
+    assert interpreted.differences_from_reference(variant, device=DEVICE, averages=averages) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

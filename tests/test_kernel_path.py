@@ -119,8 +119,7 @@ def test_kernels_read_gradients_of_other_dtypes_and_negated_views(interpreter: P
 def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tuple[list[Tensor], int]:
     """Update the shards of rank 1 of 4 once; return all their tensors, and the number of launches."""
     from shardadam import Precision, update
-    from shardadam.engine.merging import adjoining, merged
-    from shardadam.engine.storage import NamedParameter, ShardGroup, allocate
+    from shardadam.engine.storage import NamedParameter, ShardGroup, adjoining, allocate, merged
     from shardadam.transport import SingleProcessTransport
     from shardadam.update import StepInputs
     from shardadam.update.triton import TritonUpdate
@@ -139,7 +138,7 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
             copies=[1] * len(named),
             is_borrowed=False,
             precision=precision,
-            has_average=False,
+            has_average=True,
             bucket_bytes=4096,
             first_index=0,
         )
@@ -154,7 +153,7 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
     used = torch.ones(len(parameters), dtype=torch.bool)
     launches = 0
     for _ in range(2):
-        arena.update.begin(StepInputs(torch.zeros(()), used, None, torch.tensor(0.25), group))
+        arena.update.begin(StepInputs(torch.zeros(()), used, None, torch.tensor(0.25), group, ema_decay=0.5))
         for buckets in adjoining(reversed(arena.buckets)):
             arena.update.step_(merged(buckets), buckets[0].plan)
             launches += 1
