@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -553,6 +554,29 @@ def test_fsdp2_takes_its_shards_and_the_largest_module_twice() -> None:
     in_bf16 = fsdp2(source, 4, keeps_masters=False)  # six rows over four ranks: two rows on rank 0
     assert in_bf16.kinds["gradients"] == 2 * (2 * 8 + 4 * 16 + 4)
     assert in_bf16.is_estimate and in_bf16.setting is None
+
+
+SAVINGS: dict[str, dict[str, Any]] = {
+    'Precision(gradients="bf16")': {"precision": Precision(gradients="bf16")},
+    'Precision(moments="int8")': {"precision": Precision(moments="int8")},
+    'update="backward"': {"update": "backward"},
+    'Precision(master="none")': {"precision": Precision(master="none")},
+    "all of them": {"precision": Precision(gradients="bf16", moments="int8", master="none"), "update": "backward"},
+    "ema_decay=0.999": {"ema": True},
+}
+
+
+def test_the_table_of_savings_in_the_docs_is_the_planners() -> None:
+    text = (ROOT / "docs" / "precision.md").read_text()
+    for column, (dtype, ranks) in enumerate(itertools.product((torch.bfloat16, torch.float32), (1, 8)), 1):
+        source, plain = find_model_source("7B", dtype), Setting(world_size=ranks, device="cuda")
+        whole = need(source.planned, plain).total
+        expected = {"the defaults take": whole}
+        for name, changes in SAVINGS.items():
+            expected[name] = abs(whole - need(source.planned, replace(plain, **changes)).total)
+        for name, nbytes in expected.items():
+            (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and name in line[:40]]
+            assert row[column] == f"{nbytes / source.numel:.2f}", (name, dtype, ranks)
 
 
 # Text
