@@ -150,6 +150,7 @@ def add_formats(add: Callable[..., Any]) -> None:
     add("--master", choices=("auto", "split", "fp32", "none"), default="auto", help="format of bf16 masters")
     add("--gradients", choices=("auto", "fp32", "bf16"), default="auto", help="format of sharded gradients")
     add("--update", choices=("step", "backward"), default="step", help="backward: while it runs; needs --clip 0")
+    add("--ema-decay", type=real, default=None, metavar="D", help="average the weights, such as 0.999; None: do not")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the parameters")
 
 
@@ -191,13 +192,19 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
 
 def check_sharded_options(args: argparse.Namespace, parser: Parser) -> None:
     """Exits on options that ShardedAdamW would refuse, or that torch's AdamW does not have."""
-    defaults = {"moments": "fp32", "master": "auto", "gradients": "auto", "update": "step"}
-    used = [f"--{name} {getattr(args, name)}" for name, value in defaults.items() if getattr(args, name) != value]
+    defaults = {"moments": "fp32", "master": "auto", "gradients": "auto", "update": "step", "ema_decay": None}
+    used = [
+        f"--{name.replace('_', '-')} {getattr(args, name)}"
+        for name, value in defaults.items()
+        if getattr(args, name) != value
+    ]
     if used and args.optimizer == "adamw":
         parser.error(
             f"{' '.join(used)} with --optimizer adamw: torch's AdamW has no such choice; use --optimizer sharded, or "
             "omit them"
         )
+    if args.ema_decay is not None and not args.ema_decay < 1:
+        parser.error(f"--ema-decay {args.ema_decay:g}: expected at least 0 and less than 1, such as 0.999")
     if args.update == "backward" and args.clip:
         parser.error(
             f"--update backward with --clip {args.clip:g}: the norm is known only after backward; give --clip 0, or "

@@ -152,6 +152,7 @@ def workload(
         update=args.update,
         device=device.type,
         clips=args.clip > 0,
+        ema=args.ema_decay is not None,
     )
     planned = [
         PlannedParameter.of(parameter, group)
@@ -380,6 +381,10 @@ def finetune(
         timings, training_loss = train(run, prepared, args, ranks, device, report)
         total_seconds = time.perf_counter() - started
         loss, scores = evaluate(model, prepared, ranks, device)
+        average_loss, average_scores = None, None
+        if (averaged := run.averaged()) is not None:
+            with averaged:
+                average_loss, average_scores = evaluate(model, prepared, ranks, device)
         peak = peak_bytes(device)
         if args.save_dir and ranks.rank == 0:
             save(Path(args.save_dir), model, tokenizer, task.names)
@@ -399,6 +404,8 @@ def finetune(
         "accuracy": scores.accuracy,
         "macro_f1": scores.macro_f1,
         "validation_loss": loss,
+        "average_validation_loss": average_loss,
+        "average_accuracy": average_scores and average_scores.accuracy,
         "training_loss": training_loss,
         "trained_parameters": trained,
         "state_bytes": run.state_bytes(),
@@ -467,6 +474,8 @@ def show(report: Report, results: dict[str, Any]) -> None:
     state, unsharded = results["state_bytes"], results["unsharded_state_bytes"]
     rows = {
         "validation loss": f"{results['validation_loss']:.4f}",
+        "of the averaged weights": f"{results['average_validation_loss'] or 0:.4f}, accuracy "
+        f"{results['average_accuracy'] or 0:.1%}",
         "optimizer state a rank": megabytes(state),
         "AdamW would hold": f"{megabytes(unsharded)} ({unsharded / state:.2f} x)",
         "planned a rank": megabytes(results["demand_bytes"]),
@@ -475,6 +484,8 @@ def show(report: Report, results: dict[str, Any]) -> None:
         "optimizer, median step": f"{results['optimizer_s'] * 1e3:.1f} ms",
         "training, total": f"{results['total_s']:.1f} s",
     }
+    if results["average_validation_loss"] is None:
+        del rows["of the averaged weights"]
     if results["optimizer"] == "adamw":
         del rows["AdamW would hold"]
     report.summary(rows, b"")

@@ -55,7 +55,9 @@ class Sharded:
             gradient_sync=args.gradient_sync,
             precision=Precision(moments=args.moments, master=args.master, gradients=args.gradients, seed=args.seed),
             update=args.update,
+            ema_decay=args.ema_decay,
         )
+        self.has_averages = args.ema_decay is not None
         self.schedule = make_schedule(self.optimizer, args)
         on_gpu = any(p.is_cuda for p in model.parameters())
         if on_gpu if args.overlap_gather is None else args.overlap_gather:
@@ -69,6 +71,10 @@ class Sharded:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.optimizer.grad_norm
+
+    def averaged(self) -> AbstractContextManager[None] | None:
+        """The model has the averages of its weights meanwhile; None without --ema-decay. Collective at both ends."""
+        return self.optimizer.averaged_parameters() if self.has_averages else None
 
     def state_bytes(self) -> int:
         return self.optimizer.memory().state
@@ -94,6 +100,9 @@ class Replicated:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def averaged(self) -> None:
+        """There are no averages."""
 
     def state_bytes(self) -> int:
         states = self.optimizer.state.values()
@@ -297,6 +306,10 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
             report.say(f"SIGTERM: stopped after step {last} of {args.steps}, which is saved; continue with --resume")
             return
         loss = validation_loss(model, corpus.validation, args, ranks, device)
+        average_loss = None
+        if (averaged := run.averaged()) is not None:
+            with averaged:
+                average_loss = validation_loss(model, corpus.validation, args, ranks, device)
         report.validation(span.stop - 1, loss)
         if span.stop <= args.steps:
             report.say(f"stopped after step {span.stop - 1} of {args.steps}; continue with --resume")
@@ -314,6 +327,7 @@ def pretrain(args: argparse.Namespace, corpus: data.Corpus, ranks: Ranks, device
         "last_step": span.stop - 1,
         "parameters": numel,
         "validation_loss": loss,
+        "average_validation_loss": average_loss,
         "state_bytes": run.state_bytes(),
         "unsharded_state_bytes": unsharded_state_bytes(model),
         "forward_backward_s": forward_backward,
@@ -334,9 +348,12 @@ def table_rows(results: dict) -> dict[str, str]:
     state, unsharded = results["state_bytes"], results["unsharded_state_bytes"]
     rows = {
         "validation loss, nats a byte": f"{results['validation_loss']:.4f}",
+        "of the averaged weights": f"{results['average_validation_loss'] or 0:.4f}",
         "optimizer state a rank": megabytes(state),
         "AdamW would hold": f"{megabytes(unsharded)} ({unsharded / state:.2f} x)",
     }
+    if results["average_validation_loss"] is None:
+        del rows["of the averaged weights"]
     if results["optimizer"] == "adamw":
         del rows["AdamW would hold"]
     if results["last_step"] >= results["first_step"]:

@@ -47,7 +47,7 @@ NOT_RUN = {
     "index.md": 1,
     "launch.md": 2,
     "migrating.md": 1,
-    "recipes.md": 1,
+    "recipes.md": 2,
 }
 
 

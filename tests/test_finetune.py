@@ -195,7 +195,7 @@ def test_fit_chooses_settings_says_why_and_trains_with_them(
     assert (result["moments"], result["update"], result["clip"]) == ("int8", "backward", 0)
     assert result["demand_bytes"] <= 260e6
     printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    lines = [line for line in printed.partition("--fit trains")[0].splitlines() if line.startswith("│")]
     tried = [
         ("as asked", "does not fit"),
         ("+ --gradients bf16", "saves nothing"),
@@ -225,13 +225,27 @@ def test_fit_leaves_settings_that_fit_and_refuses_where_nothing_does(
         finetuned(*asked, "--memory-limit=130MB")
 
 
+def test_averages_of_the_weights_are_evaluated_beside_them(few_texts: Path) -> None:
+    common = ["--data", str(few_texts), "--epochs=3"]  # three steps; the first average is a copy
+    plain, _ = finetuned(*common)
+    latest, model = finetuned(*common, "--ema-decay=0")
+    assert latest["average_validation_loss"] == pytest.approx(latest["validation_loss"], abs=1e-5)
+    assert plain["average_validation_loss"] is None and plain["validation_loss"] == latest["validation_loss"]
+    slow, other = finetuned(*common, "--ema-decay=0.99")
+    assert slow["validation_loss"] == plain["validation_loss"] != slow["average_validation_loss"]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    trained = slow["trained_parameters"]
+    assert slow["demand_bytes"] - plain["demand_bytes"] == pytest.approx(4 * trained, rel=0.01)
+
+
 def test_two_ranks_fit_into_the_same_settings(few_texts: Path) -> None:
-    options = ["--data", str(few_texts), "--epochs=1", "--fit", "--memory-limit=260MB", "--clip=0"]
+    options = ["--data", str(few_texts), "--epochs=1", "--fit", "--memory-limit=310MB", "--clip=0"]
     first, second = on_ranks(2, results_on_a_rank, *options, deadline_s=100)
     assert isinstance(first, dict) and isinstance(second, dict)
     for name in ("gradients", "moments", "update", "clip", "demand_bytes", "validation_loss"):
         assert first[name] == second[name], name
-    assert first["demand_bytes"] <= 260e6 and first["gradients"] == "bf16"
+    assert first["demand_bytes"] <= 310e6
+    assert (first["gradients"], first["moments"], first["update"]) == ("bf16", "fp32", "step")
 
 
 @pytest.mark.long
@@ -391,6 +405,8 @@ def test_unreadable_data_is_named(lines: list[str] | None, expected: str, tmp_pa
         (["--batch=15", "--accumulate=2"], "choose a multiple of 2"),
         (["--optimizer=adamw", "--moments=int8"], "use --optimizer sharded"),
         (["--optimizer=adamw", "--update=backward", "--clip=0"], "--update backward with --optimizer adamw"),
+        (["--optimizer=adamw", "--ema-decay=0.9"], "--ema-decay 0.9 with --optimizer adamw"),
+        (["--ema-decay=1"], "--ema-decay 1: expected"),
         (["--optimizer=adamw", "--fit"], "--fit with --optimizer adamw"),
         (["--update=backward"], "--update backward with --clip 1"),
         (["--update=backward", "--clip=0", "--gradient-sync=step"], "--update backward with --gradient-sync step"),

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,7 @@ def test_the_json_repeats_the_options(capsys: pytest.CaptureFixture[str]) -> Non
         "bucket_bytes": 2**19,
         "clip": False,
         "ema": False,
+        "offload": None,
         "transport": "auto",
     }
     spanning = planned_json(capsys, "1M", "--ranks", "8", "--hosts", "4", "--replicas", "2", "--device", "cpu")
@@ -439,6 +442,7 @@ def test_missing_packages_are_named_with_their_extra(
      ["--memory", "0"],
      ["--memory", "much"], ["--bucket-mb", "0"], ["--bucket-mb", "nan"], ["--dtype", "fp8"], ["--moments", "int4"],
      ["--device", "tpu"], ["--gradient-sync", "never"], ["--hosts", "0"], ["--gradients", "fp8"],
+     ["--offload", "tape"], ["--disk-bandwidth", "fast"], ["--step-time", "0"],
      ["--update", "later"]],
     ids=" ".join,
 )  # fmt: skip
@@ -452,6 +456,11 @@ def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureF
 def test_contradicting_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--hosts: found 3 with --ranks 8" in refused(capsys, "1M", "--hosts", "3")
     assert "--replicas: found 16 with --ranks 8" in refused(capsys, "1M", "--replicas", "16")
+    assert 'offload: found "host" with device="cpu"' in refused(capsys, "1M", "--device", "cpu", "--offload", "host")
+    assert "--step-time: needs --measure-disk" in refused(capsys, "1M", "--step-time", "1")
+    both = ["--measure-disk", ".", "--disk-bandwidth", "1GB"]
+    assert "--disk-bandwidth with --measure-disk" in refused(capsys, "1M", *both)
+    assert "--measure-disk no/such" in refused(capsys, "1M", "--measure-disk", "no/such")
     assert "--update: found backward with --clip" in refused(capsys, "1M", "--update", "backward", "--clip")
     for sync in ("step", "external"):
         text = refused(capsys, "1M", "--update", "backward", "--gradient-sync", sync)
@@ -481,7 +490,7 @@ def test_fits_and_choice_equal_those_of_the_planner(capsys: pytest.CaptureFixtur
         choice = found["choice"]
         names = {row["name"]: row for row in found["comparison"]}
         # A choice that differs in more than moments, master, gradient_sync and ranks has a row of its own.
-        assert ("choice" in names) == bool({"gradients", "update", "clips"} & set(fit.changes))
+        assert ("choice" in names) == bool({"gradients", "update", "clips", "offload"} & set(fit.changes))
         if "choice" in names:
             assert names["choice"]["bytes"]["total"] == choice["bytes"]["total"] and names["choice"]["fits"]
         assert choice["fits"] == fit.fits
@@ -553,6 +562,78 @@ def test_fsdp2_takes_its_shards_and_the_largest_module_twice() -> None:
     in_bf16 = fsdp2(source, 4, keeps_masters=False)  # six rows over four ranks: two rows on rank 0
     assert in_bf16.kinds["gradients"] == 2 * (2 * 8 + 4 * 16 + 4)
     assert in_bf16.is_estimate and in_bf16.setting is None
+
+
+SAVINGS: dict[str, dict[str, Any]] = {
+    'Precision(gradients="bf16")': {"precision": Precision(gradients="bf16")},
+    'Precision(moments="int8")': {"precision": Precision(moments="int8")},
+    'update="backward"': {"update": "backward"},
+    'Precision(master="none")': {"precision": Precision(master="none")},
+    "all of them": {"precision": Precision(gradients="bf16", moments="int8", master="none"), "update": "backward"},
+    "ema_decay=0.999": {"ema": True},
+}
+
+
+def test_the_table_of_savings_in_the_docs_is_the_planners() -> None:
+    text = (ROOT / "docs" / "precision.md").read_text()
+    for column, (dtype, ranks) in enumerate(itertools.product((torch.bfloat16, torch.float32), (1, 8)), 1):
+        source, plain = find_model_source("7B", dtype), Setting(world_size=ranks, device="cuda")
+        whole = need(source.planned, plain).total
+        expected = {"the defaults take": whole}
+        for name, changes in SAVINGS.items():
+            expected[name] = abs(whole - need(source.planned, replace(plain, **changes)).total)
+        for name, nbytes in expected.items():
+            (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and name in line[:40]]
+            assert row[column] == f"{nbytes / source.numel:.2f}", (name, dtype, ranks)
+
+
+# State on disk
+
+
+def test_offloaded_state_is_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    resident, offloaded = (
+        next(row for row in found["formats"] if row["asked"])
+        for found in (planned_json(capsys, "10M", "--ranks", "2"),
+                      planned_json(capsys, "10M", "--ranks", "2", "--offload", "disk"))
+    )  # fmt: skip
+    state = resident["built"]["moments"] + resident["built"]["master"]
+    assert offloaded["built"]["on_disk"] == state and offloaded["bytes"]["moments"] == 0
+    assert offloaded["bytes"]["total"] - resident["bytes"]["total"] == offloaded["built"]["offload_buffers"] - state
+    text = printed(capsys, "10M", "--ranks", "4", "--hosts", "2", "--offload", "host")
+    assert "offload=HostOffload()" in text and "in pinned memory of the host" in text
+    total = planned_json(capsys, "10M", "--ranks", "4", "--hosts", "2", "--offload", "host")["formats"]
+    on_host = next(row["built"]["on_host"] for row in total if row["asked"])
+    assert f"{2 * on_host / 1e6:.2f} MB on each host" in text.replace("\n", " ")
+
+
+def test_the_time_to_move_the_state_follows_from_the_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["10M", "--ranks", "4", "--hosts", "2", "--disk-bandwidth", "100MB"]
+    for offload in ([], ["--offload", "disk"]):
+        found = planned_json(capsys, *options, *offload, "--step-time", "0.5")["disk"]
+        assert found["state"] == pytest.approx(10 * 10**7 / 4, rel=0.01)
+        assert found["sharing"] == 2 and found["directory"] is None
+        assert found["seconds"] == pytest.approx(2 * 2 * found["state"] / 100e6)
+        assert found["slowdown_at_least"] == pytest.approx(found["seconds"] / 0.5)
+        assert found["slowdown_at_most"] == pytest.approx(1 + found["seconds"] / 0.5)
+    assert planned_json(capsys, *options, "--step-time", "50")["disk"]["slowdown_at_least"] == 1
+    text = printed(capsys, *options, "--step-time", "0.5").replace("\n", " ")
+    assert "takes 1.00 s in every step" in text and "2.00 times as long" in text
+    assert "Give --step-time" in printed(capsys, *options)
+    assert planned_json(capsys, "10M")["disk"] is None
+
+
+def test_a_disk_is_measured_and_left_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardadam.cli.disk_speed.MOST_BYTES", 2**24)
+    monkeypatch.setattr("shardadam.cli.disk_speed._SECONDS", 0.05)
+    allocated: list[int] = []
+    allocate = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda *a: (allocated.append(a[2]), allocate(*a)))
+    found = planned_json(capsys, "1M", "--measure-disk", str(tmp_path))["disk"]
+    assert found["directory"] == str(tmp_path) and list(tmp_path.iterdir()) == []
+    assert 0 < sum(allocated) <= 2**24
+    assert all(found[name] > 1e5 for name in ("read", "write", "both"))
 
 
 # Text

@@ -309,6 +309,7 @@ def test_nccl_needs_receive_buffers_for_exact_sums_only() -> None:
         (Setting(update="backward", gradient_sync="step"), "fp32"),
         (Setting(update="backward", gradient_sync="external"), "fp32"),
         (Setting(update="backward", clips=True), "fp32"),
+        (Setting(offload="host"), "fp32"),
     ],
 )
 def test_the_planner_refuses_what_the_optimizer_refuses(setting: Setting, kind: str) -> None:
@@ -532,6 +533,21 @@ def test_bucket_views_may_take_less_than_float32_gradient_shards() -> None:
     assert total(LOW, asked, gradient_sync="step") < total(LOW, asked)
 
 
+def test_state_goes_to_disk_last() -> None:
+    asked = replace(LEAN, update="backward")
+    available = total(MATRICES, asked, offload="disk")
+    assert available < total(MATRICES, asked, world_size=1)
+    check(fitting(MATRICES, asked, available, most_ranks=2), MATRICES, offload="disk")
+    plain = replace(ASKED, world_size=1)  # disk alone would do, but so do two changes that cost less
+    available = total(MATRICES, plain, offload="disk")
+    check(fitting(MATRICES, plain, available, most_ranks=1), MATRICES, moments="bf16", update="backward")
+    assert total(MATRICES, asked, world_size=4) < total(MATRICES, asked)
+    check(fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=4), MATRICES, world_size=4)
+    kept = replace(asked, offload="host", device="cuda")
+    nearest = fitting(MATRICES, kept, total(MATRICES, kept) - 1, most_ranks=4).nearest
+    assert nearest is None or nearest.offload == "host"
+
+
 def test_two_changes_are_made_where_one_is_not_enough_by_the_fewest_steps() -> None:
     asked = replace(ASKED, precision=Precision(gradients="bf16"), update="backward")
     available = total(MATRICES, asked, moments="bf16", world_size=4)
@@ -561,7 +577,7 @@ def test_moments_of_float64_and_masters_of_float32_are_not_changed() -> None:
     asked = replace(ASKED, update="backward")
     check(fitting(doubles, asked, total(doubles, asked) - 1), doubles, world_size=4)
     asked = replace(LEAN, world_size=1, update="backward")
-    assert fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=1).nearest is None
+    assert fitting(MATRICES, asked, total(MATRICES, asked) - 1, most_ranks=1, keep=["offload"]).nearest is None
 
 
 def test_external_gradients_are_never_proposed() -> None:

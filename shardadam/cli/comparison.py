@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 
 import torch
 
+from shardadam.cli.disk_speed import Moved
 from shardadam.cli.model_source import ModelSource
 from shardadam.cli.plan_parallel import ModelParallel, Part, divide
 from shardadam.layout import Layout
@@ -90,6 +91,7 @@ class Comparison:
         alternatives: other optimizers, and ours in the requested format; and the nearest settings that fit, unless
             ``formats`` have them on some number of ranks.
         fit: None if the available memory is not known.
+        moved: what it costs to keep the state on a disk; None if its speed is not known.
         here: the nearest setting that fits on as many ranks as requested, if ``fit`` has found another number.
     """
 
@@ -101,6 +103,7 @@ class Comparison:
     alternatives: tuple[Usage, ...]
     fit: Fit | None
     here: Fit | None = None
+    moved: Moved | None = None
 
     @property
     def source(self) -> ModelSource:
@@ -121,6 +124,13 @@ class Comparison:
         """Size of a bucket; of experts that have a process group of their own, it may differ."""
         common = (one for one in self.part.held.planned if one.trainable and one.expert_parallel == 1)
         return self.asked.bucket_bytes(sum(one.nbytes for one in common))
+
+    @property
+    def state_bytes(self) -> int:
+        """Moments, masters and averages of one rank, wherever they are."""
+        built = self.asked_usage.built
+        assert built is not None
+        return built.moments + built.master + built.average + built.on_host + built.on_disk
 
     def is_asked(self, usage: Usage) -> bool:
         return usage.setting == self.asked

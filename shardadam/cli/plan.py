@@ -10,11 +10,12 @@ import argparse
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from shardadam.cli.comparison import KINDS, MOST_RANKS, Comparison, Usage, compare
+from shardadam.cli.disk_speed import DiskSpeed, Moved, measure
 from shardadam.cli.errors import CommandError
 from shardadam.cli.model_source import DTYPES, find_model_source
 from shardadam.cli.plan_parallel import ModelParallel
@@ -48,7 +49,7 @@ data-parallel and split its state; N / (T P E) of them hold the same experts. Te
   what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
               dtypes {{fp32, bf16, ...: elements}}
   asked       your settings: ranks, hosts, replicas, device, gradient_sync, update, gradients, moments, master,
-              bucket_bytes, clip, ema, transport
+              bucket_bytes, clip, ema, offload, transport
   parallel    null without model parallelism: tensor, expert, pipeline, data (ranks that hold the same part), and what
               the planned rank holds, the fullest: stage (from 1), layers (first and last), tensors, parameters,
               trainable, cuts {{how: names}}
@@ -59,9 +60,12 @@ data-parallel and split its state; N / (T P E) of them hold the same experts. Te
   comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2, and choice and here if formats do not have them
               on any number of ranks: name, estimate, bytes, fits, fits_from
   choice      null without --memory: fits, changes (what differs from your settings), ranks, gradient_sync, update,
-              clip, gradients, moments, master, bytes {{parameters, gradients, optimizer, total}}; if nothing fits, all
-              but fits and changes null
+              clip, offload, gradients, moments, master, bytes {{parameters, gradients, optimizer, total}}; if nothing
+              fits, all but fits and changes null
   here        the same for as many ranks as in your settings, if choice has others; else null
+  disk        null without --measure-disk or --disk-bandwidth: directory, read, write, both (bytes a second: alone, and
+              together while both go on), state (bytes of one rank), sharing (ranks of a host), seconds (to read and
+              write the state once a step), step_time, slowdown_at_least, slowdown_at_most (null without --step-time)
 fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas, and
 the parts of the model) on which it fits, or null if that is more than {MOST_RANKS} data-parallel ranks.
 
@@ -130,6 +134,28 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--bucket-mb", metavar="MIB", type=_positive, help="default: the optimizer's, 32 (8 on CPUs)")
     command.add_argument("--clip", action="store_true", help="gradients are clipped (max_grad_norm)")
     command.add_argument("--ema", action="store_true", help="keep an average of the weights (ema_decay)")
+    command.add_argument(
+        "--offload", choices=("host", "disk"), help="keep the state there between steps; default: with the parameters"
+    )
+    command.add_argument(
+        "--measure-disk",
+        metavar="DIRECTORY",
+        type=Path,
+        help="measure the disk of a directory as DiskOffload uses it (a few seconds, at most 1 GiB, leaves no file), "
+        "and say how long the state takes to it and back",
+    )
+    command.add_argument(
+        "--disk-bandwidth",
+        metavar="SIZE",
+        type=parse_size,
+        help="bytes a second to read and write together, not measured",
+    )
+    command.add_argument(
+        "--step-time",
+        metavar="SECONDS",
+        type=_positive,
+        help="of a step with state in memory, to compare with the disk",
+    )
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     command.add_argument(
         "--memory",
@@ -182,6 +208,10 @@ def _run(options: argparse.Namespace) -> int:
         found = compare(source, setting, hosts=options.hosts, available=options.memory, parallel=parallel)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
+    speed = _disk_speed(options, found)
+    if speed is not None:
+        moved = Moved(speed, found.state_bytes, found.ranks // found.hosts, options.step_time)
+        found = replace(found, moved=moved)
     if options.plot is not None:
         plot(found, options.plot)
     show(json.dumps(as_json(found), indent=2) if options.json else as_text(found))
@@ -238,8 +268,23 @@ def _setting(options: argparse.Namespace, parallel: ModelParallel) -> Setting:
         transport="auto" if is_inside_host else "collective",
         clips=options.clip,
         ema=options.ema,
+        offload=options.offload,
         update=options.update,
     )
+
+
+def _disk_speed(options: argparse.Namespace, found: Comparison) -> DiskSpeed | None:
+    if options.measure_disk is not None and options.disk_bandwidth is not None:
+        raise CommandError("--disk-bandwidth with --measure-disk: found both, expected one. Leave out one of them.")
+    if options.disk_bandwidth is not None:
+        return DiskSpeed(float(options.disk_bandwidth))
+    if options.measure_disk is None:
+        if options.step_time is not None:
+            raise CommandError("--step-time: needs --measure-disk DIRECTORY or --disk-bandwidth SIZE to compare with.")
+        return None
+    # A read or write is the part of a bucket in one tensor of the state, of this rank.
+    block = found.bucket_bytes // found.asked.world_size
+    return measure(options.measure_disk, min(max(block, 2**20), 2**26))
 
 
 # JSON
@@ -272,6 +317,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "bucket_bytes": found.bucket_bytes,
             "clip": asked.clips,
             "ema": asked.ema,
+            "offload": asked.offload,
             "transport": asked.transport,
         },
         "parallel": _parallel(found),
@@ -283,6 +329,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
         ],
         "choice": _choice(found, found.fit),
         "here": _choice(found, found.here),
+        "disk": _disk(found.moved),
     }
 
 
@@ -325,6 +372,24 @@ def _fits(usage: Usage) -> dict[str, Any]:
     return {"fits": usage.fits, "fits_from": usage.fits_from}
 
 
+def _disk(moved: Moved | None) -> dict[str, Any] | None:
+    if moved is None:
+        return None
+    speed, (low, high) = moved.speed, moved.slowdowns or (None, None)
+    return {
+        "directory": None if speed.directory is None else str(speed.directory),
+        "read": speed.read,
+        "write": speed.write,
+        "both": speed.both,
+        "state": moved.nbytes,
+        "sharing": moved.ranks,
+        "seconds": moved.seconds,
+        "step_time": moved.step_seconds,
+        "slowdown_at_least": low,
+        "slowdown_at_most": high,
+    }
+
+
 def _choice(found: Comparison, fit: Fit | None) -> dict[str, Any] | None:
     if fit is None:
         return None
@@ -336,6 +401,7 @@ def _choice(found: Comparison, fit: Fit | None) -> dict[str, Any] | None:
         "gradient_sync": None if nearest is None else nearest.gradient_sync,
         "update": None if nearest is None else nearest.update,
         "clip": None if nearest is None else nearest.clips,
+        "offload": None if nearest is None else nearest.offload,
         "gradients": None if nearest is None else nearest.precision.gradients,
         "moments": None if nearest is None else nearest.precision.moments,
         "master": None if nearest is None else nearest.precision.master,

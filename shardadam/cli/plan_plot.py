@@ -20,7 +20,7 @@ _PARTS = (
     ("moments", ("moments",), "#D55E00"),
     ("master", ("master",), "#E69F00"),
     ("average", ("average",), "#009E73"),
-    ("tables", ("scalars", "tables"), "#000000"),
+    ("tables, buffers of offloaded state", ("scalars", "tables", "offload_buffers"), "#000000"),
 )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 
 from shardadam.cli.comparison import LOW, MOST_RANKS, Comparison, Usage
+from shardadam.cli.disk_speed import Moved
 from shardadam.cli.model_source import ModelSource
 from shardadam.cli.text import Unit, binary_size, plural, table
 from shardadam.planner import Fit, Setting
@@ -20,6 +21,7 @@ NAMES = {
     "choice": "the choice below",
     "here": "the choice for as many ranks",
 }
+_OFFLOADS = {"host": "offload=HostOffload()", "disk": 'offload=DiskOffload("DIRECTORY")'}
 _WIDTH = 100
 
 
@@ -32,6 +34,7 @@ def as_text(found: Comparison) -> str:
         _alternatives(found, unit),
         _wrapped(_notes(found)),
         _wrapped([_choice(found, unit)]),
+        *([_wrapped([_moved(found.moved)])] if found.moved is not None else []),
     ]
     return "\n\n".join(parts)
 
@@ -94,6 +97,7 @@ def _call(setting: Setting, source: ModelSource) -> str:
         precision.append(f'gradients="{setting.precision.gradients}"')
     arguments = [*_when(setting), f"precision=Precision({', '.join(precision)})"]
     arguments += ["ema_decay=0.999"] if setting.ema else []
+    arguments += [_OFFLOADS[setting.offload]] if setting.offload else []
     return f"ShardedAdamW({', '.join(arguments)})"
 
 
@@ -121,12 +125,15 @@ def _kinds(found: Comparison, unit: Unit) -> str:
         "moments": ("moments",),
         "master": ("master",),
         "average": ("average",),
+        "buffers": ("offload_buffers",),
         "tables": ("scalars", "tables"),
     }
     if not has_masters:
         del columns["master"]
     if not found.asked.ema:
         del columns["average"]
+    if found.asked.offload is None:
+        del columns["buffers"]
     names = ["moments", "master"] if has_masters else ["moments"]
     rows = [["", *names, *columns, "total", *_fits_header(found)]]
     for usage in found.formats:
@@ -177,6 +184,13 @@ def _notes(found: Comparison) -> list[str]:
         at_most = "at most " if parallel.pipeline > 1 else ""
         notes.append(
             f"With your settings, all ranks of one host take {at_most}{Unit(together).named(together)} together."
+        )
+    if found.asked.offload is not None:
+        where = {"host": "in pinned memory of the host", "disk": "on disk"}[found.asked.offload]
+        state, together = found.state_bytes, found.state_bytes * found.ranks // found.hosts
+        notes.append(
+            f"Your settings keep {Unit(state).named(state)} of state of each rank {where}, "
+            f"{Unit(together).named(together)} on each host, not counted above."
         )
     if found.available is not None:
         notes.append(
@@ -237,6 +251,7 @@ def _changes(fit: Fit, found: Comparison) -> str:
         "clips": "no clipping (max_grad_norm=None)",
         "gradient_sync": f'gradient_sync="{fit.nearest.gradient_sync}"',
         "master": f'master="{fit.nearest.precision.master}"',
+        "offload": _OFFLOADS.get(str(fit.nearest.offload), ""),
     }
     *others, last = (texts[change] for change in fit.changes)
     return f"{', '.join(others)} and {last}" if others else last
@@ -257,3 +272,25 @@ def _nothing_fits(found: Comparison, fit: Fit, unit: Unit) -> str:
             "divide the model as well, give --tensor-parallel or --pipeline-parallel."
         )
     return f"Nothing fits in {unit.named(fit.available)}: {why} {remedy}"
+
+
+def _moved(moved: Moved) -> str:
+    """Says how long the state takes to the disk and back."""
+    speed = moved.speed
+    found = "The disk" if speed.directory is None else f"The disk of {speed.directory}"
+    if speed.read is not None and speed.write is not None:
+        found += f" reads {_per_second(speed.read)} and writes {_per_second(speed.write)}; together it"
+    state = Unit(moved.nbytes).named(moved.nbytes)
+    of = f"{state} of state" + (f" of each of {plural(moved.ranks, 'rank')} on it" if moved.ranks > 1 else "")
+    text = f"{found} moves {_per_second(speed.both)}. To read and write {of} takes {moved.seconds:.2f} s in every step."
+    if moved.slowdowns is None:
+        return f"{text} Give --step-time to compare it with a step."
+    low, high = moved.slowdowns
+    return (
+        f"{text} A step of {moved.step_seconds:g} s takes {low:.2f} times as long if all of it is hidden behind that, "
+        f"{high:.2f} times if nothing is."
+    )
+
+
+def _per_second(nbytes: float) -> str:
+    return f"{Unit(round(nbytes)).named(round(nbytes))}/s"

@@ -22,12 +22,14 @@ from shardadam.planner.planning import (
 )
 from shardadam.precision import Moments
 
-CHANGES = ("gradients", "moments", "update", "clips", "gradient_sync", "master", "world_size")
+CHANGES = ("gradients", "moments", "update", "clips", "gradient_sync", "master", "world_size", "offload")
 """What ``fitting`` may change of a setting, from what costs least to what costs most.
 
 Gradient shards in bfloat16 are rounded once a step, and moments with an unbiased error. An update in backward rounds
 nothing, but takes clipping and other access to gradients away. Another ``gradient_sync`` changes the code around it.
 Without masters the parameters themselves are rounded. More ranks cost hardware.
+State on disk takes time in every step. "host" is never proposed, as the memory of the
+host is not known here; it may be taken instead of "disk" on GPUs.
 """
 _OF_PRECISION = ("gradients", "moments", "master")
 
@@ -67,7 +69,8 @@ def fitting(
 ) -> Fit:
     """Find the setting nearest to ``asked`` that fits.
 
-    Nearest is the setting with the fewest of ``CHANGES``. Among equals, one that changes an earlier of these is nearer:
+    Nearest is the setting with the fewest of ``CHANGES``; the state goes to disk only where nothing fits without that.
+    Among equals, one that changes an earlier of these is nearer:
     they are in the order of what they cost. Then one with fewer steps down the formats, and up the powers of two of
     ranks before down them (times ``shard_group_multiple``). ``update="backward"`` is proposed with ``gradient_sync=
     "backward"`` and without clipping only, as the optimizer refuses it otherwise. ``gradient_sync="external"`` is never
@@ -102,9 +105,10 @@ def _candidates(
     choices = _choices(parameters, asked, most_ranks)
     choices |= {name: choices[name][:1] for name in keep}
 
-    def distance(indices: tuple[int, ...]) -> tuple[int, tuple[bool, ...], int, tuple[int, ...]]:
+    def distance(indices: tuple[int, ...]) -> tuple[bool, int, tuple[bool, ...], int, tuple[int, ...]]:
         is_kept = tuple(index == 0 for index in indices)
-        return is_kept.count(False), is_kept, sum(indices), indices  # a change of an earlier name is nearer
+        stays = is_kept[CHANGES.index("offload")]
+        return not stays, is_kept.count(False), is_kept, sum(indices), indices  # a change of an earlier name is nearer
 
     for indices in sorted(itertools.product(*(range(len(choices[name])) for name in CHANGES)), key=distance):
         values = {name: choices[name][index] for name, index in zip(CHANGES, indices, strict=True)}
@@ -136,6 +140,7 @@ def _choices(parameters: Sequence[PlannedParameter], asked: Setting, most_ranks:
         "gradient_sync": list(dict.fromkeys((asked.gradient_sync, "backward", "step"))),
         "master": _narrower(precision.master, masters if is_low else ()),
         "world_size": [asked.world_size, *more, *fewer],
+        "offload": [asked.offload] if asked.offload else [None, "disk"],
     }
 
 

@@ -125,6 +125,11 @@ class Setting:
                 'update="backward": found clips=True, expected False: the norm is known only after backward. Choose '
                 'update="step", or do not clip.'
             )
+        if self.offload == "host" and torch.device(self.device).type == "cpu":
+            raise ValueError(
+                'offload: found "host" with device="cpu", expected "disk" or None: the state is in memory of the host '
+                "already."
+            )
 
     @property
     def _options(self) -> Options:
