@@ -5,8 +5,10 @@ does not come, dies or fails is named on the others.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import weakref
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardadam import ShardedAdamW
 from shardadam.engine import parameters
 from shardadam.transport import connect, groups
+from shardadam.update import formats
 from tests.ranks import on_ranks, rank_and_size, ranks_of
 
 
@@ -233,3 +236,29 @@ def test_the_host_of_the_store_tells_the_others_why_it_fails(tmp_path: Path) -> 
             message = ranks.hear(rank)
             assert message.startswith("RankDesyncError: A broadcast with the other ranks failed: ")
             assert "rank 0: could not build its optimizer: MemoryError: no memory for the optimizer" in message
+
+
+# Memory
+
+
+def freed_before_the_state() -> list[bool]:
+    """Return for each parameter whether its old memory had been freed when the state was allocated."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).to(torch.bfloat16)
+    before = [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
+    found: list[bool] = []
+    allocate = formats.allocate
+
+    def allocate_state(*arguments: Any) -> dict[str, torch.Tensor]:
+        gc.collect()
+        found.extend(storage() is None for storage in before)
+        return allocate(*arguments)
+
+    with mock.patch.object(formats, "allocate", allocate_state):
+        ShardedAdamW(model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_state_is_allocated_when_the_parameters_old_memory_is_free(world_size: int) -> None:
+    for found in on_ranks(world_size, freed_before_the_state):
+        assert found == [True] * 6

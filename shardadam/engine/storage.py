@@ -272,8 +272,6 @@ def allocate(
             arena.parameters.untyped_storage().resize_(0)
         first_index += len(arena.params)
         arenas.append(arena)
-    if any(named.local.device.type == "cpu" for named in parameters):
-        _return_freed_memory()
     return arenas
 
 
@@ -324,7 +322,7 @@ def _allocate_arena(
         buckets=[],
         parameters=transport.allocate_parameters(plan.numel, dtype, device),
         gradient_shard=None,
-        flat_state=formats.allocate(format, numel, device) if reserved is None else reserved.state,
+        flat_state={},
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
         positions=None,
         counters=counters,
@@ -348,6 +346,10 @@ def _allocate_arena(
         if not is_borrowed:
             bind(param)
         arena.params.append(param)
+    # Now that the parameters' old memory is free: they have existed twice.
+    if device.type == "cpu":
+        _return_freed_memory()
+    arena.flat_state = formats.allocate(format, numel, device) if reserved is None else reserved.state
     return arena
 
 
