@@ -521,6 +521,26 @@ def test_ranks_with_different_decays_are_refused() -> None:
         assert "ema_decay" in message and "0.99" in message
 
 
+def train_offloaded(directory: str) -> list[bool]:
+    """Compare averages in files with resident ones, before the first step and after some, and within the context."""
+    case, same = Case(BF16), []
+    (one, resident), (other, offloaded) = case.build(), case.build(offload=shardadam.DiskOffload(directory))
+    for steps in (range(0), range(4)):
+        for step in steps:
+            for model, optimizer in ((one, resident), (other, offloaded)):
+                case.take_step(model, optimizer, step)
+        same.append(equal(states(one, resident), states(other, offloaded)))
+        with resident.averaged_parameters(), offloaded.averaged_parameters():
+            same.append(equal(values(one), values(other)))
+        same.append(equal(values(one), values(other)))
+    return [*same, offloaded.memory().average == 0 < offloaded.memory().on_disk]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_averages_in_files_equal_resident_ones(world_size: int, tmp_path: Any) -> None:
+    assert on_ranks(world_size, train_offloaded, str(tmp_path)) == [[True] * 7] * world_size
+
+
 # Other placements
 
 
