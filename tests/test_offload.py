@@ -48,7 +48,13 @@ def directory() -> Iterator[str]:
 def trained(format: Any, offload: Any, **options: Any) -> dict[str, Tensor]:
     run = build(format, offload=offload, **options)
     run.train(range(4))
-    return run.everything()
+    found = run.everything()
+    if options.get("ema_decay") is not None:
+        with run.optimizer.averaged_parameters():
+            found |= {f"averaged {name}": p.detach().clone() for name, p in run.model.named_parameters()}
+        run.train(range(4, 6))
+        found |= {f"later {name}": value for name, value in run.everything().items()}
+    return found
 
 
 def compare(format: Any, **options: Any) -> list[str]:
@@ -59,11 +65,13 @@ def compare(format: Any, **options: Any) -> list[str]:
     return differences(expected, found)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("format", ALL)
 def test_every_format_trains_as_in_memory(format: Any) -> None:
     assert compare(format) == []
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("bucket_mb", [0.003, 0.02, 10])
 @pytest.mark.parametrize("format", SOME[:3], ids=str)
 def test_buckets_of_any_size_do(format: Any, bucket_mb: float) -> None:
@@ -72,6 +80,8 @@ def test_buckets_of_any_size_do(format: Any, bucket_mb: float) -> None:
 
 
 OPTIONS: list[dict[str, Any]] = [
+    {"gradient_sync": "backward", "transport": "collective", "ema_decay": 0.9},
+    {"update": "backward", "transport": "shared_memory", "ema_decay": 0.9},
     {"gradient_sync": "backward", "transport": "shared_memory"},
     {"gradient_sync": "backward", "transport": "collective", "max_grad_norm": 0.01},
     {"gradient_sync": "step", "transport": "shared_memory", "max_grad_norm": 0.01},
@@ -82,13 +92,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("format", SOME[1:4], ids=str)
 def test_ranks_do(options: dict[str, Any], format: Any) -> None:
     assert on_ranks(2, compare_options, format, options) == [[]] * 2
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[6]], ids=str)
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("options", [OPTIONS[2], OPTIONS[8]], ids=str)
 def test_four_ranks_do(options: dict[str, Any]) -> None:
     assert on_ranks(4, compare_options, FORMATS[2], options) == [[]] * 4
 
@@ -217,6 +229,7 @@ def planned_and_held(format: Any, options: dict[str, Any]) -> list[tuple[Memory,
     return found
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("format", SOME, ids=str)
 def test_a_plan_equals_optimizer_memory(format: Any, world_size: int) -> None:
@@ -267,6 +280,7 @@ def saved_and_loaded(format: Any, path: str, to: Any) -> list[str]:
         return [name for name in different if "running" not in name]  # buffers differ between ranks
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("to", ["disk", "memory"])
 @pytest.mark.parametrize("format", SOME, ids=str)
 def test_checkpoints_hold_all_of_it(format: Any, to: str, tmp_path: Path) -> None:
@@ -313,6 +327,7 @@ def state_dicts(format: Any) -> list[str]:
         return found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("format", SOME, ids=str)
 def test_state_dicts_hold_all_of_it(format: Any) -> None:
     assert on_ranks(2, state_dicts, format) == [[]] * 2

@@ -98,6 +98,7 @@ def train(kind: str | None, path: Path, simulation: Simulation, steps: int = 4, 
     return found
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("layers", [4, 5])
 @pytest.mark.parametrize("update", ["step", "backward"])
 @pytest.mark.parametrize("precision", [BFLOAT16, SPLIT], ids=["fp32", "int8"])
@@ -120,7 +121,8 @@ def test_the_host_does_not_wait_for_copies(update: str, tmp_path: Path) -> None:
     train("host", tmp_path, simulation, precision=SPLIT, update=update, kernels=True)
     train(None, tmp_path, plain, precision=SPLIT, update=update, kernels=True)
     assert [str(one) for one in simulation.findings] == []
-    assert set(simulation.waits) == set(plain.waits)
+    waits = [{place for place in one.waits if not place.startswith("test_")} for one in (simulation, plain)]
+    assert waits[0] == waits[1]
 
 
 def test_the_whole_state_is_saved_and_loaded(tmp_path: Path) -> None:
