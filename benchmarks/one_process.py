@@ -225,7 +225,7 @@ def chosen(dtype: str, args: argparse.Namespace) -> tuple[list[str], dict[str, s
     wanted = [name for name in able if args.only is None or name in args.only]
     names = list(dict.fromkeys((BASELINE, REFERENCE[dtype], REFERENCE_OF_OURS[dtype], *wanted)))
     missing = {
-        name: f"{ENTRIES[name].needs} is not installed: pip install -c constraints.txt '.[benchmark]'"
+        name: f"{ENTRIES[name].needs} is not installed: pip install -c constraints.txt '.[peers]'"
         for name in names
         if not ENTRIES[name].is_installed
     }

@@ -266,7 +266,7 @@ def bytes_of_adamw(model: nn.Module, loss: Tensor) -> int:
 # Broken optimizers, which the comparison must refuse
 
 
-def _each_copy_counts(self: Any, parameter: Tensor) -> int:
+def _each_copy_counts(parameter: Tensor, parts: Any) -> int:
     return 1
 
 
@@ -284,7 +284,7 @@ def _partial_gradient(parameter: Tensor) -> Tensor | None:
 
 MUTANTS: dict[str, tuple[str, Any]] = {
     "each copy counts in the norm": (
-        f"{ShardedParameters.__module__}.ShardedParameters._copies_of",
+        f"{ShardedParameters.__module__}._copies_of",
         _each_copy_counts,
     ),
     "parts of the model stay apart": (f"{Job.__module__}.Job.sum_parts_", _parts_stay_apart),
