@@ -7,8 +7,8 @@ Note: order of copies
     out of the last step, which may have been on the other stream.
 
 Note: captured steps
-    A capture begins when the device is idle. Its copies begin after, and end before, the stream that is captured. A graph
-    may be replayed between two other steps, so that copies then wait for the current stream, which replays it.
+    A capture begins when the device is idle. Its copies begin after, and end before, the stream that is captured. A
+    graph may be replayed between two other steps: from then on, a step's copies wait for the current stream.
 """
 
 from __future__ import annotations
