@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import DiskOffload, HostOffload, Precision, ShardedAdamW, sums
-from shardadam.offload import disk, host
+from shardadam.offload import disk, files, host
 from tests.simulated_streams import Simulation
 
 BFLOAT16 = Precision(moments="fp32", master="fp32")
@@ -56,13 +57,19 @@ class Job:
         self.optimizer.zero_grad()
 
 
-def build(offload: Any, precision: Precision, update: Any = "step", layers: int = 5) -> Job:
+def build(offload: Any, precision: Precision, update: Any = "step", layers: int = 5, bucket_mb: float = 0.003) -> Job:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(layers))).to(torch.bfloat16).to("cuda")
     optimizer = ShardedAdamW(
-        model.parameters(), lr=1e-2, bucket_mb=0.003, precision=precision, offload=offload, update=update
+        model.parameters(), lr=1e-2, bucket_mb=bucket_mb, precision=precision, offload=offload, update=update
     )
     return Job(model, optimizer)
+
+
+def accessed_by_host(simulation: Simulation, memory: Tensor) -> memoryview:
+    """As ``memory_of``, whose bytes are then read from a file, or written to one."""
+    simulation._host_access(memory, "a read or a write of a file", is_write=True)
+    return files.memory_of(memory)
 
 
 @contextmanager
@@ -71,6 +78,7 @@ def simulated(simulation: Simulation, *, kernels: bool = False) -> Iterator[None
         if not kernels:
             stack.enter_context(mock.patch.object(sums, "KERNEL_DEVICES", set()))
         stack.enter_context(mock.patch.object(disk, "ThreadPoolExecutor", Inline))
+        stack.enter_context(mock.patch.object(disk, "memory_of", partial(accessed_by_host, simulation)))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: True))
         stack.enter_context(simulation.running())
         yield
@@ -140,6 +148,7 @@ def test_the_whole_state_is_saved_and_loaded(tmp_path: Path) -> None:
             states = [run.optimizer.full_state(p) for run, p in ((job, one), (other, another))]
             assert all(torch.equal(value.cpu(), states[1][name].cpu()) for name, value in states[0].items())
         job.optimizer.check_in_sync(job.model)
+        del job, other, states, one, another
     assert [str(one) for one in simulation.findings] == []
 
 
@@ -156,6 +165,7 @@ def test_a_captured_step(tmp_path: Path) -> None:
             job.optimizer.step()
             job.optimizer.zero_grad()
         job.step(3)
+        del job
     assert [str(one) for one in simulation.findings] == []
 
 
@@ -180,13 +190,14 @@ def test_a_wait_that_is_left_out_is_found(kind: str, function: Any, before: str,
     assert source.count(before) == 1
     module = inspect.getmodule(function)
     assert module is not None
-    namespace = dict(vars(module))
-    exec(compile(source.replace(before, after), module.__file__ or "", "exec"), namespace)
+    namespace: dict[str, Any] = {}
+    exec(compile(source.replace(before, after), module.__file__ or "", "exec"), vars(module), namespace)
     owner: Any = module
     *path, name = function.__qualname__.split(".")
     for part in path:
         owner = getattr(owner, part)
     simulation = Simulation()
     with mock.patch.object(owner, name, namespace[name]):
-        train(kind, tmp_path, simulation, precision=SPLIT)
+        # With one bucket, its next copy in is the first thing after its copy out, in the other buffer.
+        train(kind, tmp_path, simulation, precision=SPLIT, bucket_mb=1.0 if "pending" in before else 0.003)
     assert any(one.kind == "race" for one in simulation.findings), simulation.findings

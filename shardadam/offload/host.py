@@ -5,6 +5,10 @@ Note: order of copies
     Each of the two buffers has a stream of its own, on which its copies in and out follow each other. The update waits
     for the copy in, the copy out for the update. State is copied in again only after ``StoredShard.pending``, the copy
     out of the last step, which may have been on the other stream.
+
+Note: captured steps
+    A capture begins when the device is idle. Its copies begin after, and end before, the stream that is captured. A
+    graph may be replayed between two other steps: from then on, a step's copies wait for the current stream.
 """
 
 from __future__ import annotations
@@ -72,10 +76,10 @@ class HostStore(StateStore):
         with self._lock:
             self._forget_copies()
             for device, slots in self._slots.items():
-                if is_capturing(device):
+                self._is_captured = self._is_captured or is_capturing(device)
+                if self._is_captured:
                     for slot in slots:
                         slot.stream.wait_stream(torch.cuda.current_stream(device))
-                    self._is_captured = True
                 on_device = [stored for stored in order if stored.device == device]
                 self._next.update(pairwise(on_device))
                 if on_device:
@@ -104,7 +108,7 @@ class HostStore(StateStore):
             with torch.cuda.stream(slot.stream):
                 for name, tensor in stored.state.items():
                     tensor.copy_(views[name], non_blocking=True)
-                stored.pending = slot.stream.record_event()
+                stored.pending = None if is_capturing(stored.device) else slot.stream.record_event()
 
     def end_step(self) -> None:
         with self._lock:
@@ -146,7 +150,7 @@ class HostStore(StateStore):
     def _copy_in(self, stored: StoredShard, slot: _Slot) -> None:
         self._is_settled = False
         slot.holds = stored
-        if stored.pending is not None:
+        if stored.pending is not None and not is_capturing(stored.device):
             slot.stream.wait_event(stored.pending)
         views = views_of(stored.regions, slot.memory)
         with torch.cuda.stream(slot.stream):
