@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
-from arguments import DTYPES, Ranks, parse_arguments
+from arguments import DTYPES, Ranks, offload_of, parse_arguments
 from checkpoints import CannotResume, Saver, identity_of, starting_point
 from model import Decoder, ModelConfig, generate, next_byte_loss
 from preemption import Preemption
@@ -56,6 +56,7 @@ class Sharded:
             precision=Precision(moments=args.moments, master=args.master, gradients=args.gradients, seed=args.seed),
             update=args.update,
             ema_decay=args.ema_decay,
+            offload=offload_of(args),
         )
         self.has_averages = args.ema_decay is not None
         self.schedule = make_schedule(self.optimizer, args)
