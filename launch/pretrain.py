@@ -78,7 +78,9 @@ class Sharded:
         return self.optimizer.averaged_parameters() if self.has_averages else None
 
     def state_bytes(self) -> int:
-        return self.optimizer.memory().state
+        """Of this rank, wherever it is."""
+        memory = self.optimizer.memory()
+        return memory.state + memory.on_host + memory.on_disk
 
 
 class Replicated:

@@ -232,6 +232,7 @@ def test_fit_puts_the_state_on_disk_last(few_texts: Path, tmp_path: Path) -> Non
     options = ["--moments", on_disk["moments"], "--update=backward", "--clip=0", "--gradients", on_disk["gradients"]]
     resident, same = finetuned(*asked, *options)
     assert resident["demand_bytes"] > on_disk["demand_bytes"] and resident["offload"] is None
+    assert resident["state_bytes"] == on_disk["state_bytes"]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
     assert list(tmp_path.iterdir()) == []
 
