@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from shardadam import DiskOffload, HostOffload
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -151,6 +153,8 @@ def add_formats(add: Callable[..., Any]) -> None:
     add("--gradients", choices=("auto", "fp32", "bf16"), default="auto", help="format of sharded gradients")
     add("--update", choices=("step", "backward"), default="step", help="backward: while it runs; needs --clip 0")
     add("--ema-decay", type=real, default=None, metavar="D", help="average the weights, such as 0.999; None: do not")
+    add("--offload", choices=("host", "disk"), default=None, help="where state is between steps; None: with parameters")
+    add("--offload-dir", default=None, metavar="DIR", help="directory on a local disk for --offload disk")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the parameters")
 
 
@@ -187,12 +191,21 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
         )
     if args.prompt is None:
         args.prompt = "" if args.data else "def "
-    return args, parser, choose_device(args.device, ranks, parser)
+    device = choose_device(args.device, ranks, parser)
+    check_offload_device(args, device, parser)
+    return args, parser, device
 
 
 def check_sharded_options(args: argparse.Namespace, parser: Parser) -> None:
     """Exits on options that ShardedAdamW would refuse, or that torch's AdamW does not have."""
-    defaults = {"moments": "fp32", "master": "auto", "gradients": "auto", "update": "step", "ema_decay": None}
+    defaults = {
+        "moments": "fp32",
+        "master": "auto",
+        "gradients": "auto",
+        "update": "step",
+        "ema_decay": None,
+        "offload": None,
+    }
     used = [
         f"--{name.replace('_', '-')} {getattr(args, name)}"
         for name, value in defaults.items()
@@ -210,11 +223,26 @@ def check_sharded_options(args: argparse.Namespace, parser: Parser) -> None:
             f"--update backward with --clip {args.clip:g}: the norm is known only after backward; give --clip 0, or "
             "--update step"
         )
+    if args.offload == "disk" and args.offload_dir is None:
+        parser.error("--offload disk without --offload-dir: give a directory on a local disk with --offload-dir DIR")
+    if args.offload_dir is not None and not Path(args.offload_dir).is_dir():
+        parser.error(f"--offload-dir {args.offload_dir}: found no directory, expected one; create it on every machine")
     if args.update == "backward" and args.gradient_sync != "backward":
         parser.error(
             f"--update backward with --gradient-sync {args.gradient_sync}: gradients must be reduced in backward; give "
             "--gradient-sync backward, or --update step"
         )
+
+
+def offload_of(args: argparse.Namespace) -> HostOffload | DiskOffload | None:
+    if args.offload is None:
+        return None
+    return DiskOffload(args.offload_dir) if args.offload == "disk" else HostOffload()
+
+
+def check_offload_device(args: argparse.Namespace, device: torch.device, parser: Parser) -> None:
+    if args.offload == "host" and device.type == "cpu":
+        parser.error("--offload host on the CPU: the state is in memory of the host already; omit it, or give disk")
 
 
 def check_checkpoint_options(args: argparse.Namespace, parser: Parser) -> None:

@@ -153,6 +153,7 @@ def workload(
         device=device.type,
         clips=args.clip > 0,
         ema=args.ema_decay is not None,
+        offload=args.offload,
     )
     planned = [
         PlannedParameter.of(parameter, group)
@@ -183,7 +184,7 @@ def check_memory(
     available = memory.per_rank(ranks.world_size)
     report.say(f"available           {megabytes(available)} a rank ({memory.source})")
     if args.fit:
-        fitted, tried = cheapest(work, memory)
+        fitted, tried = cheapest(work, memory, has_disk=args.offload_dir is not None)
         report.rows(HEADER, [row.cells() for row in tried])
         if fitted is not None:
             options = changed_options(work.setting, fitted.setting)
@@ -217,6 +218,7 @@ def adopt(setting: Setting, args: argparse.Namespace) -> None:
     """Changes the options to those of ``setting``."""
     args.moments, args.master = setting.precision.moments, setting.precision.master
     args.gradients, args.update, args.gradient_sync = setting.precision.gradients, setting.update, setting.gradient_sync
+    args.offload = setting.offload
     if not setting.clips:
         args.clip = 0.0
 
@@ -393,7 +395,7 @@ def finetune(
     forward_backward, optimizer = timings.medians()
     results = {
         **{name: getattr(args, name) for name in ("tune", "optimizer", "moments", "dtype", "gradient_sync", "seed")},
-        **{name: getattr(args, name) for name in ("master", "gradients", "update", "clip")},
+        **{name: getattr(args, name) for name in ("master", "gradients", "update", "clip", "offload")},
         "world_size": ranks.world_size,
         "device": device.type,
         "steps": args.steps,

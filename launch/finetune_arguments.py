@@ -15,6 +15,7 @@ from arguments import (
     add_formats,
     add_machine,
     add_overlap,
+    check_offload_device,
     check_sharded_options,
     choose_device,
     not_negative,
@@ -110,4 +111,6 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
         )
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its directory does not exist; create it, or choose another")
-    return args, parser, choose_device(args.device, ranks, parser)
+    device = choose_device(args.device, ranks, parser)
+    check_offload_device(args, device, parser)
+    return args, parser, device

@@ -236,6 +236,8 @@ def option(name: str, setting: Setting) -> str:
         return f"{setting.world_size} ranks (torchrun --nproc-per-node)"
     if name == "clips":
         return "--clip 0"
+    if name == "offload":
+        return "--offload disk --offload-dir DIR"
     value = getattr(setting if name in ("gradient_sync", "update") else setting.precision, name)
     return f"--{name.replace('_', '-')} {value}"
 
@@ -266,9 +268,12 @@ class Tried:
 HEADER = ("--fit tries", "a rank needs", "optimizer", "gradients", "")
 
 
-def cheapest(work: Workload, memory: AvailableMemory) -> tuple[Workload | None, list[Tried]]:
+def cheapest(work: Workload, memory: AvailableMemory, *, has_disk: bool) -> tuple[Workload | None, list[Tried]]:
     """Adds one saving after another, from what costs least, until training fits; then takes back those that it does
     without, what costs most first. Returns the workload with the setting that fits (None: none does), and all rows.
+
+    Args:
+        has_disk: whether there is a directory for the state.
     """
     available = memory.per_rank(work.setting.world_size)
     rows: list[Tried] = []
@@ -293,6 +298,8 @@ def cheapest(work: Workload, memory: AvailableMemory) -> tuple[Workload | None, 
             continue
         if name == "update" and work.accumulate > 1:
             rows.append(Tried(f"+ {options}", None, f"not with --accumulate {work.accumulate}"))
+        elif name == "offload" and not has_disk:
+            rows.append(Tried(f"+ {options}", after.demand(), "give --offload-dir to try"))
         elif after.demand().total >= before.demand().total:
             rows.append(Tried(f"+ {options}", after.demand(), "saves nothing"))
         else:
@@ -318,11 +325,16 @@ def _without_masters(setting: Setting) -> Setting:
     return replace(setting, precision=replace(setting.precision, master="none"))
 
 
+def _on_disk(setting: Setting) -> Setting:
+    return setting if setting.offload else replace(setting, offload="disk")
+
+
 SAVINGS: dict[str, Callable[[Setting], Setting]] = {
     "gradients": lambda setting: replace(setting, precision=replace(setting.precision, gradients="bf16")),
     "moments": lambda setting: replace(setting, precision=replace(setting.precision, moments="int8")),
     "update": _in_backward,
     "master": _without_masters,
+    "offload": _on_disk,
 }
 """What ``cheapest`` adds, in this order: from what costs least."""
 
@@ -330,7 +342,7 @@ SAVINGS: dict[str, Callable[[Setting], Setting]] = {
 def changed_options(before: Setting, after: Setting) -> list[str]:
     """The options that differ, as typed."""
     found = [name for name in ("gradients", "moments", "master") if _differs(before.precision, after.precision, name)]
-    found += [name for name in ("update", "gradient_sync", "clips") if _differs(before, after, name)]
+    found += [name for name in ("update", "gradient_sync", "clips", "offload") if _differs(before, after, name)]
     return [option(name, after) for name in found]
 
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
-from arguments import DTYPES, Ranks, parse_arguments
+from arguments import DTYPES, Ranks, offload_of, parse_arguments
 from checkpoints import CannotResume, Saver, identity_of, starting_point
 from model import Decoder, ModelConfig, generate, next_byte_loss
 from preemption import Preemption
@@ -56,6 +56,7 @@ class Sharded:
             precision=Precision(moments=args.moments, master=args.master, gradients=args.gradients, seed=args.seed),
             update=args.update,
             ema_decay=args.ema_decay,
+            offload=offload_of(args),
         )
         self.has_averages = args.ema_decay is not None
         self.schedule = make_schedule(self.optimizer, args)
@@ -77,7 +78,9 @@ class Sharded:
         return self.optimizer.averaged_parameters() if self.has_averages else None
 
     def state_bytes(self) -> int:
-        return self.optimizer.memory().state
+        """Of this rank, wherever it is."""
+        memory = self.optimizer.memory()
+        return memory.state + memory.on_host + memory.on_disk
 
 
 class Replicated:

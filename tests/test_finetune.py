@@ -225,6 +225,18 @@ def test_fit_leaves_settings_that_fit_and_refuses_where_nothing_does(
         finetuned(*asked, "--memory-limit=130MB")
 
 
+def test_fit_puts_the_state_on_disk_last(few_texts: Path, tmp_path: Path) -> None:
+    asked = ["--data", str(few_texts), "--epochs=1"]
+    on_disk, model = finetuned(*asked, "--fit", "--memory-limit=245MB", "--offload-dir", str(tmp_path))
+    assert (on_disk["offload"], on_disk["update"]) == ("disk", "backward") and on_disk["demand_bytes"] <= 245e6
+    options = ["--moments", on_disk["moments"], "--update=backward", "--clip=0", "--gradients", on_disk["gradients"]]
+    resident, same = finetuned(*asked, *options)
+    assert resident["demand_bytes"] > on_disk["demand_bytes"] and resident["offload"] is None
+    assert resident["state_bytes"] == on_disk["state_bytes"]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_averages_of_the_weights_are_evaluated_beside_them(few_texts: Path) -> None:
     common = ["--data", str(few_texts), "--epochs=3"]  # three steps; the first average is a copy
     plain, _ = finetuned(*common)
@@ -407,6 +419,9 @@ def test_unreadable_data_is_named(lines: list[str] | None, expected: str, tmp_pa
         (["--optimizer=adamw", "--update=backward", "--clip=0"], "--update backward with --optimizer adamw"),
         (["--optimizer=adamw", "--ema-decay=0.9"], "--ema-decay 0.9 with --optimizer adamw"),
         (["--ema-decay=1"], "--ema-decay 1: expected"),
+        (["--offload=disk"], "--offload disk without --offload-dir"),
+        (["--offload=disk", "--offload-dir=nowhere"], "--offload-dir nowhere: found no directory"),
+        (["--offload=host"], "--offload host on the CPU"),
         (["--optimizer=adamw", "--fit"], "--fit with --optimizer adamw"),
         (["--update=backward"], "--update backward with --clip 1"),
         (["--update=backward", "--clip=0", "--gradient-sync=step"], "--update backward with --gradient-sync step"),

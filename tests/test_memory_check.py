@@ -18,8 +18,14 @@ pytest.importorskip("rich")  # memory_check's module imports it for its log
 SINGLE = [PlannedParameter((256, 128))] * 16
 LOW = [PlannedParameter((256, 128), torch.bfloat16)] * 16
 ASKED = Setting(world_size=2, bucket_mb=0.1, clips=True)
-ORDER = [{"gradients": "bf16"}, {"moments": "int8"}, {"update": "backward", "clips": False}, {"master": "none"}]
-OPTIONS = ["--gradients bf16", "--moments int8", "--update backward --clip 0", "--master none"]
+ORDER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--gradients bf16", {"gradients": "bf16"}),
+    ("--moments int8", {"moments": "int8"}),
+    ("--update backward --clip 0", {"update": "backward", "clips": False}),
+    ("--master none", {"master": "none"}),
+    ("--offload disk --offload-dir DIR", {"offload": "disk"}),
+)
+OPTIONS = [options for options, _ in ORDER]
 
 
 @pytest.fixture(autouse=True)
@@ -34,27 +40,26 @@ def changed(setting: Setting, **changes: Any) -> Setting:
 
 def with_all(setting: Setting, count: int) -> Setting:
     """Return the setting with the first ``count`` savings."""
-    for changes in ORDER[:count]:
+    for _, changes in ORDER[:count]:
         setting = changed(setting, **changes)
     return setting
 
 
 def fitted(
-    parameters: list[PlannedParameter], asked: Setting, available: int, *, accumulate: int = 1
+    parameters: list[PlannedParameter], asked: Setting, available: int, *, accumulate: int = 1, has_disk: bool = True
 ) -> tuple[Setting | None, list[tuple[str, int | None, str]]]:
     """Return the setting and the rows of ``cheapest`` with 10 bytes of activations a text, 4 texts a step and rank."""
     from memory_check import AvailableMemory, Workload, cheapest
 
     work = Workload(parameters, asked, True, 10, 4 * asked.world_size, accumulate)
-    found, rows = cheapest(work, AvailableMemory(available, None, 0, "the test"))
+    found, rows = cheapest(work, AvailableMemory(available, None, 0, "the test"), has_disk=has_disk)
     for row in rows:
-        assert (
-            row.demand is None or (row.demand.total <= available) == (row.verdict == "fits") or "saves" in row.verdict
-        )
+        if row.verdict in ("fits", "does not fit"):
+            assert row.demand is not None and (row.demand.total <= available) == (row.verdict == "fits")
     return found and found.setting, [(row.options, row.demand and row.demand.total, row.verdict) for row in rows]
 
 
-@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("count", range(6))
 def test_savings_are_added_in_the_order_of_what_they_cost(count: int) -> None:
     """The last one is always needed; those before it are taken back where they are not."""
     most = need(LOW, with_all(ASKED, count)).total + 40
@@ -62,6 +67,8 @@ def test_savings_are_added_in_the_order_of_what_they_cost(count: int) -> None:
     assert [row[0] for row in rows[: count + 1]] == ["as asked", *(f"+ {options}" for options in OPTIONS[:count])]
     assert [row[2] for row in rows[: count + 1]] == ["does not fit"] * count + ["fits"]
     assert setting == with_all(ASKED, count)
+    if count == 5:  # on disk, everything else may be left out
+        return
     assert all(verdict == "does not fit" for _, _, verdict in rows[count + 1 :])
     if count:
         assert [row[0] for row in rows[count + 1 :]] == [f"- {options}" for options in reversed(OPTIONS[: count - 1])]
@@ -85,11 +92,19 @@ def test_what_saves_nothing_is_left_out() -> None:
     assert not any("--master" in options for options, _, _ in rows)
     nothing, rows = fitted(SINGLE, asked, 10)
     assert nothing is None
-    assert rows[-1][0] == "+ --master none" and rows[-1][2] == "saves nothing"
+    assert rows[-2][0] == "+ --master none" and rows[-2][2] == "saves nothing"
+
+
+def test_a_disk_is_tried_where_there_is_a_directory() -> None:
+    most = need(LOW, with_all(ASKED, 5)).total + 40
+    setting, rows = fitted(LOW, ASKED, most, has_disk=False)
+    assert setting is None and rows[-1] == (f"+ {OPTIONS[4]}", most, "give --offload-dir to try")
+    setting, _ = fitted(LOW, ASKED, most)
+    assert setting is not None and setting.offload == "disk"
 
 
 def test_updates_in_backward_are_left_out_where_several_backwards_make_a_step() -> None:
-    setting, rows = fitted(LOW, ASKED, need(LOW, with_all(ASKED, 4)).total + 40, accumulate=2)
+    setting, rows = fitted(LOW, ASKED, need(LOW, with_all(ASKED, 4)).total + 40, accumulate=2, has_disk=False)
     assert setting is None
     assert ("+ --update backward --clip 0", None, "not with --accumulate 2") in rows
 

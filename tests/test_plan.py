@@ -570,6 +570,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
     'update="backward"': {"update": "backward"},
     'Precision(master="none")': {"precision": Precision(master="none")},
     "all of them": {"precision": Precision(gradients="bf16", moments="int8", master="none"), "update": "backward"},
+    "offload=DiskOffload(...)": {"offload": "disk"},
     "ema_decay=0.999": {"ema": True},
 }
 
