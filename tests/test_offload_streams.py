@@ -179,7 +179,7 @@ MUTANTS = [
     ("host", host.HostStore.settle, "slot.stream.synchronize()", "pass"),
     ("disk", disk.DiskStore.on_device, "torch.cuda.current_stream(stored.device).wait_event(slot.loaded)", "pass"),
     ("disk", disk._start_copy_back, "slot.stream.wait_stream(torch.cuda.current_stream(device))", "pass"),
-    ("disk", disk.DiskStore._write, "copied.synchronize()", "pass"),
+    ("disk", disk.DiskStore._write_regions, "copied.synchronize()", "pass"),
 ]
 
 

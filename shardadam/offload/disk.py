@@ -5,10 +5,15 @@ Note: blocks of two buckets
     Files are read and written in whole blocks, and the state of a bucket seldom ends with one. So a bucket is read with
     the bytes of its neighbours in its first and last blocks, and written with them. What the neighbours have written
     there since is in ``_edges``: one thread writes all buckets, and keeps the blocks that it has written last.
+
+Note: a buffer that is written and read at once
+    While one bucket is updated in its buffer, the other buffer is written to the file and the next bucket read into it.
+    Both go from its start to its end in chunks, and the read stays behind the write: a disk does both at once.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shardadam.layout import cut
 from shardadam.offload.files import StateFile, aligned, memory_of
 from shardadam.offload.policies import DiskOffload
 from shardadam.offload.regions import (
@@ -37,6 +43,24 @@ from shardadam.precision import Format
 from shardadam.update import formats
 
 _MOST_WRITTEN_BYTES = 64 * 2**20
+_CHUNK_BYTES = 4 * 2**20
+
+
+class _Progress:
+    """How far a buffer has been written to the file, in bytes from its start."""
+
+    def __init__(self) -> None:
+        self._done = 0.0
+        self._changed = threading.Condition()
+
+    def reach(self, position: float) -> None:
+        with self._changed:
+            self._done = max(self._done, position)
+            self._changed.notify_all()
+
+    def wait_for(self, position: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._done >= position)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +72,7 @@ class _Slot:
         on_device: as long, on the device of the parameters; ``memory`` itself on the CPU.
         stream: on which the two are copied to each other; None on the CPU.
         holds: the bucket whose state is in it, or will be once ``reading`` is done.
+        progress: of ``writing``.
         loaded: the last copy to the device.
     """
 
@@ -57,6 +82,7 @@ class _Slot:
     holds: StoredShard | None = None
     reading: Future[None] | None = None
     writing: Future[None] | None = None
+    progress: _Progress | None = None
     loaded: torch.cuda.Event | None = None
 
 
@@ -128,7 +154,9 @@ class DiskStore(StateStore):
                 torch.cuda.current_stream(stored.device).wait_event(slot.loaded)
             yield views_of(stored.regions, slot.on_device)
             copied = _start_copy_back(slot, stored.device)
-            slot.writing = stored.pending = self._writer.submit(self._write, stored, slot.memory, copied)
+            slot.progress = _Progress()
+            slot.writing = self._writer.submit(self._write, stored, slot.memory, copied, slot.progress)
+            stored.pending = slot.writing
             file: StateFile = stored.reserved.home
             if not file.is_direct:
                 self._writer.submit(self._flush, stored)
@@ -187,21 +215,23 @@ class DiskStore(StateStore):
     def _start_reading(self, stored: StoredShard, slot: _Slot) -> None:
         self._is_settled = False
         slot.holds = stored
-        before = [future for future in (slot.writing, stored.pending) if future is not None]
-        slot.reading = self._reader.submit(self._read, stored, slot, before)
+        slot.reading = self._reader.submit(self._read, stored, slot, slot.progress)
 
     # In threads. They raise nothing: an error is remembered.
 
-    def _read(self, stored: StoredShard, slot: _Slot, before: Sequence[Future[None]]) -> None:
-        for future in before:
-            future.result()
+    def _read(self, stored: StoredShard, slot: _Slot, written: _Progress | None) -> None:
+        if stored.pending is not None:
+            stored.pending.result()
         if self.error is not None:
             return
         file: StateFile = stored.reserved.home
         try:
             content = memory_of(slot.memory)
             for region in stored.regions:
-                file.read(content[region.buffer_slice], region.first_block)
+                for start, stop in _chunks(region):
+                    if written is not None:
+                        written.wait_for(stop)
+                    file.read(content[start:stop], region.first_block + start - region.offset)
         except OSError as error:
             self._fail("reading", error)
             return
@@ -210,18 +240,26 @@ class DiskStore(StateStore):
                 slot.on_device.copy_(slot.memory, non_blocking=True)
                 slot.loaded = slot.stream.record_event()
 
-    def _write(self, stored: StoredShard, memory: Tensor, copied: torch.cuda.Event | None) -> None:
-        if self.error is not None:
-            return
+    def _write(self, stored: StoredShard, memory: Tensor, copied: torch.cuda.Event | None, progress: _Progress) -> None:
+        try:
+            if self.error is None:
+                self._write_regions(stored, memory, copied, progress)
+        finally:
+            progress.reach(math.inf)
+
+    def _write_regions(
+        self, stored: StoredShard, memory: Tensor, copied: torch.cuda.Event | None, progress: _Progress
+    ) -> None:
         if copied is not None:
             copied.synchronize()
         file: StateFile = stored.reserved.home
         try:
             content = memory_of(memory)
             for region in stored.regions:
-                blocks = content[region.buffer_slice]
-                self._join_edges(file, region, blocks)
-                file.write(blocks, region.first_block)
+                self._join_edges(file, region, content[region.buffer_slice])
+                for start, stop in _chunks(region):
+                    file.write(content[start:stop], region.first_block + start - region.offset)
+                    progress.reach(stop)
         except OSError as error:
             self._fail("writing", error)
 
@@ -252,6 +290,11 @@ class DiskStore(StateStore):
         if self.error is None:
             number = error.errno or 0
             self.error = f"{what} its state in {self._directory} failed ({os.strerror(number)}, errno {number})"
+
+
+def _chunks(region: Region) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a region that are read or written at once: start and stop in the buffer."""
+    yield from cut(region.buffer_slice.start, region.buffer_slice.stop, _CHUNK_BYTES)
 
 
 def _new_slot(nbytes: int, device: torch.device) -> _Slot:
