@@ -207,7 +207,7 @@ def compare(update: str, arguments: argparse.Namespace) -> None:
     print(f"  disk, blocks of {block / 2**20:.0f} MiB, direct: {speed['is_direct']}; ", end="")
     print(", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items()))
     print(f"  {2 * state / 1e6:,.0f} MB a step take the disk at least {least:.2f} s")
-    for name in ("whole", "step"):
+    for name in ("whole", "step") if update == "step" else ("whole",):
         bound = max(statistics.median(resident[name]), least)
         ratio = statistics.median(offloaded[name]) / bound
         print(f"  {'whole step' if name == 'whole' else 'step()'}: {ratio:.2f} times what it must take, {bound:.2f} s")
