@@ -119,7 +119,8 @@ def test_kernels_read_gradients_of_other_dtypes_and_negated_views(interpreter: P
 def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tuple[list[Tensor], int]:
     """Update the shards of rank 1 of 4 once; return all their tensors, and the number of launches."""
     from shardadam import Precision, update
-    from shardadam.engine.storage import NamedParameter, ShardGroup, adjoining, allocate, merged
+    from shardadam.engine.merging import adjoining, merged
+    from shardadam.engine.storage import NamedParameter, ShardGroup, allocate
     from shardadam.transport import SingleProcessTransport
     from shardadam.update import StepInputs
     from shardadam.update.triton import TritonUpdate
