@@ -457,6 +457,54 @@ def test_an_invalid_learning_rate_raises_in_backward_and_writes_nothing() -> Non
     assert is_unchanged
 
 
+def learning_rate_that_is_mended(update: Any, lr: float) -> Tensor:
+    """Train one step; with ``lr`` NaN, mend it after the error."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = ShardedAdamW(model.parameters(), lr=lr if update == "step" else 1e-3, update=update)
+    optimizer.param_groups[0]["lr"] = lr
+    with suppress(ValueError):  # in backward, or where peers were late, in step
+        backward(model)
+        optimizer.step()
+    if not math.isfinite(lr):
+        assert int(model.weight.ne(model.weight).sum()) == 0
+        optimizer.param_groups[0]["lr"] = 1e-3
+        optimizer.step()
+    optimizer.check_in_sync(model)
+    return model.weight.detach().clone()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_are_kept_if_the_learning_rate_is_invalid(world_size: int) -> None:
+    expected = on_ranks(world_size, learning_rate_that_is_mended, "step", 1e-3)
+    found = on_ranks(world_size, learning_rate_that_is_mended, "backward", math.nan)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+def load_after_a_refused_backward(directory: str) -> list[bool]:
+    model, optimizer = small()
+    shardadam.save(directory, step=1, model=model, optimizer=optimizer, timeout_s=20)
+    saved = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer._engine.poison.reason = "a step was interrupted"
+    refused = message_of(partial(backward, model))  # over shared memory perhaps not: peers may be late
+    shardadam.load(directory, model=model, optimizer=optimizer, timeout_s=20)
+    same = all(torch.equal(a, b) for a, b in zip(saved, model.parameters(), strict=True))
+    states = [arena.state["exp_avg_sq"].count_nonzero() for arena in optimizer._engine.parameters.arenas]
+    for parameter in model.parameters():
+        parameter.grad = None
+    backward(model)
+    optimizer.step()
+    optimizer.check_in_sync(model)
+    return [same, not any(map(int, states)), "Load a whole checkpoint" in refused or "nothing was raised" in refused]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_load_discards_gradients_that_are_still_in_flight(world_size: int, tmp_path: Path) -> None:
+    for found in on_ranks(world_size, load_after_a_refused_backward, str(tmp_path)):
+        assert found == [True] * 3
+
+
 class _BackwardError(Exception):
     pass
 

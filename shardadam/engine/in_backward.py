@@ -85,7 +85,7 @@ class UpdateInBackward:
             Whether the gradients have been used, so that their memory may be.
 
         Raises:
-            TypeError, ValueError: a hyperparameter is not valid. Nothing has been written.
+            TypeError, ValueError: a hyperparameter is not valid. Nothing has been written; the gradients are kept.
             RuntimeError: a step was interrupted before, and no checkpoint has been loaded since; or parameters have the
                 values of their averages.
         """
@@ -94,8 +94,8 @@ class UpdateInBackward:
         with self._streams.on(bucket.parameters.device):
             found_inf = are_finite([stats], bucket.parameters.device).logical_not().float()
             self._left_out.append(found_inf)
+            self._kept[bucket.index] = gradients, found_inf
             if not self._gatherer.is_idle or not all(used[param.index] for param, _ in bucket.segments):
-                self._kept[bucket.index] = gradients, found_inf
                 return False
             if not self._before:
                 arguments.check_before_step(self._param_groups())
@@ -103,6 +103,7 @@ class UpdateInBackward:
             with self._poisoned_if_interrupted():
                 self._begin()
                 self._update(bucket, gradients, found_inf)
+            del self._kept[bucket.index]
         return True
 
     def left_out(self, device: torch.device) -> Tensor:
@@ -144,10 +145,6 @@ class UpdateInBackward:
         self._before.clear()
         self._kept.clear()
         self._left_out.clear()
-
-    def kept(self) -> list[Gradients]:
-        """Return the reduced gradients that are kept until ``finish``."""
-        return [gradients for gradients, _ in self._kept.values()]
 
     def _begin(self) -> None:
         """Begin the update of all arenas that it has not begun for, as if all parameters took part."""

@@ -41,6 +41,7 @@ _FINGERPRINT_BITS = 17
 _HEADER = 4  # norm^2, non-finite, sum of f, sum of f^2; one element per parameter follows
 _PARTS_HEADER = 5  # the same of all parts of the model, and how many data-parallel groups have different fingerprints
 _MOST_UNREAD = 16
+_WRITTEN = "Backward has updated parameters already."
 ALIKE = "Call the same methods in the same order on every rank, and change param groups (schedulers) alike."
 
 
@@ -358,7 +359,9 @@ class StepSync:
                 self._unread.append(_Unread(self.steps, self._host_copy, mine, local_error))
             else:
                 with self._poisoned_if_written():
-                    self._compare(self._host_copy, mine, "Nothing has been written.")
+                    self._compare(
+                        self._host_copy, mine, _WRITTEN if self._writes_before else "Nothing has been written."
+                    )
         if local_error is not None and not (mine is not None and host_runs_ahead(device)):
             with self._poisoned_if_written():
                 raise RuntimeError(local_error)
@@ -372,12 +375,10 @@ class StepSync:
         """Context manager for checks before a step that raise: the parameters may have been updated already."""
         try:
             yield
-        except Exception as error:
-            if not self._writes_before:
-                raise
-            self._poison.reason = 'a step was refused that update="backward" had begun'
-            text = str(error).replace("Nothing has been written.", "Backward has updated parameters already.")
-            raise type(error)(text) from None
+        except Exception:
+            if self._writes_before:
+                self._poison.reason = 'a step was refused that update="backward" had begun'
+            raise
 
     def step_begins(self) -> None:
         """Count a step, which uses the result of the last sync."""
@@ -418,13 +419,16 @@ class StepSync:
         while self._unread and self._unread[0].step < step:
             one = self._unread.pop(0)
             try:
-                self._compare(one.host_copy, one.claims, "No rank has taken that step.")
+                self._compare(
+                    one.host_copy, one.claims, _WRITTEN if self._writes_before else "No rank has taken that step."
+                )
             except BaseException:
                 # In different calls, one parameter's gradients may have been summed with another's.
                 self._poison.reason = "ranks have disagreed, and later transfers may have mixed different tensors"
                 raise
             if one.local_error is not None:
-                raise RuntimeError(one.local_error)
+                with self._poisoned_if_written():
+                    raise RuntimeError(one.local_error)
         if not self._unread:
             self._warn()
 

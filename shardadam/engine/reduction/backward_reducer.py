@@ -100,6 +100,7 @@ class BackwardReducer(DuringBackward):
         # Used until the order is learned
         self._order_is_learned = False
         self._completed: list[int] = []  # indices of the buckets that the last round completed, in order
+        self._is_discarding = False
         # Since reset
         self._refused: str | None = None  # why a gradient was reduced as zeros
         self._launches: list[int] = []  # by bucket index
@@ -236,9 +237,9 @@ class BackwardReducer(DuringBackward):
         self._free_gradients(bucket, current.partly_launched)
 
     def _pass_on(self, bucket: FlatBucket, shard: Tensor, stats: GradStats) -> None:
-        """Give a reduced shard to ``take``."""
+        """Give a reduced shard to ``take``, unless all gradients are being discarded."""
         assert self._take is not None
-        if self._take(bucket, shard, stats, self.used):
+        if self._is_discarding or self._take(bucket, shard, stats, self.used):
             self._scratch.give_back(bucket)
 
     def _free_gradients(self, bucket: FlatBucket, partly_launched: dict[int, Tensor | None]) -> None:
@@ -320,8 +321,12 @@ class BackwardReducer(DuringBackward):
         self._order_is_learned = bool(has_gradient)
 
     def reset(self) -> None:
-        self.close_open_round()
-        self.wait_all()
+        self._is_discarding = True
+        try:
+            self.close_open_round()
+            self.wait_all()
+        finally:
+            self._is_discarding = False
         self._pool.trim()
         super().reset()
         self._launches = [0] * len(self._buckets)

@@ -254,7 +254,11 @@ class AloneInBackward(AloneReducer):
         super()._take(param, gradient)
         for bucket in param.buckets:
             self._missing[bucket.index] -= 1
-            if self._missing[bucket.index] == 0:
+
+    def _take_out(self, param: ShardedParam) -> None:
+        super()._take_out(param)
+        for bucket in param.buckets:
+            if self._missing[bucket.index] == 0 and not self._passed[bucket.index]:
                 self._pass_on(bucket)
 
     def _pass_on(self, bucket: FlatBucket) -> None:
