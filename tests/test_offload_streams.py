@@ -175,7 +175,7 @@ def test_a_captured_step(tmp_path: Path) -> None:
 MUTANTS = [
     ("host", host.HostStore.on_device, "current.wait_stream(slot.stream)", "pass"),
     ("host", host.HostStore.on_device, "slot.stream.wait_stream(current)", "pass"),
-    ("host", host.HostStore._copy_in, "slot.stream.wait_event(stored.pending)", "pass"),
+    ("host", host.HostStore._fill, "slot.stream.wait_event(stored.pending)", "pass"),
     ("host", host.HostStore.settle, "slot.stream.synchronize()", "pass"),
     ("disk", disk.DiskStore.on_device, "torch.cuda.current_stream(stored.device).wait_event(slot.loaded)", "pass"),
     ("disk", disk._start_copy_back, "slot.stream.wait_stream(torch.cuda.current_stream(device))", "pass"),

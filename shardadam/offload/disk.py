@@ -20,25 +20,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shardadam.layout import cut
+from shardadam.offload.buffers import BufferedStore, Slot
 from shardadam.offload.files import StateFile, aligned, memory_of
 from shardadam.offload.policies import DiskOffload
 from shardadam.offload.regions import (
     BLOCK_BYTES,
     Region,
-    buffer_bytes,
-    regions_of,
     tensor_starts,
     views_of,
     whole_blocks,
 )
-from shardadam.offload.store import Reserved, StateStore, StoredShard, state_of
+from shardadam.offload.store import Reserved, StoredShard
 from shardadam.precision import Format
 from shardadam.update import formats
 
@@ -63,43 +61,38 @@ class _Progress:
             self._changed.wait_for(lambda: self._done >= position)
 
 
-@dataclass(slots=True, eq=False)
-class _Slot:
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Slot(Slot):
     """A buffer, what has been read into it, and what is being written from it.
 
     Args:
-        memory: on the host, 1-D uint8; begins at a multiple of ``BLOCK_BYTES``. Pinned if there is a device.
-        on_device: as long, on the device of the parameters; ``memory`` itself on the CPU.
+        memory: on the host, as long as ``on_device``, and ``on_device`` itself on the CPU; begins at a multiple of
+            ``BLOCK_BYTES``. Pinned if there is a device.
         stream: on which the two are copied to each other; None on the CPU.
-        holds: the bucket whose state is in it, or will be once ``reading`` is done.
+        reading: into the buffer, the state of ``holds``.
         progress: of ``writing``.
         loaded: the last copy to the device.
     """
 
     memory: Tensor
-    on_device: Tensor
     stream: torch.cuda.Stream | None = None
-    holds: StoredShard | None = None
     reading: Future[None] | None = None
     writing: Future[None] | None = None
     progress: _Progress | None = None
     loaded: torch.cuda.Event | None = None
 
 
-class DiskStore(StateStore):
+class DiskStore(BufferedStore[_Slot]):
     """State in files of this process (``DiskOffload``)."""
 
     kind = "disk"
 
     def __init__(self, offload: DiskOffload) -> None:
+        super().__init__()
         self._directory = Path(offload.directory)
-        self._lock = threading.RLock()
-        self._slots: dict[torch.device, list[_Slot]] = {}  # two of each device; the first is used next
-        self._next: dict[StoredShard, StoredShard] = {}  # what is expected after each bucket
         self._reader = ThreadPoolExecutor(1, "shardadam-read")
         self._writer = ThreadPoolExecutor(1, "shardadam-write")
         self._edges: dict[tuple[StateFile, int], bytes] = {}  # see "Note: blocks of two buckets"
-        self._is_settled = True
         self._written_bytes = 0  # through the mapping, since its pages were given back
 
     def reserve(self, format: Format, numel: int, device: torch.device) -> Reserved:
@@ -113,50 +106,27 @@ class DiskStore(StateStore):
         }
         return Reserved(self, format, numel, state, file)
 
-    def add(self, reserved: Reserved, elements: slice, device: torch.device) -> StoredShard:
-        self.settle()
-        regions = regions_of(reserved.format, reserved.numel, elements)
-        nbytes = buffer_bytes(regions)
-        slots = self._slots.get(device)
-        if slots is None or slots[0].memory.numel() < nbytes:
-            self._slots[device] = [_new_slot(nbytes, device) for _ in range(2)]
-            self.buffer_bytes = sum(slot.on_device.nbytes for slots in self._slots.values() for slot in slots)
-        return StoredShard(reserved, regions, state_of(reserved, regions), device)
-
     def expect(self, order: Sequence[StoredShard]) -> None:
         with self._lock:
             self.settle()
-            for slots in self._slots.values():
-                on_device = [stored for stored in order if self._slots[stored.device] is slots]
-                self._next.update(pairwise(on_device))
-                if on_device:
-                    self._start_reading(on_device[0], slots[0])
+            self._expect(order)
 
     @contextmanager
     def on_device(self, stored: StoredShard) -> Iterator[dict[str, Tensor] | None]:
         with self._lock:
-            slots = self._slots[stored.device]
-            slot = next((slot for slot in slots if slot.holds is stored), slots[0])
-            if slot.holds is not stored:
-                self._start_reading(stored, slot)
+            slot = self._take(stored)
             assert slot.reading is not None
             slot.reading.result()
-            slot.holds = None  # also if the update raises: then nothing is written
-            slots.remove(slot)
-            slots.append(slot)  # the other one is used next, also for a bucket that nobody has expected
             if self.error is not None:
                 yield None
                 return
-            following = self._next.get(stored)
-            if following is not None and slots[0].holds is not following:
-                self._start_reading(following, slots[0])
+            self._fill_next(stored)
             if slot.loaded is not None:
                 torch.cuda.current_stream(stored.device).wait_event(slot.loaded)
             yield views_of(stored.regions, slot.on_device)
             copied = _start_copy_back(slot, stored.device)
             slot.progress = _Progress()
             slot.writing = self._writer.submit(self._write, stored, slot.memory, copied, slot.progress)
-            stored.pending = slot.writing
             file: StateFile = stored.reserved.home
             if not file.is_direct:
                 self._writer.submit(self._flush, stored)
@@ -168,7 +138,7 @@ class DiskStore(StateStore):
         if self._is_settled:
             return
         with self._lock:
-            for slot in (slot for slots in self._slots.values() for slot in slots):
+            for slot in self._all_slots():
                 for future in (slot.reading, slot.writing):
                     if future is not None:
                         future.result()
@@ -207,12 +177,22 @@ class DiskStore(StateStore):
         for executor in (self._reader, self._writer):
             executor.shutdown(wait=False, cancel_futures=True)
         self._next = {}
-        for slot in (slot for slots in self._slots.values() for slot in slots):
+        for slot in self._all_slots():
             if slot.stream is not None:  # the memory goes back to the stream that is current
                 torch.cuda.current_stream(slot.on_device.device).wait_stream(slot.stream)
         self._slots = {}
 
-    def _start_reading(self, stored: StoredShard, slot: _Slot) -> None:
+    def _new_slot(self, nbytes: int, device: torch.device) -> _Slot:
+        is_cpu = device.type == "cpu"
+        memory = aligned(nbytes, pinned=not is_cpu)
+        if is_cpu:
+            return _Slot(on_device=memory, memory=memory)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))  # which may still use what the memory was before
+        on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return _Slot(on_device=on_device, memory=memory, stream=stream)
+
+    def _fill(self, stored: StoredShard, slot: _Slot) -> None:
         self._is_settled = False
         slot.holds = stored
         slot.reading = self._reader.submit(self._read, stored, slot, slot.progress)
@@ -220,8 +200,6 @@ class DiskStore(StateStore):
     # In threads. They raise nothing: an error is remembered.
 
     def _read(self, stored: StoredShard, slot: _Slot, written: _Progress | None) -> None:
-        if stored.pending is not None:
-            stored.pending.result()
         if self.error is not None:
             return
         file: StateFile = stored.reserved.home
@@ -295,17 +273,6 @@ class DiskStore(StateStore):
 def _chunks(region: Region) -> Iterator[tuple[int, int]]:
     """Yield the parts of a region that are read or written at once: start and stop in the buffer."""
     yield from cut(region.buffer_slice.start, region.buffer_slice.stop, _CHUNK_BYTES)
-
-
-def _new_slot(nbytes: int, device: torch.device) -> _Slot:
-    """Return a slot of ``nbytes``, uninitialised."""
-    is_cpu = device.type == "cpu"
-    memory = aligned(nbytes, pinned=not is_cpu)
-    if is_cpu:
-        return _Slot(memory, memory)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))  # which may still use what the memory was before
-    return _Slot(memory, torch.empty(nbytes, dtype=torch.uint8, device=device), stream)
 
 
 def _start_copy_back(slot: _Slot, device: torch.device) -> torch.cuda.Event | None:

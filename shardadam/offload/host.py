@@ -13,41 +13,35 @@ Note: captured steps
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from shardadam.offload.regions import buffer_bytes, regions_of, views_of
-from shardadam.offload.store import Reserved, StateStore, StoredShard, state_of
+from shardadam.offload.buffers import BufferedStore, Slot
+from shardadam.offload.regions import views_of
+from shardadam.offload.store import Reserved, StoredShard
 from shardadam.precision import Format
 from shardadam.transport.streams import is_capturing
 from shardadam.update import formats
 
 
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A buffer on the GPU, 1-D uint8, the stream of its copies, and the bucket whose state has been copied to it."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Slot(Slot):
+    """A buffer and the stream of its copies."""
 
-    memory: Tensor
     stream: torch.cuda.Stream
-    holds: StoredShard | None = None
 
 
-class HostStore(StateStore):
+class HostStore(BufferedStore[_Slot]):
     """State of parameters on GPUs in pinned host memory (``HostOffload``)."""
 
     kind = "host"
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._slots: dict[torch.device, list[_Slot]] = {}  # two of each device; the first is used next
-        self._next: dict[StoredShard, StoredShard] = {}  # what is expected after each bucket
-        self._is_settled = True
+        super().__init__()
         self._is_captured = False  # a graph may be replayed at any time
 
     def reserve(self, format: Format, numel: int, device: torch.device) -> Reserved:
@@ -62,16 +56,6 @@ class HostStore(StateStore):
         }
         return Reserved(self, format, numel, state)
 
-    def add(self, reserved: Reserved, elements: slice, device: torch.device) -> StoredShard:
-        self.settle()
-        regions = regions_of(reserved.format, reserved.numel, elements)
-        nbytes = buffer_bytes(regions)
-        slots = self._slots.get(device)
-        if slots is None or slots[0].memory.numel() < nbytes:
-            self._slots[device] = [_new_slot(nbytes, device) for _ in range(2)]
-            self.buffer_bytes = sum(slot.memory.nbytes for slots in self._slots.values() for slot in slots)
-        return StoredShard(reserved, regions, state_of(reserved, regions), device)
-
     def expect(self, order: Sequence[StoredShard]) -> None:
         with self._lock:
             self._forget_copies()
@@ -80,27 +64,16 @@ class HostStore(StateStore):
                 if self._is_captured:
                     for slot in slots:
                         slot.stream.wait_stream(torch.cuda.current_stream(device))
-                on_device = [stored for stored in order if stored.device == device]
-                self._next.update(pairwise(on_device))
-                if on_device:
-                    self._copy_in(on_device[0], slots[0])
+            self._expect(order)
 
     @contextmanager
     def on_device(self, stored: StoredShard) -> Iterator[dict[str, Tensor] | None]:
         with self._lock:
-            slots = self._slots[stored.device]
-            slot = next((slot for slot in slots if slot.holds is stored), slots[0])
-            if slot.holds is not stored:
-                self._copy_in(stored, slot)
-            slot.holds = None
-            slots.remove(slot)
-            slots.append(slot)  # the other one is used next, also for a bucket that nobody has expected
+            slot = self._take(stored)
             current = torch.cuda.current_stream(stored.device)
             current.wait_stream(slot.stream)
-            following = self._next.get(stored)
-            if following is not None and slots[0].holds is not following:
-                self._copy_in(following, slots[0])
-            views = views_of(stored.regions, slot.memory)
+            self._fill_next(stored)
+            views = views_of(stored.regions, slot.on_device)
             try:
                 yield views
             finally:
@@ -147,26 +120,23 @@ class HostStore(StateStore):
         self._next = {}
         self._slots = {}
 
-    def _copy_in(self, stored: StoredShard, slot: _Slot) -> None:
+    def _new_slot(self, nbytes: int, device: torch.device) -> _Slot:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # which may still use what the memory was before
+        return _Slot(on_device=memory, stream=stream)
+
+    def _fill(self, stored: StoredShard, slot: _Slot) -> None:
         self._is_settled = False
         slot.holds = stored
         if stored.pending is not None and not is_capturing(stored.device):
             slot.stream.wait_event(stored.pending)
-        views = views_of(stored.regions, slot.memory)
+        views = views_of(stored.regions, slot.on_device)
         with torch.cuda.stream(slot.stream):
             for name, tensor in stored.state.items():
                 views[name].copy_(tensor, non_blocking=True)
 
     def _forget_copies(self) -> None:
-        for slots in self._slots.values():
-            for slot in slots:
-                slot.holds = None
+        for slot in self._all_slots():
+            slot.holds = None
         self._next = {}
-
-
-def _new_slot(nbytes: int, device: torch.device) -> _Slot:
-    """Return a buffer of ``nbytes`` on the device, uninitialised."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # which may still use what the memory was before
-    return _Slot(memory, stream)

@@ -47,7 +47,7 @@ class StoredShard:
     Args:
         state: views of ``reserved.state``.
         device: of the parameters.
-        pending: what the store waits for before it reads the state again.
+        pending: what a store on streams waits for before it copies the state again.
     """
 
     reserved: Reserved
