@@ -41,12 +41,13 @@ def settings(world_size: int) -> list[Setting]:
             world_size=world_size,
             precision=precision,
             gradient_sync=gradient_sync,  # type: ignore[arg-type]
+            update=update,  # type: ignore[arg-type]
             bucket_mb=bucket_mb,
             transport=transport,  # type: ignore[arg-type]
         )
-        for precision, gradient_sync, bucket_mb, transport in itertools.product(
+        for precision, (gradient_sync, update), bucket_mb, transport in itertools.product(
             [*precisions, Precision(reduce=torch.float32), Precision(accumulate="fp32")],
-            ("backward", "step", "external"),
+            (("backward", "step"), ("step", "step"), ("external", "step"), ("backward", "backward")),
             (0.001, None),
             ("auto", "collective"),
         )
@@ -62,25 +63,29 @@ def build(groups: list[dict[str, Any]], setting: Setting, process_group: Any) ->
         process_group=process_group,
         precision=setting.precision,
         gradient_sync=setting.gradient_sync,
+        update=setting.update,
         bucket_mb=setting.bucket_mb,
         transport=setting.transport,
     )
 
 
 def after_backward(optimizer: ShardedAdamW, parameters: list[nn.Parameter]) -> tuple[Memory, int, int]:
-    """Return the memory after construction; staging and gradient shards after clipping."""
+    """Return the memory after construction; staging and gradient shards after clipping, or updates in backward."""
     built = optimizer.memory()
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
-    optimizer.clip_grad_norm_(1.0)
+    if optimizer._engine.in_backward is None:
+        optimizer.clip_grad_norm_(1.0)
+    else:
+        optimizer.step()
     memory = optimizer.memory()
     return built, memory.staging, memory.gradient_shard
 
 
 def check(built: Memory, staging: int, gradient_shard: int, parameters: list[Any], setting: Setting) -> None:
     assert built == plan(parameters, setting), setting
-    peak = plan(parameters, replace(setting, clips=True), peak=True)
+    peak = plan(parameters, replace(setting, clips=setting.update == "step"), peak=True)
     assert gradient_shard == peak.gradient_shard, setting
     assert staging >= peak.staging, setting
 
