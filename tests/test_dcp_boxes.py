@@ -23,8 +23,8 @@ from shardadam.checkpoint import DcpReader
 from shardadam.state.flat_shard import FlatShard
 from tests.ranks import on_ranks
 from tests.runs import differences
-from tests.test_checkpoint_boxes import EXACT, INT8, Everything, PlacedRun, save_placed
-from tests.test_checkpoint_boxes import SHAPES as ALL_SHAPES
+from tests.test_checkpoint_meshes import EXACT, INT8, Everything, PlacedRun, save_placed
+from tests.test_checkpoint_meshes import SHAPES as ALL_SHAPES
 
 SHAPES = {name: where for name, where in ALL_SHAPES.items() if name != "fused"}
 """DCP does not know where the values of a DTensor with ``_StridedShard`` lie, the model's own among them."""
