@@ -5,9 +5,12 @@ several files use.
 
 from __future__ import annotations
 
+import os
 import random
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +19,11 @@ import torch
 from tests.triton_processes import process
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+# Numba would go on with the machine code of a module after a change in another one that it imports.
+_SOURCES = [*ROOT.glob("shardadam/sums/*.py"), *ROOT.glob("shardadam/update/*.py")]
+_CHECKSUM = zlib.crc32(b"".join(path.read_bytes() for path in sorted(_SOURCES)))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".numba_cache" / f"{_CHECKSUM:08x}"))
 hypothesis.settings.register_profile("sample", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, derandomize=True)
 

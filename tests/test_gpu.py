@@ -23,13 +23,13 @@ from shardadam.sums.scattered import Scattered
 from shardadam.transport import Transport, connect
 from shardadam.transport.streams import CommunicationStream
 from shardadam.update.shard import Counters, Shard
+from tests import kernel_cases, test_triton
 from tests import test_checkpoint_reshard as checkpoints
 from tests import test_overlap as overlap
 from tests import test_parity as parity
 from tests import test_precision as precision
 from tests import test_step_sync as step_sync
 from tests import test_sums as sums
-from tests import test_triton as interpreted
 from tests.on_cuda import captured, nccl_of_one, warm_up
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import differences
@@ -65,16 +65,16 @@ def slow_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("averages", [False, True], ids=["", "averages"])
-@interpreted.each_variant
-def test_compiled_kernel_equals_reference(variant: interpreted.Variant, averages: bool) -> None:
+@test_triton.each_variant
+def test_compiled_kernel_equals_reference(variant: kernel_cases.Variant, averages: bool) -> None:
     """Bit for bit, as in the interpreter, with infinities, subnormals, NaNs and stale remainders."""
-    assert interpreted.differences_from_reference(variant, device=DEVICE, averages=averages) == []
+    assert kernel_cases.differences_from_reference(variant, device=DEVICE, averages=averages) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@interpreted.each_variant
-def test_every_form_of_gradients_and_buckets_takes_the_same_step(variant: interpreted.Variant, dtype: str) -> None:
-    assert interpreted.differences_between_forms(variant, dtype, DEVICE) == []
+@test_triton.each_variant
+def test_every_form_of_gradients_and_buckets_takes_the_same_step(variant: kernel_cases.Variant, dtype: str) -> None:
+    assert kernel_cases.differences_between_forms(variant, dtype, DEVICE) == []
 
 
 @pytest.mark.parametrize("source", sums.DTYPES)
@@ -119,17 +119,17 @@ def test_this_machine_can_launch_kernels() -> None:
 
 
 def test_compiled_positions_are_counted_in_uint32() -> None:
-    variant = interpreted.Variant("int8", "bfloat16", "none")
-    assert interpreted.differences_from_reference(variant, 2**32 - 1024, DEVICE) == []
+    variant = kernel_cases.Variant("int8", "bfloat16", "none")
+    assert kernel_cases.differences_from_reference(variant, 2**32 - 1024, DEVICE) == []
 
 
 def test_the_split_of_a_nan_is_a_nan() -> None:
     """The NaN 0x7fffffff must round to a NaN, not to -0.0."""
-    variant = interpreted.Variant("fp32", "bfloat16", "split")
-    shard = interpreted.to_device(interpreted.build_shard(variant, torch.Generator().manual_seed(0)), DEVICE)
+    variant = kernel_cases.Variant("fp32", "bfloat16", "split")
+    shard = kernel_cases.to_device(kernel_cases.build_shard(variant, torch.Generator().manual_seed(0)), DEVICE)
     shard.parameter.view(torch.int16).fill_(0x7FFF)
     shard.remainder.fill_(-1)
-    counters = interpreted.to_device(interpreted.build_counters(), DEVICE)
+    counters = kernel_cases.to_device(kernel_cases.build_counters(), DEVICE)
     take_steps(shard, counters, 1)
     assert bool(shard.parameter.isnan().all())
 
@@ -137,16 +137,16 @@ def test_the_split_of_a_nan_is_a_nan() -> None:
 def take_steps(shard: Shard, counters: Counters, count: int) -> None:
     from shardadam.update.triton import TritonUpdate
 
-    update = TritonUpdate(counters, seed=interpreted.SEED)
+    update = TritonUpdate(counters, seed=kernel_cases.SEED)
     for _ in range(count):
-        interpreted.begin(update, counters, interpreted.Step(interpreted.adam_step()))
-        update.step_(shard, interpreted.ONLY_BUCKET)
+        kernel_cases.begin(update, counters, kernel_cases.Step(kernel_cases.adam_step()))
+        update.step_(shard, kernel_cases.ONLY_BUCKET)
 
 
 def build_single_parameter(numel: int, gradient: Tensor) -> tuple[Shard, Counters]:
     """Return a shard of one bfloat16 parameter without a master, with 8-bit moments."""
     make = lambda dtype, count=numel: torch.zeros(count, dtype=dtype, device=DEVICE)  # noqa: E731
-    blocks = numel // interpreted.BLOCK_NUMEL
+    blocks = numel // kernel_cases.BLOCK_NUMEL
     shard = Shard(
         parameter=make(torch.bfloat16),
         gradient=gradient,
@@ -171,7 +171,7 @@ def test_stochastic_rounding_is_unbiased_on_the_device() -> None:
     take_steps(shard, counters, 1)
     below, above = 1.0 - 2.0**-8, 1.0  # 1 - LR lies between them
     assert sorted(shard.parameter.float().unique().tolist()) == [below, above]
-    expected = (1.0 - interpreted.LR - below) / (above - below)
+    expected = (1.0 - kernel_cases.LR - below) / (above - below)
     share = float((shard.parameter == above).float().mean())
     assert abs(share - expected) < 5 * (expected * (1 - expected) / numel) ** 0.5 + 1e-5
 
@@ -186,7 +186,7 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     gradient[-last:] = torch.randn(last, device=DEVICE, generator=random)
     shard, counters = build_single_parameter(numel, gradient)
     small, its_counters = build_single_parameter(last, gradient[-last:].clone())
-    its_counters.first_blocks.sub_((numel - last) // interpreted.BLOCK_NUMEL)
+    its_counters.first_blocks.sub_((numel - last) // kernel_cases.BLOCK_NUMEL)
     take_steps(shard, counters, 2)
     take_steps(small, its_counters, 2)
     assert torch.equal(shard.parameter[-last:], small.parameter) and bool(small.parameter.any())

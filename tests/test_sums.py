@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of gradients: the Triton kernels equal their reference bit for bit in Triton's interpreter, and compile.
+"""Sums of gradients: the kernels equal their reference bit for bit, those of Triton in its interpreter, and compile.
 
 As in test_triton.py, kernels are interpreted and compiled in processes of their own.
 """
@@ -24,24 +24,42 @@ from shardadam.sums.reference import PROGRAM_NUMEL, TILE_NUMEL
 from shardadam.sums.scattered import Addresses, Scattered
 from shardadam.sums.sources import sum_sources_
 from shardadam.sums.to_device import send_as_arguments
-from tests.test_triton import (
-    ARCHITECTURES,
+from tests.kernel_cases import (
     ARENA_NUMELS,
     VARIANTS,
-    Compiled,
     awkward_values,
     bits_of,
     build_arena_shard,
-    compile_kernel,
     gradients_of_arena,
 )
+from tests.test_triton import ARCHITECTURES, Compiled, compile_kernel
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 DTYPES = ("float32", "bfloat16", "float16")
 LENGTHS = (1, 127, TILE_NUMEL + 128, PROGRAM_NUMEL, 2 * PROGRAM_NUMEL + 3)
 
 
-# The kernels in the interpreter
+needs_numba = pytest.mark.skipif(not sums.has_numba(), reason="needs Numba")
+
+
+# The kernels: those of GPUs in the interpreter, and those of CPUs
+
+
+@needs_numba
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("shard", DTYPES)
+def test_sums_on_cpus_equal_the_reference(shard: str, source: str) -> None:
+    assert differences_of_sums(shard, source) == []
+
+
+@needs_numba
+def test_sums_of_squares_on_cpus_equal_the_reference() -> None:
+    assert differences_of_squares() == []
+
+
+@needs_numba
+def test_squares_of_scattered_gradients_on_cpus_equal_those_of_the_shard() -> None:
+    assert differences_of_scattered_squares() == []
 
 
 @needs_triton
@@ -69,9 +87,7 @@ def test_torchs_sums_equal_the_reference(shard: str, source: str) -> None:
 
 
 def differences_of_sums(shard: str, source: str, device: str = "cpu", *, by_torch: bool = False) -> list[str]:
-    if not by_torch:
-        from shardadam.sums import kernel
-
+    kernel = sums.kernels_for(torch.device(device))
     random = torch.Generator().manual_seed(DTYPES.index(shard) * 3 + DTYPES.index(source))
     cases = itertools.product((1, 2, 5), (1.0, 1 / 3), (False, True))
     found = []
@@ -103,8 +119,7 @@ def differences_of_sums(shard: str, source: str, device: str = "cpu", *, by_torc
 
 
 def differences_of_squares(device: str = "cpu") -> list[str]:
-    from shardadam.sums import kernel
-
+    kernel = sums.kernels_for(torch.device(device))
     random = torch.Generator().manual_seed(1)
     found = []
     for dtype, numel in itertools.product(DTYPES, LENGTHS):
@@ -118,8 +133,7 @@ def differences_of_squares(device: str = "cpu") -> list[str]:
 
 
 def differences_of_scattered_squares(device: str = "cpu") -> list[str]:
-    from shardadam.sums import kernel
-
+    kernel = sums.kernels_for(torch.device(device))
     found = []
     for dtype, aligned in itertools.product(DTYPES, (True, False)):
         arena = build_arena_shard(VARIANTS[0], device)

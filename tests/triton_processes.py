@@ -27,4 +27,5 @@ def process(*, interpret: bool) -> Iterator[ProcessPoolExecutor]:
 def _enter(interpret: bool, cache: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # NumPy warns of infinities, which are intended
+    os.environ.update(SHARDADAM_NUMBA="0")  # CPU tensors are for Triton's kernels here
     os.environ.update(TRITON_INTERPRET=str(int(interpret)), TRITON_CACHE_DIR=cache)

@@ -326,7 +326,7 @@ def _allocate_arena(
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
         positions=None,
         counters=counters,
-        update=update.choose(counters, dtype, seed=seed, rank=transport.rank),
+        update=update.choose(counters, format, seed=seed, rank=transport.rank),
         reserved=reserved,
     )
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):

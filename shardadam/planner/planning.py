@@ -277,10 +277,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     zeros = [0] * len(arena.parameters)
     counters = allocate_counters(zeros, arena.offsets, zeros, torch.device("meta"), has_average=setting.ema)
     tables = counters.table_bytes + table_bytes(buckets, len(arena.parameters), format, device)
-    if update.has_kernel(dtype, device):
-        from shardadam.update.triton import TritonUpdate
-
-        tables += TritonUpdate(counters, seed=0).nbytes
+    tables += update.scalar_table_bytes(len(arena.parameters), format, device)
     is_bucket_view = has_bucket_view(key, ranks, setting)
     is_kept = setting.update == "step" and not setting.is_local
     has_shard = is_kept and (not is_bucket_view or (peak and setting.clips))

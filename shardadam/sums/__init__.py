@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of gradient slices with their statistics, in one pass, and where gradients lie before they are reduced.
 
-``reference`` is slow, readable and defines the result; ``kernel`` equals it bit for bit by Triton. Nothing here
-communicates.
+``reference`` is slow, readable and defines the result; ``kernel`` equals it bit for bit by Triton on GPUs, ``compiled``
+by Numba on CPUs. Nothing here communicates.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import warnings
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -51,3 +54,44 @@ def can_launch() -> bool:
         )
         return False
     return True
+
+
+def measures_squares(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether kernels (``kernels_for``) sum up gradients and their squares for parameters of ``dtype``."""
+    return has_kernel(dtype, device) or (device.type == "cpu" and dtype != torch.float64 and has_numba())
+
+
+def kernels_for(device: torch.device) -> ModuleType:
+    """Return the module with ``sum_``, ``measure`` and ``measure_scattered``, where ``measures_squares``."""
+    if device.type == "cpu" and has_numba():
+        from shardadam.sums import compiled
+
+        return compiled
+    from shardadam.sums import kernel
+
+    return kernel
+
+
+def has_numba() -> bool:
+    """Return whether functions compiled by Numba work on CPU tensors here. ``SHARDADAM_NUMBA=0`` says no.
+
+    Ranks may differ in it, as in ``has_kernel``.
+    """
+    return os.environ.get("SHARDADAM_NUMBA", "1") != "0" and find_spec("numba") is not None and _can_compile()
+
+
+@cache
+def _can_compile() -> bool:
+    """Return whether Numba can be imported and knows a CPU's conversions to float16; warn once if it is broken."""
+    try:
+        from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
+        from numba import njit  # noqa: F401
+    except Exception as error:  # not only ImportError: a NumPy that is too new for it raises others
+        warnings.warn(
+            f"Numba cannot be imported ({type(error).__name__}: {error}), so the optimizer uses torch's own kernels, "
+            "which are slower for compressed state on CPUs. Mend or uninstall it, or set SHARDADAM_NUMBA=0.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return platform.machine() != "x86_64" or bool(get_host_cpu_features().get("f16c"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardadam.chunks import chunks
+from shardadam.sums import kernels_for
 from shardadam.sums.stats import GradStats
 
 
@@ -25,9 +26,7 @@ def sum_sources_(
         stats: of ``shard``; measures its final values.
     """
     if stats is not None and stats.squares is not None:
-        from shardadam.sums import kernel
-
-        kernel.sum_(shard, sources, stats.squares, scale=scale, accumulate=accumulate)
+        kernels_for(shard.device).sum_(shard, sources, stats.squares, scale=scale, accumulate=accumulate)
         return
     exact = torch.promote_types(shard.dtype, torch.float32)
     is_narrow = shard.dtype != exact

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardadam.chunks import chunks
 from shardadam.layout import ALIGNMENT_NUMEL
+from shardadam.sums import kernels_for
 
 _SMALL_NUMEL = 1 << 15
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -81,9 +82,7 @@ class GradStats:
             for chunk in chunks(0, gradient.numel(), gradient.device):
                 self.update(gradient[chunk])
         else:
-            from shardadam.sums import kernel
-
-            kernel.measure(gradient, self.squares)
+            kernels_for(gradient.device).measure(gradient, self.squares)
 
     def finite_flags(self) -> list[Tensor]:
         """Return ``flags`` that stay as they are when the shard is written and measured again."""

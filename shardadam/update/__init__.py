@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of Adam on one flat shard.
 
-``reference`` is slow, readable and defines the result. ``triton`` equals it bit for bit; ``fused`` equals it up to the
-rounding of torch's own kernel. Nothing here communicates.
+``reference`` is slow, readable and defines the result. ``triton`` on GPUs and ``compiled`` on CPUs equal it bit for
+bit; ``fused`` equals it up to the rounding of torch's own kernel. Nothing here communicates.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from shardadam.layout import Bucket
-from shardadam.sums import KERNEL_DEVICES, has_kernel
+from shardadam.precision import Format
+from shardadam.sums import KERNEL_DEVICES, has_kernel, has_numba
 from shardadam.sums.scattered import Scattered
 from shardadam.update.fused import FusedUpdate
-from shardadam.update.shard import Counters, Shard, Sources, StepInputs
+from shardadam.update.shard import SCALARS, Counters, Shard, Sources, StepInputs
 
-__all__ = ["KERNEL_DEVICES", "Counters", "Shard", "Sources", "StepInputs", "Update", "choose", "has_kernel"]
+__all__ = [
+    "KERNEL_DEVICES",
+    "Counters",
+    "Shard",
+    "Sources",
+    "StepInputs",
+    "Update",
+    "choose",
+    "scalar_table_bytes",
+]
 
 
 class Update(Protocol):
@@ -60,15 +70,38 @@ class Update(Protocol):
         """Bytes that the update itself holds on the device, without the counters."""
 
 
-def choose(counters: Counters, dtype: torch.dtype, *, seed: int, rank: int) -> Update:
-    """Return the update for an arena of ``dtype`` on the counters' device: by Triton if supported, else by torch.
+def choose(counters: Counters, format: Format, *, seed: int, rank: int) -> Update:
+    """Return the update for an arena of ``format`` on the counters' device.
 
     Args:
         seed: of stochastic rounding.
         rank: of this process in its shard group.
     """
-    if has_kernel(dtype, counters.steps.device):
+    kind = _kind(format, counters.steps.device)
+    if kind == "triton":
         from shardadam.update.triton import TritonUpdate
 
         return TritonUpdate(counters, seed=seed)
+    if kind == "numba":
+        from shardadam.update.compiled import CompiledUpdate
+
+        return CompiledUpdate(counters, seed=seed)
     return FusedUpdate(counters, seed=seed, rank=rank)
+
+
+def scalar_table_bytes(parameter_count: int, format: Format, device: torch.device) -> int:
+    """Return the bytes of the table of scalars that the update keeps for an arena of so many parameters."""
+    return 0 if _kind(format, device) == "torch" else (1 + parameter_count) * SCALARS * torch.float32.itemsize
+
+
+def _kind(format: Format, device: torch.device) -> Literal["triton", "numba", "torch"]:
+    """Return what updates an arena of ``format`` on ``device``.
+
+    On CPUs torch's kernel stays where it stores all there is: it is as fast as memory, and equals torch.optim.AdamW.
+    """
+    if has_kernel(format.dtype, device):
+        return "triton"
+    is_stock = format.moments == "fp32" and format.master == "own" and not format.has_average
+    if device.type == "cpu" and format.dtype != torch.float64 and not is_stock and has_numba():
+        return "numba"
+    return "torch"

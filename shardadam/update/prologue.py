@@ -11,8 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shardadam.update.shard import SCALARS
+
 # The table that the prologue writes for the update: float32, COLUMNS wide.
-COLUMNS = tl.constexpr(8)
+COLUMNS = tl.constexpr(SCALARS)
 # Row 0, for all parameters: the coefficient, with the sign of ``maximize``; b1, 1 - b1, b2, 1 - b2, eps; the factor of
 # decoupled weight decay, 1 - lr decay; and the factor of L2 decay. Without the one kind of decay its factor is 1, or 0.
 COEFFICIENT, BETA1, REST1, BETA2, REST2, EPS, DECAY, L2 = (tl.constexpr(column) for column in range(8))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL
 
+SCALARS = 8
+"""Columns of the table, float32, in which a kernel finds what is the same for a whole step or parameter."""
 _ONE_PER_BLOCK = ("exp_avg_scale", "exp_avg_sq_scale", "blocks", "positions")
 
 

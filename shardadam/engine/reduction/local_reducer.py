@@ -31,6 +31,7 @@ from shardadam.engine.reduction.during_backward import DuringBackward
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, gradient_shard
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Segment
+from shardadam.sums import kernels_for
 from shardadam.sums.reference import program_count
 from shardadam.sums.scattered import Scattered
 from shardadam.sums.stats import GradStats
@@ -303,11 +304,9 @@ def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
 def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> GradStats:
     """Return the statistics of the gradients of this rank's shards."""
     if scattered.addresses is not None and arena.squares is not None:
-        from shardadam.sums import kernel
-
         squares = arena.squares[: program_count(arena.blocks.numel() * ALIGNMENT_NUMEL)]
         stats = stats_of(arena, squares, with_squares=True)
-        kernel.measure_scattered(
+        kernels_for(arena.blocks.device).measure_scattered(
             scattered.addresses,
             squares,
             blocks=arena.blocks,
@@ -325,10 +324,8 @@ def measure_bucket(bucket: FlatBucket, scattered: Scattered) -> GradStats:
     """Return the statistics of the gradients of this rank's shard of one bucket, without squares if they cost."""
     stats = stats_of(bucket.arena, bucket.squares, with_squares=False)
     if scattered.addresses is not None and bucket.squares is not None:
-        from shardadam.sums import kernel
-
         counters, shard = bucket.arena.counters, bucket.shard
-        kernel.measure_scattered(
+        kernels_for(bucket.squares.device).measure_scattered(
             scattered.addresses,
             bucket.squares,
             blocks=shard.blocks,
