@@ -19,6 +19,10 @@ the check for NaNs, and on a CPU a copy of each gradient into a buffer in the ca
 `--averages` instead times, in turns, the update with an average of the weights (`ema_decay`) and without, and the pass
 of its own with which AveragedModel would average float32 weights.
 
+`--numba` instead times, in turns, the update of CPU shards that Numba compiles, that of torch's kernels, and one call
+of torch's fused kernel on as many float32 elements; in one thread, and in `--threads` more. The last two columns are
+the times of the first two over that of the third.
+
 `--tune` instead tries the kernel's tile sizes and warps, and correctly rounded against fast division and roots.
 """
 
@@ -29,6 +33,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import time
@@ -74,6 +79,9 @@ FORMS = [
     ),
 ]
 
+HALVES = [
+    Form(torch.float16, moments, master) for moments in ("fp32", "bf16", "int8") for master in ("fp32", "split", "none")
+]
 TUNED = [Form(torch.float32, "fp32"), Form(torch.bfloat16, "fp32", "split"), Form(torch.bfloat16, "int8", "split")]
 
 
@@ -334,6 +342,37 @@ def measure_averages(form: Form, numel: int, args: argparse.Namespace) -> dict[s
     return found
 
 
+def measure_numba(form: Form, numel: int, averages: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the update by Numba against that by torch's kernels, and against torch's fused kernel in float32."""
+    contenders: dict[str, Callable[[], object]] = {}
+    for name, variable in (("numba", "1"), ("torch", "0")):
+        os.environ["SHARDADAM_NUMBA"] = variable
+        optimizer = build(form, numel, args.device, ema_decay=0.999 if averages else None)
+        for arena in optimizer._engine.parameters.arenas:
+            arena.allocate_gradient_shard(torch.float32)
+            arena.gradient_shard.normal_()
+        contenders[name] = lambda one=optimizer: update(one)
+    del os.environ["SHARDADAM_NUMBA"]
+    flats = [[torch.randn(numel)], [torch.randn(numel)], [torch.zeros(numel)], [torch.zeros(numel)]]
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+    contenders["fused"] = lambda: torch._fused_adamw_(
+        *flats, [], [torch.ones(())], amsgrad=False, maximize=False, **options
+    )
+    times = in_turns(contenders, args.rounds, args.device)
+    found = {
+        "threads": torch.get_num_threads(),
+        "ns": {name: [1e9 * taken / numel for taken in times[name]] for name in contenders},
+        **{f"{name} / fused": ratio(times[name], times["fused"]) for name in ("numba", "torch")},
+    }
+    print(
+        f"{form} | {'yes' if averages else '':>7} | {torch.get_num_threads():7d} | {spread(found['ns']['numba'])} | "
+        f"{spread(found['ns']['torch'])} | {spread(found['ns']['fused'])} | {found['numba / fused']:5.2f} | "
+        f"{found['torch / fused']:5.2f}",
+        flush=True,
+    )
+    return found
+
+
 def measure_steps(form: Form, numel: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time shardadam's step against each other optimizer, one at a time."""
     peers = [peer for peer in PEERS if peer.forms(form)]
@@ -422,7 +461,7 @@ def release(device: torch.device) -> None:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "torchao", "bitsandbytes", "flashoptim"):
+    for name in ("numba", "triton", "torchao", "bitsandbytes", "flashoptim"):
         if importlib.util.find_spec(name) is not None:
             found[name] = importlib.metadata.version(name)
     return found
@@ -438,6 +477,8 @@ def main() -> None:
     )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--averages", action="store_true")
+    parser.add_argument("--numba", action="store_true")
+    parser.add_argument("--threads", type=int, nargs="*", default=[], help="with --numba: more numbers of threads")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.device = torch.device(args.device)
@@ -456,6 +497,23 @@ def main() -> None:
         write()
         return
     forms = [form for form in FORMS if set(args.only) <= set(str(form).split())]
+    if args.numba:
+        print(
+            "   dtype | master | moments | average | threads | ns by Numba | ns by torch | ns of torch's fused fp32 | "
+            "Numba / fused | torch / fused"
+        )
+        numel = round(args.mib[0] * MIB / 28 / 2**14) * 2**14
+        chosen = [(form, False) for form in [*FORMS, *HALVES]] + [(form, True) for form in FORMS]
+        for threads in (1, *args.threads):
+            torch.set_num_threads(threads)
+            for form, averages in chosen:
+                if set(args.only) <= set(str(form).split()):
+                    entry = {"dtype": str(form.dtype), "master": form.master, "moments": form.moments}
+                    found = measure_numba(form, numel, averages, args)
+                    result["forms"].append(entry | {"averages": averages} | found)
+                    release(args.device)
+                    write()
+        return
     if args.averages:
         print(
             "   dtype | master | moments | bytes |  with | ns without | ns with | with / without | own pass / without"

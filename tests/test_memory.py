@@ -83,15 +83,10 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     tables = storages(
         [flat for of_arena in counters for flat in (of_arena.param_ids, of_arena.first_blocks, of_arena.numels)]
     )
-    tables |= storages([arena.blocks for arena in optimizer._engine.parameters.arenas])
-    tables |= storages(
-        [
-            held
-            for arena in optimizer._engine.parameters.arenas
-            for held in vars(arena.update).values()
-            if is_tensor(held)
-        ]
-    )
+    arenas = optimizer._engine.parameters.arenas
+    of_kernels = [table for arena in arenas for table in (arena.blocks, arena.positions, arena.squares)]
+    tables |= storages([table for table in of_kernels if table is not None])
+    tables |= storages([held for arena in arenas for held in vars(arena.update).values() if is_tensor(held)])
     reducer = optimizer._engine.reducer
     views = storages(list(reducer._bucket_views._flats.values())) if isinstance(reducer, StepReducer) else set()
     all_stats = list(reducer._grad_stats.values())
