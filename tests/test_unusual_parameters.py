@@ -319,3 +319,25 @@ def test_every_transport_says_which_devices_it_serves() -> None:
 
 def devices_of_transports() -> list[list[str]]:
     return [sorted(connect(None, kind=kind).devices or ()) for kind in ("collective", "shared_memory")]
+
+
+# Lazy negations
+
+
+def step_with_lazy_negations(gradient_sync: str, is_lazy: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Linear(256, 256)
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)  # type: ignore[arg-type]
+    for p in model.parameters():
+        p.grad = torch._neg_view(torch.ones_like(p)) if is_lazy else -torch.ones_like(p)
+    if gradient_sync == "backward":
+        model(torch.zeros(1, 256)).sum().backward()  # adds to what is there
+    optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("gradient_sync", GRADIENT_SYNCS)
+def test_a_lazy_negation_is_carried_out(gradient_sync: str) -> None:
+    """Its memory holds the negative of what the tensor is, and bytes are copied from memory."""
+    lazy, plain = (on_ranks(2, step_with_lazy_negations, gradient_sync, is_lazy) for is_lazy in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(lazy[0], plain[0], strict=True))

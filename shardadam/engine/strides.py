@@ -26,7 +26,11 @@ def unrepeated(tensor: Tensor) -> Tensor:
 
 
 def memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return ``tensor`` in one dimension, in the memory order of ``like``; a view if its strides allow one."""
+    """Return ``tensor`` in one dimension, in the memory order of ``like``; a view if its strides allow one.
+
+    Its memory holds its values: a lazy negation (``torch.Tensor.is_neg``) is carried out.
+    """
+    tensor = tensor.resolve_neg()
     if not same_order(tensor.stride(), like.stride(), like.shape):
         ordered = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)

@@ -20,6 +20,7 @@ Note: anonymous shared memory
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -234,7 +235,8 @@ class SharedMemoryTransport(Transport):
 
         def read(_: dict[int, _Transfer]) -> None:
             for target, source in slices:
-                target.copy_(source)
+                # Unlike torch's copy, memmove does not read long targets before it writes them.
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
 
         return _PeerRead(self, self._start(_Transfer(_Operation.ALL_GATHER, flat.nbytes)), read)
 

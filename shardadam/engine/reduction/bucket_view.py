@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardadam.engine.reduction.base import check_gradient, gradient_error
 from shardadam.engine.storage import FlatArena, FlatBucket, ShardedParam, view_of
+from shardadam.engine.strides import memory_order
 from shardadam.sums.stats import is_within
 from shardadam.transport import Transport
 from shardadam.update import Sources
@@ -139,7 +140,7 @@ class BucketViews:
         if view.numel() == 0:
             return
         exact = torch.promote_types(view.dtype, torch.float32)  # the dtype of the sum
-        if is_within(view, torch.finfo(exact).max / self._ranks[index]):
+        if is_within(memory_order(view, view), torch.finfo(exact).max / self._ranks[index]):
             self._not_finite.discard(index)
         else:
             self._not_finite.add(index)

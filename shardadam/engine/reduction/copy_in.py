@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from shardadam.engine.reduction.base import gradient_error
 from shardadam.engine.storage import FlatBucket
 from shardadam.engine.strides import memory_order
 
+_LONG_BYTES = 1 << 16
 _NOTHING: dict[int, Tensor | None] = {}
 
 
@@ -53,11 +55,25 @@ def copy_in(
         if send.is_cuda and has_all and all(gradient.dtype == send.dtype for gradient in gradients):
             _concatenate(targets, gradients, zeros, out=send[: bucket.numel])
             return error
+        if send.device.type == "cpu":
+            targets, gradients = _copy_long(targets, gradients)
         if targets:
             torch._foreach_copy_(targets, gradients)
         if zeros:
             torch._foreach_zero_(zeros)
     return error
+
+
+def _copy_long(targets: list[Tensor], gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Copy the long ones of one dtype by memmove, which unlike torch does not read targets first; return the others."""
+    left: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for target, gradient in zip(targets, gradients, strict=True):
+        if gradient.dtype == target.dtype and target.nbytes >= _LONG_BYTES and gradient.is_contiguous():
+            ctypes.memmove(target.data_ptr(), gradient.data_ptr(), target.nbytes)
+        else:
+            left[0].append(target)
+            left[1].append(gradient)
+    return left
 
 
 def _concatenate(targets: list[Tensor], gradients: list[Tensor], zeros: list[Tensor], *, out: Tensor) -> None:
