@@ -91,7 +91,8 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     views = storages(list(reducer._bucket_views._flats.values())) if isinstance(reducer, StepReducer) else set()
     all_stats = list(reducer._grad_stats.values())
     if isinstance(reducer, LocalReducer):
-        views = storages([held for held in reducer._gradients if held is not None]) - storages(gradients)
+        taken = [held for of_arena in reducer._gradients.values() for held in of_arena if held is not None]
+        views = storages(taken) - storages(gradients)
         all_stats += reducer._arena_stats.values()
     grad_stats = [t for stats in all_stats for t in (*stats.flags, *stats.sums_of_squares)]
     # memory() does not count skipped_steps, the statistics of each bucket, the board of 64 KiB for small all-reduces,

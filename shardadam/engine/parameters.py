@@ -26,6 +26,7 @@ from shardadam.engine.storage import (
     ShardGroup,
     allocate,
     plan_layout,
+    rebind_moved,
 )
 from shardadam.engine.strides import is_dense, unrepeated
 from shardadam.offload import Reserved, open_store
@@ -121,6 +122,9 @@ class ShardedParameters:
 
     def __init__(self, transport: Transport, options: Options) -> None:
         self.params: list[ShardedParam] = []
+        self._bound: list[Tensor] = []  # the parameters that are views of arenas, but no DTensors
+        self._addresses: list[int] = []  # of their memory there
+        self._others: list[ShardedParam] = []
         self.arenas: list[FlatArena] = []
         self.buckets: list[FlatBucket] = []
         self.frozen: list[NamedParameter] = []
@@ -288,10 +292,21 @@ class ShardedParameters:
                             home.store.has_written(home, exact.nbytes)
         self.arenas += arenas
         self.params += params
+        bound = [param for param in params if param.local is param.parameter and not param.arena.is_borrowed]
+        self._bound += [param.parameter for param in bound]
+        self._addresses += [param.address for param in bound]
+        self._others += [param for param in params if param.local is not param.parameter or param.arena.is_borrowed]
         self.buckets += buckets
         added = {id(one.parameter) for one in trainable}
         self.frozen = [one for one in self.frozen if id(one.parameter) not in added] + frozen
         return params, buckets
+
+    def rebind_moved(self) -> None:
+        """Bind all parameters again whose data was replaced; raises as ``storage.rebind_moved``."""
+        if [parameter.data_ptr() for parameter in self._bound] != self._addresses:
+            rebind_moved(self.params)
+        elif self._others:
+            rebind_moved(self._others)
 
     def _bucket_bytes(self, group: ShardGroup, members: Sequence[NamedParameter]) -> int:
         devices, nbytes = {p.local.device.type for p in members}, sum(p.local.nbytes for p in members)

@@ -118,7 +118,7 @@ class StepEngine:
         """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
         self.gatherer.synchronize()
-        rebind_moved(self.parameters.params)
+        self.parameters.rebind_moved()
         max_norm = self.options.max_grad_norm
         stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
         # After the sync: if only some ranks have such a value, all raise there.

@@ -39,6 +39,7 @@ class ShardedParam:
         arena_index: position in its arena.
         param_id: position in the optimizer's ``param_groups``, counted over all groups, frozen parameters included.
         shape, stride: of ``local`` when it was added.
+        is_plain: whether the parameter is its own local tensor, and contiguous: its logical order is its memory order.
         address: of the view's memory; differs from that of ``local`` if ``p.data`` was replaced.
         buckets: those that hold a part of it.
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
@@ -58,6 +59,7 @@ class ShardedParam:
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
+    is_plain: bool
     address: int = 0
     buckets: list[FlatBucket] = field(default_factory=list)
     shard_segments: list[layout.Segment] = field(default_factory=list)
@@ -342,6 +344,7 @@ def _allocate_arena(
             offset=offset,
             shape=local.shape,
             stride=local.stride(),
+            is_plain=local is named.parameter and local.is_contiguous(),
         )
         if not is_borrowed:
             bind(param)
