@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of constructor arguments, param groups and parameters, and the claims about them that ranks compare. Local."""
+"""Checks of constructor arguments, param groups and parameters. Local."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from numbers import Real
@@ -31,7 +31,6 @@ _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host 
 # a share of the parameters, as transfers overlap with backward bucket by bucket. benchmarks/scale.py compares sizes.
 _GPU_BUCKET_BYTES, _GPU_BUCKET_BYTES_OF_RANK, _GPU_MOST_BUCKET_BYTES = 128 * 2**20, 2 * 2**20, 2**30
 _GPU_LEAST_BUCKETS, _GPU_SMALL_BUCKET_BYTES = 16, 32 * 2**20
-AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +210,8 @@ def check_parameters(
             "Found torch.inference_mode enabled, expected it disabled: tensors that are made under it cannot be "
             "trained. Build the optimizer outside of it."
         )
+    common = ranks_of_transport(transport)
+    devices: set[tuple[torch.device, bool]] = set()  # that are valid
     for named in parameters:
         parameter, name = named.parameter, named.name
         if torch.nn.parameter.is_lazy(parameter):
@@ -228,8 +229,10 @@ def check_parameters(
                 f"Parameter {name!r} is a FakeTensor, expected one with values. Build the model outside of "
                 "FakeTensorMode; shardadam plan computes memory without values."
             )
-        check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
-        ranks = own_ranks.get(named.group_index, ranks_of_transport(transport))
+        if (parameter.device, parameter.requires_grad) not in devices:
+            check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
+            devices.add((parameter.device, parameter.requires_grad))
+        ranks = own_ranks.get(named.group_index, common)
         if not parameter.requires_grad:
             _check_frozen(parameter, name, is_alone=transport.control is None)
             if placement.mesh_of(parameter) is not None:
@@ -266,7 +269,7 @@ def _check_placement(parameter: Tensor, name: str, ranks: frozenset[int], *, is_
     """
     mesh = placement.mesh_of(parameter)
     if mesh is None:
-        if is_traceable_wrapper_subclass(parameter):
+        if type(parameter) is not torch.nn.Parameter and is_traceable_wrapper_subclass(parameter):
             raise TypeError(
                 f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor or a DTensor. Use "
                 "torch.optim.AdamW for it."
@@ -463,58 +466,3 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
                 f"Parameters {name!r} and {next_name!r} are different tensors over the same memory, expected one "
                 "tensor or separate memory. To tie them, assign one nn.Parameter to both modules."
             )
-
-
-def claims(
-    groups: Sequence[Mapping[str, Any]],
-    parameters: Sequence[NamedParameter],
-    *,
-    first_group: int = 0,
-    may_wait: bool = True,
-    unnamed: Set[int] = frozenset(),
-    elsewhere: Set[int] = frozenset(),
-    of_groups: Sequence[Claim] = (),
-) -> list[Claim]:
-    """Return what must be equal on all ranks: hyperparameters, and the names, shapes and formats of parameters.
-
-    Args:
-        groups: param groups with all their hyperparameters.
-        parameters: those whose layout is to be computed.
-        first_group: the index of ``groups[0]`` in the optimizer's ``param_groups``.
-        may_wait: whether to read a learning rate that is a tensor on a device, which waits for the device. If False,
-            only its device type is compared.
-        unnamed: the ``param_id`` of parameters (experts) that may have other names on other ranks.
-        elsewhere: of those of which each rank holds another part (``fully_shard``).
-        of_groups: claims about the groups that come before those about their parameters.
-    """
-    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
-    result += of_groups
-    for position, named in enumerate(parameters):
-        parameter = named.parameter
-        local = named.local
-        subject = f"parameter {named.name!r}"
-        if named.param_id in unnamed:
-            subject = f"parameter {position}"
-        else:
-            result.append(Claim(f"the name of parameter {position}", "", repr(named.name), is_name=True))
-            if placement.mesh_of(parameter) is not None:
-                result.append(Claim(subject, "placements", str(tuple(placement.placements_of(parameter)))))
-                if named.param_id not in elsewhere:
-                    result.append(Claim(subject, "part", placement.part_of(parameter)))
-        result.append(Claim(subject, "dtype", str(parameter.dtype)))
-        if named.param_id in elsewhere:
-            result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
-        else:
-            result.append(Claim(subject, "shape", str(tuple(local.shape))))
-            result.append(Claim(subject, "strides", str(tuple(local.stride()))))
-        result.append(Claim(subject, "device type", parameter.device.type))
-        result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
-    for index, group in enumerate(groups, first_group):
-        for field in AGREED_HYPERPARAMETERS:
-            value = group[field]
-            if isinstance(value, Tensor):
-                may_read = value.numel() == 1 and (may_wait or value.device.type == "cpu")
-                value = value.item() if may_read else (tuple(value.shape), value.device.type)
-            result.append(Claim(f"param group {index}", field, repr(value)))
-        result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
-    return result

@@ -83,7 +83,7 @@ class ParameterAverages:
         with self._poisoned_by_errors("did not put the weights back"):
             self._gatherer.synchronize()
             try:
-                parameters.rebind_moved()
+                parameters.bindings.restore()
             finally:
                 kept, self._kept = self._kept, []
                 self.is_active = False

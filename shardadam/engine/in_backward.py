@@ -99,7 +99,7 @@ class UpdateInBackward:
                 return False
             if not self._before:
                 arguments.check_before_step(self._param_groups())
-                self._parameters.rebind_moved()
+                self._parameters.bindings.restore()
             with self._poisoned_if_interrupted():
                 self._begin()
                 self._update(bucket, gradients, found_inf)

@@ -266,7 +266,9 @@ def allocate(
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         buckets = [bucket for bucket in plan.buckets if bucket.arena == index]
         for bucket in buckets:
-            segments = tuple(replace(segment, parameter=indices[segment.parameter]) for segment in bucket.segments)
+            segments = tuple(
+                layout.Segment(indices[one.parameter], one.start, one.numel, one.offset) for one in bucket.segments
+            )
             wire_dtype = precision.wire_dtype(arena.parameters.dtype)
             _add_bucket(arena, replace(bucket, segments=segments), transport.rank, wire_dtype)
         _add_kernel_tables(arena, buckets)
@@ -473,6 +475,32 @@ def rebind_moved(params: Sequence[ShardedParam]) -> None:
     for param in moved:
         if not param.arena.is_borrowed:
             bind(param)
+
+
+class Bindings:
+    """Finds out in one pass, cheaply, whether parameters are where they were bound."""
+
+    def __init__(self) -> None:
+        self._params: list[ShardedParam] = []
+        self._fixed: list[Tensor] = []  # the parameters that are in arenas for good, but no DTensors
+        self._addresses: list[int] = []  # of those
+        self._others: list[ShardedParam] = []
+
+    def add(self, params: Sequence[ShardedParam]) -> None:
+        self._params += params
+        for param in params:
+            if param.local is param.parameter and not param.arena.is_borrowed:
+                self._fixed.append(param.parameter)
+                self._addresses.append(param.address)
+            else:
+                self._others.append(param)
+
+    def restore(self) -> None:
+        """Bind all parameters again whose data was replaced; raises as ``rebind_moved``."""
+        if [parameter.data_ptr() for parameter in self._fixed] != self._addresses:
+            rebind_moved(self._params)
+        elif self._others:
+            rebind_moved(self._others)
 
 
 def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:

@@ -88,7 +88,7 @@ class Parts:
         pieces = list(pieces)
         self.numels = [piece.stop - piece.start for piece in pieces]
         padding = [piece.stop for piece in pieces if piece.parameter is None]
-        zeros = torch.zeros(max(padding, default=0), dtype=dtype, device=device)
+        zeros = _zeros(max(padding, default=0), device, dtype)
         self.zeros = [zeros[:numel] for numel in padding]
         self.slices: list[tuple[int, int, int]] = []
         self.order: list[int] = []
@@ -177,3 +177,15 @@ class Scattered:
             numels = [-1 if tensor is None else tensor.numel() for tensor in self.tensors]
             pieces = pieces_of_shard(segments, start, stop)
             target.copy_(self.flat(Parts(pieces, numels, target.device, self.dtype)))
+
+
+_padding: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+"""Zeros for the padding of all arenas."""
+
+
+def _zeros(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return ``numel`` zeros or more, which must not be written."""
+    zeros = _padding.get((device, dtype))
+    if zeros is None or zeros.numel() < numel:
+        zeros = _padding[device, dtype] = torch.zeros(numel, dtype=dtype, device=device)
+    return zeros
