@@ -211,9 +211,13 @@ def check_parameters(
             "trained. Build the optimizer outside of it."
         )
     common = ranks_of_transport(transport)
-    devices: set[tuple[torch.device, bool]] = set()  # that are valid
+    checked: set[tuple[Any, ...]] = set()  # kinds of ordinary parameters that are valid
     for named in parameters:
         parameter, name = named.parameter, named.name
+        kind = parameter.device, parameter.dtype, parameter.layout, parameter.is_inference()
+        is_ordinary = parameter.requires_grad and type(parameter) is torch.nn.Parameter
+        if is_ordinary and kind in checked and parameter.is_contiguous():
+            continue
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(
                 f"Parameter {name!r} is not initialised yet, expected one with values. Run a forward of its lazy "
@@ -229,9 +233,7 @@ def check_parameters(
                 f"Parameter {name!r} is a FakeTensor, expected one with values. Build the model outside of "
                 "FakeTensorMode; shardadam plan computes memory without values."
             )
-        if (parameter.device, parameter.requires_grad) not in devices:
-            check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
-            devices.add((parameter.device, parameter.requires_grad))
+        check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
         ranks = own_ranks.get(named.group_index, common)
         if not parameter.requires_grad:
             _check_frozen(parameter, name, is_alone=transport.control is None)
@@ -257,6 +259,8 @@ def check_parameters(
                 f"{named.local.stride()}), expected a dense tensor. Give the module a parameter of its own: "
                 "nn.Parameter(p.detach().clone())."
             )
+        if is_ordinary:
+            checked.add(kind)
     parts_of([*(named.parameter for named in parameters), *taken], transport)
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
 
@@ -454,15 +458,20 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
 
     Only one of them would move into the flat buffer, and the other would keep its old values.
     """
-    extents = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), trains, named.name)
-        for named in parameters
-        for p, trains in ((named.local, named.parameter.requires_grad),)
-        if p.numel() > 0
-    )
-    for (device, _, end, trains, name), (next_device, start, _, next_trains, next_name) in pairwise(extents):
-        if device == next_device and start < end and (trains or next_trains):
-            raise ValueError(
-                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory, expected one "
-                "tensor or separate memory. To tie them, assign one nn.Parameter to both modules."
-            )
+    extents: dict[torch.device, list[tuple[int, int, int]]] = {}  # start, stop, and position among the parameters
+    for position, named in enumerate(parameters):
+        local = named.local
+        if local.numel() > 0:
+            start = local.data_ptr()
+            extents.setdefault(local.device, []).append((start, start + local.nbytes, position))
+    for on_device in extents.values():
+        on_device.sort()
+        for (_, stop, position), (start, _, next_position) in pairwise(on_device):
+            if start >= stop:
+                continue
+            one, other = parameters[position], parameters[next_position]
+            if one.parameter.requires_grad or other.parameter.requires_grad:
+                raise ValueError(
+                    f"Parameters {one.name!r} and {other.name!r} are different tensors over the same memory, expected "
+                    "one tensor or separate memory. To tie them, assign one nn.Parameter to both modules."
+                )

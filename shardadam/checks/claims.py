@@ -89,4 +89,4 @@ def _values(named: NamedParameter, is_unnamed: bool, is_elsewhere: bool) -> obje
         placed = (placement.placements_of(parameter), None if is_elsewhere else placement.part_of(parameter))
     local = parameter if is_elsewhere else named.local
     strides = None if is_elsewhere else local.stride()
-    return name, placed, parameter.dtype, local.shape, strides, parameter.device.type, parameter.requires_grad
+    return name, placed, parameter.dtype, tuple(local.shape), strides, parameter.device.type, parameter.requires_grad

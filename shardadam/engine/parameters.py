@@ -302,7 +302,8 @@ class ShardedParameters:
         return params, buckets
 
     def _bucket_bytes(self, group: ShardGroup, members: Sequence[NamedParameter]) -> int:
-        devices, nbytes = {p.local.device.type for p in members}, sum(p.local.nbytes for p in members)
+        local = [named.local for named in members]
+        devices, nbytes = {one.device.type for one in local}, sum(one.nbytes for one in local)
         return self.options.bucket_bytes(devices, nbytes, group.transport.world_size)
 
     def _reserve(

@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,8 +214,7 @@ class FlatBucket:
         return self.shard.parameter if master is None else master
 
 
-@dataclass(frozen=True, slots=True)
-class NamedParameter:
+class NamedParameter(NamedTuple):
     """A parameter to be added, the index of its param group, and its ``param_id`` (see ``ShardedParam``)."""
 
     parameter: Tensor
@@ -333,6 +332,7 @@ def _allocate_arena(
         update=update.choose(counters, format, seed=seed, rank=transport.rank),
         reserved=reserved,
     )
+    view = torch.empty(0, dtype=dtype, device=device)
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
         local = named.local
         param = ShardedParam(
@@ -349,7 +349,7 @@ def _allocate_arena(
             is_plain=local is named.parameter and local.is_contiguous(),
         )
         if not is_borrowed:
-            bind(param)
+            bind(param, view)
         arena.params.append(param)
     # Now that the parameters' old memory is free: they have existed twice.
     if device.type == "cpu":
@@ -429,25 +429,30 @@ def gradient_shard(bucket: FlatBucket) -> Tensor:
     return gradient
 
 
-def bind(param: ShardedParam) -> None:
-    """Copy the parameter into its arena and make it a view; shape, strides and identity stay."""
+def bind(param: ShardedParam, view: Tensor | None = None) -> None:
+    """Copy the parameter into its arena and make it a view; shape, strides and identity stay.
+
+    Args:
+        view: any tensor of the arena's dtype and device, which is changed: to make one for each of many costs time.
+    """
     local = param.local
     if local.numel() > 0:
-        view = view_of(param.arena.parameters, param)
+        view = view_of(param.arena.parameters, param, view)
         view.copy_(local.detach())
         local.data = view
     param.address = local.data_ptr()
 
 
-def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
-    """Return the parameter's view of ``flat``, which is as long as its arena.
+def view_of(flat: Tensor, param: ShardedParam, view: Tensor | None = None) -> Tensor:
+    """Return the parameter's view of ``flat``, which is as long as its arena; ``view`` itself, if it is given.
 
     The view has a storage of its own over the same memory. So torch.save, safetensors and deepcopy see an ordinary
     tensor, not a slice of a large one, and a write to one view does not change the versions of all.
     """
     begin = param.offset * flat.element_size()
     storage = flat.untyped_storage()[begin : begin + param.shape.numel() * flat.element_size()]
-    view = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    if view is None:
+        view = torch.empty(0, dtype=flat.dtype, device=flat.device)
     return view.set_(storage, 0, param.shape, param.stride)
 
 
