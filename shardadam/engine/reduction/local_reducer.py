@@ -126,13 +126,12 @@ class LocalReducer(Reducer):
 
     def _scatter(self, arena: FlatArena, gradients: list[Tensor | None]) -> Scattered:
         """Return gradients of the arena's parameters for statistics and update; without kernels, in this very list."""
-        exact = arena.format.exact_dtype
-        dtype = exact if self._is_external else arena.buckets[0].wire_dtype
+        dtype = arena.format.exact_dtype
+        if not self._is_external and arena.buckets[0].wire_dtype in (torch.bfloat16, torch.float16):
+            dtype = arena.buckets[0].wire_dtype
         if arena.squares is None:
-            return Scattered(gradients, dtype if dtype in (torch.bfloat16, torch.float16) else exact)
-        if not self._is_external:
-            gradients = [None if gradient is None else gradient.to(dtype) for gradient in gradients]
-        return scatter(arena, gradients)
+            return Scattered(gradients, dtype)
+        return scatter(arena, gradients, _common_dtype(gradients, dtype) if self._is_external else dtype)
 
     @torch.no_grad()
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
@@ -307,7 +306,7 @@ class AloneInBackward(AloneReducer):
             else:
                 inside = {param.arena_index for param, _ in bucket.segments}
                 own = [gradient if index in inside else None for index, gradient in enumerate(gradients)]
-                scattered = scatter(arena, own)
+                scattered = self._scatter(arena, own)
                 stats = measure_bucket(bucket, scattered)
             self._grad_stats[bucket.index] = stats
             is_used = self._pass(bucket, scattered, stats, self.used)
@@ -333,18 +332,20 @@ def _ordered(param: ShardedParam, gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or param.is_plain else memory_order(gradient, param.local)
 
 
-def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
+def scatter(arena: FlatArena, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Scattered:
     """Return the gradients of the arena's parameters for its kernels: contiguous, of one dtype."""
-    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
-    exact = arena.format.exact_dtype
-    # Another dtype than the wire's (p.grad_dtype) may be one that kernels do not read.
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {exact, torch.bfloat16, torch.float16} else exact
     same = [None if gradient is None else _readable(gradient, dtype) for gradient in gradients]
     return Scattered.with_addresses(same, dtype, arena.parameters.device)
 
 
+def _common_dtype(gradients: Sequence[Tensor | None], exact: torch.dtype) -> torch.dtype:
+    """Return the dtype of the gradients if all have the same, and kernels read it; else ``exact``."""
+    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {exact, torch.bfloat16, torch.float16} else exact
+
+
 def _readable(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a gradient as kernels read it: of ``dtype``, contiguous, and no view that negates what its memory holds."""
+    """Return a gradient as kernels read it: of ``dtype``, contiguous, and not a view that negates its memory."""
     if gradient.dtype == dtype and gradient.is_contiguous() and not gradient.is_neg():
         return gradient  # without calls that would do nothing
     return gradient.to(dtype).resolve_neg().contiguous()
