@@ -86,6 +86,9 @@ def measure(gradient_sync: str, parameters: int, buckets: int, rounds: int) -> d
         times["step"].append(timed(optimizer.step))
         times["torch"].append(timed(replay))
         times["python"].append(times["step"][-1] - times["torch"][-1])
+        # The replay has written to the step counters from outside: the next step cuts its buckets anew, untimed.
+        backward()
+        optimizer.step()
     print(f"{gradient_sync}: {len(optimizer._engine.parameters.buckets)} buckets, {len(record.calls)} calls of torch")
     return times
 
