@@ -181,11 +181,13 @@ class Scattered:
 
 _padding: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 """Zeros for the padding of all arenas."""
+_LEAST_ZEROS = 1 << 12
 
 
 def _zeros(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return ``numel`` zeros or more, which must not be written."""
     zeros = _padding.get((device, dtype))
     if zeros is None or zeros.numel() < numel:
-        zeros = _padding[device, dtype] = torch.zeros(numel, dtype=dtype, device=device)
+        # More than most paddings: ``Parts`` keep the smaller buffer that a larger one replaces.
+        zeros = _padding[device, dtype] = torch.zeros(max(numel, _LEAST_ZEROS), dtype=dtype, device=device)
     return zeros
