@@ -21,8 +21,7 @@ ITEM_BYTES = 4 * 2**20
 """Checkpoints cut every tensor at multiples of this: the unit that a rank reads and verifies."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
+class ParameterSpec(NamedTuple):
     """What the layout needs to know about one parameter.
 
     Args:
@@ -48,8 +47,7 @@ class Span(NamedTuple):
         return self.start + self.numel
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The part of one parameter in one bucket or shard: ``parameter[start : start + numel]``, in memory order, is at
     ``bucket[offset : offset + numel]`` or ``shard[offset : offset + numel]``.
     """
@@ -151,7 +149,7 @@ def renumbered(layout: Layout, indices: Sequence[int]) -> Layout:
     """Return a layout of some of the parameters with their indices among all."""
     arenas = [replace(arena, parameters=tuple(indices[i] for i in arena.parameters)) for arena in layout.arenas]
     buckets = [
-        replace(bucket, segments=tuple(replace(one, parameter=indices[one.parameter]) for one in bucket.segments))
+        replace(bucket, segments=tuple(one._replace(parameter=indices[one.parameter]) for one in bucket.segments))
         for bucket in layout.buckets
     ]
     return Layout(layout.world_size, tuple(arenas), tuple(buckets))

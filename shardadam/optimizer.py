@@ -21,6 +21,7 @@ from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
+from shardadam.engine.garbage import garbage_collection_paused
 from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
 from shardadam.engine.parameters import (
     ShardedParameters,
@@ -163,7 +164,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         )
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
-        with desync.in_call(type(self).__name__):
+        with desync.in_call(type(self).__name__), garbage_collection_paused():
             if not isinstance(transport, Transport):
                 exact_sums = getattr(precision, "accumulate", None) == "fp32"
                 transport = connect(process_group, kind=transport, exact_sums=exact_sums)

@@ -82,8 +82,10 @@ class Precision:
                 f"Parameter {name!r}: found dtype {dtype}, expected one of {_PARAMETER_DTYPES}. "
                 "Freeze it (requires_grad=False) or do not pass it to the optimizer."
             )
+        if dtype != torch.float64:
+            return
         narrow = [field for field, wide in _EXACT.items() if getattr(self, field) not in wide]
-        if dtype == torch.float64 and narrow:
+        if narrow:
             argument = f"{narrow[0]}={getattr(self, narrow[0])!r}"
             raise TypeError(
                 f"Parameter {name!r} is float64, expected float32, bfloat16 or float16 with Precision({argument}). "

@@ -47,13 +47,14 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "engine.merging",
         "state.local",
         "checks.arguments",
+        "checks.claims",
     ),
     ("engine.storage", "engine.profiling"),
     ("engine.tables",),
     ("offload",),
     ("update", "transport"),
     ("ranks", "sums", "state.flat_shard"),
-    ("layout", "precision", "chunks", "version", "checks.torch_patches", "engine.strides"),
+    ("layout", "precision", "chunks", "version", "checks.torch_patches", "engine.garbage", "engine.strides"),
 )
 LISTED_BY_FILE = ("engine", "checks", "state")
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}

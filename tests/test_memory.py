@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor
 from shardadam import ShardedAdamW
 from shardadam.engine.reduction import LocalReducer, StepReducer
 from shardadam.engine.reduction.staging import StagingPool
+from shardadam.sums import scattered
 from shardadam.transport import SharedMemoryTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -91,14 +92,15 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
     views = storages(list(reducer._bucket_views._flats.values())) if isinstance(reducer, StepReducer) else set()
     all_stats = list(reducer._grad_stats.values())
     if isinstance(reducer, LocalReducer):
-        views = storages([held for held in reducer._gradients if held is not None]) - storages(gradients)
+        taken = [held for of_arena in reducer._gradients.values() for held in of_arena if held is not None]
+        views = storages(taken) - storages(gradients)
         all_stats += reducer._arena_stats.values()
     grad_stats = [t for stats in all_stats for t in (*stats.flags, *stats.sums_of_squares)]
     # memory() does not count skipped_steps, the statistics of each bucket, the board of 64 KiB for small all-reduces,
-    # and memory of peers.
+    # memory of peers, and zeros for padding.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
-    known.append(storages([*mapped(optimizer), *grad_stats]))
+    known.append(storages([*mapped(optimizer), *grad_stats, *scattered._padding.values()]))
     rest = live - set().union(*known)
     return {
         "parameters": size(flat),

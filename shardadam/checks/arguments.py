@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of constructor arguments, param groups and parameters, and the claims about them that ranks compare. Local."""
+"""Checks of constructor arguments, param groups and parameters. Local."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from numbers import Real
@@ -31,7 +31,6 @@ _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host 
 # a share of the parameters, as transfers overlap with backward bucket by bucket. benchmarks/scale.py compares sizes.
 _GPU_BUCKET_BYTES, _GPU_BUCKET_BYTES_OF_RANK, _GPU_MOST_BUCKET_BYTES = 128 * 2**20, 2 * 2**20, 2**30
 _GPU_LEAST_BUCKETS, _GPU_SMALL_BUCKET_BYTES = 16, 32 * 2**20
-AGREED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +210,14 @@ def check_parameters(
             "Found torch.inference_mode enabled, expected it disabled: tensors that are made under it cannot be "
             "trained. Build the optimizer outside of it."
         )
+    common = ranks_of_transport(transport)
+    checked: set[tuple[Any, ...]] = set()  # kinds of ordinary parameters that are valid
     for named in parameters:
         parameter, name = named.parameter, named.name
+        kind = parameter.device, parameter.dtype, parameter.layout, parameter.is_inference()
+        is_ordinary = parameter.requires_grad and type(parameter) is torch.nn.Parameter
+        if is_ordinary and kind in checked and parameter.is_contiguous():
+            continue
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(
                 f"Parameter {name!r} is not initialised yet, expected one with values. Run a forward of its lazy "
@@ -229,7 +234,7 @@ def check_parameters(
                 "FakeTensorMode; shardadam plan computes memory without values."
             )
         check_device(f"Parameter {name!r}", parameter, transport, trains=parameter.requires_grad)
-        ranks = own_ranks.get(named.group_index, ranks_of_transport(transport))
+        ranks = own_ranks.get(named.group_index, common)
         if not parameter.requires_grad:
             _check_frozen(parameter, name, is_alone=transport.control is None)
             if placement.mesh_of(parameter) is not None:
@@ -254,6 +259,8 @@ def check_parameters(
                 f"{named.local.stride()}), expected a dense tensor. Give the module a parameter of its own: "
                 "nn.Parameter(p.detach().clone())."
             )
+        if is_ordinary:
+            checked.add(kind)
     parts_of([*(named.parameter for named in parameters), *taken], transport)
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
 
@@ -266,7 +273,7 @@ def _check_placement(parameter: Tensor, name: str, ranks: frozenset[int], *, is_
     """
     mesh = placement.mesh_of(parameter)
     if mesh is None:
-        if is_traceable_wrapper_subclass(parameter):
+        if type(parameter) is not torch.nn.Parameter and is_traceable_wrapper_subclass(parameter):
             raise TypeError(
                 f"Parameter {name!r} is a {type(parameter).__name__}, expected an ordinary tensor or a DTensor. Use "
                 "torch.optim.AdamW for it."
@@ -451,70 +458,20 @@ def _check_overlaps(parameters: Sequence[NamedParameter]) -> None:
 
     Only one of them would move into the flat buffer, and the other would keep its old values.
     """
-    extents = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), trains, named.name)
-        for named in parameters
-        for p, trains in ((named.local, named.parameter.requires_grad),)
-        if p.numel() > 0
-    )
-    for (device, _, end, trains, name), (next_device, start, _, next_trains, next_name) in pairwise(extents):
-        if device == next_device and start < end and (trains or next_trains):
-            raise ValueError(
-                f"Parameters {name!r} and {next_name!r} are different tensors over the same memory, expected one "
-                "tensor or separate memory. To tie them, assign one nn.Parameter to both modules."
-            )
-
-
-def claims(
-    groups: Sequence[Mapping[str, Any]],
-    parameters: Sequence[NamedParameter],
-    *,
-    first_group: int = 0,
-    may_wait: bool = True,
-    unnamed: Set[int] = frozenset(),
-    elsewhere: Set[int] = frozenset(),
-    of_groups: Sequence[Claim] = (),
-) -> list[Claim]:
-    """Return what must be equal on all ranks: hyperparameters, and the names, shapes and formats of parameters.
-
-    Args:
-        groups: param groups with all their hyperparameters.
-        parameters: those whose layout is to be computed.
-        first_group: the index of ``groups[0]`` in the optimizer's ``param_groups``.
-        may_wait: whether to read a learning rate that is a tensor on a device, which waits for the device. If False,
-            only its device type is compared.
-        unnamed: the ``param_id`` of parameters (experts) that may have other names on other ranks.
-        elsewhere: of those of which each rank holds another part (``fully_shard``).
-        of_groups: claims about the groups that come before those about their parameters.
-    """
-    result = [Claim("the number of param groups", "", str(len(groups)))] if groups else []
-    result += of_groups
+    extents: dict[torch.device, list[tuple[int, int, int]]] = {}  # start, stop, and position among the parameters
     for position, named in enumerate(parameters):
-        parameter = named.parameter
         local = named.local
-        subject = f"parameter {named.name!r}"
-        if named.param_id in unnamed:
-            subject = f"parameter {position}"
-        else:
-            result.append(Claim(f"the name of parameter {position}", "", repr(named.name), is_name=True))
-            if placement.mesh_of(parameter) is not None:
-                result.append(Claim(subject, "placements", str(tuple(placement.placements_of(parameter)))))
-                if named.param_id not in elsewhere:
-                    result.append(Claim(subject, "part", placement.part_of(parameter)))
-        result.append(Claim(subject, "dtype", str(parameter.dtype)))
-        if named.param_id in elsewhere:
-            result.append(Claim(subject, "shape", str(tuple(parameter.shape))))
-        else:
-            result.append(Claim(subject, "shape", str(tuple(local.shape))))
-            result.append(Claim(subject, "strides", str(tuple(local.stride()))))
-        result.append(Claim(subject, "device type", parameter.device.type))
-        result.append(Claim(subject, "requires_grad", str(parameter.requires_grad)))
-    for index, group in enumerate(groups, first_group):
-        for field in AGREED_HYPERPARAMETERS:
-            value = group[field]
-            if isinstance(value, Tensor):
-                may_read = value.numel() == 1 and (may_wait or value.device.type == "cpu")
-                value = value.item() if may_read else (tuple(value.shape), value.device.type)
-            result.append(Claim(f"param group {index}", field, repr(value)))
-        result.append(Claim(f"param group {index}", "number of parameters", str(len(group["params"]))))
-    return result
+        if local.numel() > 0:
+            start = local.data_ptr()
+            extents.setdefault(local.device, []).append((start, start + local.nbytes, position))
+    for on_device in extents.values():
+        on_device.sort()
+        for (_, stop, position), (start, _, next_position) in pairwise(on_device):
+            if start >= stop:
+                continue
+            one, other = parameters[position], parameters[next_position]
+            if one.parameter.requires_grad or other.parameter.requires_grad:
+                raise ValueError(
+                    f"Parameters {one.name!r} and {other.name!r} are different tensors over the same memory, expected "
+                    "one tensor or separate memory. To tie them, assign one nn.Parameter to both modules."
+                )

@@ -17,7 +17,7 @@ from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer, mark_written
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.step_sync import Poison
-from shardadam.engine.storage import FlatBucket, rebind_moved
+from shardadam.engine.storage import FlatBucket
 from shardadam.update import formats, reference
 
 
@@ -83,7 +83,7 @@ class ParameterAverages:
         with self._poisoned_by_errors("did not put the weights back"):
             self._gatherer.synchronize()
             try:
-                rebind_moved(parameters.params)
+                parameters.bindings.restore()
             finally:
                 kept, self._kept = self._kept, []
                 self.is_active = False

@@ -34,7 +34,7 @@ from shardadam.engine.gathering import ParameterGatherer
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.reduction.base import Gradients
 from shardadam.engine.step_sync import Poison
-from shardadam.engine.storage import FlatArena, FlatBucket, rebind_moved
+from shardadam.engine.storage import FlatArena, FlatBucket
 from shardadam.engine.updating import ParamGroups, Updater, scale_of
 from shardadam.state import masters
 from shardadam.sums.stats import GradStats, are_finite
@@ -99,7 +99,7 @@ class UpdateInBackward:
                 return False
             if not self._before:
                 arguments.check_before_step(self._param_groups())
-                rebind_moved(self._parameters.params)
+                self._parameters.bindings.restore()
             with self._poisoned_if_interrupted():
                 self._begin()
                 self._update(bucket, gradients, found_inf)

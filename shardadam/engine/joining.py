@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam.checks.arguments import AGREED_HYPERPARAMETERS
+from shardadam.checks.claims import AGREED_HYPERPARAMETERS
 from shardadam.engine.parameters import listed
 from shardadam.engine.step import StepEngine
 from shardadam.ranks import agreement

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.checks import arguments
+from shardadam.checks import arguments, claims
 from shardadam.checks.arguments import Options, is_stored_elsewhere, parts_of
 from shardadam.engine.borrowing import lent
 from shardadam.engine.storage import (
+    Bindings,
     FlatArena,
     FlatBucket,
     NamedParameter,
@@ -30,7 +31,7 @@ from shardadam.engine.storage import (
 from shardadam.engine.strides import is_dense, unrepeated
 from shardadam.offload import Reserved, open_store
 from shardadam.ranks import agreement, desync
-from shardadam.ranks.agreement import Claim
+from shardadam.ranks.agreement import Claim, ManyClaims
 from shardadam.transport import SingleProcessTransport, Transport, connect, placement
 from shardadam.transport.groups import ranks_of
 from shardadam.transport.job import ranks_of_transport
@@ -55,7 +56,7 @@ def listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim]]:
+def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim | ManyClaims]]:
     """Context manager: raise on all ranks if the block raises on any rank, or if ranks append different claims.
 
     Collective: all ranks of ``control`` must enter it.
@@ -63,21 +64,21 @@ def agreed(control: dist.ProcessGroup | None) -> Iterator[list[Claim]]:
     Args:
         control: None for one rank.
     """
-    claims: list[Claim] = []
+    found: list[Claim | ManyClaims] = []
     try:
-        yield claims
+        yield found
     except Exception as error:
         agreement.announce_failure(error, control)
         raise
-    agreement.require(claims, control)
+    agreement.require(found, control)
 
 
 @contextmanager
-def agreed_or_closed(transport: Transport) -> Iterator[list[Claim]]:
+def agreed_or_closed(transport: Transport) -> Iterator[list[Claim | ManyClaims]]:
     """Context manager: ``agreed`` between the ranks of a new transport, which is closed if it raises. Collective."""
     try:
-        with agreed(transport.control) as claims:
-            yield claims
+        with agreed(transport.control) as found:
+            yield found
     except Exception:
         transport.close(clean=True)
         raise
@@ -115,6 +116,7 @@ class ShardedParameters:
     Attributes:
         params: the trainable ones, by ``ShardedParam.index``.
         arenas, buckets: their flat storage.
+        bindings: of ``params`` to it.
         frozen: the parameters with ``requires_grad=False``, which are only broadcast.
         store: where the state is kept between steps, if it is offloaded.
     """
@@ -123,6 +125,7 @@ class ShardedParameters:
         self.params: list[ShardedParam] = []
         self.arenas: list[FlatArena] = []
         self.buckets: list[FlatBucket] = []
+        self.bindings = Bindings()
         self.frozen: list[NamedParameter] = []
         self.transport = transport
         self.options = options
@@ -204,9 +207,9 @@ class ShardedParameters:
         """Return a transport between the ranks of ``group``, which agree on its parameters. Collective over them."""
         exact_sums = self.options.precision.accumulate == "fp32"
         transport = connect(group.process_group, kind=self.options.transport, exact_sums=exact_sums)
-        with agreed_or_closed(transport) as claims:
-            claims += arguments.claims([], named)
-            claims.append(Claim("the param group", "gradient_divisor", repr(group.divisor)))
+        with agreed_or_closed(transport) as found:
+            found.append(claims.of_parameters(named))
+            found.append(Claim("the param group", "gradient_divisor", repr(group.divisor)))
         return transport
 
     def shard_group_of(self, named: NamedParameter) -> ShardGroup:
@@ -215,8 +218,9 @@ class ShardedParameters:
 
     def _is_elsewhere(self, named: NamedParameter) -> bool:
         """Return whether other code stores the parameter (``fully_shard``)."""
-        ranks = self._ranks_of(named)
-        return self.options.gradient_sync == "external" and is_stored_elsewhere(named.parameter, ranks)
+        if self.options.gradient_sync != "external" or placement.mesh_of(named.parameter) is None:
+            return False
+        return is_stored_elsewhere(named.parameter, self._ranks_of(named))
 
     def _ranks_of(self, named: NamedParameter) -> frozenset[int]:
         one = self._requested.get(named.group_index)
@@ -239,7 +243,10 @@ class ShardedParameters:
 
     def has_own_group(self, named: NamedParameter) -> bool:
         """Return whether other ranks of the optimizer's group may hold another parameter in this one's place."""
-        return self._ranks_of(named) != ranks_of_transport(self.transport)
+        one = self._requested.get(named.group_index)
+        if one is None or one.ranks is None:
+            return False
+        return frozenset(one.ranks) != ranks_of_transport(self.transport)
 
     def add(self, named: Sequence[NamedParameter]) -> tuple[list[ShardedParam], list[FlatBucket]]:
         """Bind the trainable parameters to new flat storage, and broadcast rank 0's values of all parameters.
@@ -288,13 +295,15 @@ class ShardedParameters:
                             home.store.has_written(home, exact.nbytes)
         self.arenas += arenas
         self.params += params
+        self.bindings.add(params)
         self.buckets += buckets
         added = {id(one.parameter) for one in trainable}
         self.frozen = [one for one in self.frozen if id(one.parameter) not in added] + frozen
         return params, buckets
 
     def _bucket_bytes(self, group: ShardGroup, members: Sequence[NamedParameter]) -> int:
-        devices, nbytes = {p.local.device.type for p in members}, sum(p.local.nbytes for p in members)
+        local = [named.local for named in members]
+        devices, nbytes = {one.device.type for one in local}, sum(one.nbytes for one in local)
         return self.options.bucket_bytes(devices, nbytes, group.transport.world_size)
 
     def _reserve(
@@ -335,37 +344,33 @@ class ShardedParameters:
         """
         unfrozen = [p for p in self.frozen if p.parameter.requires_grad]
         if unfrozen:
-            with agreed(self.transport.control) as claims:
+            with agreed(self.transport.control) as found:
                 self.check(unfrozen)
-                claims += self.claims([], unfrozen)
+                found += self.claims([], unfrozen)
         return unfrozen
 
     def claims(
         self, groups: Sequence[Mapping[str, Any]], named: Sequence[NamedParameter], first_group: int = 0
-    ) -> list[Claim]:
+    ) -> list[Claim | ManyClaims]:
         """Return what must be equal on all ranks of the optimizer; not the names of experts, which differ."""
-        different = {one.param_id for one in named if self.has_own_group(one)}
-        elsewhere = {one.param_id for one in named if self._is_elsewhere(one)}
-        of_groups = []
+        result: list[Claim | ManyClaims] = []
+        if groups:
+            result.append(Claim("the number of param groups", "", str(len(groups))))
         for index in range(first_group, first_group + len(groups)):
             one = self._requested.get(index)
             is_own = one is not None and one.ranks is not None
-            of_groups.append(Claim(f"param group {index}", "process_group", "one of its own" if is_own else "none"))
+            result.append(Claim(f"param group {index}", "process_group", "one of its own" if is_own else "none"))
             if not is_own:  # else the ranks of each group agree on it
                 divisor = None if one is None else one.divisor
-                of_groups.append(Claim(f"param group {index}", "gradient_divisor", repr(divisor)))
-        return arguments.claims(
-            groups,
-            named,
-            first_group=first_group,
-            unnamed=different,
-            elsewhere=elsewhere,
-            of_groups=of_groups,
-        )
+                result.append(Claim(f"param group {index}", "gradient_divisor", repr(divisor)))
+        different = {one.param_id for one in named if self.has_own_group(one)}
+        elsewhere = {one.param_id for one in named if self._is_elsewhere(one)}
+        result.append(claims.of_parameters(named, unnamed=different, elsewhere=elsewhere))
+        return [*result, *claims.of_groups(groups, first_group=first_group)]
 
     def check(self, named: Sequence[NamedParameter]) -> None:
         """Raise ValueError or TypeError if ``named`` cannot be added. Local."""
-        own = {one.group_index: self._ranks_of(one) for one in named}
+        own = {one.group_index: self._ranks_of(one) for one in {p.group_index: p for p in named}.values()}
         arguments.check_parameters(named, self.options, self.transport, own, taken=self.taken())
 
     def taken(self) -> list[Tensor]:
@@ -501,5 +506,7 @@ def _copies_of(parameter: Tensor, parts: frozenset[int]) -> int:
     Args:
         parts: the ranks that hold different parts of DTensors, with this one.
     """
+    if placement.mesh_of(parameter) is None:
+        return max(1, len(parts))
     held = len(parts & placement.mesh_ranks(parameter)) or 1
     return placement.copies_of(parameter) * max(1, len(parts)) // held

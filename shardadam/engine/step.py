@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from shardadam.checks import arguments
+from shardadam.checks import arguments, claims
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.averaging import ParameterAverages
@@ -118,7 +118,7 @@ class StepEngine:
         """Complete the reduction, sync all ranks, update this rank's shards and gather parameters. Collective."""
         self._check_may_step()
         self.gatherer.synchronize()
-        rebind_moved(self.parameters.params)
+        self.parameters.bindings.restore()
         max_norm = self.options.max_grad_norm
         stats = self.sync_before("step", param_groups, with_norm=max_norm is not None)
         # After the sync: if only some ranks have such a value, all raise there.
@@ -169,7 +169,7 @@ class StepEngine:
             Claim("their gradients:", "", self.reducer.local_error or "in order"),
             Claim("their offloaded state:", "", self.updater.error or "in order"),
         ]
-        return Claims([*of_job, *arguments.claims(param_groups, [], may_wait=False)], of_job)
+        return Claims([*of_job, *claims.of_groups(param_groups, may_wait=False)], of_job)
 
     @property
     def must_sync(self) -> bool:

@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class ShardedParam:
         arena_index: position in its arena.
         param_id: position in the optimizer's ``param_groups``, counted over all groups, frozen parameters included.
         shape, stride: of ``local`` when it was added.
+        is_plain: whether the parameter is its own local tensor, and contiguous: its logical order is its memory order.
         address: of the view's memory; differs from that of ``local`` if ``p.data`` was replaced.
         buckets: those that hold a part of it.
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
@@ -58,6 +59,7 @@ class ShardedParam:
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
+    is_plain: bool
     address: int = 0
     buckets: list[FlatBucket] = field(default_factory=list)
     shard_segments: list[layout.Segment] = field(default_factory=list)
@@ -212,8 +214,7 @@ class FlatBucket:
         return self.shard.parameter if master is None else master
 
 
-@dataclass(frozen=True, slots=True)
-class NamedParameter:
+class NamedParameter(NamedTuple):
     """A parameter to be added, the index of its param group, and its ``param_id`` (see ``ShardedParam``)."""
 
     parameter: Tensor
@@ -264,7 +265,9 @@ def allocate(
         indices = {i: position for position, i in enumerate(arena_plan.parameters)}
         buckets = [bucket for bucket in plan.buckets if bucket.arena == index]
         for bucket in buckets:
-            segments = tuple(replace(segment, parameter=indices[segment.parameter]) for segment in bucket.segments)
+            segments = tuple(
+                layout.Segment(indices[one.parameter], one.start, one.numel, one.offset) for one in bucket.segments
+            )
             wire_dtype = precision.wire_dtype(arena.parameters.dtype)
             _add_bucket(arena, replace(bucket, segments=segments), transport.rank, wire_dtype)
         _add_kernel_tables(arena, buckets)
@@ -329,6 +332,7 @@ def _allocate_arena(
         update=update.choose(counters, format, seed=seed, rank=transport.rank),
         reserved=reserved,
     )
+    view = torch.empty(0, dtype=dtype, device=device)
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
         local = named.local
         param = ShardedParam(
@@ -342,9 +346,10 @@ def _allocate_arena(
             offset=offset,
             shape=local.shape,
             stride=local.stride(),
+            is_plain=local is named.parameter and local.is_contiguous(),
         )
         if not is_borrowed:
-            bind(param)
+            bind(param, view)
         arena.params.append(param)
     # Now that the parameters' old memory is free: they have existed twice.
     if device.type == "cpu":
@@ -424,25 +429,30 @@ def gradient_shard(bucket: FlatBucket) -> Tensor:
     return gradient
 
 
-def bind(param: ShardedParam) -> None:
-    """Copy the parameter into its arena and make it a view; shape, strides and identity stay."""
+def bind(param: ShardedParam, view: Tensor | None = None) -> None:
+    """Copy the parameter into its arena and make it a view; shape, strides and identity stay.
+
+    Args:
+        view: any tensor of the arena's dtype and device, which is changed: to make one for each of many costs time.
+    """
     local = param.local
     if local.numel() > 0:
-        view = view_of(param.arena.parameters, param)
+        view = view_of(param.arena.parameters, param, view)
         view.copy_(local.detach())
         local.data = view
     param.address = local.data_ptr()
 
 
-def view_of(flat: Tensor, param: ShardedParam) -> Tensor:
-    """Return the parameter's view of ``flat``, which is as long as its arena.
+def view_of(flat: Tensor, param: ShardedParam, view: Tensor | None = None) -> Tensor:
+    """Return the parameter's view of ``flat``, which is as long as its arena; ``view`` itself, if it is given.
 
     The view has a storage of its own over the same memory. So torch.save, safetensors and deepcopy see an ordinary
     tensor, not a slice of a large one, and a write to one view does not change the versions of all.
     """
     begin = param.offset * flat.element_size()
     storage = flat.untyped_storage()[begin : begin + param.shape.numel() * flat.element_size()]
-    view = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    if view is None:
+        view = torch.empty(0, dtype=flat.dtype, device=flat.device)
     return view.set_(storage, 0, param.shape, param.stride)
 
 
@@ -470,6 +480,32 @@ def rebind_moved(params: Sequence[ShardedParam]) -> None:
     for param in moved:
         if not param.arena.is_borrowed:
             bind(param)
+
+
+class Bindings:
+    """Finds out in one pass, cheaply, whether parameters are where they were bound."""
+
+    def __init__(self) -> None:
+        self._params: list[ShardedParam] = []
+        self._fixed: list[Tensor] = []  # the parameters that are in arenas for good, but no DTensors
+        self._addresses: list[int] = []  # of those
+        self._others: list[ShardedParam] = []
+
+    def add(self, params: Sequence[ShardedParam]) -> None:
+        self._params += params
+        for param in params:
+            if param.local is param.parameter and not param.arena.is_borrowed:
+                self._fixed.append(param.parameter)
+                self._addresses.append(param.address)
+            else:
+                self._others.append(param)
+
+    def restore(self) -> None:
+        """Bind all parameters again whose data was replaced; raises as ``rebind_moved``."""
+        if [parameter.data_ptr() for parameter in self._fixed] != self._addresses:
+            rebind_moved(self._params)
+        elif self._others:
+            rebind_moved(self._others)
 
 
 def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:

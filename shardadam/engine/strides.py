@@ -9,6 +9,8 @@ from torch import Tensor
 
 def is_dense(tensor: Tensor) -> bool:
     """Return True if the elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,7 @@ import torch.distributed as dist
 from shardadam.ranks import desync
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A value that must be equal on all ranks, as text: ``field`` of ``subject`` is ``value``.
 
     Args:
@@ -35,6 +34,19 @@ class Claim:
     is_name: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ManyClaims:
+    """Claims about many parameters, which are spelled out only if ranks differ.
+
+    Args:
+        values: returns values whose ``repr`` is equal on all ranks if and only if the claims are.
+        spelled_out: returns the claims.
+    """
+
+    values: Callable[[], list[object]]
+    spelled_out: Callable[[], list[Claim]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Failure:
     message: str
@@ -43,7 +55,9 @@ class _Failure:
 _BUILD_ALIKE = "Build the same model and the same optimizer on every rank."
 
 
-def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy: str = _BUILD_ALIKE) -> None:
+def require(
+    claims: Sequence[Claim | ManyClaims], group: dist.ProcessGroup | None, *, remedy: str = _BUILD_ALIKE
+) -> None:
     """Check that all ranks make the same claims in the same order. Collective: all ranks must call it.
 
     Args:
@@ -56,15 +70,17 @@ def require(claims: Sequence[Claim], group: dist.ProcessGroup | None, *, remedy:
     """
     if group is None:
         return
-    digests = exchange(hashlib.sha256(repr(claims).encode()).hexdigest(), group)
+    values = [claim.values() if isinstance(claim, ManyClaims) else claim for claim in claims]
+    digests = exchange(hashlib.sha256(repr(values).encode()).hexdigest(), group)
     _raise_failure_of_another(digests, group)
     if len(set(digests)) == 1:
         return
-    all_claims = exchange(list(claims), group)
+    spelled_out = [claim.spelled_out() if isinstance(claim, ManyClaims) else [claim] for claim in claims]
+    all_claims: list[list[Claim]] = exchange([one for some in spelled_out for one in some], group)
     ranks = dist.get_process_group_ranks(group)
     difference = next(row for row in zip_longest(*all_claims) if len(set(row)) > 1)
     described = [_describe_difference(difference, ranks)]
-    counts = [sum(claim.is_name for claim in claims) for claims in all_claims]
+    counts = [sum(claim.is_name for claim in own) for own in all_claims]
     if len(set(counts)) > 1:
         if any(claim is None or claim.is_name for claim in difference):
             described = _describe_lacking(all_claims, ranks) or described

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardadam.engine.storage import ShardedParam
+from shardadam.engine.storage import FlatArena, ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Span
 from shardadam.state.flat_shard import FlatShard, Runs, dimension_order, in_shape, runs_of_whole
@@ -36,7 +36,7 @@ def local_state(param: ShardedParam) -> dict[str, Tensor]:
     return state
 
 
-def saved_name(name: str, param: ShardedParam) -> str:
+def saved_name(name: str, arena: FlatArena) -> str:
     """Returns the name under which torch sees a tensor of the state.
 
     Codes have other names than moments, because DCP and torch's optimizers convert dtypes and would read codes as
@@ -44,7 +44,7 @@ def saved_name(name: str, param: ShardedParam) -> str:
     """
     if name == "remainder":
         return "master"
-    return CODES.get(name, name) if param.arena.format.moments == "int8" else name
+    return CODES.get(name, name) if arena.format.moments == "int8" else name
 
 
 def torch_state(param: ShardedParam) -> dict[str, Tensor]:
@@ -52,7 +52,14 @@ def torch_state(param: ShardedParam) -> dict[str, Tensor]:
 
     The keys are those of ``saved_state``: set_optimizer_state_dict drops other keys of a flattened dict.
     """
-    return {saved_name(name, param): tensor for name, tensor in local_state(param).items()}
+    return {saved_name(name, param.arena): tensor for name, tensor in local_state(param).items()}
+
+
+def state_names(arena: FlatArena) -> list[str]:
+    """Returns the keys of ``torch_state`` of the arena's parameters."""
+    scalars = {"bound": arena.format.moments == "int8", "n_averaged": arena.counters.n_averaged is not None}
+    names = ["step", *arena.flat_state, *(name for name, is_there in scalars.items() if is_there)]
+    return [saved_name(name, arena) for name in names]
 
 
 def saved_state(param: ShardedParam) -> dict[str, Tensor]:
@@ -62,7 +69,7 @@ def saved_state(param: ShardedParam) -> dict[str, Tensor]:
     """
     saved: dict[str, Tensor] = {}
     for name, tensor in local_state(param).items():
-        key = saved_name(name, param)
+        key = saved_name(name, param.arena)
         if name in SCALARS:
             saved[key] = tensor
             continue

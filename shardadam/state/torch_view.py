@@ -29,21 +29,31 @@ class ParamState(dict[str, Tensor]):
     Assigning to an entry copies a tensor of the entry's shape, or this rank's elements of one of the parameter's shape.
     Clearing restarts the parameter's Adam, as in torch, and its average; an exact master weight stays. Single entries
     cannot be added or removed.
+
+    Args:
+        names: has the keys of ``local.torch_state(param)``.
     """
 
-    def __init__(self, param: ShardedParam) -> None:
-        super().__init__(local.torch_state(param))
+    __slots__ = ("_addresses", "_param")
+
+    def __init__(self, param: ShardedParam, names: Mapping[str, Any]) -> None:
+        super().__init__(names)
         self._param = param
-        self._addresses: dict[str, int] | None = None  # of the views, once any was read
+        self._addresses: dict[str, int] | None = None  # of the views, which are made when any is read
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._addresses is None:
-            self._addresses = {key: view.data_ptr() for key, view in local.torch_state(self._param).items()}
+        self._make_views()
         if name == _MASTER:
             refresh_(self._param)
         elif name == AVERAGE:
             averages.refresh_([self._param])
         return super().__getitem__(name)
+
+    def _make_views(self) -> None:
+        if self._addresses is None:
+            views = local.torch_state(self._param)
+            super().update(views)
+            self._addresses = {name: view.data_ptr() for name, view in views.items()}
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # overridden so that dict(state) and {**state} read by __getitem__
@@ -59,6 +69,18 @@ class ParamState(dict[str, Tensor]):
 
     def copy(self) -> dict[str, Tensor]:
         return {**self}
+
+    def __eq__(self, other: object) -> bool:
+        return {**self} == other
+
+    def __or__(self, other: Any) -> Any:
+        return {**self} | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | {**self}
+
+    def __repr__(self) -> str:
+        return repr({**self})
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._write(name, self._checked(name, value))
@@ -92,7 +114,7 @@ class ParamState(dict[str, Tensor]):
         for name, value in checked.items():
             self._write(name, value)
 
-    def __ior__(self, other: Any) -> ParamState:  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> ParamState:  # type: ignore[override]
         self.update(other)
         return self
 
@@ -143,6 +165,7 @@ class ParamState(dict[str, Tensor]):
 
     @torch.no_grad()
     def _write(self, name: str, value: Tensor) -> None:
+        self._make_views()
         target = super().__getitem__(name)
         if name == _MASTER:
             self._param.kept_master = None
@@ -190,8 +213,9 @@ class OptimizerState(defaultdict[Tensor, Any]):
             ValueError: what they assigned does not fit.
         """
         given = [(param, self.get(param.parameter)) for param in params]
+        names = {arena: dict.fromkeys(local.state_names(arena)) for arena in {param.arena: None for param, _ in given}}
         for param, _ in given:
-            super().__setitem__(param.parameter, ParamState(param))
+            super().__setitem__(param.parameter, ParamState(param, names[param.arena]))
         for param, entry in given:
             if entry:
                 self[param.parameter].replace(entry)

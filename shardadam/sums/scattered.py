@@ -6,11 +6,13 @@ Works on any device; only kernels read ``Addresses``. The host never waits for t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from shardadam.layout import Segment
 from shardadam.sums.to_device import send
@@ -34,14 +36,83 @@ class Addresses:
     is_aligned: bool
 
 
+class Piece(NamedTuple):
+    """``start : stop`` of a gradient, in the parameter's memory order; ``stop - start`` zeros if ``parameter`` is None.
+
+    ``parameter`` is the index in the arena.
+    """
+
+    parameter: int | None
+    start: int
+    stop: int
+
+
+def pieces_of_shard(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Piece]:
+    """Yield what elements ``start : stop`` of a shard hold, in order: pieces of gradients, and zeros for padding.
+
+    Args:
+        segments: of one bucket and rank, by ascending offset; ``Segment.parameter`` is the index in the arena.
+    """
+    end = start  # where the piece after these begins
+    for segment in segments:
+        low, high = max(start, segment.offset), min(stop, segment.offset + segment.numel)
+        if low < high:
+            if low > end:
+                yield Piece(None, 0, low - end)
+            first = segment.start + low - segment.offset
+            yield Piece(segment.parameter, first, first + high - low)
+            end = high
+    if end < stop:
+        yield Piece(None, 0, stop - end)
+
+
+class Parts:
+    """Pieces that ``Scattered.flat`` joins: sorted by kind once, so that no step must cut a gradient that lies whole.
+
+    Args:
+        pieces: in order.
+        numels: of the arena's parameters.
+        device: of the zeros.
+        dtype: of the zeros.
+
+    Attributes:
+        order: of each piece, the parameter that lies whole in it; ``~i`` for number ``i`` of ``[*zeros, *slices]``.
+        numels: of each piece.
+    """
+
+    __slots__ = ("numels", "order", "slices", "zeros")
+
+    def __init__(
+        self, pieces: Iterable[Piece], numels: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        pieces = list(pieces)
+        self.numels = [piece.stop - piece.start for piece in pieces]
+        padding = [piece.stop for piece in pieces if piece.parameter is None]
+        zeros = _zeros(max(padding, default=0), device, dtype)
+        self.zeros = [zeros[:numel] for numel in padding]
+        self.slices: list[tuple[int, int, int]] = []
+        self.order: list[int] = []
+        padding_before = 0
+        for piece in pieces:
+            if piece.parameter is None:
+                self.order.append(~padding_before)
+                padding_before += 1
+            elif piece.stop - piece.start == numels[piece.parameter]:
+                self.order.append(piece.parameter)
+            else:
+                self.order.append(~(len(self.zeros) + len(self.slices)))
+                self.slices.append((piece.parameter, piece.start, piece.stop))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scattered:
     """The gradients of one arena, each in a tensor of its own.
 
     Args:
-        tensors: one for each parameter of the arena: 1-D and contiguous, in the parameter's memory order. None is
-            a gradient of zeros.
-        dtype: of all of them: float32, bfloat16 or float16, or on a device without kernels float64.
+        tensors: one for each parameter of the arena, of any shape: in logical order, its elements are in the
+            parameter's memory order. None is a gradient of zeros. With ``addresses``, they are contiguous.
+        dtype: what those that it cannot represent are rounded to: float32, bfloat16 or float16, or on a device without
+            kernels float64. With ``addresses``, all have it.
         addresses: of the tensors; None on a device without kernels.
     """
 
@@ -56,38 +127,67 @@ class Scattered:
         is_aligned = all(address % ALIGNMENT_BYTES == 0 for address in addresses)
         return cls(tensors, dtype, Addresses(send(addresses, torch.int64, device), dtype, is_aligned))
 
+    def slice(self, parameter: int, start: int, stop: int) -> Tensor | None:
+        """Return ``start : stop`` of a gradient: 1-D, of ``dtype`` or a narrower one. May share its memory."""
+        tensor = self.tensors[parameter]
+        if tensor is None:
+            return None
+        part = tensor if tensor.dim() == 1 else tensor.reshape(-1)
+        if stop - start < part.numel():
+            part = part[start:stop]
+        return self._rounded(part)
+
+    def flat(self, parts: Parts) -> Tensor:
+        """Return pieces one after the other: 1-D, of ``dtype`` or a narrower one. May share a single gradient's memory.
+
+        Makes one call of torch, as there may be many small parameters.
+        """
+        tensors = self.tensors
+        others = [*parts.zeros, *(self.slice(*one) for one in parts.slices)] if parts.slices else parts.zeros
+        found = [tensors[place] if place >= 0 else others[~place] for place in parts.order]
+        if any(tensor is None for tensor in found):
+            device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+            zero = torch.zeros(1, dtype=self.dtype, device=device)
+            found = [
+                zero.expand(numel) if tensor is None else tensor
+                for tensor, numel in zip(found, parts.numels, strict=True)
+            ]
+        flat: Tensor = _flatten_dense_tensors(found)  # type: ignore[no-untyped-call]  # widens narrower dtypes
+        if len(found) == 1:
+            flat = flat.resolve_neg()  # it may be a view that negates what its memory holds
+        return self._rounded(flat)
+
+    def _rounded(self, flat: Tensor) -> Tensor:
+        is_held = flat.dtype == self.dtype or torch.promote_types(flat.dtype, self.dtype) == self.dtype
+        return flat if is_held else flat.to(self.dtype)
+
+    def has(self, parts: Parts) -> bool:
+        """Return whether there is a gradient for any of the pieces."""
+        places = [*(place for place in parts.order if place >= 0), *(parameter for parameter, _, _ in parts.slices)]
+        return any(self.tensors[place] is not None for place in places)
+
     def write_(self, target: Tensor, segments: Iterable[Segment], start: int, stop: int) -> None:
         """Write elements ``start : stop`` of a shard to ``target``; zeros where there is padding or no gradient.
 
         Args:
             target: 1-D, ``stop - start`` long, of any floating dtype.
-            segments: of one bucket and this rank, by ascending offset; ``Segment.parameter`` is the index in the arena.
+            segments: as in ``pieces_of_shard``.
         """
-        numels: list[int] = []  # of the parts of target, in order
-        sources: list[Tensor | None] = []  # None for zeros
-        end = start  # where the part after these begins
-        for segment in segments:
-            if segment.offset >= stop:
-                break
-            low, high = max(start, segment.offset), min(stop, segment.offset + segment.numel)
-            tensor = self.tensors[segment.parameter]
-            if tensor is None or low >= high:
-                continue
-            if low > end:
-                numels.append(low - end)
-                sources.append(None)
-            first = segment.start + low - segment.offset
-            numels.append(high - low)
-            sources.append(tensor if tensor.numel() == high - low else tensor[first : first + high - low])
-            end = high
-        if end < stop:
-            numels.append(stop - end)
-            sources.append(None)
-        # Few calls, as there may be many small parameters.
-        parts = list(zip(torch.split(target, numels), sources, strict=True))
-        copied = [(part, source) for part, source in parts if source is not None]
-        zeros = [part for part, source in parts if source is None]
-        if copied:
-            torch._foreach_copy_([part for part, _ in copied], [source for _, source in copied])
-        if zeros:
-            torch._foreach_zero_(zeros)
+        if start < stop:
+            numels = [-1 if tensor is None else tensor.numel() for tensor in self.tensors]
+            pieces = pieces_of_shard(segments, start, stop)
+            target.copy_(self.flat(Parts(pieces, numels, target.device, self.dtype)))
+
+
+_padding: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+"""Zeros for the padding of all arenas."""
+_LEAST_ZEROS = 1 << 12
+
+
+def _zeros(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return ``numel`` zeros or more, which must not be written."""
+    zeros = _padding.get((device, dtype))
+    if zeros is None or zeros.numel() < numel:
+        # More than most paddings: ``Parts`` keep the smaller buffer that a larger one replaces.
+        zeros = _padding[device, dtype] = torch.zeros(max(numel, _LEAST_ZEROS), dtype=dtype, device=device)
+    return zeros

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shardadam.chunks import chunks
-from shardadam.layout import ALIGNMENT_NUMEL, Bucket, Segment
-from shardadam.sums.scattered import Scattered
+from shardadam.layout import ALIGNMENT_NUMEL, Bucket
+from shardadam.sums.scattered import Parts, Scattered, pieces_of_shard
 from shardadam.sums.sources import sum_chunk_
 from shardadam.update import reference
 from shardadam.update.runs import Run, RunTable, equal_runs
@@ -50,7 +50,8 @@ class FusedUpdate:
         self._counters = counters
         self._seed = seed
         self._rank = rank
-        self._segments: dict[int, list[Segment]] = {}  # of the shards, by bucket offset
+        self._numels: list[int] | None = None  # of each parameter, once they are needed
+        self._parts: dict[tuple[int, int, int], Parts] = {}  # by bucket offset, start and stop of a chunk
         self._runs = RunTable(rank, len(counters.steps))
         self._on_cpu = counters.steps.device.type == "cpu"
         self._limits: Tensor | None = None
@@ -66,6 +67,7 @@ class FusedUpdate:
             self.reload()
         if inputs.host_used is not None and not all(inputs.host_used):
             self._runs.advance(inputs.host_used)
+            self._parts.clear()
         self._host_used = inputs.host_used
         self._skips_all = None if self._on_cpu else inputs.found_inf
         self._skip = self._on_cpu and bool(inputs.found_inf)
@@ -99,6 +101,7 @@ class FusedUpdate:
 
     def reload(self) -> None:
         self._runs.load(zip(self._counters.steps.tolist(), self._counters.bounds.tolist(), strict=True))
+        self._parts.clear()
 
     def step_(
         self,
@@ -130,17 +133,15 @@ class FusedUpdate:
         if self._on_cpu and _is_common(shard):
             step = self._step_bfloat16_
         scratch = Scratch()
-        if isinstance(gradients, Scattered) and bucket.offset not in self._segments:
-            self._segments[bucket.offset] = list(bucket.shard_segments(self._rank))
         for run in runs:
             for chunk in chunks(run.start, run.stop, shard.parameter.device, is_long=is_plain):
                 if whole is not None and whole.dtype == exact:
                     gradient = whole[chunk]
+                elif isinstance(gradients, Scattered):
+                    gradient = self._joined(gradients, bucket, chunk, exact)
                 else:
                     gradient = scratch.take(shard.parameter, chunk, "gradient", exact)
-                    if isinstance(gradients, Scattered):
-                        gradients.write_(gradient, self._segments[bucket.offset], chunk.start, chunk.stop)
-                    elif gradients is not None:
+                    if gradients is not None:
                         sum_chunk_(gradient, [source[chunk] for source in gradients.slices], scale=gradients.scale)
                     elif whole is not None:
                         gradient.copy_(whole[chunk])
@@ -149,6 +150,21 @@ class FusedUpdate:
                     self._average_(shard.average[chunk], weight, self._common_rate)
         if shard.average is not None:
             self._average_others_(shard, bucket)
+
+    def _joined(self, gradients: Scattered, bucket: Bucket, chunk: slice, dtype: torch.dtype) -> Tensor:
+        """Return the gradients of a chunk of the shard in ``dtype``, in memory that may be overwritten."""
+        key = bucket.offset, chunk.start, chunk.stop
+        parts = self._parts.get(key)
+        if parts is None:
+            pieces = pieces_of_shard(bucket.shard_segments(self._rank), chunk.start, chunk.stop)
+            if self._numels is None:
+                self._numels = self._counters.numels.tolist()
+            parts = self._parts[key] = Parts(pieces, self._numels, self._counters.steps.device, gradients.dtype)
+        flat = gradients.flat(parts)
+        if flat.dtype != dtype:
+            return flat.to(dtype)
+        is_shared = len(parts.order) == 1 and self._coefficient is not None  # the kernel scales gradients in place
+        return flat.clone() if is_shared else flat
 
     def _average_others_(self, shard: Shard, bucket: Bucket) -> None:
         """Average the parameters that were not averaged with their update: those that take no part in the step, or all

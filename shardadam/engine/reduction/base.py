@@ -6,10 +6,12 @@ A reducer writes gradient shards. It must not clip, update or gather.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +99,9 @@ class Reducer(ABC):
         self.local_error: str | None = None
         self.is_superseded = False
         self._params: list[ShardedParam] = []
+        self._parameters: list[Tensor] = []  # those of the params
+        self._shapes: list[torch.Size] = []  # of the parameters
+        self._distributed: list[int] = []  # indices of the params that are DTensors
         self._buckets: list[FlatBucket] = []
         # Since reset
         self._grad_stats: dict[int, GradStats] = {}  # by bucket index: of what its shard holds
@@ -110,11 +115,31 @@ class Reducer(ABC):
         """
         _supersede_older(params, self)
         self._params += params
+        self._parameters += [param.parameter for param in params]
+        self._shapes += [param.shape if param.local is param.parameter else param.parameter.shape for param in params]
+        self._distributed += [param.index for param in params if param.local is not param.parameter]
         for index, bucket in enumerate(buckets, len(self._buckets)):
             bucket.index = index
             self.order.append(index)
         self._buckets += buckets
         self.used += [False] * len(params)
+
+    def _read_gradients(self) -> list[Tensor | None]:
+        """Return what this rank holds of every ``p.grad``; None also for those with a ``gradient_error``.
+
+        The first error becomes ``local_error``, unless there is one.
+        """
+        gradients: list[Tensor | None] = [parameter.grad for parameter in self._parameters]
+        to_check = [
+            index
+            for index, (gradient, shape) in enumerate(zip(gradients, self._shapes, strict=True))
+            if gradient is not None and (gradient.layout != torch.strided or gradient.shape != shape)
+        ]
+        for index in sorted({*to_check, *self._distributed}):
+            error = gradient_error(self._params[index])
+            self.local_error = self.local_error or error
+            gradients[index] = None if error else self._params[index].gradient
+        return gradients
 
     def remove_hooks(self) -> None:
         """Remove what ``add`` has registered: hooks, and this reducer as that of its parameters."""
@@ -289,34 +314,32 @@ def set_gradient_scale(bucket: FlatBucket) -> None:
     arena.gradient_scale = 1 / arena.shard_group.divisor if leaves_scale else 1.0
 
 
-Snapshot = tuple[Tensor | None, int]
-"""A gradient and its version."""
+class Snapshot(NamedTuple):
+    """The gradients that were in ``p.grad``, and their versions."""
+
+    gradients: list[Tensor | None]
+    versions: list[int]
 
 
-def snapshot(params: list[ShardedParam]) -> list[Snapshot]:
+NO_SNAPSHOT = Snapshot([], [])
+
+
+def snapshot(params: list[ShardedParam]) -> Snapshot:
     """Return the gradients that are in ``p.grad`` now, for ``is_current``."""
-    return [(gradient, _version(param, gradient)) for param in params for gradient in (param.gradient,)]
+    gradients = [p.grad if p is param.local else param.gradient for param in params for p in (param.parameter,)]
+    versions = [-1 if gradient is None else gradient._version for gradient in gradients]
+    for param in params:
+        if param.local is not param.parameter and (whole := param.parameter.grad) is not None:
+            versions[param.index] += whole._version  # operations on a DTensor need not count for its local tensor
+    return Snapshot(gradients, versions)
 
 
-def _version(param: ShardedParam, gradient: Tensor | None) -> int:
-    if gradient is None:
-        return -1
-    if param.local is param.parameter:
-        return gradient._version
-    whole = param.parameter.grad
-    assert whole is not None
-    return gradient._version + whole._version  # operations on a DTensor need not count for its local tensor
-
-
-def is_current(taken: list[Snapshot], params: list[ShardedParam]) -> bool:
+def is_current(taken: Snapshot, params: list[ShardedParam]) -> bool:
     """Return whether ``p.grad`` holds the same tensors as in the snapshot, and nothing has written to them since."""
-    if len(taken) != len(params):
+    if len(taken.gradients) != len(params):
         return False
     now = snapshot(params)
-    return all(
-        g is before and version == version_before
-        for (g, version), (before, version_before) in zip(now, taken, strict=True)
-    )
+    return now.versions == taken.versions and all(map(operator.is_, now.gradients, taken.gradients))
 
 
 def gradient_error(param: ShardedParam) -> str | None:

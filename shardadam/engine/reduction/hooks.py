@@ -33,8 +33,9 @@ class GradientHooks:
         self._unchecked: list[tuple[ShardedParam, Any]] = []  # whose hooks may not be the last of their parameter
 
     def register(self, params: Iterable[ShardedParam]) -> None:
+        process = os.getpid()
         for param in params:
-            hook = _hook(self._reducer, param.index)
+            hook = _hook(self._reducer, param.index, process)
             handle = param.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
             self._unchecked.append((param, handle))
@@ -78,9 +79,7 @@ def _has_later(hooks: dict[int, Any], mine: int) -> bool:
     return any(not getattr(hooks[key], "__module__", "").startswith("shardadam.") for key in later)
 
 
-def _hook(reducer: weakref.ref[HookedReducer], index: int) -> Callable[[Tensor], None]:
-    process = os.getpid()
-
+def _hook(reducer: weakref.ref[HookedReducer], index: int, process: int) -> Callable[[Tensor], None]:
     def on_gradient(_: Tensor) -> None:
         live = reducer()
         if live is None or live.is_superseded:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from shardadam.chunks import chunks
 from shardadam.engine.reduction.base import (
+    NO_SNAPSHOT,
     Reducer,
-    Snapshot,
     Take,
     check_gradient,
     foreign_gradient,
@@ -33,8 +33,11 @@ from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, Segment
 from shardadam.sums import kernels_for
 from shardadam.sums.reference import program_count
-from shardadam.sums.scattered import Scattered
+from shardadam.sums.scattered import Parts, Piece, Scattered
 from shardadam.sums.stats import GradStats
+
+_GROUP_NUMEL = 1 << 17
+"""Most elements of the small gradients that one call measures together: as many as fit the cache of a CPU."""
 
 
 class LocalReducer(Reducer):
@@ -50,15 +53,19 @@ class LocalReducer(Reducer):
     def __init__(self, *, is_external: bool) -> None:
         super().__init__()
         self._is_external = is_external
-        self._gradients: list[Tensor | None] = []  # by param index: those that are not in a shard
+        self._gradients: dict[FlatArena, list[Tensor | None]] = {}  # by arena index: those that are not in a shard
+        self._unordered: list[int] = []  # indices of the params whose logical order is not their memory order
         self._scattered: dict[FlatArena, Scattered] = {}  # of the arenas whose gradients are not in the shard
         self._in_shard: set[FlatArena] = set()  # the arenas whose gradients are
         self._arena_stats: dict[FlatArena, GradStats] = {}
-        self._taken: list[Snapshot] = []  # of ``p.grad``
+        self._to_measure: dict[FlatArena | FlatBucket, list[Parts]] = {}  # see ``_parts_of``
+        self._taken = NO_SNAPSHOT  # of ``p.grad``
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
-        self._gradients += [None] * len(params)
+        for arena in dict.fromkeys(param.arena for param in params):
+            self._gradients[arena] = [None] * len(arena.params)
+        self._unordered += [param.index for param in params if not param.is_plain]
         if not self._is_external:
             for bucket in buckets:
                 bucket.arena.gradient_scale = 1 / bucket.arena.shard_group.divisor
@@ -69,27 +76,23 @@ class LocalReducer(Reducer):
             return
         self.reset()
         self.rounds += 1
-        for param in self._params:
-            error = gradient_error(param)
-            self.local_error = self.local_error or error
-            if error is None:
-                gradient = param.gradient
-                if not self._is_external and gradient is not None:
-                    gradient = gradient.to(param.buckets[0].wire_dtype)
-                self._take(param, gradient)
+        gradients = self._read_gradients()
+        for index in self._unordered:
+            gradients[index] = _ordered(self._params[index], gradients[index])
+        for arena in self._gradients:
+            self._gradients[arena] = gradients[arena.indices]
+        self.used = [gradient is not None for gradient in gradients]
         self._taken = snapshot(self._params)
 
-    def _take(self, param: ShardedParam, gradient: Tensor | None) -> None:
+    def _take(self, param: ShardedParam, gradient: Tensor) -> None:
         """Add a gradient to what the parameter has since ``reset``."""
-        if gradient is None:
-            return
         is_first, self.used[param.index] = not self.used[param.index], True
-        ordered = memory_order(gradient, param.local)
         self._arena_stats.pop(param.arena, None)
         self._scattered.pop(param.arena, None)
         if is_first and param.arena not in self._in_shard:
-            self._gradients[param.index] = ordered
+            self._gradients[param.arena][param.arena_index] = _ordered(param, gradient)
         else:
+            ordered = memory_order(gradient, param.local)
             self._move_to_shard(param.arena)
             for bucket, segment, target in _segments(param):
                 for chunk in chunks(0, segment.numel, target.device):  # on the CPU, other dtypes take temporaries
@@ -108,8 +111,7 @@ class LocalReducer(Reducer):
             scattered.write_(gradient_shard(bucket), segments, 0, bucket.plan.shard_numel)
         self._in_shard.add(arena)
         self._scattered.pop(arena)
-        for param in arena.params:
-            self._gradients[param.index] = None
+        self._gradients[arena] = [None] * len(arena.params)
 
     def gradients(self, bucket: FlatBucket) -> Scattered | None:
         return self.scattered(bucket.arena)
@@ -119,8 +121,17 @@ class LocalReducer(Reducer):
         if arena in self._in_shard:
             return None
         if arena not in self._scattered:
-            self._scattered[arena] = scatter(arena, [self._gradients[param.index] for param in arena.params])
+            self._scattered[arena] = self._scatter(arena, self._gradients[arena])
         return self._scattered[arena]
+
+    def _scatter(self, arena: FlatArena, gradients: list[Tensor | None]) -> Scattered:
+        """Return gradients of the arena's parameters for statistics and update; without kernels, in this very list."""
+        dtype = arena.format.exact_dtype
+        if not self._is_external and arena.buckets[0].wire_dtype in (torch.bfloat16, torch.float16):
+            dtype = arena.buckets[0].wire_dtype
+        if arena.squares is None:
+            return Scattered(gradients, dtype)
+        return scatter(arena, gradients, _common_dtype(gradients, dtype) if self._is_external else dtype)
 
     @torch.no_grad()
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
@@ -135,9 +146,29 @@ class LocalReducer(Reducer):
             else:
                 stats = self._arena_stats.get(arena)
                 if stats is None or (with_squares and not stats.with_squares):
-                    stats = self._arena_stats[arena] = measure(arena, scattered, with_squares=with_squares)
+                    stats = self._arena_stats[arena] = self._measure_arena(arena, scattered, with_squares=with_squares)
                 found.append(stats)
         return found
+
+    def _measure_arena(self, arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> GradStats:
+        """Return the statistics of the gradients of this rank's shards."""
+        if scattered.addresses is not None:
+            return measure(arena, scattered)
+        stats = stats_of(arena, None, with_squares=with_squares)
+        if with_squares:
+            stats.update_pieces([piece for bucket in arena.buckets for piece in _pieces(bucket, scattered)])
+        else:
+            self._find_nonfinite(arena, scattered, stats)
+        return stats
+
+    def _find_nonfinite(self, held_by: FlatArena | FlatBucket, scattered: Scattered, stats: GradStats) -> None:
+        """Add whether the gradients of this rank's shards of an arena, or of one bucket, are finite."""
+        if held_by not in self._to_measure:
+            buckets = held_by.buckets if isinstance(held_by, FlatArena) else [held_by]
+            self._to_measure[held_by] = parts_to_measure(buckets, scattered.dtype)
+        for parts in self._to_measure[held_by]:
+            if len(parts.order) > 1 or scattered.has(parts):
+                stats.update(scattered.flat(parts))
 
     @torch.no_grad()
     def sum_up(self) -> None:
@@ -149,11 +180,12 @@ class LocalReducer(Reducer):
 
     def reset(self) -> None:
         super().reset()
-        self._gradients = [None] * len(self._params)
+        for arena in self._gradients:
+            self._gradients[arena] = [None] * len(arena.params)
         self._scattered.clear()
         self._in_shard.clear()
         self._arena_stats.clear()
-        self._taken = []
+        self._taken = NO_SNAPSHOT
         self.local_error = None
 
 
@@ -195,17 +227,18 @@ class AloneReducer(LocalReducer, DuringBackward):
         is_summed = self.used[param.index] or param.arena in self._in_shard
         streams = self._streams.get(local.device) if is_summed else None
         with joined_streams(streams, local.device):
-            # Detached: a gradient of create_graph=True would keep its graph alive until the step.
-            self._take(param, gradient.detach().to(param.buckets[0].wire_dtype))
+            if gradient.requires_grad:
+                gradient = gradient.detach()  # that of create_graph=True would keep its graph alive until the step
+            wire_dtype = param.buckets[0].wire_dtype
+            self._take(param, gradient if gradient.dtype == wire_dtype else gradient.to(wire_dtype))
         parameter.grad = None  # last: a gradient that is still there after a signal is an error, not lost
 
     @torch.no_grad()
     def close(self) -> None:
         with self._lock:
             self.local_error = None
-            for param in self._params:
-                if param.parameter.grad is None:
-                    continue
+            left = [param for param in self._params if param.parameter.grad is not None]
+            for param in left:
                 if self.used[param.index] and not self._has_local:
                     self.local_error = self.local_error or foreign_gradient(param)
                     self.rounds += 1  # so that the next sync raises, even if nothing else has changed since the last
@@ -217,7 +250,7 @@ class AloneReducer(LocalReducer, DuringBackward):
             self._has_local = not self._is_synchronizing
 
     def gradient_bytes(self) -> int:
-        return sum(gradient.nbytes for gradient in self._gradients if gradient is not None)
+        return sum(gradient.nbytes for own in self._gradients.values() for gradient in own if gradient is not None)
 
     def reset(self) -> None:
         # The memory of gradients that are freed now belongs to the streams that have computed them.
@@ -247,9 +280,7 @@ class AloneInBackward(AloneReducer):
         self._missing += [len(bucket.segments) for bucket in buckets]
         self._passed += [False] * len(buckets)
 
-    def _take(self, param: ShardedParam, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
+    def _take(self, param: ShardedParam, gradient: Tensor) -> None:
         if self.used[param.index]:
             raise second_round(param.name)
         super()._take(param, gradient)
@@ -264,16 +295,24 @@ class AloneInBackward(AloneReducer):
 
     def _pass_on(self, bucket: FlatBucket) -> None:
         arena, self._passed[bucket.index] = bucket.arena, True
-        inside = {param.index for param, _ in bucket.segments}
+        gradients = self._gradients[arena]
         # Gradients of the bucket, and updates before this one, may be on several streams.
         device = bucket.parameters.device
         with joined_streams(self._streams.get(device), device):
-            scattered = scatter(arena, [self._gradients[p.index] if p.index in inside else None for p in arena.params])
-            stats = self._grad_stats[bucket.index] = measure_bucket(bucket, scattered)
+            if bucket.squares is None:
+                scattered = self._scatter(arena, gradients)
+                stats = stats_of(arena, None, with_squares=False)
+                self._find_nonfinite(bucket, scattered, stats)
+            else:
+                inside = {param.arena_index for param, _ in bucket.segments}
+                own = [gradient if index in inside else None for index, gradient in enumerate(gradients)]
+                scattered = self._scatter(arena, own)
+                stats = measure_bucket(bucket, scattered)
+            self._grad_stats[bucket.index] = stats
             is_used = self._pass(bucket, scattered, stats, self.used)
         for param, _ in bucket.segments if is_used else ():
             if all(self._passed[other.index] for other in param.buckets):
-                self._gradients[param.index] = None
+                gradients[param.arena_index] = None
 
     @torch.no_grad()
     def grad_stats(self, *, with_squares: bool) -> list[GradStats]:
@@ -288,63 +327,82 @@ class AloneInBackward(AloneReducer):
         self._passed = [False] * len(self._buckets)
 
 
-def scatter(arena: FlatArena, gradients: Sequence[Tensor | None]) -> Scattered:
-    """Return the gradients of the arena's parameters for statistics and update; of one dtype."""
-    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
-    exact = arena.format.exact_dtype
-    # Another dtype than the wire's (p.grad_dtype) may be one that kernels do not read.
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {exact, torch.bfloat16, torch.float16} else exact
-    # A gradient may be a view that negates what its memory holds.
-    same = [None if gradient is None else gradient.to(dtype).resolve_neg() for gradient in gradients]
-    if arena.squares is None:
-        return Scattered(same, dtype)
+def _ordered(param: ShardedParam, gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient whose logical order is the parameter's memory order. May share the memory of ``gradient``."""
+    return gradient if gradient is None or param.is_plain else memory_order(gradient, param.local)
+
+
+def scatter(arena: FlatArena, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Scattered:
+    """Return the gradients of the arena's parameters for its kernels: contiguous, of one dtype."""
+    same = [None if gradient is None else _readable(gradient, dtype) for gradient in gradients]
     return Scattered.with_addresses(same, dtype, arena.parameters.device)
 
 
-def measure(arena: FlatArena, scattered: Scattered, *, with_squares: bool) -> GradStats:
-    """Return the statistics of the gradients of this rank's shards."""
-    if scattered.addresses is not None and arena.squares is not None:
-        squares = arena.squares[: program_count(arena.blocks.numel() * ALIGNMENT_NUMEL)]
-        stats = stats_of(arena, squares, with_squares=True)
-        kernels_for(arena.blocks.device).measure_scattered(
-            scattered.addresses,
-            squares,
-            blocks=arena.blocks,
-            first_blocks=arena.counters.first_blocks,
-            numels=arena.counters.numels,
-            positions=arena.positions,
-        )
-        return stats
-    stats = stats_of(arena, None, with_squares=with_squares)
-    stats.update_pieces([piece for bucket in arena.buckets for piece in _pieces(bucket, scattered)])
-    return stats
+def _common_dtype(gradients: Sequence[Tensor | None], exact: torch.dtype) -> torch.dtype:
+    """Return the dtype of the gradients if all have the same, and kernels read it; else ``exact``."""
+    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {exact, torch.bfloat16, torch.float16} else exact
+
+
+def _readable(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient as kernels read it: of ``dtype``, contiguous, and not a view that negates its memory."""
+    if gradient.dtype == dtype and gradient.is_contiguous() and not gradient.is_neg():
+        return gradient  # without calls that would do nothing
+    return gradient.to(dtype).resolve_neg().contiguous()
+
+
+def measure(arena: FlatArena, scattered: Scattered) -> GradStats:
+    """Return the statistics of the gradients of this rank's shards, by the arena's kernels."""
+    assert scattered.addresses is not None and arena.squares is not None
+    squares = arena.squares[: program_count(arena.blocks.numel() * ALIGNMENT_NUMEL)]
+    kernels_for(squares.device).measure_scattered(
+        scattered.addresses,
+        squares,
+        blocks=arena.blocks,
+        first_blocks=arena.counters.first_blocks,
+        numels=arena.counters.numels,
+        positions=arena.positions,
+    )
+    return stats_of(arena, squares, with_squares=True)
 
 
 def measure_bucket(bucket: FlatBucket, scattered: Scattered) -> GradStats:
-    """Return the statistics of the gradients of this rank's shard of one bucket, without squares if they cost."""
-    stats = stats_of(bucket.arena, bucket.squares, with_squares=False)
-    if scattered.addresses is not None and bucket.squares is not None:
-        counters, shard = bucket.arena.counters, bucket.shard
-        kernels_for(bucket.squares.device).measure_scattered(
-            scattered.addresses,
-            bucket.squares,
-            blocks=shard.blocks,
-            first_blocks=counters.first_blocks,
-            numels=counters.numels,
-            first_block=shard.first_block,
-        )
-    else:
-        stats.update_pieces(list(_pieces(bucket, scattered)))
-    return stats
+    """Return the statistics of the gradients of this rank's shard of one bucket, by its arena's kernels."""
+    assert scattered.addresses is not None and bucket.squares is not None
+    counters, shard = bucket.arena.counters, bucket.shard
+    kernels_for(bucket.squares.device).measure_scattered(
+        scattered.addresses,
+        bucket.squares,
+        blocks=shard.blocks,
+        first_blocks=counters.first_blocks,
+        numels=counters.numels,
+        first_block=shard.first_block,
+    )
+    return stats_of(bucket.arena, bucket.squares, with_squares=True)
+
+
+def parts_to_measure(buckets: Sequence[FlatBucket], dtype: torch.dtype) -> list[Parts]:
+    """Return the gradients of this rank's shards of the buckets: large ones alone, small ones in groups."""
+    groups: list[list[Piece]] = []
+    room = 0
+    for bucket in buckets:
+        for param, segment in bucket.shard_segments:
+            if segment.numel > room:
+                groups.append([])
+                room = _GROUP_NUMEL
+            room -= segment.numel
+            groups[-1].append(Piece(param.arena_index, segment.start, segment.start + segment.numel))
+    arena = buckets[0].arena
+    numels = [param.shape.numel() for param in arena.params]
+    return [Parts(group, numels, arena.parameters.device, dtype) for group in groups if group]
 
 
 def _pieces(bucket: FlatBucket, scattered: Scattered) -> Iterator[Tensor]:
     """Yield the parts of gradients in this rank's shard of the bucket."""
     for param, segment in bucket.shard_segments:
-        tensor = scattered.tensors[param.arena_index]
-        if tensor is not None:
-            is_whole = tensor.numel() == segment.numel
-            yield tensor if is_whole else tensor[segment.start : segment.start + segment.numel]
+        piece = scattered.slice(param.arena_index, segment.start, segment.start + segment.numel)
+        if piece is not None:
+            yield piece
 
 
 def _segments(param: ShardedParam) -> Iterator[tuple[FlatBucket, Segment, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardadam.engine.profiling import record
-from shardadam.engine.reduction.base import Reducer, Snapshot, allocate_gradient_shards, is_current, snapshot
+from shardadam.engine.reduction.base import NO_SNAPSHOT, Reducer, allocate_gradient_shards, is_current, snapshot
 from shardadam.engine.reduction.bucket_view import BucketViews
 from shardadam.engine.reduction.copy_in import copy_in
 from shardadam.engine.reduction.hooks import GradientHooks
@@ -38,7 +38,7 @@ class StepReducer(Reducer):
         self._pool = StagingPool()
         self._bucket_views = BucketViews()
         self._hooks = GradientHooks(self)
-        self._taken: list[Snapshot] = []  # the gradients that have been reduced since reset
+        self._taken = NO_SNAPSHOT  # the gradients that have been reduced since reset
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
@@ -134,7 +134,7 @@ class StepReducer(Reducer):
         self.wait_all()
         self._pool.trim()
         super().reset()
-        self._taken = []
+        self._taken = NO_SNAPSHOT
         self.local_error = None
 
     def gradient_bytes(self) -> int:
