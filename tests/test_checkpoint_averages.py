@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import shardadam
 from shardadam import CheckpointError, ShardedAdamW
-from shardadam.checkpoint import DcpReader, reader
+from shardadam.checkpoint import DcpReader
 from shardadam.checkpoint.export import export
 from shardadam.checkpoint.files import MANIFEST
 from shardadam.checkpoint.schema import manifest_of
@@ -103,22 +103,6 @@ def test_an_optimizer_without_ema_decay_ignores_averages(tmp_path: Path) -> None
     for loaded, _ in on_ranks(2, load_run, str(tmp_path), FP32, None):
         kept = {key: value for key, value in saved.items() if not key.endswith(("average", "n_averaged"))}
         assert differences(kept, loaded) == []
-
-
-def version_in(directory: Path) -> int:
-    (manifest,) = directory.glob(f"*/{MANIFEST}")
-    found: int = json.loads(manifest.read_text())["version"]
-    return found
-
-
-def test_older_versions_refuse_averages_and_read_what_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_run(str(tmp_path / "with"))
-    save_run(str(tmp_path / "without"), FP32, None)
-    assert version_in(tmp_path / "with") == 3 and version_in(tmp_path / "without") == 1
-    monkeypatch.setattr(reader, "VERSIONS", (1, 2))
-    load_run(str(tmp_path / "without"))
-    with pytest.raises(CheckpointError, match=r"has format version 3, expected 2\. Update shardadam"):
-        load_run(str(tmp_path / "with"))
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {

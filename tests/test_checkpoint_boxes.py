@@ -200,19 +200,13 @@ def test_any_boxes_are_read_from_any_others(shape: tuple[int, ...], dtype: torch
         assert exported.permute(order).is_contiguous()
 
 
-def test_a_plain_tensor_is_written_as_before(tmp_path: Path) -> None:
-    """Versions that know no boxes read what has none."""
+def test_a_plain_tensor_needs_no_description_of_its_box() -> None:
     whole = values_of((3, 5), torch.float32)
     spec, box = TensorSpec(torch.float32, (3, 5), (0, 1)), whole_box((3, 5), (0, 1))
     with stored({"model.x": (spec, [(box, whole.view(-1))])}) as directory:
         manifest = json.loads((directory / MANIFEST).read_text())
-    assert manifest["version"] == 1
     entry = manifest["content"]["index"]["tensors"]["model.x"]
     assert entry.keys() == {"dtype", "shape", "order", "items"}
-    halves = [BoxSpec((at, 0), (size, 5), (0, 1)) for at, size in ((0, 1), (1, 2))]
-    with stored({"model.x": (spec, [(box, in_memory(whole, box)) for box in halves])}) as directory:
-        manifest = json.loads((directory / MANIFEST).read_text())
-    assert manifest["version"] == 2
 
 
 def test_only_items_with_needed_elements_are_read() -> None:

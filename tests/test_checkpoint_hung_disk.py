@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import shardadam
-from shardadam import CheckpointError
+from shardadam import CheckpointError, ShardedAdamW
 from shardadam.checkpoint import files, saving
 from tests.ranks import on_ranks, processes, rank_and_size
 from tests.runs import build
@@ -27,17 +27,26 @@ TIMEOUT_S = 0.3  # so a call may take 0.6 s
 
 
 @contextmanager
-def hanging(name: str, *, then: Callable[..., None] = lambda *arguments: None) -> Iterator[None]:
-    """``os.NAME`` returns only at the end of the block, where a checkpoint is written or read."""
+def hanging(
+    name: str,
+    *,
+    when: Callable[..., bool] = lambda *arguments: True,
+    then: Callable[..., Any] = lambda *arguments: None,
+) -> Iterator[None]:
+    """``os.NAME`` returns only at the end of the block, where a checkpoint is written or read: what ``then`` returns;
+    with None, it fails.
+    """
     real, over, left = getattr(os, name), threading.Event(), []
 
     def hang(*arguments: Any, **keywords: Any) -> Any:
-        if not threading.current_thread().name.startswith(("shardadam.disk", "shardadam.save")):
+        if not threading.current_thread().name.startswith(("shardadam.disk", "shardadam.save")) or not when(*arguments):
             return real(*arguments, **keywords)
         left.append(threading.current_thread())
         over.wait(60)
-        then(*arguments)
-        raise OSError(errno.EIO, "at last")
+        found = then(*arguments)
+        if found is None:
+            raise OSError(errno.EIO, "at last")
+        return found
 
     setattr(os, name, hang)
     try:
@@ -94,21 +103,26 @@ def test_old_checkpoints_whose_removal_hangs_keep_no_save(tmp_path: Path) -> Non
 
 
 def test_a_read_that_hangs_is_named_and_writes_nothing_later(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    model = model_of(2.0)
+    saved, model = model_of(1.0), model_of(2.0)
+    shardadam.save(tmp_path, step=1, model=saved, optimizer=ShardedAdamW(saved.parameters()))
+    optimizer = ShardedAdamW(model.parameters())  # whose storage is read into in place
 
-    def fill(descriptor: int, buffers: list[memoryview], offset: int) -> None:
+    def is_weight(descriptor: int, buffers: list[memoryview], offset: int) -> bool:
+        return len(buffers[0]) == model.weight.nbytes
+
+    def fill(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         buffers[0][:] = b"\xff" * len(buffers[0])
+        return len(buffers[0])
 
     with (
-        hanging("preadv", then=fill),
+        hanging("preadv", when=is_weight, then=fill),
         pytest.raises(CheckpointError, match=r"reading .*rank-00000.bin has not returned"),
     ):
-        shardadam.load(tmp_path, model=model, random_states=False, timeout_s=TIMEOUT_S)
+        shardadam.load(tmp_path, model=model, optimizer=optimizer, random_states=False, timeout_s=TIMEOUT_S)
     assert all(torch.equal(p, torch.full_like(p, 2.0)) for p in model.parameters())
     with hanging("stat"), pytest.raises(CheckpointError, match=r"looking into .* has not returned"):
-        shardadam.load(tmp_path, model=model, timeout_s=TIMEOUT_S)
-    shardadam.load(tmp_path, model=model)
+        shardadam.load(tmp_path, model=model, optimizer=optimizer, timeout_s=TIMEOUT_S)
+    shardadam.load(tmp_path, model=model, optimizer=optimizer)
     assert all(torch.equal(p, torch.ones_like(p)) for p in model.parameters())
 
 

@@ -25,7 +25,7 @@ import shardadam
 from shardadam import CheckpointError, Precision, ShardedAdamW
 from shardadam.checkpoint import DcpReader
 from shardadam.checkpoint.export import export
-from shardadam.checkpoint.files import MANIFEST, manifest_text
+from shardadam.checkpoint.files import MANIFEST, VERSIONS, manifest_text
 from shardadam.checkpoint.reader import Reader
 from shardadam.cli import main
 from shardadam.cli.text import show
@@ -354,8 +354,10 @@ JSON: dict[str, Callable[[str], str]] = {
     "a number": lambda text: "7",
     "nothing": lambda text: "",
     "zeros": lambda text: "\0" * 100,
-    "no version": lambda text: text.replace('"version":1,', ""),
-    "a version that controls a terminal": lambda text: text.replace('"version":1,', '"version":"\\u001b[2J",'),
+    "no version": lambda text: text.replace(f'"version":{VERSIONS[-1]},', ""),
+    "a version that controls a terminal": lambda text: text.replace(
+        f'"version":{VERSIONS[-1]},', '"version":"\\u001b[2J",'
+    ),
     "a checksum that is none": lambda text: text.replace('"sha256":"', '"sha256":7,"x":"'),
 }
 

@@ -23,8 +23,9 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
+from shardadam.checkpoint.checksums import memory_of
 from shardadam.checkpoint.directory import create_directory, sync_directory
-from shardadam.checkpoint.files import CheckpointError, TensorSpec, create_exclusively, memory_of
+from shardadam.checkpoint.files import CheckpointError, TensorSpec, create_exclusively
 from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import MODEL_PREFIX
 from shardadam.checkpoint.values import Values

@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 
 from shardadam.checkpoint.boxes import BoxSpec, check_tiling, whole_box
+from shardadam.checkpoint.checksums import memory_of, sums_checksum
 from shardadam.checkpoint.disk import on_disk
 from shardadam.layout import ITEM_BYTES, cut
 
 MANIFEST = "checkpoint.json"
 FORMAT = "shardadam checkpoint"
-VERSIONS = (1, 2, 3)
-"""Of the format. 2: some tensor is stored as several boxes. 3: there are averages of weights. What has neither is
-written as 1, which all versions read."""
+VERSIONS = (1, 2, 3, 4)
+"""Of the format; all are read, the last one is written. 2: tensors may be stored as several boxes. 3: there may be
+averages of weights. 4: the checksum of an item is ``checksums.SumsChecksum``; it was the CRC-32."""
 
 
 MAX_MANIFEST_BYTES = 512 * 2**20
@@ -71,7 +72,7 @@ class Item(NamedTuple):
     numel: int
     file: int
     offset: int
-    crc32: int
+    checksum: int
 
 
 class StoredObject(NamedTuple):
@@ -176,13 +177,14 @@ class PartWriter:
         """Writes ``flat`` (1-D, contiguous, on the CPU) as the elements of the box from ``start`` on."""
         items = self.add_box(key, spec, box).items
         for low, high in cut(start, start + flat.numel(), ITEM_BYTES // spec.dtype.itemsize):
-            offset, crc32 = self._append(memory_of(flat[low - start : high - start]), flat)
-            items.append(Item(low, high - low, self._rank, offset, crc32))
+            content = memory_of(flat[low - start : high - start])
+            checksum = sums_checksum(content)
+            items.append(Item(low, high - low, self._rank, self._append(content, flat), checksum))
 
     def write_object(self, key: str, pickled: bytes) -> None:
         """Writes what ``objects.safely_pickled`` returned."""
-        offset, crc32 = self._append(memoryview(pickled), pickled)
-        self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), crc32)
+        offset = self._append(memoryview(pickled), pickled)
+        self.index.objects[key] = StoredObject(self._rank, offset, len(pickled), zlib.crc32(pickled))
 
     def close(self) -> Index:
         """Returns the index once everything is on the disk."""
@@ -201,16 +203,16 @@ class PartWriter:
                 on_disk(f"closing {self._path}", os.close, self._file)
             self._file = -1
 
-    def _append(self, content: memoryview, owner: object) -> tuple[int, int]:
-        """Appends ``content``, which is memory of ``owner``; returns its offset and checksum."""
-        offset, crc32 = self._offset, zlib.crc32(content)
+    def _append(self, content: memoryview, owner: object) -> int:
+        """Appends ``content``, which is memory of ``owner``; returns its offset."""
+        offset = self._offset
         for low, high in cut(0, len(content), ITEM_BYTES):  # one call for a large object would look as if the disk hung
             on_disk(f"writing {self._path}", _write_all, self._file, content[low:high], owner)
         self._offset += len(content)
         if self._offset - self._writeback_until >= ITEM_BYTES:
             _start_writeback(self._file, self._writeback_until, self._offset)
             self._writeback_until = self._offset
-        return offset, crc32
+        return offset
 
 
 def _write_all(descriptor: int, content: memoryview, owner: object) -> None:
@@ -249,14 +251,6 @@ _sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_ra
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE_WAIT = 7  # WAIT_BEFORE | WRITE | WAIT_AFTER
 _WAIT_BYTES = 16 * ITEM_BYTES
-
-
-def memory_of(flat: Tensor) -> memoryview:
-    """Returns the bytes of a contiguous tensor on the CPU, without a copy. The tensor must outlive them."""
-    nbytes = flat.numel() * flat.element_size()
-    if nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * nbytes).from_address(flat.data_ptr())).cast("B")
 
 
 def merge(parts: Sequence[Index]) -> Index:
@@ -358,7 +352,7 @@ def manifest_text(content: Mapping[str, Any]) -> str:
     """Raises CheckpointError if the manifest would be larger than what is read."""
     content = json.loads(json.dumps(content))  # as a reader finds it: no tuples, all keys are texts
     text = json.dumps(
-        {"format": FORMAT, "version": _version_of(content), "sha256": digest(content), "content": content},
+        {"format": FORMAT, "version": VERSIONS[-1], "sha256": digest(content), "content": content},
         separators=(",", ":"),
     )
     if len(text) > MAX_MANIFEST_BYTES:
@@ -366,17 +360,6 @@ def manifest_text(content: Mapping[str, Any]) -> str:
             f"The manifest would have {len(text)} bytes, expected at most {MAX_MANIFEST_BYTES}. Pass less as extra."
         )
     return text
-
-
-def _version_of(content: Mapping[str, Any]) -> int:
-    """Returns the first version of the format that has all that ``content`` has."""
-    try:
-        parameters = content.get("optimizer", {}).get("parameters", {})
-        if any("n_averaged" in parameter for parameter in parameters.values()):
-            return VERSIONS[2]
-        return VERSIONS[any("boxes" in tensor for tensor in content["index"]["tensors"].values())]
-    except (AttributeError, KeyError, TypeError):  # it is no manifest
-        return VERSIONS[0]
 
 
 def digest(content: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shardadam.checkpoint.boxes import BoxSpec, Region, Run, common
+from shardadam.checkpoint.checksums import CHUNK_BYTES, Checksum, Chunk, Crc32, SumsChecksum, memory_of
 from shardadam.checkpoint.directory import newest
 from shardadam.checkpoint.disk import on_disk
 from shardadam.checkpoint.files import (
@@ -30,19 +31,20 @@ from shardadam.checkpoint.files import (
     CheckpointRemovedError,
     Item,
     StoredBox,
-    memory_of,
     open_regular,
     read_regular,
 )
 from shardadam.checkpoint.objects import ARCHIVE_START, check_object, unpickled
 from shardadam.checkpoint.schema import MODEL_PREFIX, Manifest, checksum_of, manifest_of, parsed, shown
-from shardadam.layout import ITEM_BYTES
+from shardadam.layout import ITEM_BYTES, cut
 
 MAX_CHOICES = 10
 """How often a checkpoint is chosen anew, if the chosen one is removed each time."""
 
 _MAX_OPEN = 64
 _LARGE_OBJECT_BYTES = 2**28
+_CALL_BYTES = ITEM_BYTES // CHUNK_BYTES * CHUNK_BYTES
+"""How much is read in one call at most: whole chunks."""
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
@@ -65,7 +67,7 @@ class Reader:
         self.bytes_read = 0
         self._descriptors: dict[int, int] = {}
         self._buffer = bytearray()
-        self._landing = memoryview(bytearray(ITEM_BYTES))
+        self._item_checksum: type[Checksum] = SumsChecksum
         self.checksum, self.manifest = self._read_manifest()
         self.index = self.manifest.index
         try:
@@ -132,7 +134,7 @@ class Reader:
         stored = self.index.objects[key]
         if stored.nbytes > _LARGE_OBJECT_BYTES:  # the model's own may be: the rest is small
             start = bytearray(len(ARCHIVE_START))
-            self._read(key, stored.file, stored.offset, memoryview(start))
+            self._read(key, stored.file, stored.offset, memoryview(start), Crc32())
             if start != ARCHIVE_START or not key.startswith(MODEL_PREFIX):
                 raise CheckpointError(
                     f"{self.path} is damaged: {key} has {stored.nbytes} bytes, expected what torch.save wrote, or at "
@@ -140,7 +142,7 @@ class Reader:
                 )
         try:
             content = bytearray(stored.nbytes)
-            self._read_verified(key, stored.file, stored.offset, stored.crc32, memoryview(content))
+            self._read_verified(key, stored.file, stored.offset, memoryview(content), Crc32(), stored.crc32)
             value = unpickled(f"{self.path}: {key}", content)
         except MemoryError as error:
             raise CheckpointError(f"{self.path}: {key} ({stored.nbytes} bytes) does not fit in memory.") from error
@@ -163,35 +165,37 @@ class Reader:
             yield key, stored.nbytes
 
     def _read_item(self, key: str, item: Item, itemsize: int, into: memoryview) -> None:
-        self._read_verified(f"{key}, from element {item.start}", item.file, item.offset, item.crc32, into)
+        what, checksum = f"{key}, from element {item.start}", self._item_checksum()
+        self._read_verified(what, item.file, item.offset, into, checksum, item.checksum)
 
-    def _read_verified(self, what: str, file: int, offset: int, crc32: int, into: memoryview) -> None:
-        self._read(what, file, offset, into)
-        if zlib.crc32(into) != crc32:
+    def _read_verified(
+        self, what: str, file: int, offset: int, into: memoryview, checksum: Checksum, expected: int
+    ) -> None:
+        for start, stop in cut(0, len(into), _CALL_BYTES):  # one call for a large object would look as if the disk hung
+            self._read(what, file, offset + start, into[start:stop], checksum)
+        if checksum.value() != expected:
             path = self.path / self.index.files[file][0]
             raise CheckpointError(
                 f"{path} is damaged: the {len(into)} bytes at {offset} ({what}) do not match their checksum. "
                 f"{self._remedy()}"
             )
 
-    def _read(self, what: str, file: int, offset: int, into: memoryview) -> None:
+    def _read(self, what: str, file: int, offset: int, into: memoryview, checksum: Checksum) -> None:
+        """Fills ``into``, and adds what is read to ``checksum``."""
         path = self.path / self.index.files[file][0]
-        done = 0
         if file not in self._descriptors:
             if len(self._descriptors) >= _MAX_OPEN:
                 self.close()
             self._check_file(file)
+        call = _ReadCall(self._descriptors[file], offset, into, checksum)
         try:
-            while done < len(into):
-                # Not into ``into``: a call that hangs may go on when others use that memory again.
-                landing = self._landing[: len(into) - done]
-                count = on_disk(f"reading {path}", os.preadv, self._descriptors[file], [landing], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{path} is damaged: it ends within {what}. {self._remedy()}")
-                into[done : done + count] = landing[:count]
-                done += count
+            on_disk(f"reading {path}", call)
         except OSError as error:
             raise self._unreadable(path, error) from error
+        finally:
+            call.abandon()
+        if call.done < len(into):
+            raise CheckpointError(f"{path} is damaged: it ends within {what}. {self._remedy()}")
         self.bytes_read += len(into)
 
     def _scratch(self, nbytes: int) -> memoryview:
@@ -212,14 +216,17 @@ class Reader:
             checksum = checksum_of(found["content"])
             if found.get("sha256") != checksum:
                 raise ValueError("its content does not match its checksum")
-            manifest = manifest_of(found["content"]) if _is_known(found.get("version")) else None
+            version: Any = found.get("version")
+            manifest = manifest_of(found["content"]) if type(version) is int and version in VERSIONS else None
         except MemoryError as error:
             raise CheckpointError(f"{path} ({len(text)} bytes) does not fit in memory.") from error
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}. {self._remedy()}") from error
         if manifest is None:
-            version = shown(found.get("version"))
-            raise CheckpointError(f"{path} has format version {version}, expected {VERSIONS[-1]}. Update shardadam.")
+            raise CheckpointError(
+                f"{path} has format version {shown(version)}, expected {VERSIONS[-1]}. Update shardadam."
+            )
+        self._item_checksum = SumsChecksum if version >= 4 else Crc32
         return checksum, manifest
 
     def _check_file(self, file: int) -> None:
@@ -256,8 +263,45 @@ class Reader:
         return "Copy it again from an intact source, or load another checkpoint by its own directory."
 
 
-def _is_known(version: Any) -> bool:
-    return type(version) is int and version in VERSIONS
+class _ReadCall:
+    """Reads bytes of a file, in one call to the file system as far as its time limit goes.
+
+    Reads into memory of its own and copies: a call that hangs may go on when others use ``into`` again.
+    """
+
+    def __init__(self, descriptor: int, offset: int, into: memoryview, checksum: Checksum) -> None:
+        self._descriptor, self._offset, self._into, self._checksum = descriptor, offset, into, checksum
+        self._lock, self._is_abandoned = threading.Lock(), False
+        self.done = 0
+
+    def __call__(self) -> None:
+        """Stops at the end of the file; ``done`` says how much was read."""
+        chunk = Chunk()
+        while self.done < len(self._into):
+            found = self._read(chunk.bytes[: len(self._into) - self.done])
+            if len(found) == 0:
+                return
+            self._checksum.add(chunk, len(found))
+            with self._lock:
+                if self._is_abandoned:
+                    return
+                self._into[self.done : self.done + len(found)] = found
+                self.done += len(found)
+
+    def abandon(self) -> None:
+        """Writes to ``into`` no more."""
+        with self._lock:
+            self._is_abandoned = True
+
+    def _read(self, landing: memoryview) -> memoryview:
+        """Fills ``landing`` as far as the file goes; returns what was filled."""
+        filled = 0
+        while filled < len(landing):
+            count = os.preadv(self._descriptor, [landing[filled:]], self._offset + self.done + filled)
+            if count == 0:
+                break
+            filled += count
+        return landing[:filled]
 
 
 def items_within(box: StoredBox, regions: Sequence[Region]) -> list[Item]:
