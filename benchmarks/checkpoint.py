@@ -6,9 +6,10 @@
 
 Trains a model of float32 matrices with ShardedAdamW: a checkpoint has 12 bytes for each parameter. Each round runs, in
 turn: `dd` with as many bytes (conv=fsync), `shardadam.save`, `dcp.save` of the same model under FSDP2 with torch's
-AdamW (each rank holds 1/N of the parameters there), `shardadam.load`, `dcp.load`, and an asynchronous save, whose stall
-is the time of the call itself. Every form writes new files, removed between rounds, outside the timings. Prints
-medians, and the lowest and highest times.
+AdamW (each rank holds 1/N of the parameters there), `shardadam.load`, `dcp.load`, and two asynchronous saves. The stall
+is the time of the call itself. In the second one, a training step follows at once, and copies what is not yet written:
+compare call and step with a step alone. Every form writes new files, removed between rounds, outside the timings.
+Prints medians, and the lowest and highest times.
 """
 
 from __future__ import annotations
@@ -102,11 +103,13 @@ def main() -> None:
         return {"model": peer.state_dict(), "optimizer": get_optimizer_state_dict(peer, peers_optimizer)}
 
     stalls: list[float] = []
+    with_steps: list[float] = []
 
-    def save_asynchronously() -> None:
+    def save_asynchronously(name: str, seconds: list[float], then: Callable[[], object]) -> None:
         start = time.perf_counter()
-        future = shardadam.save(root / "async", step=0, model=model, optimizer=optimizer, asynchronous=True)
-        stalls.append(time.perf_counter() - start)
+        future = shardadam.save(root / name, step=0, model=model, optimizer=optimizer, asynchronous=True)
+        then()
+        seconds.append(time.perf_counter() - start)
         future.result()
 
     forms: dict[str, Callable[[], object]] = {
@@ -116,8 +119,11 @@ def main() -> None:
         "dcp.save, FSDP2": lambda: dcp.save(peers_state(), checkpoint_id=str(root / "dcp")),
         "shardadam.load": lambda: shardadam.load(root / "ours", model=model, optimizer=optimizer),
         "dcp.load, FSDP2": lambda: dcp.load(peers_state(), checkpoint_id=str(root / "dcp")),
-        "asynchronous save, until written": save_asynchronously,
+        "asynchronous save, until written": lambda: save_asynchronously("async", stalls, lambda: None),
         "a training step": lambda: step(model, optimizer),
+        "asynchronous save and step, until written": lambda: save_asynchronously(
+            "busy", with_steps, lambda: step(model, optimizer)
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     try:
@@ -133,8 +139,9 @@ def main() -> None:
         if rank == 0:
             shutil.rmtree(root)
     of_ranks: list[list[float]] = [[]] * world_size
-    dist.all_gather_object(of_ranks, stalls)
-    seconds["asynchronous save, stall of training"] = [max(each) for each in zip(*of_ranks, strict=True)]
+    for name, found in (("stall of training", stalls), ("call and a training step", with_steps)):
+        dist.all_gather_object(of_ranks, found)
+        seconds[f"asynchronous save, {name}"] = [max(each) for each in zip(*of_ranks, strict=True)]
     if rank == 0:
         report(seconds, nbytes, numel, world_size, args.json)
     dist.destroy_process_group()
@@ -151,11 +158,14 @@ def report(seconds: dict[str, list[float]], nbytes: int, numel: int, world_size:
         low, middle, high = min(values[1:]), statistics.median(values[1:]), max(values[1:])
         rate = "" if "step" in name or "stall" in name else f"{nbytes / middle / 1e9:6.2f} GB/s"
         share = f"{fastest / middle:6.2f} of dd's speed" if rate else ""
-        print(f"  {name:37} {middle:7.3f} s ({low:.3f} to {high:.3f})  {rate}  {share}")
+        print(f"  {name:41} {middle:7.3f} s ({low:.3f} to {high:.3f})  {rate}  {share}")
     sync = seconds["shardadam.save"][1:]
     stalls = seconds["asynchronous save, stall of training"][1:]
     ratios = [stall / whole for stall, whole in zip(stalls, sync, strict=True)]
     print(f"  stall / synchronous save: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    loads = zip(seconds["shardadam.load"][1:], seconds["dcp.load, FSDP2"][1:], strict=True)
+    ratios = [ours / theirs for ours, theirs in loads]
+    print(f"  shardadam.load / dcp.load: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
     if path:
         Path(path).write_text(json.dumps({"nbytes": nbytes, "world_size": world_size, "seconds": seconds}, indent=1))
 

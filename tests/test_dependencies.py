@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import sys
 
-for name in ("numpy", "safetensors", "rich", "psutil", "yaml", "triton", "accelerate", "transformers"):
+for name in ("numpy", "safetensors", "rich", "numba", "psutil", "yaml", "triton", "accelerate", "transformers"):
     sys.modules[name] = None
 
 import torch
