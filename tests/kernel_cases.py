@@ -419,7 +419,7 @@ def build_arena_shard(variant: Variant, device: str = "cpu") -> ArenaShard:
     plan = layout.build_layout(specs, world_size=2, bucket_bytes=6 * BLOCK_NUMEL * 4)
     last = len(ARENA_NUMELS) - 1  # layouts take parameters in reverse order
     plans = [
-        replace(each, segments=tuple(replace(s, parameter=last - s.parameter) for s in each.segments))
+        replace(each, segments=tuple(s._replace(parameter=last - s.parameter) for s in each.segments))
         for each in plan.buckets
     ]
     offsets = torch.tensor(plan.arenas[0].offsets)

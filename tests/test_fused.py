@@ -104,7 +104,7 @@ def build(format: Format) -> Arena:
     plan = build_layout([ParameterSpec(n, 4, 0) for n in NUMELS], world_size=1, bucket_bytes=1 << 30)
     (bucket,), (arena,) = plan.buckets, plan.arenas
     indices = {parameter: position for position, parameter in enumerate(arena.parameters)}
-    bucket = replace(bucket, segments=tuple(replace(p, parameter=indices[p.parameter]) for p in bucket.segments))
+    bucket = replace(bucket, segments=tuple(p._replace(parameter=indices[p.parameter]) for p in bucket.segments))
     numel, exact = bucket.numel, format.exact_dtype
     lengths = [stop - start for start, stop in zip(arena.offsets, (*arena.offsets[1:], numel), strict=True)]
     state = formats.allocate(format, numel, torch.device("cpu"))

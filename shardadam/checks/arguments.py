@@ -214,10 +214,11 @@ def check_parameters(
     checked: set[tuple[Any, ...]] = set()  # kinds of ordinary parameters that are valid
     for named in parameters:
         parameter, name = named.parameter, named.name
-        kind = parameter.device, parameter.dtype, parameter.layout, parameter.is_inference()
-        is_ordinary = parameter.requires_grad and type(parameter) is torch.nn.Parameter
-        if is_ordinary and kind in checked and parameter.is_contiguous():
-            continue
+        kind = None  # of an ordinary parameter
+        if parameter.requires_grad and type(parameter) is torch.nn.Parameter:
+            kind = parameter.device, parameter.dtype, parameter.layout, parameter.is_inference()
+            if kind in checked and parameter.is_contiguous():
+                continue
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(
                 f"Parameter {name!r} is not initialised yet, expected one with values. Run a forward of its lazy "
@@ -259,7 +260,7 @@ def check_parameters(
                 f"{named.local.stride()}), expected a dense tensor. Give the module a parameter of its own: "
                 "nn.Parameter(p.detach().clone())."
             )
-        if is_ordinary:
+        if kind is not None:
             checked.add(kind)
     parts_of([*(named.parameter for named in parameters), *taken], transport)
     _check_overlaps([*parameters, *(NamedParameter(p, "already in the optimizer", 0, 0) for p in taken)])
