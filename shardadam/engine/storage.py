@@ -407,7 +407,7 @@ def blocks_of(elements: slice) -> slice:
 def _add_kernel_tables(arena: FlatArena, plans: Sequence[layout.Bucket]) -> None:
     """Allocate what Triton kernels need of all buckets of an arena."""
     device = arena.parameters.device
-    squares, positions = kernel_tables(plans, arena.parameters.dtype, device)
+    squares, positions = kernel_tables(plans, arena.format, device)
     if squares > 0:
         arena.squares = torch.zeros(squares, dtype=torch.float64, device=device)
         counts = [program_count(plan.shard_numel) for plan in plans]

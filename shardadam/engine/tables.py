@@ -15,9 +15,8 @@ from torch import Tensor
 from shardadam import layout
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format
-from shardadam.sums import measures_squares
 from shardadam.sums.reference import program_count
-from shardadam.update import Counters
+from shardadam.update import Counters, uses_kernels
 
 
 def allocate_counters(
@@ -41,13 +40,13 @@ def allocate_counters(
 
 def block_table(numel: int, parameter_count: int, format: Format, device: torch.device) -> tuple[int, torch.dtype]:
     """Return length and dtype of ``Shard.blocks`` for ``numel`` elements of a rank; length 0 if it is not needed."""
-    is_needed = format.is_random or measures_squares(format.dtype, device)
+    is_needed = format.is_random or uses_kernels(format, device)
     return numel // ALIGNMENT_NUMEL if is_needed else 0, torch.int16 if parameter_count < 2**15 else torch.int32
 
 
-def kernel_tables(plans: Sequence[layout.Bucket], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+def kernel_tables(plans: Sequence[layout.Bucket], format: Format, device: torch.device) -> tuple[int, int]:
     """Return the lengths of ``FlatArena.squares`` and ``positions`` for an arena of these buckets; 0: not needed."""
-    if not measures_squares(dtype, device):
+    if not uses_kernels(format, device):
         return 0, 0
     block_count = sum(plan.shard_numel for plan in plans) // ALIGNMENT_NUMEL
     return sum(program_count(plan.shard_numel) for plan in plans), block_count if plans[0].world_size > 1 else 0
@@ -57,7 +56,7 @@ def table_bytes(plans: Sequence[layout.Bucket], parameter_count: int, format: Fo
     """Return the bytes of these tables for an arena of these buckets, without its counters."""
     numel = sum(plan.shard_numel for plan in plans)
     block_count, block_dtype = block_table(numel, parameter_count, format, device)
-    squares, positions = kernel_tables(plans, format.dtype, device)
+    squares, positions = kernel_tables(plans, format, device)
     blocks = block_count * block_dtype.itemsize
     return blocks + squares * torch.float64.itemsize + positions * torch.int32.itemsize
 

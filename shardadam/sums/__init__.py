@@ -56,13 +56,8 @@ def can_launch() -> bool:
     return True
 
 
-def measures_squares(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether kernels (``kernels_for``) sum up gradients and their squares for parameters of ``dtype``."""
-    return has_kernel(dtype, device) or (device.type == "cpu" and dtype != torch.float64 and has_numba())
-
-
 def kernels_for(device: torch.device) -> ModuleType:
-    """Return the module with ``sum_``, ``measure`` and ``measure_scattered``, where ``measures_squares``."""
+    """Return the module with ``sum_``, ``measure`` and ``measure_scattered`` for arenas that kernels update."""
     if device.type == "cpu" and has_numba():
         from shardadam.sums import compiled
 

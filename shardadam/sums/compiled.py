@@ -48,7 +48,6 @@ def sum_(shard: Tensor, sources: Sequence[Tensor], squares: Tensor | None, *, sc
         sources: 1-D and contiguous, float32, bfloat16 or float16.
         squares: float64, one for every ``PROGRAM_NUMEL`` elements; None: do not compute them.
     """
-    _prepare()
     addresses = addresses_of(sources)
     arguments = (
         shard.data_ptr(),
@@ -66,7 +65,6 @@ def sum_(shard: Tensor, sources: Sequence[Tensor], squares: Tensor | None, *, sc
 
 def measure(flat: Tensor, squares: Tensor) -> None:
     """Write ``reference.sums_of_squares`` of ``flat``, which is 1-D and contiguous, to ``squares``."""
-    _prepare()
     arguments = flat.data_ptr(), ELEMENTS[flat.dtype], flat.numel(), squares.data_ptr()
     in_threads(lambda start, stop: measure_flat(*arguments, start, stop), program_count(flat.numel()), PROGRAM_NUMEL)
 
@@ -89,7 +87,6 @@ def measure_scattered(
         blocks, positions, first_block: as in ``update.Shard``.
         first_blocks, numels: as in ``update.Counters``.
     """
-    _prepare()
     arguments = (
         addresses.table.data_ptr(),
         ELEMENTS[addresses.dtype],
@@ -107,7 +104,8 @@ def measure_scattered(
 
 
 @cache
-def _prepare() -> None:
+def prepare_sums() -> None:
+    """Compile, or read machine code from disk, so that no step has to."""
     prepare(sum_programs, 0, 0, 0, 0, 0, 0, 1.0, False, 0, 0, 0)
     prepare(measure_flat, 0, 0, 0, 0, 0, 0)
     prepare(measure_blocks, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0)

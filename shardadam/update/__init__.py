@@ -28,6 +28,7 @@ __all__ = [
     "Update",
     "choose",
     "scalar_table_bytes",
+    "uses_kernels",
 ]
 
 
@@ -89,9 +90,14 @@ def choose(counters: Counters, format: Format, *, seed: int, rank: int) -> Updat
     return FusedUpdate(counters, seed=seed, rank=rank)
 
 
+def uses_kernels(format: Format, device: torch.device) -> bool:
+    """Return whether kernels update an arena of ``format``. Then ``sums.kernels_for`` sums up its gradients, too."""
+    return _kind(format, device) != "torch"
+
+
 def scalar_table_bytes(parameter_count: int, format: Format, device: torch.device) -> int:
     """Return the bytes of the table of scalars that the update keeps for an arena of so many parameters."""
-    return 0 if _kind(format, device) == "torch" else (1 + parameter_count) * SCALARS * torch.float32.itemsize
+    return 0 if not uses_kernels(format, device) else (1 + parameter_count) * SCALARS * torch.float32.itemsize
 
 
 def _kind(format: Format, device: torch.device) -> Literal["triton", "numba", "torch"]:

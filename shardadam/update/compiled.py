@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shardadam.layout import ALIGNMENT_NUMEL, Bucket
+from shardadam.sums.compiled import prepare_sums
 from shardadam.sums.native import (
     BFLOAT16,
     ELEMENTS,
@@ -155,6 +156,7 @@ class CompiledUpdate:
 
 @cache
 def _prepare() -> None:
+    prepare_sums()
     table = torch.zeros(COLUMNS, device="cpu")
     prepare(begin_step, 0, 0, 0, 0, 0, 0, True, *[0.0] * 8, True, 0.0, 0, table.data_ptr())
     prepare(update, *[0] * 14, 1.0, *[0] * 8)
