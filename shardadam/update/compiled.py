@@ -165,7 +165,8 @@ def _prepare() -> None:
 def _gradients_of(shard: Shard, gradients: Sources | Scattered | None) -> tuple[int, Tensor, torch.dtype, float]:
     """Return where gradients are, their addresses, their dtype, and what multiplies a sum of flat ones."""
     if isinstance(gradients, Scattered):
-        return SCATTERED, addresses_of(gradients.tensors), gradients.dtype, 1.0
+        assert gradients.addresses is not None, "an arena with kernels has gradients with addresses"
+        return SCATTERED, gradients.addresses.table, gradients.dtype, 1.0
     if isinstance(gradients, Sources):
         return FLAT, addresses_of(gradients.slices), gradients.slices[0].dtype, gradients.scale
     assert shard.gradient is not None, "the shard has no gradient, and step_ was given none"
