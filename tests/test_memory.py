@@ -19,7 +19,6 @@ from torch._subclasses import FakeTensor
 from shardadam import ShardedAdamW
 from shardadam.engine.reduction import LocalReducer, StepReducer
 from shardadam.engine.reduction.staging import StagingPool
-from shardadam.sums import scattered
 from shardadam.transport import SharedMemoryTransport
 from tests.ranks import on_ranks, rank_and_size
 
@@ -97,10 +96,10 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         all_stats += reducer._arena_stats.values()
     grad_stats = [t for stats in all_stats for t in (*stats.flags, *stats.sums_of_squares)]
     # memory() does not count skipped_steps, the statistics of each bucket, the board of 64 KiB for small all-reduces,
-    # memory of peers, and zeros for padding.
+    # and memory of peers.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
-    known.append(storages([*mapped(optimizer), *grad_stats, *scattered._padding.values()]))
+    known.append(storages([*mapped(optimizer), *grad_stats]))
     rest = live - set().union(*known)
     return {
         "parameters": size(flat),

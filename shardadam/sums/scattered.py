@@ -80,16 +80,15 @@ class Parts:
         numels: of each piece.
     """
 
-    __slots__ = ("numels", "order", "slices", "zeros")
+    __slots__ = ("device", "dtype", "numels", "order", "padding", "slices")
 
     def __init__(
         self, pieces: Iterable[Piece], numels: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> None:
         pieces = list(pieces)
         self.numels = [piece.stop - piece.start for piece in pieces]
-        padding = [piece.stop for piece in pieces if piece.parameter is None]
-        zeros = _zeros(max(padding, default=0), device, dtype)
-        self.zeros = [zeros[:numel] for numel in padding]
+        self.padding = [piece.stop for piece in pieces if piece.parameter is None]
+        self.device, self.dtype = device, dtype
         self.slices: list[tuple[int, int, int]] = []
         self.order: list[int] = []
         padding_before = 0
@@ -100,8 +99,15 @@ class Parts:
             elif piece.stop - piece.start == numels[piece.parameter]:
                 self.order.append(piece.parameter)
             else:
-                self.order.append(~(len(self.zeros) + len(self.slices)))
+                self.order.append(~(len(self.padding) + len(self.slices)))
                 self.slices.append((piece.parameter, piece.start, piece.stop))
+
+    def zeros(self) -> Sequence[Tensor]:
+        """Return zeros for each padding."""
+        if not self.padding:
+            return ()
+        zeros = torch.zeros(sum(self.padding), device=self.device, dtype=self.dtype)
+        return torch.split(zeros, self.padding)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,10 +146,10 @@ class Scattered:
     def flat(self, parts: Parts) -> Tensor:
         """Return pieces one after the other: 1-D, of ``dtype`` or a narrower one. May share a single gradient's memory.
 
-        Makes one call of torch, as there may be many small parameters.
+        Makes few calls of torch, as there may be many small parameters.
         """
         tensors = self.tensors
-        others = [*parts.zeros, *(self.slice(*one) for one in parts.slices)] if parts.slices else parts.zeros
+        others = [*parts.zeros(), *(self.slice(*one) for one in parts.slices)]
         found = [tensors[place] if place >= 0 else others[~place] for place in parts.order]
         if any(tensor is None for tensor in found):
             device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
@@ -177,17 +183,3 @@ class Scattered:
             numels = [-1 if tensor is None else tensor.numel() for tensor in self.tensors]
             pieces = pieces_of_shard(segments, start, stop)
             target.copy_(self.flat(Parts(pieces, numels, target.device, self.dtype)))
-
-
-_padding: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-"""Zeros for the padding of all arenas."""
-_LEAST_ZEROS = 1 << 12
-
-
-def _zeros(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return ``numel`` zeros or more, which must not be written."""
-    zeros = _padding.get((device, dtype))
-    if zeros is None or zeros.numel() < numel:
-        # More than most paddings: ``Parts`` keep the smaller buffer that a larger one replaces.
-        zeros = _padding[device, dtype] = torch.zeros(max(numel, _LEAST_ZEROS), dtype=dtype, device=device)
-    return zeros
