@@ -326,9 +326,13 @@ def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: 
     _live().observer.on_kernel(kernel.__name__, arguments)
 
 
-def _view_of(flat: Tensor, param: storage.ShardedParam) -> Tensor:
+def _view_of(flat: Tensor, param: storage.ShardedParam, view: Tensor | None = None) -> Tensor:
     """``storage.view_of`` without a storage of its own, which meta tensors cannot slice."""
-    return flat.as_strided(param.shape, param.stride, param.offset)
+    found = flat.as_strided(param.shape, param.stride, param.offset)
+    if view is None:
+        return found
+    view.data = found
+    return view
 
 
 @contextmanager
