@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from shardadam.sums.stats import GradStats, are_finite, sum_of_squares
+from shardadam.sums.stats import GradStats, are_finite, is_within, sum_of_squares
 
 CPU = torch.device("cpu")
 LENGTHS = [(5,), (0, 300, 7, 1), (40_000,), (129, 70_003, 0, 600_001)]
@@ -54,3 +54,16 @@ def test_large_numbers_whose_squares_overflow_are_finite(dtype: torch.dtype, wit
     for length in (7, 40_000):
         pieces = [torch.full((length,), 0.9 * torch.finfo(dtype).max, dtype=dtype)]
         assert bool(are_finite([measured(pieces, with_squares=with_squares)], CPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_element_must_be_within_the_limit(dtype: torch.dtype) -> None:
+    """The norm tells of small gradients; where it does not, as of many elements near the limit, their extremes do."""
+    many = torch.full((300,), 4.0, dtype=dtype)
+    assert is_within(many, 4.0) and is_within(-many, 4.0) and is_within(many / 1024, 4.0)
+    for wrong in (4.5, -4.5, 1e4, torch.inf, -torch.inf, torch.nan):
+        one = many.clone()
+        one[7] = wrong
+        assert not is_within(one, 4.0)
+    largest = torch.full((2,), torch.finfo(dtype).max, dtype=dtype)  # its squares overflow
+    assert is_within(largest, torch.finfo(dtype).max) and not is_within(largest, torch.finfo(dtype).max / 4)
