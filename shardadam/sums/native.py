@@ -74,9 +74,9 @@ def prepare(function: Any, *arguments: int | float | bool) -> None:
         function(*arguments)
 
 
-def addresses_of(flats: Sequence[Tensor | None]) -> Tensor:
-    """Return the addresses of tensors, int64; 0 for None. Does not keep the tensors alive."""
-    return torch.tensor([0 if flat is None else flat.data_ptr() for flat in flats], dtype=torch.int64, device="cpu")
+def addresses_of(flats: Sequence[Tensor]) -> Tensor:
+    """Return the addresses of tensors, int64. Does not keep the tensors alive."""
+    return torch.tensor([flat.data_ptr() for flat in flats], dtype=torch.int64, device="cpu")
 
 
 def in_threads(call: Callable[[int, int], object], count: int, numel: int) -> None:
