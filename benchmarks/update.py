@@ -111,7 +111,7 @@ def update(optimizer: ShardedAdamW) -> None:
             )
         )
         for buckets in adjoining(arena.buckets):
-            arena.update.step_(merged(buckets), buckets[0].plan)
+            arena.update.step_(*merged(buckets))
 
 
 def bytes_moved(optimizer: ShardedAdamW) -> int:

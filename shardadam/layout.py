@@ -95,6 +95,17 @@ class Bucket:
         return tuple(gaps)
 
 
+def as_one(buckets: Sequence[Bucket]) -> Bucket:
+    """Return the successive buckets of an arena of one rank as one bucket."""
+    first, last = buckets[0], buckets[-1]
+    segments = tuple(
+        segment._replace(offset=bucket.offset - first.offset + segment.offset)
+        for bucket in buckets
+        for segment in bucket.segments
+    )
+    return replace(first, numel=last.offset + last.numel - first.offset, segments=segments)
+
+
 @dataclass(frozen=True, slots=True)
 class Arena:
     """Flat storage for all parameters of one (param group, dtype, device). Its buckets lie one after the other, so a

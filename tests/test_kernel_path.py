@@ -156,7 +156,7 @@ def step_by_groups(takes_several: bool, dtype: torch.dtype, moments: Any) -> tup
     for _ in range(2):
         arena.update.begin(StepInputs(torch.zeros(()), used, None, torch.tensor(0.25), group, ema_decay=0.5))
         for buckets in adjoining(reversed(arena.buckets)):
-            arena.update.step_(merged(buckets), buckets[0].plan)
+            arena.update.step_(*merged(buckets))
             launches += 1
     return [arena.parameters, *arena.state.values()], launches
 

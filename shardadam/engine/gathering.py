@@ -30,6 +30,8 @@ class ParameterGatherer:
 
     def dispatch(self, bucket: FlatBucket) -> None:
         """Start the all-gather of the bucket's parameters. Collective: all ranks must use the same order of buckets."""
+        if not bucket.arena.transport.sends:
+            return
         with record("all_gather"):
             self._pending[bucket.index] = bucket.arena.transport.all_gather(bucket.parameters)
         self._on_some_streams.pop(bucket.index, None)

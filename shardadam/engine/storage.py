@@ -118,6 +118,7 @@ class FlatArena:
         gradient_scale: the mean gradient is ``gradient_scale`` times what the gradient shard holds.
         squares: float64, for sums of squares of all buckets (``sums.GradStats``); None without kernels.
         reserved: the state's place in a store, if it is offloaded.
+        joined: by offset and number of successive buckets: these as one (``engine/merging.py``).
     """
 
     group_index: int
@@ -137,6 +138,7 @@ class FlatArena:
     gradient_scale: float = 1.0
     squares: Tensor | None = None
     reserved: Reserved | None = None
+    joined: dict[tuple[int, int], layout.Bucket] = field(default_factory=dict)
 
     @property
     def transport(self) -> Transport:

@@ -87,7 +87,7 @@ class Updater:
         first = buckets[0]
         with record("update"):
             if first.stored is None:
-                first.arena.update.step_(merged(buckets), first.plan, gradients, found_inf)
+                first.arena.update.step_(*merged(buckets), gradients, found_inf)
                 return
             (bucket,) = buckets
             with first.stored.reserved.store.on_device(first.stored) as state:

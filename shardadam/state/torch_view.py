@@ -32,14 +32,17 @@ class ParamState(dict[str, Tensor]):
 
     Args:
         names: has the keys of ``local.torch_state(param)``.
+
+    Attributes:
+        addresses: of the views; None before any is read, which makes them.
     """
 
-    __slots__ = ("_addresses", "_param")
+    __slots__ = ("_param", "addresses")
 
     def __init__(self, param: ShardedParam, names: Mapping[str, Any]) -> None:
         super().__init__(names)
         self._param = param
-        self._addresses: dict[str, int] | None = None  # of the views, which are made when any is read
+        self.addresses: dict[str, int] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         self._make_views()
@@ -50,10 +53,10 @@ class ParamState(dict[str, Tensor]):
         return super().__getitem__(name)
 
     def _make_views(self) -> None:
-        if self._addresses is None:
+        if self.addresses is None:
             views = local.torch_state(self._param)
             super().update(views)
-            self._addresses = {name: view.data_ptr() for name, view in views.items()}
+            self.addresses = {name: view.data_ptr() for name, view in views.items()}
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # overridden so that dict(state) and {**state} read by __getitem__
@@ -91,7 +94,7 @@ class ParamState(dict[str, Tensor]):
         Raises:
             ValueError: they do not fit. The state is as before.
         """
-        for name, address in (self._addresses or {}).items():
+        for name, address in (self.addresses or {}).items():
             entry = super().__getitem__(name)
             if entry.data_ptr() != address:
                 replaced, entry.data = entry.data, local.torch_state(self._param)[name]
@@ -203,7 +206,7 @@ class OptimizerState(defaultdict[Tensor, Any]):
     def take_replaced(self) -> None:
         """Calls ``ParamState.take_replaced`` of all parameters."""
         for entry in self.values():
-            if isinstance(entry, ParamState):
+            if isinstance(entry, ParamState) and entry.addresses is not None:
                 entry.take_replaced()
 
     def bind(self, params: Iterable[ShardedParam]) -> None:

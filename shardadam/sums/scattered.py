@@ -78,6 +78,7 @@ class Parts:
     Attributes:
         order: of each piece, the parameter that lies whole in it; ``~i`` for number ``i`` of ``[*zeros, *slices]``.
         numels: of each piece.
+        padding: all lengths of padding, each once.
     """
 
     __slots__ = ("device", "dtype", "numels", "order", "padding", "slices")
@@ -87,15 +88,14 @@ class Parts:
     ) -> None:
         pieces = list(pieces)
         self.numels = [piece.stop - piece.start for piece in pieces]
-        self.padding = [piece.stop for piece in pieces if piece.parameter is None]
+        self.padding = list(dict.fromkeys(piece.stop for piece in pieces if piece.parameter is None))
         self.device, self.dtype = device, dtype
         self.slices: list[tuple[int, int, int]] = []
         self.order: list[int] = []
-        padding_before = 0
+        places = {numel: ~place for place, numel in enumerate(self.padding)}
         for piece in pieces:
             if piece.parameter is None:
-                self.order.append(~padding_before)
-                padding_before += 1
+                self.order.append(places[piece.stop])
             elif piece.stop - piece.start == numels[piece.parameter]:
                 self.order.append(piece.parameter)
             else:
@@ -103,11 +103,11 @@ class Parts:
                 self.slices.append((piece.parameter, piece.start, piece.stop))
 
     def zeros(self) -> Sequence[Tensor]:
-        """Return zeros for each padding."""
+        """Return zeros for each length of padding."""
         if not self.padding:
             return ()
-        zeros = torch.zeros(sum(self.padding), device=self.device, dtype=self.dtype)
-        return torch.split(zeros, self.padding)
+        zeros = torch.zeros(max(self.padding), device=self.device, dtype=self.dtype)
+        return [zeros[:numel] for numel in self.padding]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

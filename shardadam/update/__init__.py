@@ -37,7 +37,7 @@ class Update(Protocol):
 
     Args:
         needs_host_used: whether ``StepInputs.host_used`` must be given when some parameters take no part.
-        takes_several: whether ``step_`` takes a shard of several buckets (``engine.storage.merged``).
+        takes_several: whether ``step_`` takes a shard with ``positions``: of several buckets, on several ranks.
     """
 
     needs_host_used: bool
@@ -57,7 +57,7 @@ class Update(Protocol):
 
         Args:
             shard: its gradient may be overwritten.
-            bucket: the bucket that the shard is a slice of; of several, the first.
+            bucket: that the shard is a slice of; see ``engine.merging.merged``.
             gradients: replace ``shard.gradient``: what the update sums as it goes, or gradients of all parameters of
                 the arena where they are, with addresses for the kernel.
             found_inf: 0-dim float32: 1 if this shard alone must stay as it is, else 0; None for 0. Counters advance.

@@ -53,7 +53,8 @@ class RunTable:
     def __init__(self, rank: int, count: int) -> None:
         self._rank = rank
         self._labels: list[int] = [0] * count  # one for each parameter; equal labels mean equally many steps
-        self._cached: dict[int, list[Run]] = {}  # by bucket offset: its runs when all of its parameters take part
+        # By offset and length of a bucket: its runs when all of its parameters take part.
+        self._cached: dict[tuple[int, int], list[Run]] = {}
 
     def load(self, counts: Iterable[Hashable]) -> None:
         """Replace the step counts of all parameters."""
@@ -68,9 +69,10 @@ class RunTable:
         if used is not None:
             labels = [label if takes_part else None for label, takes_part in zip(self._labels, used, strict=True)]
             return equal_runs(bucket, self._rank, labels)
-        if bucket.offset not in self._cached:
-            self._cached[bucket.offset] = equal_runs(bucket, self._rank, self._labels)
-        return self._cached[bucket.offset]
+        key = bucket.offset, bucket.numel
+        if key not in self._cached:
+            self._cached[key] = equal_runs(bucket, self._rank, self._labels)
+        return self._cached[key]
 
     def _relabel(self, keys: Sequence[Hashable]) -> None:
         numbers: dict[Hashable, int] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -124,18 +124,26 @@ class Reducer(ABC):
         self._buckets += buckets
         self.used += [False] * len(params)
 
-    def _read_gradients(self) -> list[Tensor | None]:
+    def _snapshot(self) -> Snapshot:
+        """Return what is in ``p.grad`` now."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        gradients += [self._params[index].gradient for index in self._distributed]
+        return Snapshot(gradients, [-1 if gradient is None else gradient._version for gradient in gradients])
+
+    def _gradients_in(self, snapshot: Snapshot) -> list[Tensor | None]:
         """Return what this rank holds of every ``p.grad``; None also for those with a ``gradient_error``.
 
         The first error becomes ``local_error``, unless there is one.
         """
-        gradients: list[Tensor | None] = [parameter.grad for parameter in self._parameters]
-        to_check = [
-            index
-            for index, (gradient, shape) in enumerate(zip(gradients, self._shapes, strict=True))
-            if gradient is not None and (gradient.layout != torch.strided or gradient.shape != shape)
-        ]
-        for index in sorted({*to_check, *self._distributed}):
+        gradients = snapshot.gradients[: len(self._params)]
+        present = [gradient for gradient in gradients if gradient is not None]
+        expected = [shape for shape, one in zip(self._shapes, gradients, strict=True) if one is not None]
+        are_alike = [gradient.shape for gradient in present] == expected
+        if are_alike and all(gradient.layout is torch.strided for gradient in present):
+            to_check: Iterable[int] = self._distributed
+        else:
+            to_check = range(len(gradients))
+        for index in to_check:
             error = gradient_error(self._params[index])
             self.local_error = self.local_error or error
             gradients[index] = None if error else self._params[index].gradient
@@ -315,31 +323,20 @@ def set_gradient_scale(bucket: FlatBucket) -> None:
 
 
 class Snapshot(NamedTuple):
-    """The gradients that were in ``p.grad``, and their versions."""
+    """The tensors that were in ``p.grad``, and their versions; of DTensors, followed by their local tensors."""
 
     gradients: list[Tensor | None]
     versions: list[int]
 
+    def is_same(self, other: Snapshot) -> bool:
+        """Return whether ``p.grad`` held the same tensors, and nothing has written to them in between."""
+        same_count = len(self.gradients) == len(other.gradients)
+        return (
+            same_count and self.versions == other.versions and all(map(operator.is_, self.gradients, other.gradients))
+        )
+
 
 NO_SNAPSHOT = Snapshot([], [])
-
-
-def snapshot(params: list[ShardedParam]) -> Snapshot:
-    """Return the gradients that are in ``p.grad`` now, for ``is_current``."""
-    gradients = [p.grad if p is param.local else param.gradient for param in params for p in (param.parameter,)]
-    versions = [-1 if gradient is None else gradient._version for gradient in gradients]
-    for param in params:
-        if param.local is not param.parameter and (whole := param.parameter.grad) is not None:
-            versions[param.index] += whole._version  # operations on a DTensor need not count for its local tensor
-    return Snapshot(gradients, versions)
-
-
-def is_current(taken: Snapshot, params: list[ShardedParam]) -> bool:
-    """Return whether ``p.grad`` holds the same tensors as in the snapshot, and nothing has written to them since."""
-    if len(taken.gradients) != len(params):
-        return False
-    now = snapshot(params)
-    return now.versions == taken.versions and all(map(operator.is_, now.gradients, taken.gradients))
 
 
 def gradient_error(param: ShardedParam) -> str | None:

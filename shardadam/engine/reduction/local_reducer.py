@@ -21,9 +21,7 @@ from shardadam.engine.reduction.base import (
     check_gradient,
     foreign_gradient,
     gradient_error,
-    is_current,
     second_round,
-    snapshot,
     stats_of,
 )
 from shardadam.engine.reduction.copy_in import joined_streams
@@ -72,17 +70,18 @@ class LocalReducer(Reducer):
 
     @torch.no_grad()
     def close(self) -> None:
-        if is_current(self._taken, self._params):
+        now = self._snapshot()
+        if now.is_same(self._taken):
             return
         self.reset()
         self.rounds += 1
-        gradients = self._read_gradients()
+        gradients = self._gradients_in(now)
         for index in self._unordered:
             gradients[index] = _ordered(self._params[index], gradients[index])
         for arena in self._gradients:
             self._gradients[arena] = gradients[arena.indices]
         self.used = [gradient is not None for gradient in gradients]
-        self._taken = snapshot(self._params)
+        self._taken = now
 
     def _take(self, param: ShardedParam, gradient: Tensor) -> None:
         """Add a gradient to what the parameter has since ``reset``."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardadam.engine.profiling import record
-from shardadam.engine.reduction.base import NO_SNAPSHOT, Reducer, allocate_gradient_shards, is_current, snapshot
+from shardadam.engine.reduction.base import NO_SNAPSHOT, Reducer, allocate_gradient_shards
 from shardadam.engine.reduction.bucket_view import BucketViews
 from shardadam.engine.reduction.copy_in import copy_in
 from shardadam.engine.reduction.hooks import GradientHooks
@@ -62,11 +62,11 @@ class StepReducer(Reducer):
         return None
 
     def close(self) -> None:
-        if not is_current(self._taken, self._params):
+        if not self._snapshot().is_same(self._taken):
             self.reset()
             self.rounds += 1
             self.local_error = self._bucket_views.write(self.used)
-            self._taken = snapshot(self._params)
+            self._taken = self._snapshot()
         for bucket in self._buckets:
             if bucket.index not in self._grad_stats and not self._bucket_views.holds(bucket):
                 self._launch(bucket)
