@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a step is Python, rather than torch's kernels? And how long does it take to build an optimizer?
 
-    OMP_NUM_THREADS=1 python benchmarks/host.py [--parameters 500] [--buckets 40] [--rounds 30]
+    OMP_NUM_THREADS=1 python benchmarks/host.py [--parameters 500] [--numel 1000] [--buckets 40] [--rounds 30]
     OMP_NUM_THREADS=1 python benchmarks/host.py --build 20000 [--rounds 5] [--profile]
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/host.py --build 20000
 
-The first runs one process with float32 parameters of 1,000 elements. It records all calls that a step makes from Python
-and in which torch computes or makes a tensor, with their arguments, and replays them in a bare loop: that is torch's
-share, dispatch included. The rest of the step's time is Python's; so are reads of attributes, sizes and addresses of
-tensors. Steps and replays take turns; prints medians, and the fastest and slowest, in ms.
+The first runs one process with float32 parameters of ``--numel`` elements. It records all calls that a step makes from
+Python and in which torch computes or makes a tensor, with their arguments, and replays them in a bare loop: that is
+torch's share, dispatch included. The rest of the step's time is Python's; so are reads of attributes, sizes and
+addresses of tensors. A replay finds in the cache what the step before it has read, so with large parameters waiting for
+memory counts as Python's, too. Steps and replays take turns; prints medians, and the fastest and slowest, in ms.
 
 The others build an optimizer over parameters of 1,000 elements, and print wall and CPU time in s. An optimizer over one
 parameter is built before: the first of a process imports torch._dynamo, as one of torch.optim does. ``--profile`` also
@@ -34,6 +35,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardadam import ShardedAdamW
+from shardadam.layout import ALIGNMENT_NUMEL
 
 READS = {"__get__", "data_ptr", "dim", "element_size", "is_contiguous", "is_neg", "numel", "size", "stride"}
 """Names of calls that read a property of a tensor, and neither compute nor make one."""
@@ -58,10 +60,10 @@ def timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def measure(gradient_sync: str, parameters: int, buckets: int, rounds: int) -> dict[str, list[float]]:
-    numel = 1000
+def measure(gradient_sync: str, parameters: int, numel: int, buckets: int, rounds: int) -> dict[str, list[float]]:
     weights = [nn.Parameter(torch.randn(numel)) for _ in range(parameters)]
-    bucket_mb = -(-parameters // buckets) * 1024 * 4 / 2**20
+    padded = -(-numel // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
+    bucket_mb = -(-parameters // buckets) * padded * 4 / 2**20
     optimizer = ShardedAdamW(weights, gradient_sync=gradient_sync, bucket_mb=bucket_mb)  # type: ignore[arg-type]
 
     def backward() -> None:
@@ -128,6 +130,7 @@ def build(parameters: int, rounds: int, *, profile: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=500)
+    parser.add_argument("--numel", type=int, default=1000, help="elements of a parameter")
     parser.add_argument("--buckets", type=int, default=40)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--build", type=int, help="build an optimizer over so many parameters")
@@ -139,7 +142,7 @@ def main() -> None:
         build(arguments.build, arguments.rounds or 5, profile=arguments.profile)
         return
     for gradient_sync in ("backward", "step", "external"):
-        times = measure(gradient_sync, arguments.parameters, arguments.buckets, arguments.rounds or 30)
+        times = measure(gradient_sync, arguments.parameters, arguments.numel, arguments.buckets, arguments.rounds or 30)
         for name, values in times.items():
             print(f"  {name:8s} {statistics.median(values):6.2f}  ({min(values):.2f} to {max(values):.2f})")
 
