@@ -61,12 +61,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender's label and builder. `has_master`: it keeps a float32 master of each bf16 parameter."""
+    """A contender's label and builder. `has_master`: it keeps a float32 master of each bf16 parameter. `can_clip`: it
+    takes `max_grad_norm`.
+    """
 
     label: str
     build: Callable[[Decoder, Settings], Contender]
     has_master: bool = False
     is_ours: bool = False
+    can_clip: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     needs: str | None = None
 
@@ -261,6 +264,13 @@ ENTRIES: dict[str, Entry] = {
         for transport in ("auto", "collective")
         for sync in ("step", "backward")
     },
+    "shardadam-update-backward": Entry(
+        "shardadam, update in backward",
+        partial(ours, update="backward"),
+        has_master=True,
+        is_ours=True,
+        can_clip=False,
+    ),
     **{
         f"shardadam-{sync}-int8": Entry(
             f"shardadam, {sync}, auto, int8",

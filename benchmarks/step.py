@@ -376,11 +376,15 @@ def hardware() -> str:
 
 def chosen(args: argparse.Namespace, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
     """Return the names of the contenders to run, references first; and why the others cannot run."""
-    able: dict[str, Entry] = {name: entry for name, entry in ENTRIES.items() if dtype in entry.dtypes}
+    able: dict[str, Entry] = {
+        name: entry
+        for name, entry in ENTRIES.items()
+        if dtype in entry.dtypes and (entry.can_clip or args.max_grad_norm is None)
+    }
     peers = args.peers.split(",") if args.peers else [name for name, entry in able.items() if not entry.is_ours]
     mine = args.ours.split(",") if args.ours else [name for name, entry in able.items() if entry.is_ours]
     if unknown := [name for name in (*peers, *mine) if name not in able]:
-        sys.exit(f"unknown in {args.dtype}: {', '.join(unknown)}; there are: {', '.join(able)}")
+        sys.exit(f"unknown in {args.dtype}, with this clipping: {', '.join(unknown)}; there are: {', '.join(able)}")
     references = ["ddp"] if dtype == torch.float32 else ["ddp", "ddp-master"]
     names = list(dict.fromkeys((*references, *peers, *mine)))
     missing = {name: f"{able[name].needs} is not installed" for name in names if not able[name].is_installed}

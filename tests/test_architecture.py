@@ -54,7 +54,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("offload",),
     ("update", "transport"),
     ("ranks", "sums", "state.flat_shard"),
-    ("layout", "precision", "chunks", "version", "checks.torch_patches", "engine.garbage", "engine.strides"),
+    ("layout", "precision", "chunks", "pages", "version", "checks.torch_patches", "engine.garbage", "engine.strides"),
 )
 LISTED_BY_FILE = ("engine", "checks", "state")
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}

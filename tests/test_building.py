@@ -5,9 +5,12 @@ does not come, dies or fails is named on the others.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import random
 import socket
+import sys
 import weakref
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -23,7 +26,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam import ShardedAdamW
-from shardadam.engine import parameters
+from shardadam.engine import parameters, storage
 from shardadam.transport import connect, groups
 from shardadam.update import formats
 from tests.ranks import on_ranks, rank_and_size, ranks_of
@@ -262,3 +265,54 @@ def freed_before_the_state() -> list[bool]:
 def test_the_state_is_allocated_when_the_parameters_old_memory_is_free(world_size: int) -> None:
     for found in on_ranks(world_size, freed_before_the_state):
         assert found == [True] * 6
+
+
+MODEL_BYTES = 48 << 21
+SMAPS = Path("/proc/self/smaps_rollup")
+
+
+def memory_of_process() -> dict[str, float]:
+    """Return this process's share of memory by kind, in units of the model's size."""
+    lines = [line.split() for line in SMAPS.read_text().splitlines()[1:]]
+    return {kind: 1024 * int(kb) / MODEL_BYTES for kind, kb, *_ in lines if kind.startswith("Pss")}
+
+
+def memory_while_building(transport: str) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Return how much more memory this rank has than before, with the model alone: at most while parameters are bound,
+    then when the optimizer is built, and after a step.
+    """
+
+    def more() -> dict[str, float]:
+        return {kind: size - before[kind] for kind, size in memory_of_process().items()}
+
+    def bind_and_measure(*arguments: Any) -> None:
+        bind(*arguments)
+        peak.append(more()["Pss:"])
+
+    trained()  # loads libraries
+    torch.empty(1 << 24, dtype=torch.uint8)  # now glibc allocates blocks of up to 16 MiB where freed ones stay
+    model = [nn.Parameter(torch.ones(1 << 19)) for _ in range(48)]
+    random.Random(0).shuffle(model)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before, bind, peak = memory_of_process(), storage.bind, [0.0]
+    with mock.patch.object(storage, "bind", bind_and_measure):
+        optimizer = ShardedAdamW(model, bucket_mb=8, transport=transport)  # type: ignore[arg-type]
+    dist.barrier()
+    built = more()
+    sum(parameter.sum() for parameter in model).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    dist.barrier()
+    return max(peak), built, more()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not SMAPS.exists(), reason="reads /proc")
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+def test_building_needs_little_more_memory_than_the_model(transport: str) -> None:
+    """The model existed twice; moments took their memory with it, before a step; and a rank mapped all of rank 0's."""
+    moved = 1 if transport == "shared_memory" else 0  # what leaves the process's own memory for shared memory
+    for peak, built, stepped in on_ranks(2, memory_while_building, transport):
+        assert peak < 0.35
+        assert built["Pss_Anon:"] + moved < 0.2  # moments are not there yet
+        assert built["Pss_Shmem:"] - moved < 0.1
+        assert stepped["Pss_Anon:"] - built["Pss_Anon:"] > 1.4  # moments and the gradient shard

@@ -6,16 +6,14 @@ Allocates tensors as ``layout.py`` plans them. Moves nothing between ranks, and 
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shardadam import layout, update
+from shardadam import layout, pages, update
 from shardadam.engine.strides import same_order
 from shardadam.engine.tables import allocate_counters, block_table, fill_blocks, kernel_tables
 from shardadam.layout import ALIGNMENT_NUMEL
@@ -25,6 +23,10 @@ from shardadam.sums.reference import program_count
 from shardadam.transport import Transport, placement
 from shardadam.transport.base import own_slice
 from shardadam.update import Counters, Shard, Update, formats
+
+# Binding returns the parameters' old memory to the system in parts of so many bytes, but in so many parts at most.
+_RETURNED_BYTES = 1 << 24
+_RETURNED_PARTS = 16
 
 
 @dataclass(eq=False, slots=True)
@@ -292,13 +294,6 @@ def plan_layout(
     return layout.build_layout(specs, world_size=world_size, bucket_bytes=bucket_bytes)
 
 
-def _return_freed_memory() -> None:
-    """Return the parameters' old memory to the system, as glibc keeps freed blocks of up to 32 MiB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def _allocate_arena(
     plan: layout.Arena,
     parameters: Sequence[NamedParameter],
@@ -317,6 +312,8 @@ def _allocate_arena(
     param_ids = [named.param_id for named in parameters]
     counters = allocate_counters(param_ids, plan.offsets, numels, device, has_average=format.has_average)
     block_count, block_dtype = block_table(numel, len(parameters), format, device)
+    # A borrowed arena has no memory but in `lent`, and transports may allocate what cannot be resized.
+    allocate_parameters: Callable[..., Tensor] = torch.empty if is_borrowed else transport.allocate_parameters
     arena = FlatArena(
         group_index=first.group_index,
         shard_group=shard_group,
@@ -325,7 +322,7 @@ def _allocate_arena(
         format=format,
         params=[],
         buckets=[],
-        parameters=transport.allocate_parameters(plan.numel, dtype, device),
+        parameters=allocate_parameters(plan.numel, dtype=dtype, device=device),
         gradient_shard=None,
         flat_state={},
         blocks=torch.zeros(block_count, dtype=block_dtype, device=device),
@@ -335,6 +332,7 @@ def _allocate_arena(
         reserved=reserved,
     )
     view = torch.empty(0, dtype=dtype, device=device)
+    freed_bytes, returned_bytes = 0, max(_RETURNED_BYTES, arena.parameters.nbytes // _RETURNED_PARTS)
     for index, (named, offset) in enumerate(zip(parameters, plan.offsets, strict=True)):
         local = named.local
         param = ShardedParam(
@@ -352,10 +350,13 @@ def _allocate_arena(
         )
         if not is_borrowed:
             bind(param, view)
+            freed_bytes += local.nbytes if device.type == "cpu" else 0
         arena.params.append(param)
-    # Now that the parameters' old memory is free: they have existed twice.
-    if device.type == "cpu":
-        _return_freed_memory()
+        if freed_bytes >= returned_bytes:
+            pages.return_freed()
+            freed_bytes = 0
+    if freed_bytes > 0:
+        pages.return_freed()
     arena.flat_state = formats.allocate(format, numel, device) if reserved is None else reserved.state
     return arena
 

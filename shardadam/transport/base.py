@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardadam import pages
 from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.sums.sources import sum_sources_
 from shardadam.sums.stats import GradStats
@@ -132,7 +133,7 @@ class Transport(ABC):
 
     def allocate_parameters(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a zeroed flat buffer for parameters. Collective: all ranks must call it with the same arguments."""
-        return torch.zeros(numel, dtype=dtype, device=device)
+        return pages.zeros(numel, dtype, device)
 
     def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
         """Allocate staging for a bucket of up to ``numel`` elements. Local."""

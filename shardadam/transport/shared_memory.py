@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardadam import pages
 from shardadam.ranks import desync
 from shardadam.transport.base import Finished, Pending, ReduceScatter, Staging, Transport, own_slice
 from shardadam.transport.unix_sockets import PeerSockets
@@ -248,6 +249,7 @@ class SharedMemoryTransport(Transport):
         def read(_: dict[int, _Transfer]) -> None:
             if self.rank != 0:
                 tensor.copy_(views[0])
+                pages.leave_shared(views[0])  # the whole of rank 0's parameters; all-gathers read parts of them
 
         return _PeerRead(self, self._start(_Transfer(_Operation.BROADCAST, tensor.nbytes)), read)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from shardadam import pages
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.precision import Format
 from shardadam.update import reference
@@ -46,11 +47,11 @@ def tensors(format: Format, numel: int) -> dict[str, tuple[int, torch.dtype]]:
 
 
 def allocate(format: Format, numel: int, device: torch.device) -> dict[str, Tensor]:
-    """Return a zero state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``. Zero bits are 0 in every format."""
-    return {
-        name: torch.zeros(length, dtype=dtype, device=device)
-        for name, (length, dtype) in tensors(format, numel).items()
-    }
+    """Return a zero state of ``numel`` elements, a multiple of ``ALIGNMENT_NUMEL``. Zero bits are 0 in every format.
+
+    On the CPU it takes memory when it is first written (``pages.zeros``).
+    """
+    return {name: pages.zeros(length, dtype, device) for name, (length, dtype) in tensors(format, numel).items()}
 
 
 def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
