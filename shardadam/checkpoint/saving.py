@@ -36,6 +36,7 @@ from shardadam.checkpoint.part import Part, collect_part
 from shardadam.checkpoint.schema import index_from_json
 from shardadam.checkpoint.shares import digest_of, listing_of, merged_description, share
 from shardadam.checkpoint.unpublished import Unpublished
+from shardadam.engine.snapshot import Snapshot
 from shardadam.optimizer import ShardedAdam
 from shardadam.ranks.store_barrier import StoreBarrier
 
@@ -155,13 +156,17 @@ def save(
             unpublished = Unpublished(directory, arrival.values[0]["name"], arrival.values[0]["token"])
         part: Part | Exception = collected
         if asynchronous:
+            snapshot = Snapshot()
             try:
-                part = copied_to_cpu(collected)
+                part, snapshot = copied_to_cpu(collected)
             except Exception as error:  # out of memory, for example; the thread tells the other ranks
                 part = error
-            return start_background_save(
-                lambda: _write(unpublished, part, store_barrier, keep=keep, timeout_s=timeout_s)
-            )
+
+            def write() -> Path:
+                snapshot.finish()
+                return _write(unpublished, snapshot.error or part, store_barrier, keep=keep, timeout_s=timeout_s)
+
+            return start_background_save(write)
     except BaseException:
         if unpublished is not None and store_barrier.rank == 0:
             with disk_time_limit(timeout_s):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardadam import layout, update
+from shardadam.engine.snapshot import Snapshot
 from shardadam.engine.strides import same_order
 from shardadam.engine.tables import allocate_counters, block_table, fill_blocks, kernel_tables
 from shardadam.layout import ALIGNMENT_NUMEL
@@ -45,8 +46,8 @@ class ShardedParam:
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
             state, in ``state_slice``.
         state_start: start of ``state_slice``.
-        kept_master: this rank's elements of an exact master that the parameter does not round to everywhere, in
-            float32; see ``state/masters.py``. None between most steps.
+        kept_master: float32 master, own elements, that the parameter does not round to (``state/masters.py``), or None.
+        has_views: whether the user has views of its state.
     """
 
     parameter: Tensor
@@ -65,6 +66,7 @@ class ShardedParam:
     shard_segments: list[layout.Segment] = field(default_factory=list)
     state_start: int = 0
     kept_master: Tensor | None = None
+    has_views: bool = False
 
     @property
     def gradient(self) -> Tensor | None:
@@ -119,6 +121,7 @@ class FlatArena:
         squares: float64, for sums of squares of all buckets (``sums.GradStats``); None without kernels.
         reserved: the state's place in a store, if it is offloaded.
         joined: by offset and number of successive buckets: these as one (``engine/merging.py``).
+        snapshot: the last one of the state.
     """
 
     group_index: int
@@ -139,6 +142,7 @@ class FlatArena:
     squares: Tensor | None = None
     reserved: Reserved | None = None
     joined: dict[tuple[int, int], layout.Bucket] = field(default_factory=dict)
+    snapshot: Snapshot = field(default_factory=Snapshot)
 
     @property
     def transport(self) -> Transport:
@@ -153,8 +157,10 @@ class FlatArena:
     def state(self) -> dict[str, Tensor]:
         """This rank's shards of the state, by the names in ``update/formats.py``, for all accesses but the update's.
 
-        Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there.
+        Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there. It may
+        be written: see "Note: held state" in ``engine/snapshot.py``.
         """
+        self.snapshot.finish()
         if self.reserved is not None:
             self.reserved.store.settle()
         return self.flat_state
