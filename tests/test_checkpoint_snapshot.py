@@ -274,11 +274,15 @@ def test_a_thread_that_cannot_start_leaves_no_copies_to_be_made_into_those_of_th
         run.train([1, 2])
     expected = reference(second, tmp_path)
 
-    def start(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == THREAD:
+            raise RuntimeError("can't start new thread")
+        start(thread)
 
     with monkeypatch.context() as context:
-        context.setattr(threading.Thread, "start", start)
+        context.setattr(threading.Thread, "start", start_others)
         with pytest.raises(RuntimeError, match="start new thread"):
             save(first, tmp_path)
     with held_back():

@@ -76,7 +76,7 @@ def copied_to_cpu(part: Part) -> tuple[Part, Snapshot]:
             snapshot.add(flat, copy)
             held.add(write.held_in)
         used.add(key)
-        writes.append(replace(write, read=copy.detach))
+        writes.append(replace(write, read=copy.detach, held_in=None))
     for key in _copies.keys() - used:
         del _copies[key]
     for arena in held:
