@@ -157,8 +157,8 @@ class FlatArena:
     def state(self) -> dict[str, Tensor]:
         """This rank's shards of the state, by the names in ``update/formats.py``, for all accesses but the update's.
 
-        Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there. May be
-        written, see "Note: held state" in ``engine/snapshot.py``.
+        Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there.
+        May be written: see "Note: held state" in ``engine/snapshot.py``.
         """
         self.snapshot.finish()
         if self.reserved is not None:
