@@ -54,6 +54,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("offload",),
     ("update", "transport"),
     ("ranks", "sums", "state.flat_shard"),
+    ("engine.snapshot",),
     ("layout", "precision", "chunks", "pages", "version", "checks.torch_patches", "engine.garbage", "engine.strides"),
 )
 LISTED_BY_FILE = ("engine", "checks", "state")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from shardadam.checkpoint.files import CheckpointError
 from shardadam.checkpoint.part import Part
+from shardadam.engine.snapshot import Snapshot
 
 
 class BackgroundSave(Future[Path]):
@@ -50,23 +51,38 @@ _log = logging.getLogger("shardadam")
 
 _copies: dict[tuple[str, int], Tensor] = {}
 """The copies of the last part, by key and start; reused, because a copy into mapped memory is twice as fast."""
+_snapshot = Snapshot()
+"""Makes some of them."""
 
 
 @torch.no_grad()
-def copied_to_cpu(part: Part) -> Part:
-    """Returns ``part`` with all tensors copied. The next call overwrites the copies."""
-    writes, used = [], set()
+def copied_to_cpu(part: Part) -> tuple[Part, Snapshot]:
+    """Returns ``part`` with copies of all tensors, and what makes those of state that nothing but the optimizer writes.
+
+    The next call overwrites the copies.
+    """
+    global _snapshot
+    _snapshot.finish()  # its thread has, if it could be started
+    snapshot = Snapshot()
+    writes, used, held = [], set(), set()
     for write in part.writes:
         flat, key = write.read(), (write.key, write.start)
         copy = _copies.get(key)
         if copy is None or (copy.dtype, copy.shape) != (flat.dtype, flat.shape):
             copy = _copies[key] = torch.empty_like(flat, device="cpu")
-        copy.copy_(flat)
+        if write.held_in is None:
+            copy.copy_(flat)
+        else:
+            snapshot.add(flat, copy)
+            held.add(write.held_in)
         used.add(key)
-        writes.append(replace(write, read=copy.detach))
+        writes.append(replace(write, read=copy.detach, held_in=None))
     for key in _copies.keys() - used:
         del _copies[key]
-    return replace(part, writes=writes)
+    for arena in held:
+        arena.snapshot = snapshot
+    _snapshot = snapshot
+    return replace(part, writes=writes), snapshot
 
 
 def start_background_save(work: Callable[[], Path]) -> BackgroundSave:

@@ -18,6 +18,7 @@ from shardadam.checkpoint.files import CheckpointError, TensorSpec
 from shardadam.checkpoint.objects import safely_pickled, with_plain_numbers
 from shardadam.checkpoint.pieces import Piece, pieces_of
 from shardadam.checkpoint.schema import PARAM_GROUPS, SCHEDULER, random_state_key
+from shardadam.engine.storage import FlatArena
 from shardadam.engine.strides import is_dense
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.state.local import SCALARS, local_state
@@ -31,13 +32,19 @@ _NO_HYPERPARAMETERS = ("params", "param_names", "process_group", "gradient_divis
 
 @dataclass(frozen=True, slots=True)
 class PendingWrite:
-    """Elements of a box from ``start`` on; ``read`` returns them, 1-D, in the box's memory order, on their device."""
+    """Elements of a box from ``start`` on.
+
+    Args:
+        read: returns them, 1-D, in the box's memory order, on their device.
+        held_in: the arena whose snapshot may copy them later; None: they must be copied at once.
+    """
 
     key: str
     spec: TensorSpec
     box: BoxSpec
     start: int
     read: Callable[[], Tensor]
+    held_in: FlatArena | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,7 @@ def _add_pieces(part: Part, parameter: OwnedParameter, kind: str, key: str, spec
     part.boxes[key] = spec, box
     for piece in pieces_of(parameter.param):
         start = piece.start // ALIGNMENT_NUMEL if kind in formats.SCALES else piece.start
-        part.writes.append(PendingWrite(key, spec, box, start, partial(_read, piece, kind)))
+        part.writes.append(PendingWrite(key, spec, box, start, partial(_read, piece, kind), piece.held_in(kind)))
 
 
 def _read(piece: Piece, kind: str) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardadam.engine.storage import ShardedParam
+from shardadam.engine.storage import FlatArena, ShardedParam
 from shardadam.engine.strides import memory_order
 from shardadam.layout import ALIGNMENT_NUMEL, ITEM_BYTES, cut
 from shardadam.state.local import SCALARS, local_state, spans_of
@@ -60,6 +60,15 @@ class Piece:
         if kind in formats.SCALES:
             elements = slice(start // ALIGNMENT_NUMEL, -(-stop // ALIGNMENT_NUMEL))
         return arena.reserved.store.read(arena.reserved, kind, elements)
+
+    def held_in(self, kind: str) -> FlatArena | None:
+        """Returns the arena whose snapshot may copy what ``read_state`` returns, because only the optimizer writes it.
+
+        None: it must be copied before the user goes on.
+        """
+        arena = self.param.arena
+        is_held = kind in arena.flat_state and arena.reserved is None and arena.parameters.device.type == "cpu"
+        return arena if is_held and not self.param.has_views else None
 
     def state_was_written(self) -> None:
         """Frees memory that writing to ``state`` has taken, if it is in files.

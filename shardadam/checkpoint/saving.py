@@ -36,6 +36,7 @@ from shardadam.checkpoint.part import Part, collect_part
 from shardadam.checkpoint.schema import index_from_json
 from shardadam.checkpoint.shares import digest_of, listing_of, merged_description, share
 from shardadam.checkpoint.unpublished import Unpublished
+from shardadam.engine.snapshot import Snapshot
 from shardadam.optimizer import ShardedAdam
 from shardadam.ranks.store_barrier import StoreBarrier
 
@@ -101,10 +102,12 @@ def save(
         scheduler: any object with ``state_dict()``, equal on all ranks.
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
         keep: number of checkpoints to keep in ``directory``; None: all.
-        asynchronous: return when everything has been copied into memory of the CPU, and write while training continues.
-            The next ``save`` or ``load`` waits for it; if it failed and no rank has asked its future, that call raises
-            the error on all ranks. If there is no next one, the program says so at its end, with exit status 120. The
-            copy is as large as this rank's part; its memory is kept for the next save.
+        asynchronous: return when everything that may be written has been copied into memory of the CPU, and write while
+            training continues. State on the CPU that only the optimizer writes is copied by the thread that writes it,
+            or by the next update or access to the state, if that comes first. The next ``save`` or ``load`` waits for
+            it; if it failed and no rank has asked its future, that call raises the error on all ranks. If there is no
+            next one, the program says so at its end, with exit status 120. The copy is as large as this rank's part;
+            its memory is kept for the next save.
         timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system (at most
             64 MiB are written in one) may take twice as long.
 
@@ -155,13 +158,17 @@ def save(
             unpublished = Unpublished(directory, arrival.values[0]["name"], arrival.values[0]["token"])
         part: Part | Exception = collected
         if asynchronous:
+            snapshot = Snapshot()
             try:
-                part = copied_to_cpu(collected)
+                part, snapshot = copied_to_cpu(collected)
             except Exception as error:  # out of memory, for example; the thread tells the other ranks
                 part = error
-            return start_background_save(
-                lambda: _write(unpublished, part, store_barrier, keep=keep, timeout_s=timeout_s)
-            )
+
+            def write() -> Path:
+                snapshot.finish()
+                return _write(unpublished, snapshot.error or part, store_barrier, keep=keep, timeout_s=timeout_s)
+
+            return start_background_save(write)
     except BaseException:
         if unpublished is not None and store_barrier.rank == 0:
             with disk_time_limit(timeout_s):

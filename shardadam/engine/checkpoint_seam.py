@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from shardadam.engine.step import StepEngine
-from shardadam.engine.storage import ShardedParam, rebind_moved
+from shardadam.engine.bindings import rebind_moved
+from shardadam.engine.storage import ShardedParam
 from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport import placement
 

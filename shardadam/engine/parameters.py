@@ -17,9 +17,9 @@ from torch import Tensor
 
 from shardadam.checks import arguments, claims
 from shardadam.checks.arguments import Options, is_stored_elsewhere, parts_of
+from shardadam.engine.bindings import Bindings
 from shardadam.engine.borrowing import lent
 from shardadam.engine.storage import (
-    Bindings,
     FlatArena,
     FlatBucket,
     NamedParameter,

@@ -18,6 +18,7 @@ from shardadam.checks import arguments, claims
 from shardadam.checks.misuse import MisuseWarnings
 from shardadam.engine import clipping, outside
 from shardadam.engine.averaging import ParameterAverages
+from shardadam.engine.bindings import rebind_moved
 from shardadam.engine.borrowing import lent
 from shardadam.engine.gathering import ParameterGatherer, mark_written
 from shardadam.engine.in_backward import UpdateInBackward
@@ -33,7 +34,6 @@ from shardadam.engine.storage import (
     NamedParameter,
     ShardedParam,
     gradient_shard,
-    rebind_moved,
 )
 from shardadam.engine.updating import ParamGroups, Updater, scale_of
 from shardadam.ranks import agreement

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardadam import layout, pages, update
-from shardadam.engine.strides import same_order
+from shardadam.engine.snapshot import Snapshot
 from shardadam.engine.tables import allocate_counters, block_table, fill_blocks, kernel_tables
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.offload import Reserved, StoredShard
@@ -47,8 +47,8 @@ class ShardedParam:
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
             state, in ``state_slice``.
         state_start: start of ``state_slice``.
-        kept_master: this rank's elements of an exact master that the parameter does not round to everywhere, in
-            float32; see ``state/masters.py``. None between most steps.
+        kept_master: float32 master, own elements, that the parameter does not round to (``state/masters.py``), or None.
+        has_views: whether the user has views of its state.
     """
 
     parameter: Tensor
@@ -67,6 +67,7 @@ class ShardedParam:
     shard_segments: list[layout.Segment] = field(default_factory=list)
     state_start: int = 0
     kept_master: Tensor | None = None
+    has_views: bool = False
 
     @property
     def gradient(self) -> Tensor | None:
@@ -121,6 +122,7 @@ class FlatArena:
         squares: float64, for sums of squares of all buckets (``sums.GradStats``); None without kernels.
         reserved: the state's place in a store, if it is offloaded.
         joined: by offset and number of successive buckets: these as one (``engine/merging.py``).
+        snapshot: the last one of the state.
     """
 
     group_index: int
@@ -141,6 +143,7 @@ class FlatArena:
     squares: Tensor | None = None
     reserved: Reserved | None = None
     joined: dict[tuple[int, int], layout.Bucket] = field(default_factory=dict)
+    snapshot: Snapshot = field(default_factory=Snapshot)
 
     @property
     def transport(self) -> Transport:
@@ -156,7 +159,9 @@ class FlatArena:
         """This rank's shards of the state, by the names in ``update/formats.py``, for all accesses but the update's.
 
         Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there.
+        May be written: see "Note: held state" in ``engine/snapshot.py``.
         """
+        self.snapshot.finish()
         if self.reserved is not None:
             self.reserved.store.settle()
         return self.flat_state
@@ -457,59 +462,3 @@ def view_of(flat: Tensor, param: ShardedParam, view: Tensor | None = None) -> Te
     if view is None:
         view = torch.empty(0, dtype=flat.dtype, device=flat.device)
     return view.set_(storage, 0, param.shape, param.stride)
-
-
-def rebind_moved(params: Sequence[ShardedParam]) -> None:
-    """Bind parameters again if their data was replaced by a tensor of the same kind (``p.data = ...``, ``model.to``).
-
-    Raises:
-        RuntimeError: a parameter has another device, dtype, shape or memory format than when it was added. Nothing has
-            been changed.
-    """
-    for param in params:
-        if param.local is not param.parameter:  # module.to() swaps the contents of a DTensor
-            param.local = placement.local_tensor(param.parameter)
-    moved = [param for param in params if param.local.data_ptr() != param.address or param.arena.is_borrowed]
-    for param in moved:
-        local, flat = param.local, param.arena.parameters
-        found = (local.device, local.dtype, local.shape)
-        expected = (flat.device, flat.dtype, param.shape)
-        if found != expected or not same_order(local.stride(), param.stride, param.shape):
-            raise RuntimeError(
-                f"Parameter {param.name!r} was replaced after the optimizer was built: found {_describe(*found)} with "
-                f"strides {local.stride()}, expected {_describe(*expected)} with strides {param.stride}. Call "
-                "model.to(...) before building the optimizer."
-            )
-    for param in moved:
-        if not param.arena.is_borrowed:
-            bind(param)
-
-
-class Bindings:
-    """Finds out in one pass, cheaply, whether parameters are where they were bound."""
-
-    def __init__(self) -> None:
-        self._params: list[ShardedParam] = []
-        self._fixed: list[Tensor] = []  # the parameters that are in arenas for good, but no DTensors
-        self._addresses: list[int] = []  # of those
-        self._others: list[ShardedParam] = []
-
-    def add(self, params: Sequence[ShardedParam]) -> None:
-        self._params += params
-        for param in params:
-            if param.local is param.parameter and not param.arena.is_borrowed:
-                self._fixed.append(param.parameter)
-                self._addresses.append(param.address)
-            else:
-                self._others.append(param)
-
-    def restore(self) -> None:
-        """Bind all parameters again whose data was replaced; raises as ``rebind_moved``."""
-        if [parameter.data_ptr() for parameter in self._fixed] != self._addresses:
-            rebind_moved(self._params)
-        elif self._others:
-            rebind_moved(self._others)
-
-
-def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
-    return f"{dtype} of shape {tuple(shape)} on {device}"

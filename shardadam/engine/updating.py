@@ -85,6 +85,7 @@ class Updater:
             gradients, found_inf: as in ``update.Update.step_``.
         """
         first = buckets[0]
+        first.arena.snapshot.finish()
         with record("update"):
             if first.stored is None:
                 first.arena.update.step_(*merged(buckets), gradients, found_inf)

@@ -55,6 +55,7 @@ class ParamState(dict[str, Tensor]):
     def _make_views(self) -> None:
         if self.addresses is None:
             views = local.torch_state(self._param)
+            self._param.has_views = True
             super().update(views)
             self.addresses = {name: view.data_ptr() for name, view in views.items()}
 
