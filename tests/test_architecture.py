@@ -43,6 +43,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "engine.reduction",
         "engine.gathering",
         "engine.outside",
+        "engine.bindings",
         "engine.borrowing",
         "engine.merging",
         "state.local",

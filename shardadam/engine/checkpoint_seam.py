@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from shardadam.engine.step import StepEngine
 from shardadam.engine.bindings import rebind_moved
+from shardadam.engine.step import StepEngine
 from shardadam.engine.storage import ShardedParam
 from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport import placement
