@@ -37,14 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "sample")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process that interprets Triton kernels."""
     with process(interpret=True) as pool:
         yield pool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiler() -> Iterator[ProcessPoolExecutor]:
     """A process that compiles Triton kernels."""
     with process(interpret=False) as pool:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 DEADLINE_S = 60.0
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "torch._dynamo", "shardadam"])
+processes.set_forkserver_preload(["tests.preloaded"])
 _pools: dict[int, Workers] = {}
 
 
