@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the test suite: ``--long`` runs every case of each sweep, an ordinary run a seeded sample. Fixtures that
-several files use.
+several files use. Tests may run side by side, those marked ``quiet`` while no other runs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -34,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sweep(keep): an ordinary run keeps a seeded sample of that many of its cases")
+    config.addinivalue_line("markers", "quiet: measures times or waits for short ones; runs while no other test runs")
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "sample")
 
 
@@ -49,6 +52,24 @@ def compiler() -> Iterator[ProcessPoolExecutor]:
     """A process that compiles Triton kernels."""
     with process(interpret=False) as pool:
         yield pool
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if "PYTEST_XDIST_TESTRUNUID" not in os.environ:
+        return (yield)
+    with _turn(item.config.cache.mkdir("turns"), alone=item.get_closest_marker("quiet") is not None):
+        return (yield)
+
+
+@contextmanager
+def _turn(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Wait until no quiet test runs, or if ``alone`` until no test does. No later test overtakes one that waits."""
+    with open(folder / "running", "ab") as running:
+        with open(folder / "next", "ab") as following:
+            fcntl.flock(following, fcntl.LOCK_EX)
+            fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes or reuses .venv, then runs the tests: in ten minutes all but those that start whole training scripts (launchers,
+# Makes or reuses .venv, then runs the tests, one on each core: in ten minutes all but those that start whole training scripts (launchers,
 # restarts, accelerate, transformers and Lightning, every block of the README and the docs), which --scripts runs instead.
 # --long runs everything, and the full counts of every sweep (tests/conftest.py) instead of seeded samples. Other
 # arguments go to pytest.
@@ -16,9 +16,10 @@ case " $* " in
 *) which=(-m "not scripts") ;;
 esac
 cd "$ROOT"
-# A path among the arguments replaces the whole of tests/: run.sh tests/test_layout.py
+# A path among the arguments replaces the whole of tests/, and its tests run one after the other:
+# run.sh tests/test_layout.py
 arguments=()
-paths=(tests)
+paths=(tests -n logical --maxprocesses 4 --dist loadfile)
 for argument in "$@"; do
     if [[ $argument != --scripts ]]; then arguments+=("$argument"); fi
     if [[ $argument != -* && -e ${argument%%::*} ]]; then paths=(); fi
