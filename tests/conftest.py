@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.sampling import covering_sample
 from tests.triton_processes import process
 
 torch.set_num_threads(1)
@@ -89,9 +89,10 @@ def _left_out_of_samples(items: list[pytest.Item]) -> set[pytest.Item]:
         if item.get_closest_marker("sweep"):
             sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out: set[pytest.Item] = set()
-    for name, cases in sweeps.items():
-        marker = cases[0].get_closest_marker("sweep")
+    for name, items_of_sweep in sweeps.items():
+        marker = items_of_sweep[0].get_closest_marker("sweep")
         assert marker is not None
-        keep = min(marker.args[0], len(cases))
-        left_out |= set(cases) - set(random.Random(name).sample(cases, keep))
+        cases = [item.callspec.params for item in items_of_sweep]  # type: ignore[attr-defined]
+        kept = set(covering_sample(cases, marker.args[0], seed=name))
+        left_out |= {item for index, item in enumerate(items_of_sweep) if index not in kept}
     return left_out

@@ -298,7 +298,7 @@ def train_with(how: list[str], options: dict[str, Any]) -> tuple[list[float], li
     return returned, [parameter.detach().clone() for parameter in parameters]
 
 
-@pytest.mark.sweep(14)
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize(
     "options",
     [

@@ -414,7 +414,7 @@ READS_USED = "engine/updating.py"
 """Where it waits, too, without kernels if a parameter has no gradient: torch's fused update must know which."""
 
 
-@pytest.mark.sweep(120)
+@pytest.mark.sweep(60)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_nothing_races_and_the_host_runs_ahead(mode: Mode, tmp_path: Path) -> None:
     simulation = simulated()
