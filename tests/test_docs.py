@@ -29,6 +29,7 @@ from torch import nn
 import shardadam
 from shardadam import Precision, ShardedAdamW
 from tests.ranks import on_ranks, rank_and_size
+from tests.scripts import run_script
 
 pytestmark = pytest.mark.scripts
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,7 @@ def run(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[st
     return done
 
 
-def run_script(block: Block, directory: Path) -> None:
+def run_block(block: Block, directory: Path) -> None:
     text = block.text
     if block.how.endswith("_before"):
         # torch's DDP with ZeroRedundancyOptimizer sometimes aborts while Python exits ("terminate called without an
@@ -93,8 +94,13 @@ def run_script(block: Block, directory: Path) -> None:
         text += "\nimport os\n\nos._exit(0)\n"
     (directory / "train.py").write_text(text)
     ranks = re.search(r", (\d+) ranks$", block.how)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks[1] if ranks else 2}"]
-    run([sys.executable, "-m", *launcher, "train.py"], directory)
+    run_script(
+        directory / "train.py",
+        ranks=int(ranks[1]) if ranks else 2,
+        directory=directory,
+        environment=ENVIRONMENT,
+        output=directory / "output.txt",
+    )
 
 
 @pytest.mark.parametrize("block", those("torchrun"))
@@ -102,7 +108,7 @@ def test_a_script_runs_on_its_ranks(block: Block, tmp_path: Path) -> None:
     name = block.how.partition(": ")[2].partition(",")[0]
     if name in ("accelerate", "transformers", "lightning"):
         pytest.importorskip(name)
-    run_script(block, tmp_path)
+    run_block(block, tmp_path)
 
 
 # Fragments
@@ -178,7 +184,7 @@ def test_commands_run_and_print_what_is_shown(block: Block, tmp_path: Path) -> N
     options = block.how.partition(": ")[2]
     if options.startswith("after "):
         script = next(other for other in page if other.how == f"torchrun: {options.removeprefix('after ')}")
-        run_script(script, tmp_path)
+        run_block(script, tmp_path)
     files = {other.how.removeprefix("file: "): other.text for other in BLOCKS if other.how.startswith("file: ")}
     for name in re.findall(r"[\w.]+", options.partition("needs ")[2]):
         if name == "launch":

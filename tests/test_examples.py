@@ -3,29 +3,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEADLINE_S = 100.0
 
 
 def run(name: str, *arguments: str, ranks: int = 2) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, str(EXAMPLES / name), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    with tempfile.NamedTemporaryFile() as output:
+        return run_script(EXAMPLES / name, arguments, ranks=ranks, output=Path(output.name), deadline_s=DEADLINE_S)
 
 
 def numbers(label: str, output: str) -> list[float]:
