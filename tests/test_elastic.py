@@ -26,7 +26,7 @@ import torch.distributed as dist
 import shardadam
 from tests.ranks import on_ranks, processes, rank_and_size, restart
 
-pytestmark = pytest.mark.scripts
+pytestmark = [pytest.mark.scripts, pytest.mark.quiet]
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch")
 STEPS, SAVE_EVERY, DROPOUT = 12, 2, 0.1

@@ -29,6 +29,8 @@ from shardadam import ShardedAdamW
 from tests.parity import build_parameters, quadratic
 from tests.ranks import ANSWER_S, ranks_of
 
+pytestmark = pytest.mark.quiet
+
 TIMEOUT_S = 3.0
 VICTIM = 1
 FAULTY_STEP = 2

@@ -19,7 +19,7 @@ import pytest
 
 from tests.hosts import Host, two_hosts, why_no_hosts
 
-pytestmark = pytest.mark.scripts
+pytestmark = [pytest.mark.scripts, pytest.mark.quiet]
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 RUN = str(ROOT / "tests" / "hosts_run.py")

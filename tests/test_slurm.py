@@ -22,6 +22,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("node1", "node2")
 pytestmark = [
     pytest.mark.scripts,
+    pytest.mark.quiet,
     pytest.mark.long,
     pytest.mark.skipif(
         not all(map(shutil.which, DAEMONS)) or os.geteuid() != 0, reason=f"needs {', '.join(DAEMONS)}, and root"

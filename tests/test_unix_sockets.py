@@ -28,6 +28,8 @@ from shardadam.transport.unix_sockets import Peer, PeerSockets
 from tests.parity import build_parameters, clones, quadratic
 from tests.ranks import on_ranks, rank_and_size, ranks_of, restart
 
+pytestmark = pytest.mark.quiet
+
 TIMEOUT_S = 3.0
 DEADLINE_S = 20.0
 

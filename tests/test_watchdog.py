@@ -17,6 +17,8 @@ import torch
 
 from shardadam.transport.watchdog import Watchdog
 
+pytestmark = pytest.mark.quiet
+
 LIMIT_S = 0.5
 
 
