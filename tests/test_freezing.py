@@ -97,7 +97,7 @@ def resume(way: str, built: str, again: str, dtype: torch.dtype, to: str) -> tup
     return loaded, float(second[1].full_state(second[0][1].weight)["step"]), same(first, second)
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(14)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("way", "built", "again"),

@@ -186,7 +186,7 @@ def clone(arena: Arena) -> Arena:
     return copied
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(16)
 @EVERY_FORMAT
 @pytest.mark.parametrize(
     ("changed", "coefficient"),
@@ -317,7 +317,7 @@ WRITES = {
 }
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(18)
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("format", [f for f in FORMATS if f.dtype.itemsize == 2], ids=str)
 def test_a_step_starts_from_the_value_written_to_the_parameter(format: Format, write: str) -> None:

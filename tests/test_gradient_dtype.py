@@ -249,7 +249,7 @@ def trained_by_torch(dtype: torch.dtype, gradients: list[list[Tensor]]) -> tuple
     return found, [optimizer.state[parameter]["exp_avg"] for parameter in exact]
 
 
-@pytest.mark.sweep(9)
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize(
     ("world_size", "transport", "gradient_sync", "dtype", "rounds", "local"),
     [

@@ -127,7 +127,7 @@ def load_in_order(dtype: torch.dtype, master: str, way: Callable[..., Any], orde
     return [*found, equal(masters(again, other), masters(model, optimizer)), equal(values(again), values(model))]
 
 
-@pytest.mark.sweep(9)
+@pytest.mark.sweep(12)
 @every_format
 @pytest.mark.parametrize("order", ["mo", "om", "ovm", "mov", "omo"])
 @pytest.mark.parametrize("way", WAYS)

@@ -205,7 +205,7 @@ def test_equals_torch_over_hyperparameters(hyper_case: Case, world_size: int) ->
     assert_close(results, train_torch(hyper_case, world_size), hyper_case.lr)
 
 
-@pytest.mark.sweep(10)
+@pytest.mark.sweep(13)
 @pytest.mark.parametrize("transport", ["collective", "adversarial"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.id)
