@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.ranks import stop_all
 from tests.sampling import covering_sample
 from tests.triton_processes import process
 
@@ -52,6 +53,10 @@ def compiler() -> Iterator[ProcessPoolExecutor]:
     """A process that compiles Triton kernels."""
     with process(interpret=False) as pool:
         yield pool
+
+
+def pytest_sessionfinish() -> None:
+    stop_all()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -191,7 +191,8 @@ def _be_a_rank(
 
 
 @atexit.register
-def _stop_all() -> None:
+def stop_all() -> None:
+    """Stop all workers: also called by ``conftest.py``, as processes of pytest-xdist end without Python's exit."""
     for workers in _pools.values():
         workers.stop()
     _pools.clear()
