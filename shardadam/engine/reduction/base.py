@@ -126,8 +126,9 @@ class Reducer(ABC):
 
     def _snapshot(self) -> Snapshot:
         """Return what is in ``p.grad`` now."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        gradients += [self._params[index].gradient for index in self._distributed]
+        # First those of DTensors, which may replace what is in p.grad by what is placed as the parameter is.
+        of_dtensors = [self._params[index].gradient for index in self._distributed]
+        gradients = [*(parameter.grad for parameter in self._parameters), *of_dtensors]
         return Snapshot(gradients, [-1 if gradient is None else gradient._version for gradient in gradients])
 
     def _gradients_in(self, snapshot: Snapshot) -> list[Tensor | None]:
