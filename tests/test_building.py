@@ -205,7 +205,9 @@ def test_a_rank_that_dies_while_it_builds_is_named(tmp_path: Path) -> None:
     """The message was "torch.distributed is no longer initialised"."""
     with ranks_of(2, tmp_path / "store", die_while_building, timeout_s=5.0) as ranks:
         message = ranks.hear(0)
-        assert message.startswith("RankDesyncError: An exchange of small objects between ranks failed")
+        # Rank 0 may still be connecting when rank 1, which has connected, is gone.
+        failures = ("An exchange of small objects between ranks", "Building the optimizer: connecting the ranks")
+        assert message.startswith(tuple(f"RankDesyncError: {what} failed" for what in failures))
         assert "  rank 1: has ended" in message
 
 

@@ -284,7 +284,9 @@ def test_steps_use_sums_that_are_rounded_once_a_round(
             for a, b in zip(ours, truth, strict=True):
                 torch.testing.assert_close(a, b, rtol=2e-6 if dtype == torch.float32 else 1e-2, atol=1e-7)
         for a, b in zip(found["exp_avg"], exp_avg, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            # Gradients are in the hundreds, and some of those of the two steps cancel out.
+            largest = float(b.abs().max()) if b.numel() else 0.0
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
 
 
 def read_without_a_shard(gradient_sync: str) -> tuple[set[Any], list[Tensor], int]:
