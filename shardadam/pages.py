@@ -24,7 +24,10 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     nbytes = numel * dtype.itemsize
     if not _IS_LINUX or device.type != "cpu" or nbytes < _HUGE_PAGE_BYTES:
         return torch.zeros(numel, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return torch.zeros(numel, dtype=dtype, device=device)  # says what there is too little of
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)

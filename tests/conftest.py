@@ -74,7 +74,10 @@ def _turn(folder: Path, *, alone: bool) -> Iterator[None]:
         with open(folder / "next", "ab") as following:
             fcntl.flock(following, fcntl.LOCK_EX)
             fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)  # closing would not do while a child has the file, too
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -203,6 +203,63 @@ def test_views_from_before_the_save_may_be_written(tmp_path: Path) -> None:
     assert written(future.result()) == expected
 
 
+def test_a_state_dict_from_before_the_save_may_be_written(tmp_path: Path) -> None:
+    run = build()
+    run.train([1, 2])
+    state = run.optimizer.state_dict()["state"]
+    expected = reference(run, tmp_path)
+    with held_back():
+        future = save(run, tmp_path)
+        for entry in state.values():
+            entry["exp_avg"].fill_(9)
+    assert written(future.result()) == expected
+
+
+def test_saves_in_and_out_of_inference_mode(tmp_path: Path) -> None:
+    """The copies could not be written outside of it, nor reused by the next save."""
+    run = build(width=41)
+    for is_inference in (True, False, True):
+        run.train([1, 2])
+        expected = reference(run, tmp_path)
+        with torch.inference_mode(is_inference):
+            future = save(run, tmp_path)
+        step(run)
+        assert written(future.result()) == expected
+
+
+@pytest.mark.parametrize("call", ["state_dict", "save"])
+def test_a_signals_handler_may_interrupt_a_copy(tmp_path: Path, call: str) -> None:
+    """It waited for its own thread."""
+    run = build()
+    run.train([1, 2])
+    expected = reference(run, tmp_path)
+    sent: list[int] = []
+    handled: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if call == "save":
+            reference(run, tmp_path / "in handler")
+        else:
+            run.optimizer.state_dict()
+        handled.append(number)
+
+    def copy(original: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
+        if threading.current_thread() is threading.main_thread() and not sent:
+            sent.append(signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        original(snapshot)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with held_back() if call == "state_dict" else slow_copies(), patched("_copy_last", copy):
+            future = save(run, tmp_path)
+            run.optimizer.state_dict()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert handled == sent == [signal.SIGUSR1]
+    assert written(future.result()) == expected
+
+
 def test_a_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = build()
     run.train([1, 2])
@@ -290,6 +347,25 @@ def test_a_thread_that_cannot_start_leaves_no_copies_to_be_made_into_those_of_th
         step(second)
         step(first)
     assert written(future.result()) == expected
+
+
+def test_a_copy_may_be_interrupted_by_what_makes_all_copies() -> None:
+    snapshot = Snapshot()
+
+    class Target:
+        copied = 0
+
+        def copy_(self, source: Tensor) -> None:
+            self.copied += 1
+            if self.copied == 1:
+                snapshot.finish()
+
+    target = Target()
+    others = [torch.zeros(8) for _ in range(2)]
+    snapshot._pieces += [*((torch.ones(8), other) for other in others), (torch.ones(8), target)]  # type: ignore[list-item]
+    snapshot.finish()
+    assert snapshot.error is None and not snapshot._pieces
+    assert all(other.eq(1).all() for other in others) and target.copied == 2
 
 
 def test_a_child_does_not_wait_for_the_copies_of_its_parent() -> None:

@@ -55,9 +55,11 @@ _snapshot = Snapshot()
 """Makes some of them."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def copied_to_cpu(part: Part) -> tuple[Part, Snapshot]:
-    """Returns ``part`` with copies of all tensors, and what makes those of state that nothing but the optimizer writes.
+    """Returns ``part`` with all tensors replaced by copies on the CPU, and the ``Snapshot`` that still has to fill the
+    copies of state that only the optimizer writes.
 
     The next call overwrites the copies.
     """
@@ -79,9 +81,9 @@ def copied_to_cpu(part: Part) -> tuple[Part, Snapshot]:
         writes.append(replace(write, read=copy.detach, held_in=None))
     for key in _copies.keys() - used:
         del _copies[key]
+    _snapshot = snapshot  # before any update can make its copies
     for arena in held:
         arena.snapshot = snapshot
-    _snapshot = snapshot
     return replace(part, writes=writes), snapshot
 
 
@@ -114,6 +116,7 @@ def wait_for_background_save() -> dict[str, Any]:
     if _running is None:
         return {}
     thread, save = _running
+    _snapshot.finish()  # a signal's handler may have interrupted this thread in it
     thread.join()
     error = _error_of(save)
     return {} if error is None else {"failed": str(error), "is_told": save.is_told}

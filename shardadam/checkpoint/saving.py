@@ -102,12 +102,12 @@ def save(
         scheduler: any object with ``state_dict()``, equal on all ranks.
         extra: of this rank, anything ``json.dumps`` takes; its position in the data, for example.
         keep: number of checkpoints to keep in ``directory``; None: all.
-        asynchronous: return when everything that may be written has been copied into memory of the CPU, and write while
-            training continues. State on the CPU that only the optimizer writes is copied by the thread that writes it,
-            or by the next update or access to the state, if that comes first. The next ``save`` or ``load`` waits for
-            it; if it failed and no rank has asked its future, that call raises the error on all ranks. If there is no
-            next one, the program says so at its end, with exit status 120. The copy is as large as this rank's part;
-            its memory is kept for the next save.
+        asynchronous: return when parameters, buffers and whatever else the user may write have been copied into memory
+            of the CPU, and write while training continues. State on the CPU that only the optimizer writes is copied by
+            the thread that writes it, or by the next update or access to the state, if that comes first. The next
+            ``save`` or ``load`` waits for it; if it failed and no rank has asked its future, that call raises the error
+            on all ranks. If there is no next one, the program says so at its end, with exit status 120. The copy is as
+            large as this rank's part; its memory is kept for the next save.
         timeout_s: how long to wait for a rank that does not advance, in seconds. One call to the file system (at most
             64 MiB are written in one) may take twice as long.
 

@@ -28,7 +28,7 @@ class Snapshot:
     def __init__(self) -> None:
         self.error: Exception | None = None
         self._pieces: list[tuple[Tensor, Tensor]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may interrupt `finish`, and call it
         self._process = os.getpid()
 
     def add(self, source: Tensor, target: Tensor) -> None:
@@ -37,18 +37,26 @@ class Snapshot:
         self._pieces += [(source[start:stop], target[start:stop]) for start, stop in pieces]
 
     def finish(self) -> None:
-        """Return when all copies are made, or cannot be. Local; raises nothing of theirs."""
-        while self._pieces and os.getpid() == self._process:  # a child needs no copies, and has not the other threads
-            with self._lock, torch.no_grad():
-                if self._pieces:
-                    self._copy_last()
+        """Make the missing copies, or wait for the one that another thread is making. Local.
 
+        A copy that fails sets ``error``; nothing is raised.
+        """
+        while self._pieces and os.getpid() == self._process:  # a child needs no copies, and has not the other threads
+            if self._lock.acquire(timeout=0.1):  # not for ever: the thread that has it may be interrupted, and finish
+                try:
+                    self._copy_last()
+                finally:
+                    self._lock.release()
+
+    @torch.no_grad()
     def _copy_last(self) -> None:
-        source, target = self._pieces[-1]
-        try:
-            target.copy_(source)
-        except Exception as error:
-            self.error = error
-            self._pieces.clear()
-        else:
-            self._pieces.pop()  # now, so that an interrupted copy is made again
+        for piece in self._pieces[-1:]:  # none if a signal's handler, or another thread, has made the copies
+            source, target = piece
+            try:
+                target.copy_(source)
+            except Exception as error:
+                self.error = error.with_traceback(None)  # whose frames hold tensors
+                self._pieces.clear()
+                return
+            if self._pieces and self._pieces[-1] is piece:
+                self._pieces.pop()  # now, so that an interrupted copy is made again

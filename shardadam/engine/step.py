@@ -476,7 +476,7 @@ class StepEngine:
         RuntimeError if device, dtype, shape or strides of a parameter have changed.
         """
         params = self.parameters.params if params is None else params
-        params = [param for param in params if param.arena.state.keys() & {*formats.MASTERS, formats.AVERAGE}]
+        params = [param for param in params if param.arena.flat_state.keys() & {*formats.MASTERS, formats.AVERAGE}]
         rebind_moved(params)
         for param in params:
             masters.refresh_(param)

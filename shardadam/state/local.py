@@ -67,6 +67,7 @@ def saved_state(param: ShardedParam) -> dict[str, Tensor]:
 
     They share memory with the optimizer, except a ``master`` that is computed from a remainder.
     """
+    param.has_views = True
     saved: dict[str, Tensor] = {}
     for name, tensor in local_state(param).items():
         key = saved_name(name, param.arena)

@@ -97,7 +97,8 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
 
 
 def _nbytes(arenas: Sequence[FlatArena], names: Sequence[str]) -> int:
-    return sum(arena.state[name].nbytes for arena in arenas for name in names if name in arena.state)
+    states = [arena.flat_state for arena in arenas]  # read only, so that copies for a save can wait
+    return sum(state[name].nbytes for state in states for name in names if name in state)
 
 
 def _kept_nbytes(arenas: Sequence[FlatArena]) -> int:

@@ -124,19 +124,19 @@ class Reducer(ABC):
         self._buckets += buckets
         self.used += [False] * len(params)
 
-    def _snapshot(self) -> Snapshot:
+    def _seen_gradients(self) -> SeenGradients:
         """Return what is in ``p.grad`` now."""
         # First those of DTensors, which may replace what is in p.grad by what is placed as the parameter is.
         of_dtensors = [self._params[index].gradient for index in self._distributed]
         gradients = [*(parameter.grad for parameter in self._parameters), *of_dtensors]
-        return Snapshot(gradients, [-1 if gradient is None else gradient._version for gradient in gradients])
+        return SeenGradients(gradients, [-1 if gradient is None else gradient._version for gradient in gradients])
 
-    def _gradients_in(self, snapshot: Snapshot) -> list[Tensor | None]:
+    def _gradients_in(self, seen: SeenGradients) -> list[Tensor | None]:
         """Return what this rank holds of every ``p.grad``; None also for those with a ``gradient_error``.
 
         The first error becomes ``local_error``, unless there is one.
         """
-        gradients = snapshot.gradients[: len(self._params)]
+        gradients = seen.gradients[: len(self._params)]
         present = [gradient for gradient in gradients if gradient is not None]
         expected = [shape for shape, one in zip(self._shapes, gradients, strict=True) if one is not None]
         are_alike = [gradient.shape for gradient in present] == expected
@@ -323,13 +323,13 @@ def set_gradient_scale(bucket: FlatBucket) -> None:
     arena.gradient_scale = 1 / arena.shard_group.divisor if leaves_scale else 1.0
 
 
-class Snapshot(NamedTuple):
+class SeenGradients(NamedTuple):
     """The tensors that were in ``p.grad``, and their versions; of DTensors, followed by their local tensors."""
 
     gradients: list[Tensor | None]
     versions: list[int]
 
-    def is_same(self, other: Snapshot) -> bool:
+    def is_same(self, other: SeenGradients) -> bool:
         """Return whether ``p.grad`` held the same tensors, and nothing has written to them in between."""
         same_count = len(self.gradients) == len(other.gradients)
         return (
@@ -337,7 +337,7 @@ class Snapshot(NamedTuple):
         )
 
 
-NO_SNAPSHOT = Snapshot([], [])
+NOTHING_SEEN = SeenGradients([], [])
 
 
 def gradient_error(param: ShardedParam) -> str | None:

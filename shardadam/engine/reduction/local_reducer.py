@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardadam.chunks import chunks
 from shardadam.engine.reduction.base import (
-    NO_SNAPSHOT,
+    NOTHING_SEEN,
     Reducer,
     Take,
     check_gradient,
@@ -57,7 +57,7 @@ class LocalReducer(Reducer):
         self._in_shard: set[FlatArena] = set()  # the arenas whose gradients are
         self._arena_stats: dict[FlatArena, GradStats] = {}
         self._to_measure: dict[FlatArena | FlatBucket, list[Parts]] = {}  # see ``_parts_of``
-        self._taken = NO_SNAPSHOT  # of ``p.grad``
+        self._seen = NOTHING_SEEN  # of ``p.grad``
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
@@ -70,8 +70,8 @@ class LocalReducer(Reducer):
 
     @torch.no_grad()
     def close(self) -> None:
-        now = self._snapshot()
-        if now.is_same(self._taken):
+        now = self._seen_gradients()
+        if now.is_same(self._seen):
             return
         self.reset()
         self.rounds += 1
@@ -81,7 +81,7 @@ class LocalReducer(Reducer):
         for arena in self._gradients:
             self._gradients[arena] = gradients[arena.indices]
         self.used = [gradient is not None for gradient in gradients]
-        self._taken = now
+        self._seen = now
 
     def _take(self, param: ShardedParam, gradient: Tensor) -> None:
         """Add a gradient to what the parameter has since ``reset``."""
@@ -184,7 +184,7 @@ class LocalReducer(Reducer):
         self._scattered.clear()
         self._in_shard.clear()
         self._arena_stats.clear()
-        self._taken = NO_SNAPSHOT
+        self._seen = NOTHING_SEEN
         self.local_error = None
 
 

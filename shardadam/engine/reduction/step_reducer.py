@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardadam.engine.profiling import record
-from shardadam.engine.reduction.base import NO_SNAPSHOT, Reducer, allocate_gradient_shards
+from shardadam.engine.reduction.base import NOTHING_SEEN, Reducer, allocate_gradient_shards
 from shardadam.engine.reduction.bucket_view import BucketViews
 from shardadam.engine.reduction.copy_in import copy_in
 from shardadam.engine.reduction.hooks import GradientHooks
@@ -38,7 +38,7 @@ class StepReducer(Reducer):
         self._pool = StagingPool()
         self._bucket_views = BucketViews()
         self._hooks = GradientHooks(self)
-        self._taken = NO_SNAPSHOT  # the gradients that have been reduced since reset
+        self._seen = NOTHING_SEEN  # the gradients that have been reduced since reset
 
     def add(self, params: list[ShardedParam], buckets: list[FlatBucket]) -> None:
         super().add(params, buckets)
@@ -62,11 +62,11 @@ class StepReducer(Reducer):
         return None
 
     def close(self) -> None:
-        if not self._snapshot().is_same(self._taken):
+        if not self._seen_gradients().is_same(self._seen):
             self.reset()
             self.rounds += 1
             self.local_error = self._bucket_views.write(self.used)
-            self._taken = self._snapshot()
+            self._seen = self._seen_gradients()
         for bucket in self._buckets:
             if bucket.index not in self._grad_stats and not self._bucket_views.holds(bucket):
                 self._launch(bucket)
@@ -134,7 +134,7 @@ class StepReducer(Reducer):
         self.wait_all()
         self._pool.trim()
         super().reset()
-        self._taken = NO_SNAPSHOT
+        self._seen = NOTHING_SEEN
         self.local_error = None
 
     def gradient_bytes(self) -> int:
