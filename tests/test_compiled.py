@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -152,13 +153,32 @@ def test_threads_sum_up_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     from shardadam.sums import native
 
+    both_run = threading.Barrier(2, timeout=20)
+
     def fail(start: int, stop: int) -> None:
-        if start > 0:
+        if start < 2:
+            both_run.wait()
+        if threading.current_thread() is not threading.main_thread():
             raise ValueError(f"of {start} to {stop}")
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(ValueError, match="of 5 to 10"):
+    with pytest.raises(ValueError, match=r"of [01] to [12]"):
         native.in_threads(fail, 10, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("threads", "count", "numel"), [(1, 10, 2**20), (2, 1000, 2**10), (3, 7, 2**20), (8, 3, 2**20)]
+)
+def test_threads_do_everything_once(monkeypatch: pytest.MonkeyPatch, threads: int, count: int, numel: int) -> None:
+    from shardadam.sums import native
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    done: list[tuple[int, int]] = []
+    native.in_threads(lambda start, stop: done.append((start, stop)), count, numel)
+    done.sort()
+    assert [start for start, _ in done] == [0, *(stop for _, stop in done[:-1])] and done[-1][1] == count
+    least = 1 if threads == 1 else min(count, 2 * threads, count * numel // 2**16)
+    assert len(done) >= least and all(start < stop for start, stop in done)
 
 
 # How it is compiled, and where it is used

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -37,7 +38,9 @@ carray = numba.carray  # type: ignore[attr-defined]
 f32, i32, u32 = np.float32, np.int32, np.uint32
 
 _THREAD_NUMEL = 1 << 16
-"""A thread gets at least so many elements: starting it takes as long as updating some thousands."""
+"""A stretch has at least so many elements: starting a thread takes as long as updating some thousands."""
+_STRETCHES = 8
+"""The most stretches for each thread."""
 _PATIENCE_SECONDS = 2.0
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
@@ -80,19 +83,33 @@ def addresses_of(flats: Sequence[Tensor]) -> Tensor:
 
 
 def in_threads(call: Callable[[int, int], object], count: int, numel: int) -> None:
-    """Call ``call(start, stop)`` of stretches of ``range(count)``, one in each thread that torch would use.
+    """Call ``call(start, stop)`` of stretches of ``range(count)``, in as many threads as torch would use.
+
+    Each thread takes the next stretch when it is done with one. So a thread does less that wakes up late, or shares its
+    core with one of torch's, which spin for a while after a parallel loop (unless OMP_WAIT_POLICY is passive).
 
     Args:
         numel: elements of one of ``count``.
     """
-    threads = min(torch.get_num_threads(), count, -(-count * numel // _THREAD_NUMEL))
+    most = -(-count * numel // _THREAD_NUMEL)
+    threads = min(torch.get_num_threads(), count, most)
     if threads <= 1:
         call(0, count)
         return
-    bounds = [count * i // threads for i in range(threads + 1)]
-    others = [_threads(os.getpid(), threads - 1).submit(call, *bounds[i : i + 2]) for i in range(1, threads)]
+    stretches = min(_STRETCHES * threads, count, most)
+    left = deque((count * i // stretches, count * (i + 1) // stretches) for i in range(stretches))
+
+    def work() -> None:
+        while left:
+            try:
+                start, stop = left.popleft()
+            except IndexError:  # another thread has taken the last one
+                return
+            call(start, stop)
+
+    others = [_threads(os.getpid(), threads - 1).submit(work) for _ in range(1, threads)]
     try:
-        call(0, bounds[1])
+        work()
     finally:
         for other in others:
             other.result()
