@@ -47,8 +47,9 @@ class ShardedParam:
         shard_segments: its parts in this rank's shards, in memory order. Their state is contiguous in the arena's
             state, in ``state_slice``.
         state_start: start of ``state_slice``.
-        kept_master: float32 master, own elements, that the parameter does not round to (``state/masters.py``), or None.
-        has_views: whether the user has views of its state.
+        kept_master: this rank's elements of an exact master that the parameter does not round to everywhere, in
+            float32; see ``state/masters.py``. None between most steps.
+        has_views: whether the user has been given views of its state, and may write them at any time.
     """
 
     parameter: Tensor
@@ -159,7 +160,7 @@ class FlatArena:
         """This rank's shards of the state, by the names in ``update/formats.py``, for all accesses but the update's.
 
         Offloaded state is on the CPU, wherever the parameters are; waits until the last step's changes are there.
-        May be written: see "Note: held state" in ``engine/snapshot.py``.
+        The caller may write it: see "Note: held state" in ``engine/snapshot.py``.
         """
         self.snapshot.finish()
         if self.reserved is not None:
