@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardadam import ShardedAdamW
+from shardadam import ShardedAdamW, pages
 from shardadam.engine import parameters, storage
 from shardadam.transport import connect, groups
 from shardadam.update import formats
@@ -306,6 +306,17 @@ def memory_while_building(transport: str) -> tuple[float, dict[str, float], dict
     optimizer.step()
     dist.barrier()
     return max(peak), built, more()
+
+
+def test_zeros_where_pages_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then torch allocates them, whose errors say what there is too little of."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pages.mmap, "mmap", refuse)
+    found = pages.zeros(1 << 20, torch.float32, torch.device("cpu"))
+    assert found.shape == (1 << 20,) and not found.any()
 
 
 @pytest.mark.quiet  # what a process is charged for shared libraries depends on how many others use them

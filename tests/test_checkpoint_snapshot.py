@@ -21,6 +21,7 @@ from torch import Tensor
 import shardadam
 from shardadam import CheckpointError
 from shardadam.engine.snapshot import Snapshot
+from shardadam.engine.storage import FlatArena
 from tests.ranks import on_ranks, rank_and_size
 from tests.runs import FORMATS, Run, build, differences
 
@@ -366,6 +367,30 @@ def test_a_copy_may_be_interrupted_by_what_makes_all_copies() -> None:
     snapshot.finish()
     assert snapshot.error is None and not snapshot._pieces
     assert all(other.eq(1).all() for other in others) and target.copied == 2
+
+
+def test_an_interrupted_save_leaves_no_copies_to_be_made_into_those_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (build(seed=seed) for seed in range(2))
+    for run in (first, second):
+        run.train([1, 2])
+    expected = reference(second, tmp_path)
+    slot = FlatArena.snapshot
+
+    def interrupt(arena: FlatArena, snapshot: Snapshot) -> None:
+        slot.__set__(arena, snapshot)  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(FlatArena, "snapshot", property(slot.__get__, interrupt))  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            save(first, tmp_path)
+    with held_back():
+        future = save(second, tmp_path)
+        step(second)
+        step(first)
+    assert written(future.result()) == expected
 
 
 def test_a_child_does_not_wait_for_the_copies_of_its_parent() -> None:
