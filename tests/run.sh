@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes or reuses .venv, then runs the tests, side by side on the cores: in ten minutes on two all but those that start
+# Makes or reuses .venv, then runs the tests, side by side on the cores: in twelve minutes on two all but those that start
 # whole training scripts (launchers, restarts, accelerate, transformers and Lightning, every block of the README and the
 # docs), which --scripts runs instead. --long runs everything, and the full counts of every sweep (tests/conftest.py)
 # instead of seeded samples. Other arguments go to pytest.
