@@ -68,8 +68,9 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             (ZeRO-1). ``"external"``: DDP or a trainer has averaged ``p.grad``; only state is sharded.
         max_grad_norm: clip the global 2-norm of the averaged gradients inside ``step``.
         precision: number formats of the state, and of gradients in transfer.
-        bucket_mb: size of a bucket, in MiB of parameters. None: 8 on the CPU; on GPUs 128, or 2 for each rank of the
-            shard group if that is more, but at most 1024 and at most a sixteenth of the parameters, and at least 32.
+        bucket_mb: size of a bucket, in MiB of parameters. None: on the CPU 8, but at most a quarter of the parameters,
+            and at least 0.25; on GPUs 128, or 2 for each rank of the shard group if that is more, but at most 1024 and
+            at most a sixteenth of the parameters, and at least 32.
         transport: ``"shared_memory"``: CPU ranks of one host read each other's memory. ``"collective"``:
             torch.distributed. ``"auto"``: shared memory where possible, else torch.distributed. Or a Transport that no
             other optimizer uses.

@@ -81,6 +81,35 @@ def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, 
             assert "optimizer.clip_grad_value_" in first[0] or "optimizer.clip_grad_norm_" in first[0]
 
 
+def discard_with_the_model(gradient_sync: str) -> tuple[list[str], list[str], list[str], list[str]]:
+    misuse._warned.clear()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+    before = warned(model.zero_grad)
+    for _ in range(2):
+        backward(model)
+        optimizer.step()
+        before += warned(model.zero_grad)
+    with optimizer.no_sync():
+        backward(model)
+    before += warned(model.zero_grad)
+    backward(model)
+    other = warned(build_model().zero_grad)
+    found = warned(model[2].zero_grad)
+    again = warned(model.zero_grad)
+    optimizer.zero_grad()
+    return before, other, found, again
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("gradient_sync", SYNCS)
+def test_one_warning_where_the_models_zero_grad_discards_nothing(gradient_sync: str, world_size: int) -> None:
+    for before, other, found, again in on_ranks(world_size, discard_with_the_model, gradient_sync):
+        assert before == other == again == []
+        assert len(found) == (1 if gradient_sync == "backward" else 0)
+        assert all("optimizer.zero_grad()" in one and one.startswith(__file__) for one in found)
+
+
 def test_torchs_clipping_of_other_parameters_is_unchanged() -> None:
     misuse._warned.clear()
     optimizer = ShardedAdamW(build_model().parameters())

@@ -27,6 +27,8 @@ from shardadam.transport.groups import ranks_of
 from shardadam.transport.job import ranks_of_transport
 
 _CPU_BUCKET_BYTES = 8 * 2**20  # fits into caches, from which ranks of one host read each other's buckets
+# Of a small model, two staging buffers should not hold more gradients than a plain optimizer would.
+_CPU_LEAST_BUCKETS, _CPU_SMALL_BUCKET_BYTES = 4, 2**18
 # On GPUs: large, for few launches, and as NCCL needs megabytes of each rank for its full bandwidth; but not larger than
 # a share of the parameters, as transfers overlap with backward bucket by bucket. benchmarks/scale.py compares sizes.
 _GPU_BUCKET_BYTES, _GPU_BUCKET_BYTES_OF_RANK, _GPU_MOST_BUCKET_BYTES = 128 * 2**20, 2 * 2**20, 2**30
@@ -51,7 +53,7 @@ class Options:
         if self.bucket_mb is not None:
             return round(self.bucket_mb * 2**20)
         if set(device_types) <= {"cpu"}:
-            return _CPU_BUCKET_BYTES
+            return min(_CPU_BUCKET_BYTES, max(nbytes // _CPU_LEAST_BUCKETS, _CPU_SMALL_BUCKET_BYTES))
         share = max(nbytes // _GPU_LEAST_BUCKETS, _GPU_SMALL_BUCKET_BYTES)
         return min(max(_GPU_BUCKET_BYTES, _GPU_BUCKET_BYTES_OF_RANK * world_size), _GPU_MOST_BUCKET_BYTES, share)
 

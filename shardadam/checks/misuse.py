@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping
+from shardadam.checks.torch_patches import check_before_clipping, check_before_swapping, check_before_zero_grad
 from shardadam.engine.outside import is_averaged
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.reduction.base import parameters_of_gradients, reducer_of
@@ -168,10 +168,13 @@ def watch_torch(reducer: Reducer) -> None:
     """Warn, once per process, when torch is used in a way that goes wrong beside an optimizer with this reducer.
 
     A function of ``torch.nn.utils`` that clips gradients which this package averages would find ``p.grad`` None, or
-    this rank's own gradient. Another optimizer may step with gradients that nobody has averaged.
+    this rank's own gradient. ``model.zero_grad()`` does not discard gradients that were taken out of ``p.grad``.
+    Another optimizer may step with gradients that nobody has averaged.
     """
     if not reducer.keeps_gradients:
         check_before_clipping(_check_clipped)
+    if reducer.takes_gradients:
+        check_before_zero_grad(_check_zero_grad)
     if reducer.averages:
         _watch_other_optimizers()
 
@@ -189,6 +192,22 @@ def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
         if reducer is not None and (why := reducer.why_not_in_grad(parameter)) is not None:
             _warned.add(function)
             warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
+            return
+
+
+def _check_zero_grad(module: nn.Module) -> None:
+    """Warn if ``module.zero_grad()`` comes between a backward and its step: gradients that were taken stay."""
+    if "zero_grad" in _warned:
+        return
+    for parameter in (p for one in module.modules() for p in one._parameters.values() if p is not None):
+        reducer: Reducer | None = reducer_of(parameter)
+        if reducer is not None and reducer.takes_gradients and any(reducer.used):
+            _warned.add("zero_grad")
+            warnings.warn(
+                f"{type(module).__name__}.zero_grad(): the gradients have been taken out of p.grad during backward, so "
+                "that it does not discard them, and the next step uses them. Call optimizer.zero_grad(), on all ranks.",
+                stacklevel=_stacklevel(),
+            )
             return
 
 

@@ -59,6 +59,20 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
 
 
 @cache
+def check_before_zero_grad(check: Callable[[nn.Module], None]) -> None:
+    """Make ``nn.Module.zero_grad`` call ``check(module)`` first. torch has no hook for this."""
+    module: Any = nn.Module
+    zero_grad = module.zero_grad
+
+    @wraps(zero_grad)
+    def check_and_call(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check(self)
+        zero_grad(self, *args, **kwargs)
+
+    module.zero_grad = check_and_call
+
+
+@cache
 def call_before_parameters_are_read(call: Callable[[], None]) -> None:
     """Make ``nn.Module.parameters()``, ``named_parameters()`` and ``to()``, and copying and pickling a parameter, run
     ``call()``.
@@ -75,7 +89,7 @@ def call_before_parameters_are_read(call: Callable[[], None]) -> None:
         parameter.__deepcopy__,
         parameter.__reduce_ex__,
     )
-    zero_grad = nn.Module.zero_grad.__code__
+    zero_grad = inspect.unwrap(nn.Module.zero_grad).__code__
 
     @wraps(named_parameters)
     def call_and_name(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:

@@ -61,7 +61,7 @@ def inlined(function: Callable[..., Any]) -> Any:
 def prepare(function: Any, *arguments: int | float | bool) -> None:
     """Call a ``compiled`` function with ``arguments`` that make it do nothing, so that it compiles now.
 
-    Only one process of a host compiles; the others wait, then read its machine code. Says so if it takes long.
+    Only one process of a host compiles, and says so if it takes long; the others wait, then read its machine code.
     """
     folder = function.stats.cache_path
     with ExitStack() as stack:
@@ -71,9 +71,15 @@ def prepare(function: Any, *arguments: int | float | bool) -> None:
                 lock = stack.enter_context(open(Path(folder) / "compiling.lock", "ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
         kept = "" if folder is None else f", once; its machine code is kept in {folder}"
-        said = Timer(_PATIENCE_SECONDS, _log.warning, [f"compiling {function.__module__} for this CPU{kept}"])
-        stack.callback(said.cancel)
-        said.start()
+        text = f"compiling {function.__module__} for this CPU{kept}"
+
+        def say() -> None:
+            if function.stats.cache_misses:  # else its machine code is being read, on a busy host
+                _log.warning(text)
+
+        timer = Timer(_PATIENCE_SECONDS, say)
+        stack.callback(timer.cancel)
+        timer.start()
         function(*arguments)
 
 

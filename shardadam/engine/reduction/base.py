@@ -85,11 +85,13 @@ class Reducer(ABC):
         rounds: number of rounds since the reducer was built. If it has not changed, neither have the gradient shards.
         local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
         averages: whether it averages gradients over several ranks.
+        takes_gradients: whether gradients are taken out of ``p.grad`` during backward.
         keeps_gradients: whether ``p.grad`` holds the mean gradients from backward to the step, for others to clip.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
 
     averages = False
+    takes_gradients = False
     keeps_gradients = False
 
     def __init__(self) -> None:

@@ -17,6 +17,8 @@ from shardadam.engine.reduction.hooks import GradientHooks
 class DuringBackward(Reducer):
     """Has hooks on all parameters, once a subclass has registered them in ``add``."""
 
+    takes_gradients = True
+
     def __init__(self) -> None:
         super().__init__()
         self._hooks = GradientHooks(self)
