@@ -215,10 +215,12 @@ def test_one_rank_needs_neither_staging_nor_a_gradient_shard(gradient_sync: str)
     assert plan(planned("bf16"), setting, peak=True).total == plan(planned("bf16"), setting).total
 
 
-def test_the_default_bucket_size_is_the_optimizers() -> None:
-    parameters = [nn.Parameter(torch.zeros(2**20)) for _ in range(5)]
+@pytest.mark.parametrize(("numel", "count", "buckets"), [(2**20, 12, 6), (2**20, 5, 5), (2**16, 8, 4), (2**14, 8, 2)])
+def test_the_default_bucket_size_is_the_optimizers(numel: int, count: int, buckets: int) -> None:
+    """8 MiB; a quarter of a small model; 256 KiB of a tiny one."""
+    parameters = [nn.Parameter(torch.zeros(numel)) for _ in range(count)]
     optimizer = ShardedAdamW(parameters)
-    assert len(lay_out(parameters, Setting()).buckets) == len(optimizer._engine.parameters.buckets) == 3
+    assert len(lay_out(parameters, Setting()).buckets) == len(optimizer._engine.parameters.buckets) == buckets
 
 
 @pytest.mark.parametrize(
