@@ -19,7 +19,26 @@ from shardadam.transport import Transport
 class ShardedAdamW(ShardedAdam):
     """torch.optim.AdamW with its state split over the ranks of a process group.
 
-    ``ShardedAdam`` with decoupled weight decay: the same arguments, without ``decoupled_weight_decay``.
+    ``ShardedAdam`` with decoupled weight decay. Collective: all ranks must build it over the same model.
+
+    Args:
+        params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, or param groups of either.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        process_group: a ProcessGroup or DeviceMesh to shard over. None: the default group.
+        gradient_sync: who averages gradients: ``"backward"``, this optimizer while backward runs (``p.grad`` is None
+            afterwards); ``"step"``, this optimizer in ``step``; ``"external"``, DDP or a trainer.
+        max_grad_norm: clip the 2-norm of all averaged gradients in ``step``; ``grad_norm`` is then the norm before.
+        precision: formats of the state and of gradients, as ``Precision(moments="int8")``.
+        bucket_mb: MiB of parameters in a bucket. None: chosen by device and model.
+        transport: how ranks exchange data. ``"auto"``: shared memory if possible, else torch.distributed.
+        model_parallel_group: ranks that hold other parts of the model. None: found from DTensors.
+        update: ``"backward"`` updates parameters while backward runs, without a gradient shard; nothing can clip then.
+        ema_decay: keep an exponential moving average of the weights.
+        offload: ``HostOffload()`` or ``DiskOffload(directory)``; None: state stays on the parameters' device.
+        foreach, fused, capturable: accepted and ignored.
+        amsgrad, differentiable: not supported, must be False.
+
+    ``help(shardadam.ShardedAdam)`` says more about each argument, and which errors are raised.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ A comment before a block says how:
     torchrun: NAME        a whole script, on two ranks; with ", 4 ranks" after the name on four
     fragment              part of one, on two ranks, after what ``prepared`` gives it
     file: NAME            a file that shell blocks of the page use
+    before and after      a diff with all of a script: run before, after, and after from the checkpoint of before
     shell                 commands; ``needs`` files of the docs, or ``launch``; ``after`` a script, in its directory
     elsewhere: WHY        what runs it instead, or why nothing can
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -109,6 +111,40 @@ def test_a_script_runs_on_its_ranks(block: Block, tmp_path: Path) -> None:
     if name in ("accelerate", "transformers", "lightning"):
         pytest.importorskip(name)
     run_block(block, tmp_path)
+
+
+# A script before and after
+
+
+def test_the_whole_ddp_script_prints_the_same_before_and_after(tmp_path: Path) -> None:
+    """Also if the new script goes on from the old one's checkpoint, and from its own."""
+    [block] = [block for block in BLOCKS if block.how == "before and after"]
+    lines = block.text.splitlines()
+    assert {line[:1] for line in lines} == {" ", "-", "+", ""}
+    for name, other in (("before.py", "+"), ("after.py", "-")):
+        kept = [line[1:] for line in lines if not line.startswith(other)]
+        if name == "before.py":
+            kept += ["os._exit(0)"]  # as in run_block
+        (tmp_path / name).write_text("\n".join(kept) + "\n")
+
+    def losses(script: str, epochs: int, directory: str) -> list[str]:
+        where = tmp_path / directory
+        where.mkdir(exist_ok=True)
+        printed = run_script(
+            tmp_path / script,
+            [str(epochs)],
+            directory=where,
+            environment={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"},
+            output=where / "output.txt",
+        )
+        return re.findall(r"^epoch \d+: loss .*$", printed, re.MULTILINE)
+
+    first = losses("before.py", 2, "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "moved")
+    rest = losses("before.py", 4, "old")
+    assert len(first) == len(rest) == 2
+    assert losses("after.py", 2, "new") == first
+    assert losses("after.py", 4, "new") == losses("after.py", 4, "moved") == rest
 
 
 # Fragments

@@ -211,8 +211,31 @@ def write_a_gradient(writers: tuple[int, ...]) -> tuple[str, list[list[float]], 
 def test_a_gradient_written_by_hand_raises_on_every_rank_and_keeps_the_reduced_ones(writers: tuple[int, ...]) -> None:
     results = on_ranks(2, write_a_gradient, writers)
     for message, parameters, unchanged in results:
-        assert "p.grad" in message and '"step"' in message and unchanged
+        assert "p.grad" in message and '"step"' in message and "register_hook" in message and unchanged
         assert parameters == results[0][1]
+
+
+def mask_gradients() -> list[list[float]]:
+    """Return the gradient that is averaged: masked by a hook, masked in p.grad, and not masked."""
+    averaged = []
+    for gradient_sync, how in (("backward", "hook"), ("step", "p.grad"), ("backward", "no mask")):
+        model = build_model()
+        optimizer = ShardedAdamW(model.parameters(), gradient_sync=gradient_sync)
+        weight = model[0].weight
+        mask = torch.arange(weight.numel()).view_as(weight) % (2 + rank_and_size()[0]) == 0
+        if how == "hook":
+            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+        backward(model)
+        if how == "p.grad":
+            weight.grad.mul_(mask)
+        averaged.append(optimizer.full_grad(weight).flatten().tolist())
+        optimizer.step()
+    return averaged
+
+
+def test_the_remedies_for_writing_gradients_do_the_same() -> None:
+    for by_hook, in_grad, unmasked in on_ranks(2, mask_gradients):
+        assert by_hook == in_grad != unmasked
 
 
 # Steps that are always skipped

@@ -378,7 +378,7 @@ def foreign_gradient(param: ShardedParam) -> str:
         "(accelerate's prepare, transformers.Trainer and Lightning's DDP strategy do that), remove the "
         "wrapper (shardadam.integrations.accelerate.ShardedAccelerator, shardadam.integrations."
         'transformers.ShardedTrainer), or build the optimizer with gradient_sync="external". If your own '
-        'code writes p.grad after backward, use gradient_sync="step".'
+        'code writes p.grad after backward, write in p.register_hook instead, or use gradient_sync="step".'
     )
 
 
