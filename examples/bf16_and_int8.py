@@ -35,7 +35,9 @@ def main(stock: bool) -> None:
             masters = [p.detach().float() for p in model.parameters()]
             model, optimizer = DistributedDataParallel(model), torch.optim.AdamW(masters, lr=1e-3)
         else:
-            optimizer = ShardedAdamW(model.named_parameters(), lr=1e-3, precision=Precision(moments, kind))
+            optimizer = ShardedAdamW(
+                model.named_parameters(), lr=1e-3, precision=Precision(moments=moments, master=kind)
+            )
         for _ in range(100):
             loss = nn.functional.mse_loss(model(inputs), targets)
             loss.backward()
@@ -47,10 +49,12 @@ def main(stock: bool) -> None:
             if stock:
                 nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(masters).bfloat16(), model.parameters())
         dist.all_reduce(loss.detach_().div_(world_size))
-        count = sum(p.numel() for p in model.parameters())
-        nbytes = 12 if stock else optimizer.memory().state * world_size / count  # stock: of each rank
+        if stock:  # on every rank
+            tensors = masters + [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+        nbytes = sum(t.nbytes for t in tensors) if stock else optimizer.memory().state * world_size
+        nbytes /= sum(p.numel() for p in model.parameters())
         if rank == 0:
-            print(f"{moments} moments, {kind} master: {nbytes:5.2f} bytes a parameter  loss {loss.item():.4f}")
+            print(f"{moments} moments, {kind} master: {nbytes:5.2f} bytes a parameter  loss {loss.item():.6f}")
     dist.destroy_process_group()
 
 

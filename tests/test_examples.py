@@ -142,6 +142,15 @@ def test_trainer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "checkpoint-20").is_dir()
 
 
+@pytest.mark.scripts
+@pytest.mark.timeout(420)
+def test_torchtitans_container(tmp_path: Path) -> None:
+    """.ci/run installs torchtitan for this test alone: its requirements pin other packages."""
+    pytest.importorskip("torchtitan")
+    mine = run("torchtitan_container.py", str(tmp_path / "mine"))
+    assert_twins(mine, run_stock("torchtitan_container.py", str(tmp_path / "stock")), rel=1e-5)
+
+
 def printed_by_parallel(directory: Path, ranks: int, tensor_parallel: int) -> list[list[float]]:
     """Return step, loss and norm of each line."""
     output = run("parallel.py", str(directory), str(tensor_parallel), ranks=ranks)
