@@ -27,7 +27,7 @@ def main(stock: bool) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     inputs = torch.randn(256, 64, generator=torch.Generator().manual_seed(rank)).to(device, torch.bfloat16)
-    targets = inputs.sum(dim=1, keepdim=True) / 8
+    targets = inputs.float().sum(dim=1, keepdim=True) / 8
     for moments, kind in FORMATS[: 1 if stock else 3]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1)).to(device, torch.bfloat16)
@@ -39,7 +39,7 @@ def main(stock: bool) -> None:
                 model.named_parameters(), lr=1e-3, precision=Precision(moments=moments, master=kind)
             )
         for _ in range(100):
-            loss = nn.functional.mse_loss(model(inputs), targets)
+            loss = nn.functional.mse_loss(model(inputs).float(), targets)
             loss.backward()
             if stock:
                 for master, p in zip(masters, model.parameters(), strict=True):
