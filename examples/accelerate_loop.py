@@ -3,11 +3,16 @@
 
     pip install '.[accelerate]'
     torchrun --nproc-per-node 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py --stock
 
-Expect the loss to fall. The optimizer averages gradients; the model is not wrapped in DDP.
+The optimizer averages gradients; the model is not wrapped in DDP. With --stock, accelerate's own ``Accelerator`` and
+torch.optim.AdamW train instead, and print the same.
 """
 
+import sys
+
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,11 +20,12 @@ from shardadam import ShardedAdamW
 from shardadam.integrations.accelerate import ShardedAccelerator
 
 
-def main() -> None:
-    accelerator = ShardedAccelerator(gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
+def main(stock: bool) -> None:
+    kinds = (Accelerator, torch.optim.AdamW) if stock else (ShardedAccelerator, ShardedAdamW)
+    accelerator = kinds[0](gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(accelerator.device)
-    optimizer = ShardedAdamW(model.named_parameters(), lr=1e-2)
+    optimizer = kinds[1](model.named_parameters(), lr=1e-2)
     inputs = torch.randn(512, 16)
     loader = DataLoader(TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)), batch_size=16, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -33,9 +39,9 @@ def main() -> None:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        accelerator.print(f"epoch {epoch}  loss {accelerator.reduce(loss.detach(), 'mean').item():.4f}")
+        accelerator.print(f"epoch {epoch}  loss {accelerator.reduce(loss.detach(), 'mean').item():.6f}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    main("--stock" in sys.argv)
