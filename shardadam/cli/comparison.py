@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of ``shardadam plan``: bytes per rank in every format, and with torch.optim.AdamW and FSDP2.
 
-The planner computes the bytes of our own optimizer, from the layout; the only formula here is FSDP2's. Prints nothing.
+The planner computes the bytes of our own optimizer, from the layout; ``fsdp2`` estimates those of FSDP2.
+Prints nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any, cast, get_args
 
 import torch
 
 from shardadam.cli.disk_speed import Moved
+from shardadam.cli.fsdp2 import fsdp2_bytes
 from shardadam.cli.model_source import ModelSource
 from shardadam.cli.plan_parallel import ModelParallel, Part, divide
 from shardadam.layout import Layout
@@ -295,33 +297,5 @@ def adamw_with_masters(planned: Sequence[PlannedParameter]) -> Usage:
 
 
 def fsdp2(source: ModelSource, ranks: int, *, keeps_masters: bool) -> Usage:
-    """Estimates ``fully_shard`` with torch.optim.AdamW, of what ``ranks`` data-parallel ranks hold.
-
-    Counts parameters, gradients and two moments, all sharded along the first dimension, and two unsharded copies of the
-    largest module that ``fully_shard`` is called on: the one that computes, and the next, prefetched. After Zhao et al.
-    2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277 (all shards, and the
-    largest unsharded unit), and the prefetching of ``torch.distributed.fsdp.fully_shard``. Does not count unsharded
-    gradients or fragmentation.
-
-    Args:
-        keeps_masters: bfloat16 and float16 parameters are stored in float32 and cast when they are gathered
-            (MixedPrecisionPolicy).
-    """
-    parameters = gradients = steps = 0
-    for one in source.planned:
-        rows = one.shape[0] if one.shape else 1
-        group = ranks // one.expert_parallel
-        shard = -(-rows // group) * (one.numel // rows) if rows else 0
-        nbytes = shard * (4 if keeps_masters and one.dtype in LOW else one.dtype.itemsize)
-        parameters += nbytes
-        gradients += nbytes * one.trainable
-        steps += 4 * one.trainable
-    largest = max(sum(one.nbytes for one in unit) for unit in source.units().values())
-    return _alternative(
-        "fsdp2",
-        is_estimate=True,
-        parameters=parameters + 2 * largest,
-        gradients=gradients,
-        moments=2 * gradients,
-        scalars=steps,
-    )
+    """Estimates ``fully_shard`` with torch.optim.AdamW; see ``fsdp2_bytes``."""
+    return _alternative("fsdp2", is_estimate=True, **asdict(fsdp2_bytes(source, ranks, keeps_masters=keeps_masters)))

@@ -28,48 +28,67 @@ from shardadam.planner.planning import When
 from shardadam.precision import Gradients, Master, Moments, Precision
 
 _DESCRIPTION = """\
-Computes the bytes that training takes on each rank, by kind, in every format, and compares them with torch.optim.AdamW
-and FSDP2. Uses the optimizer's own layout, and allocates nothing. Does not count activations, buffers of the model, and
-what torch itself takes."""
+Computes the bytes that training takes on each rank, by kind, in every format,
+and compares them with torch.optim.AdamW and FSDP2. Uses the optimizer's own
+layout, and allocates nothing. Does not count activations, buffers of the model,
+and what torch itself takes."""
 
 _EPILOG = f"""\
 WHAT is one of
-  7B, 350M, 1.3e9          a number of parameters: planned as a decoder of exactly that size, with Llama 2's proportions
-  DIR, config.json         a Hugging Face model, built without weights or network; needs transformers
-  Qwen/Qwen3-8B            the same by name, from the local cache, or with --download from the Hugging Face Hub
-  module:function          a function (or class) without arguments that returns an nn.Module, called on the meta device;
-                           the current directory is searched for the module first
+  7B, 350M, 1.3e9          a number of parameters: planned as a decoder of
+                           exactly that size, with Llama 2's proportions
+  DIR, config.json         a Hugging Face model, built without weights or
+                           network; needs transformers
+  Qwen/Qwen3-8B            the same by name, from the local cache, or with
+                           --download from the Hugging Face Hub
+  module:function          a function (or class) without arguments that returns
+                           an nn.Module, called on the meta device; the current
+                           directory is searched for the module first
 
-Model parallelism: --ranks counts all ranks. Ranks that hold the same part of the model, N / (T P) of them, are
-data-parallel and split its state; N / (T P E) of them hold the same experts. Tensors are cut by their names, as usual;
-"What a rank holds" lists how.
+Model parallelism: --ranks counts all ranks. Ranks that hold the same part of
+the model, N / (T P) of them, are data-parallel and split its state; N / (T P E)
+of them hold the same experts. Tensors are cut by their names, as usual; "What a
+rank holds" lists how.
 
---json prints one object. All sizes are bytes of one rank; "ranks" counts the ranks of all hosts:
+--json prints one object. All sizes are bytes of one rank; "ranks" counts the
+ranks of all hosts:
   version     1; within a version, fields may be added but do not change
-  what        name, source (number, hugging_face, function), description, tensors, parameters, trainable,
-              dtypes {{fp32, bf16, ...: elements}}
-  asked       your settings: ranks, hosts, replicas, device, gradient_sync, update, gradients, moments, master,
-              bucket_bytes, clip, ema, offload, transport
-  parallel    null without model parallelism: tensor, expert, pipeline, data (ranks that hold the same part), and what
-              the planned rank holds, the fullest: stage (from 1), layers (first and last), tensors, parameters,
-              trainable, cuts {{how: names}}
+  what        name, source (number, hugging_face, function), description,
+              tensors, parameters, trainable, dtypes {{fp32, bf16, ...:
+              elements}}
+  asked       your settings: ranks, hosts, replicas, device, gradient_sync,
+              update, gradients, moments, master, bucket_bytes, clip, ema,
+              offload, transport
+  parallel    null without model parallelism: tensor, expert, pipeline, data
+              (ranks that hold the same part), and what the planned rank holds,
+              the fullest: stage (from 1), layers (first and last), tensors,
+              parameters, trainable, cuts {{how: names}}
   memory      the value of --memory, or null
-  formats     one for each format and gradient_sync: moments, master, gradients, gradient_sync, update, asked (whether
-              these are your settings), built (fields of optimizer.memory() after construction, and their total), bytes
-              (the same kinds in training, p.grad and frozen parameters included, and their total), fits, fits_from
-  comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2, and choice and here if formats do not have them
-              on any number of ranks: name, estimate, bytes, fits, fits_from
-  choice      null without --memory: fits, changes (what differs from your settings), ranks, gradient_sync, update,
-              clip, offload, gradients, moments, master, bytes {{parameters, gradients, optimizer, total}}; if nothing
-              fits, all but fits and changes null
-  here        the same for as many ranks as in your settings, if choice has others; else null
-  disk        null without --measure-disk or --disk-bandwidth: directory, read, write, both (bytes a second: alone, and
-              together while both go on), state (bytes of one rank), sharing (ranks of a host), seconds (to read and
-              write the state once a step), step_time, slowdown_at_least, slowdown_at_most (null without --step-time)
-fits and fits_from are null without --memory; fits_from is the smallest power of two of ranks (times the replicas, and
-the parts of the model) on which it fits, or null if that is more than {MOST_RANKS} data-parallel ranks.
+  formats     one for each format and gradient_sync: moments, master, gradients,
+              gradient_sync, update, asked (whether these are your settings),
+              built (fields of optimizer.memory() after construction, and their
+              total), bytes (the same kinds in training, p.grad and frozen
+              parameters included, and their total), fits, fits_from
+  comparison  adamw, adamw_fp32_master, step, backward, external, fsdp2, and
+              choice and here if formats do not have them on any number of
+              ranks: name, estimate, bytes, fits, fits_from
+  choice      null without --memory: fits, changes (what differs from your
+              settings), ranks, gradient_sync, update, clip, offload, gradients,
+              moments, master, bytes {{parameters, gradients, optimizer,
+              total}}; if nothing fits, all but fits and changes null
+  here        the same for as many ranks as in your settings, if choice has
+              others; else null
+  disk        null without --measure-disk or --disk-bandwidth: directory, read,
+              write, both (bytes a second: alone, and together while both go
+              on), state (bytes of one rank), sharing (ranks of a host), seconds
+              (to read and write the state once a step), step_time,
+              slowdown_at_least, slowdown_at_most (null without --step-time)
+fits and fits_from are null without --memory; fits_from is the smallest power of
+two of ranks (times the replicas, and the parts of the model) on which it fits,
+or null if that is more than {MOST_RANKS} data-parallel ranks.
 
-Exit code: 0; 1 if training with your settings does not fit in --memory, or cannot be planned."""
+Exit code: 0; 1 if training with your settings does not fit in --memory, or
+cannot be planned."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

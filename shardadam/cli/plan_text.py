@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from shardadam.cli.comparison import LOW, MOST_RANKS, Comparison, Usage
 from shardadam.cli.disk_speed import Moved
 from shardadam.cli.model_source import ModelSource
-from shardadam.cli.text import Unit, binary_size, plural, table
+from shardadam.cli.text import Unit, binary_size, facts, paragraph, plural, side_by_side, table
 from shardadam.planner import Fit, Setting
 
 NAMES = {
-    "adamw": "torch.optim.AdamW on every rank",
-    "adamw_fp32_master": "the same over float32 masters",
+    "adamw": "AdamW on every rank",
+    "adamw_fp32_master": "AdamW over float32 masters",
     "step": 'shardadam "step" (ZeRO-1)',
     "backward": 'shardadam "backward" (ZeRO-2)',
     "external": 'shardadam "external" under DDP',
@@ -22,7 +20,6 @@ NAMES = {
     "here": "the choice for as many ranks",
 }
 _OFFLOADS = {"host": "offload=HostOffload()", "disk": 'offload=DiskOffload("DIRECTORY")'}
-_WIDTH = 100
 
 
 def as_text(found: Comparison) -> str:
@@ -45,7 +42,7 @@ def _head(found: Comparison) -> str:
     if asked.replicas > 1:
         where += f", {plural(asked.replicas, 'replica')} of the state over {plural(asked.world_size, 'rank')} each"
     held = found.part.held
-    facts = [
+    known = [
         ("model", f"{source.what}: {source.description}"),
         ("parameters", _parameters(source)),
         ("ranks", where),
@@ -53,8 +50,8 @@ def _head(found: Comparison) -> str:
         ("buckets", binary_size(found.bucket_bytes)),
     ]
     if found.available is not None:
-        facts.append(("memory", f"{Unit(found.available).named(found.available)} per rank"))
-    return table(facts, right=())
+        known.append(("memory", f"{Unit(found.available).named(found.available)} per rank"))
+    return facts(known)
 
 
 def _parts(found: Comparison) -> str:
@@ -64,17 +61,15 @@ def _parts(found: Comparison) -> str:
     if parallel.expert > 1:
         same = found.data_parallel // parallel.expert
         divided.append(f"experts over {plural(parallel.expert, 'group')} of {plural(same, 'data-parallel rank')}")
-    facts = [("divided", "; ".join(divided))]
+    known = [("divided", "; ".join(divided))]
     if parallel.pipeline > 1 and part.layers is not None:
         first, last = part.layers
         layers = first if first == last else f"{first} to {last}"
-        facts.append(("stage", f"the fullest, {part.stage + 1} of {parallel.pipeline}: {layers}"))
-        facts += [("on both ends", f"{name}, as it is tied") for name in part.copied]
-    facts.append(("parameters", _parameters(part.held)))
-    for how, names in part.cuts.items():
-        lines = textwrap.wrap(", ".join(names), _WIDTH - 2 - max(len(key) for key in (*part.cuts, "parameters")))
-        facts += [(how if index == 0 else "", line) for index, line in enumerate(lines)]
-    return f"What a rank holds\n{table(facts, right=())}"
+        known.append(("stage", f"the fullest, {part.stage + 1} of {parallel.pipeline}: {layers}"))
+        known += [("on both ends", f"{name}, as it is tied") for name in part.copied]
+    known.append(("parameters", _parameters(part.held)))
+    known += [(how, ", ".join(names)) for how, names in part.cuts.items()]
+    return f"What a rank holds\n{facts(known)}"
 
 
 def _parameters(source: ModelSource) -> str:
@@ -115,9 +110,9 @@ def name_of(usage: Usage) -> str:
 
 
 def _kinds(found: Comparison, unit: Unit) -> str:
-    """Returns the table of bytes by kind, in every format with the requested ``gradient_sync``."""
+    """Returns the table of bytes by kind: a column for each format, with the requested ``gradient_sync``."""
     has_masters = _has_masters(found.part.held)
-    columns = {
+    kinds = {
         "parameters": ("parameters",),
         "gradients": ("gradients",),
         "grad shard": ("gradient_shard",),
@@ -129,26 +124,26 @@ def _kinds(found: Comparison, unit: Unit) -> str:
         "tables": ("scalars", "tables"),
     }
     if not has_masters:
-        del columns["master"]
+        del kinds["master"]
     if not found.asked.ema:
-        del columns["average"]
+        del kinds["average"]
     if found.asked.offload is None:
-        del columns["buffers"]
-    names = ["moments", "master"] if has_masters else ["moments"]
-    rows = [["", *names, *columns, "total", *_fits_header(found)]]
+        del kinds["buffers"]
+    formats = ["moments in", "master in"] if has_masters else ["moments in"]
+    columns = []
     for usage in found.formats:
         if usage.setting is None or usage.setting.gradient_sync != found.asked.gradient_sync:
             continue
         precision = usage.setting.precision
-        cells = [unit(sum(usage.kinds[kind] for kind in kinds)) for kinds in columns.values()]
-        formats = [precision.moments, precision.master] if has_masters else [precision.moments]
-        rows.append([">" if found.is_asked(usage) else "", *formats, *cells, unit(usage.total), *_fits(found, usage)])
-    title = f'{unit.name} per rank in training, with {", ".join(_when(found.asked))}; ">" marks your settings'
-    return f"{title}\n{table(rows, right=range(1 + len(names), len(rows[0])))}"
+        cells = [unit(sum(usage.kinds[kind] for kind in some)) for some in kinds.values()]
+        head = [f"{'>' if found.is_asked(usage) else ''}{precision.moments}", precision.master][: len(formats)]
+        columns.append([*head, *cells, unit(usage.total), *_fits(found, usage)])
+    title = paragraph(f'{unit.name} per rank in training, with {", ".join(_when(found.asked))}; ">" is your settings')
+    return f"{title}\n{side_by_side([*formats, *kinds, 'total', *_fits_header(found)], columns)}"
 
 
 def _alternatives(found: Comparison, unit: Unit) -> str:
-    rows = [["", "", "parameters", "gradients", "the rest", "total", *_fits_header(found)]]
+    rows = [["", "", "params", "grads", "rest", "total", *_fits_header(found)]]
     for usage in found.alternatives:
         parameters, gradients = usage.kinds["parameters"], usage.kinds["gradients"]
         cells = [unit(value) for value in (parameters, gradients, usage.total - parameters - gradients, usage.total)]
@@ -157,21 +152,23 @@ def _alternatives(found: Comparison, unit: Unit) -> str:
 
 
 def _fits_header(found: Comparison) -> list[str]:
-    return [] if found.available is None else ["fits", "fits from"]
+    return [] if found.available is None else ["fits", "from"]
 
 
 def _fits(found: Comparison, usage: Usage) -> list[str]:
     if found.available is None:
         return []
-    return ["yes" if usage.fits else "no", "never" if usage.fits_from is None else plural(usage.fits_from, "rank")]
+    return ["yes" if usage.fits else "no", "never" if usage.fits_from is None else str(usage.fits_from)]
 
 
 def _notes(found: Comparison) -> list[str]:
     notes = [
         "Not counted: activations, buffers of the model, and what torch and NCCL take. While the optimizer is built, "
         "parameters exist twice.",
-        "FSDP2 is an estimate: all shards, and two unsharded copies of the largest module (Zhao et al. 2023, "
-        "arXiv:2304.11277, and prefetching). All other numbers are counted, not estimated.",
+        "FSDP2 is an estimate of fully_shard on each layer and on the model, when a step takes the most: all shards, "
+        "what is unsharded then, and buffers. It assumes torch's defaults: a layer is unsharded whole, with all "
+        "experts that one tensor has, while the next is gathered; embedding and head stay unsharded from forward to "
+        "the end of backward, with their gradients. All other numbers are counted, not estimated.",
     ]
     parallel = found.part.parallel
     if parallel.is_used:
@@ -194,7 +191,7 @@ def _notes(found: Comparison) -> list[str]:
         )
     if found.available is not None:
         notes.append(
-            f'"fits from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
+            f'"from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
             f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}."
         )
     return notes
@@ -208,7 +205,7 @@ def _of_replicas(found: Comparison) -> str:
 
 
 def _wrapped(paragraphs: list[str]) -> str:
-    return "\n".join(textwrap.fill(paragraph, _WIDTH) for paragraph in paragraphs)
+    return "\n".join(map(paragraph, paragraphs))
 
 
 # What to choose

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for a terminal of 80 to 120 columns: aligned tables and readable sizes."""
+"""Text for a terminal of 80 columns: aligned tables, wrapped paragraphs and readable sizes."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from shardadam.checkpoint.files import printable
+
+WIDTH = 80
+"""Columns that output may take, whatever the terminal has: it looks the same in a file, a log and a message."""
 
 
 def show(text: str, *, to: Literal["stdout", "stderr"] = "stdout") -> None:
@@ -24,17 +28,59 @@ def show(text: str, *, to: Literal["stdout", "stderr"] = "stdout") -> None:
 def table(rows: Sequence[Sequence[str]], *, right: Iterable[int]) -> str:
     """Aligns ``rows``, all of one length, in columns; columns with an index in ``right`` are aligned to the right.
 
-    A line break in a cell is escaped, as it would look like a row of its own.
+    A line break in a cell is escaped, as it would look like a row of its own. Columns are two spaces apart, or one if
+    the table would be wider than ``WIDTH``.
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
     return "\n".join(
-        "  ".join(
+        gap.join(
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
+
+
+def side_by_side(labels: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Aligns ``columns``, each as long as ``labels``, beside them; in several tables if one would be too wide."""
+    tables = []
+    while columns:
+        count = len(columns)
+        while True:
+            rows = [[label, *(column[index] for column in columns[:count])] for index, label in enumerate(labels)]
+            text = table(rows, right=range(1, count + 1))
+            if count == 1 or max(map(len, text.splitlines())) <= WIDTH:
+                break
+            count -= 1
+        tables.append(text)
+        columns = columns[count:]
+    return "\n\n".join(tables)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Aligns names and what is said about them, which goes on in the next line if it is too long for one."""
+    known = [(printable(name), printable(text)) for name, text in rows]
+    width = max(len(name) for name, _ in known)
+    lines = []
+    for name, text in known:
+        first, *others = _lines(text, WIDTH - width - 2) or [""]
+        lines += [(name, first), *(("", line) for line in others)]
+    return table(lines, right=())
+
+
+def paragraph(text: str, *, breaks_words: bool = True) -> str:
+    """Wraps ``text``.
+
+    Args:
+        breaks_words: whether a word longer than a line is broken; if not, a path can still be copied.
+    """
+    return "\n".join(_lines(text, WIDTH, breaks_words=breaks_words))
+
+
+def _lines(text: str, width: int, *, breaks_words: bool = True) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=breaks_words, break_on_hyphens=False)  # options have hyphens
 
 
 def binary_size(nbytes: int) -> str:
@@ -63,8 +109,9 @@ class Unit:
         self.name, self.nbytes = next((unit for unit in _UNITS if largest >= unit[1]), ("bytes", 1))
 
     def __call__(self, nbytes: int) -> str:
-        """``nbytes`` as a number in this unit, with two decimals (none for bytes)."""
-        return f"{nbytes / self.nbytes:,.{0 if self.nbytes == 1 else 2}f}"
+        """``nbytes`` as a number in this unit, with two decimals below a thousand (none for bytes)."""
+        number = nbytes / self.nbytes
+        return f"{number:,.{0 if self.nbytes == 1 or number >= 999.995 else 2}f}"
 
     def named(self, nbytes: int) -> str:
         """The same, followed by the unit."""
