@@ -165,7 +165,7 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         )
         JoinableOptimizer.__init__(self)
         self._join_group = process_group
-        with desync.in_call(type(self).__name__), garbage_collection_paused():
+        with desync.in_call(type(self).__name__, self, builds=True), garbage_collection_paused():
             if not isinstance(transport, Transport):
                 exact_sums = getattr(precision, "accumulate", None) == "fp32"
                 transport = connect(process_group, kind=transport, exact_sums=exact_sums)
@@ -343,12 +343,12 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
                 that return the state, ``add_param_group``, ``shardadam.save`` and ``load`` of this optimizer, and a
                 second ``averaged_parameters`` raise; nothing is lost by it.
         """
-        with desync.in_call("averaged_parameters"):
+        with desync.in_call("averaged_parameters", self):
             self._put_averages()
         try:
             yield
         finally:
-            with desync.in_call("averaged_parameters"):
+            with desync.in_call("averaged_parameters", self):
                 self._put_weights_back()
 
     @collective

@@ -30,7 +30,7 @@ def collective(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenat
 
     @wraps(method)
     def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with desync.in_call(method.__name__), defer_signals():
+        with desync.in_call(method.__name__, self), defer_signals():
             try:
                 return method(self, *args, **kwargs)
             except Exception:

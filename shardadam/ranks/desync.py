@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,18 @@ _PERIOD_S = 0.25
 _REPORT_S = 2.0
 _ANSWER_S = 3.0  # of the store
 _JOIN_S = 5.0
+_OF_LOOP = ("step", "zero_grad", "clip_grad_norm_")
+_UNEVEN = (
+    " If {} had fewer batches and left the loop first, give all ranks equally many (drop_last=True in DataLoader and "
+    "DistributedSampler), or train under torch.distributed.algorithms.join.Join([optimizer])."
+)
 _MOST_NAMED = 16
 _LIBRARIES = tuple(
     str(Path(folder).resolve()) + os.sep
     for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
 )
 _ENDED = "has ended"
+_LEFT = "has left the process group, or ended,"
 _QUESTION = "?"
 _SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
 _ABSENT = "has not come to build its optimizer, or has ended"
@@ -141,18 +147,32 @@ class DesyncReporter:
                 "has ended, or its host is cut off",
             )
         missing = {rank: _SILENT if rank in self.processes else _ABSENT for rank in ranks}
+        status = {**status, **self._ends_of(rank for rank in ranks if status.get(rank, _ENDED) == _ENDED)}
         status = {**missing, **status, **{rank: text for rank, text in self._failures.items() if rank in missing}}
         silent = [rank for rank in ranks if rank in self._failures or status[rank] in (_SILENT, _ABSENT, _ENDED)]
-        shown = sorted(status, key=lambda rank: (rank not in silent, rank != self._rank, rank))
+        left = [rank for rank in ranks if status[rank].startswith(_LEFT)]
+        shown = sorted(status, key=lambda rank: (rank not in silent, rank not in left, rank != self._rank, rank))
         lines = [f"  {self._name(rank)}: {status[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
             lines.append(f"  and {len(shown) - _MOST_NAMED} more")
-        remedy = (
-            "Check the logs of the silent ranks first."
-            if silent
-            else "All ranks must make the same calls in the same order; compare where they are in your script."
-        )
+        if silent:
+            remedy = "Check the logs of the silent ranks first."
+        else:
+            remedy = "All ranks must make the same calls in the same order; compare where they are in your script."
+            if done := [
+                rank for rank in ranks if rank != self._rank and _may_be_done(status[rank], status[self._rank])
+            ]:
+                remedy += _UNEVEN.format(", ".join(map(self._name, done)))
         return "\n".join(["Status of the ranks:", *lines, remedy])
+
+    def _ends_of(self, ranks: Iterable[int]) -> dict[int, str]:
+        """Return what ``ranks`` have left behind when they left their process group, by rank."""
+        store, ends = self._store, {}
+        with suppress(RuntimeError):
+            for rank in ranks:
+                if store is not None and store.check([f"left/{rank}"]):
+                    ends[rank] = store.get(f"left/{rank}")
+        return ends
 
     def _unknown(self, ranks: Sequence[int], why: str) -> str:
         names = ", ".join(self._name(rank) for rank in ranks[:_MOST_NAMED])
@@ -181,6 +201,19 @@ class DesyncReporter:
             if all(rank in status for rank in ranks) or time.monotonic() > deadline:
                 return status
             time.sleep(0.05)
+
+
+def _may_be_done(other: str, own: str) -> bool:
+    """Return whether the statuses fit a rank that has left its training loop, for which this one waits in ``step()``
+    or in a backward between two steps.
+    """
+    call = re.compile(r"\b(in|after) call (\d+) of (\w+)\(\)")
+    theirs, mine = call.search(other), call.search(own)
+    if theirs is None or mine is None or mine[3] not in _OF_LOOP or theirs[3][0].isupper():
+        return False  # a class: it is being built
+    if theirs[3] not in _OF_LOOP:
+        return True  # a call of an evaluation, for example
+    return theirs[1] == "after" and int(theirs[2]) <= int(mine[2])
 
 
 def _answer_of(store: StoreClient, rank: int, request: int) -> str | None:
@@ -253,42 +286,67 @@ def report(ranks: Sequence[int]) -> str:
 
 
 class _CallLog:
-    """Which of the calls that all ranks must make the main thread of this process is in, or made last."""
+    """Which of the calls that all ranks must make the main thread of this process is in, or made last.
+
+    Counts the calls of each optimizer apart, and names the optimizer if the process has built several: by its place
+    in the order in which they were built.
+    """
 
     def __init__(self) -> None:
-        self._open: list[tuple[str, int, float]] = []  # name, count, start
-        self._last: tuple[str, int, float] | None = None  # name, count, end
-        self._counts: Counter[str] = Counter()
+        self._open: list[tuple[str, float]] = []  # call, start
+        self._last: tuple[str, float] | None = None  # call, end
+        self._built: Counter[str] = Counter()
+        self._counts: weakref.WeakKeyDictionary[object, Counter[str]] = weakref.WeakKeyDictionary()
+        self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def in_call(self, call: str) -> Iterator[None]:
-        self._counts[call] += 1
-        self._open.append((call, self._counts[call], time.monotonic()))
+    def in_call(self, call: str, optimizer: object, *, builds: bool = False) -> Iterator[None]:
+        if builds:
+            self._built[call] += 1
+            self._numbers[optimizer] = self._built.total()
+            text = f"call {self._built[call]} of {call}()"
+        else:
+            counts = self._counts.setdefault(optimizer, Counter())
+            counts[call] += 1
+            text = f"call {counts[call]} of {call}()"
+            if self._built.total() > 1 and optimizer in self._numbers:
+                text += f" of optimizer {self._numbers[optimizer]} of {self._built.total()}"
+        self._open.append((text, time.monotonic()))
         try:
             yield
         finally:
-            name, count, _ = self._open.pop()
-            self._last = (name, count, time.monotonic())
+            text, _ = self._open.pop()
+            self._last = (text, time.monotonic())
 
     def describe(self) -> str:
         line = _line_in_users_code()
         at = f", at {line}" if line else ""
         now = time.monotonic()
         if self._open:
-            name, count, start = self._open[0]
-            return f"in call {count} of {name}() for {now - start:.1f} s{at}"
+            call, start = self._open[0]
+            return f"in {call} for {now - start:.1f} s{at}"
         if self._last is None:
             return f"has not called the optimizer yet{at}"
-        name, count, end = self._last
-        return f"{now - end:.1f} s after call {count} of {name}(){at}"
+        call, end = self._last
+        return f"{now - end:.1f} s after {call}{at}"
+
+    def describe_end(self) -> str:
+        """Return what to say of this rank once it has left the process group or ended."""
+        return _LEFT if self._last is None else f"{_LEFT} after {self._last[0]}"
 
 
 _calls = _CallLog()
 
 
-def in_call(call: str) -> AbstractContextManager[None]:
-    """Return a context manager that marks its block as a call that all ranks must make; status reports name it."""
-    return _calls.in_call(call)
+def in_call(call: str, optimizer: object, *, builds: bool = False) -> AbstractContextManager[None]:
+    """Return a context manager that marks its block as a call that all ranks must make; status reports name it.
+
+    Args:
+        call: name of the method, or of the class.
+        optimizer: whose method it is; counted apart from those of others.
+        builds: whether the call builds ``optimizer``.
+    """
+    return _calls.in_call(call, optimizer, builds=builds)
 
 
 def _line_in_users_code() -> str | None:
@@ -326,6 +384,8 @@ def _answer_in_background(store: StoreClient, rank: int, period_s: float, failur
                     store.set(f"status/{rank}", f"{seen} {_calls.describe()}")
             except RuntimeError:
                 return  # the store has ended
+        with suppress(RuntimeError):
+            store.set(f"left/{rank}", _calls.describe_end())
 
     thread = threading.Thread(target=answer, name="shardadam.ranks.desync", daemon=True)
     _threads.append((thread, done))
