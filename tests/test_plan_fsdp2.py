@@ -76,7 +76,10 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         x = x + self.out(self.query(y) + self.key(y) * self.value(y))
-        return x + (self.down @ (self.up @ x).relu()).reshape(-1, WIDTH).sum(0)
+        if self.up.dim() == 2:
+            return x + self.down @ (self.up @ x).relu()
+        hidden = torch.einsum("ehw,w->eh", self.up, x).relu()
+        return x + torch.einsum("ewh,eh->w", self.down, hidden)
 
 
 class Decoder(nn.Module):

@@ -42,7 +42,7 @@ _LIBRARIES = tuple(
     for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
 )
 _ENDED = "has ended"
-_LEFT = "has left the process group, or ended,"
+_LEFT = "has ended, or left the process group,"
 _QUESTION = "?"
 _SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
 _ABSENT = "has not come to build its optimizer, or has ended"
@@ -155,14 +155,14 @@ class DesyncReporter:
         lines = [f"  {self._name(rank)}: {status[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
             lines.append(f"  and {len(shown) - _MOST_NAMED} more")
-        if silent:
-            remedy = "Check the logs of the silent ranks first."
-        else:
-            remedy = "All ranks must make the same calls in the same order; compare where they are in your script."
-            if done := [
-                rank for rank in ranks if rank != self._rank and _may_be_done(status[rank], status[self._rank])
-            ]:
-                remedy += _UNEVEN.format(", ".join(map(self._name, done)))
+        remedy = (
+            "Check the logs of the silent ranks first."
+            if silent or left
+            else "All ranks must make the same calls in the same order; compare where they are in your script."
+        )
+        own, others = status[self._rank], [rank for rank in ranks if rank != self._rank]
+        if done := [rank for rank in others if _may_be_done(status[rank], own)]:
+            remedy += _UNEVEN.format(", ".join(map(self._name, done)))
         return "\n".join(["Status of the ranks:", *lines, remedy])
 
     def _ends_of(self, ranks: Iterable[int]) -> dict[int, str]:
