@@ -7,6 +7,7 @@ A comment before a block says how:
     fragment              part of one, on two ranks, after what ``prepared`` gives it
     file: NAME            a file that shell blocks of the page use
     before and after      a diff with all of a script: run before, after, and after from the checkpoint of before
+    diff: NAME            the lines that turn the script NAME into another one; both print the same
     shell                 commands; ``needs`` files of the docs, or ``launch``; ``after`` a script, in its directory
     elsewhere: WHY        what runs it instead, or why nothing can
 
@@ -42,7 +43,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "ACCELERATE_USE_CPU": "true",
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "COLUMNS": "120",
+    "COLUMNS": "80",
 }
 NOT_RUN = {
     "README.md": 3,
@@ -145,6 +146,48 @@ def test_the_whole_ddp_script_prints_the_same_before_and_after(tmp_path: Path) -
     assert len(first) == len(rest) == 2
     assert losses("after.py", 2, "new") == first
     assert losses("after.py", 4, "new") == losses("after.py", 4, "moved") == rest
+
+
+# Lines that change
+
+
+def printed_by(text: str, directory: Path, *, ranks: int = 2) -> list[str]:
+    (directory / "train.py").write_text(text)
+    output = run_script(
+        directory / "train.py", ranks=ranks, directory=directory, environment=ENVIRONMENT, output=directory / "out"
+    )
+    return sorted(line for line in output.splitlines() if not line.startswith("Memory("))
+
+
+@pytest.mark.parametrize("block", those("diff"))
+def test_a_diff_leaves_what_the_script_prints(block: Block, tmp_path: Path) -> None:
+    name = block.how.partition(": ")[2]
+    (before,) = [one.text for one in BLOCKS if one.how == f"torchrun: {name}"]
+    after = before
+    removed: list[str] = []
+    added: list[str] = []
+    for line in [*block.text.splitlines(), " "]:
+        if line[0] == "-" and not added:
+            removed.append(line[1:] + "\n")
+        elif line[0] == "+":
+            added.append(line[1:] + "\n")
+        else:
+            assert removed and "".join(removed) in after, removed
+            after = after.replace("".join(removed), "".join(added), 1)
+            removed, added = [line[1:] + "\n"], []
+    assert "Distributed" not in after and "ShardedAdamW" in after
+    losses = printed_by(before, tmp_path)
+    assert len(losses) == 10 and printed_by(after, tmp_path) == losses
+
+
+def test_the_quick_start_prints_the_same_before_and_after(tmp_path: Path) -> None:
+    """``train.py`` printed the loss of rank 0 on shuffled samples."""
+    before, after = (
+        next(one.text for one in BLOCKS if one.page == "index.md" and one.how == f"file: {name}")
+        for name in ("before.py", "train.py")
+    )
+    losses = printed_by(before, tmp_path, ranks=1)
+    assert len(losses) == 3 and printed_by(after, tmp_path) == losses
 
 
 # Fragments

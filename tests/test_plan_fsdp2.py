@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._storages: dict[int, StorageWeakRef] = {}
         self.peak = 0
-        self._with_copy: int | None = None  # live bytes when Gloo has made its copy; None where there is none
+        self._copies: set[int] = set()  # of Gloo
 
     def now(self) -> int:
         total = 0
@@ -41,23 +41,23 @@ class LiveBytes(TorchDispatchMode):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 del self._storages[key]
-            else:
+                self._copies.discard(key)
+            elif key not in self._copies:
                 total += storage.nbytes()
         return total
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
+        self.now()  # forgets storages that are no more, whose keys may be used again
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, Tensor):
                 local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
                 storage = local.untyped_storage()
-                self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
-        total = self.now()
-        if function is torch.ops.aten.split.Tensor:  # nothing else splits here
-            self._with_copy = total
-        if self._with_copy is None or total < self._with_copy:
-            self._with_copy = None
-            self.peak = max(self.peak, total)
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = StorageWeakRef(storage)
+                    if function is torch.ops.aten.split.Tensor:  # nothing else splits what no operation has made
+                        self._copies.add(storage._cdata)
+        self.peak = max(self.peak, self.now())
         return out
 
 
@@ -78,8 +78,8 @@ class Layer(nn.Module):
         x = x + self.out(self.query(y) + self.key(y) * self.value(y))
         if self.up.dim() == 2:
             return x + self.down @ (self.up @ x).relu()
-        hidden = torch.einsum("ehw,w->eh", self.up, x).relu()
-        return x + torch.einsum("ewh,eh->w", self.down, hidden)
+        hidden = torch.bmm(self.up, x.expand(len(self.up), WIDTH).unsqueeze(-1)).relu()
+        return x + torch.bmm(self.down, hidden).squeeze(-1).sum(0)
 
 
 class Decoder(nn.Module):
