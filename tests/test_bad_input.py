@@ -190,6 +190,13 @@ def test_refuses_wrong_options(field: str, value: Any, expected: str) -> None:
         ShardedAdamW([parameter(3)], **{field: value})
 
 
+@pytest.mark.parametrize("field", ["max_grad_norm", "bucket_mb", "ema_decay"])
+def test_refuses_text_for_a_number(field: str) -> None:
+    """As a file of settings may have it; max_grad_norm and bucket_mb only said that >= does not take a str."""
+    with refuse(TypeError, f"{field}: found '1', a str, expected a number"):
+        ShardedAdamW([parameter(3)], **{field: "1"})  # type: ignore[arg-type]
+
+
 def test_refuses_a_bucket_smaller_than_a_byte_by_the_name_that_the_user_knows() -> None:
     with refuse(ValueError, "bucket_mb: found 1e-09"):
         ShardedAdamW([parameter(3)], bucket_mb=1e-9)
@@ -210,7 +217,7 @@ def test_refuses_wrong_precisions(options: Any, words: tuple[str, ...]) -> None:
 
 
 def test_refuses_a_precision_that_is_none() -> None:
-    with refuse(TypeError, "precision: found str, expected a Precision"):
+    with refuse(TypeError, "precision: found 'bf16', a str, expected a Precision", "moments="):
         ShardedAdamW([parameter(3)], precision="bf16")  # type: ignore[arg-type]
     with refuse(TypeError, "positional argument"):
         Precision("fp32")  # type: ignore[misc]
