@@ -67,10 +67,8 @@ class Options:
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm: found {self.max_grad_norm!r}, expected None or a number of 0 or more")
         if not isinstance(self.precision, Precision):
-            raise TypeError(
-                f"precision: found {self.precision!r}, a {type(self.precision).__name__}, expected a Precision, such as "
-                'Precision(moments="int8").'
-            )
+            found = f"{self.precision!r}, a {type(self.precision).__name__}"
+            raise TypeError(f'precision: found {found}, expected a Precision, such as Precision(moments="int8")')
         size = self.bucket_mb
         if size is not None and not (size > 0 and math.isfinite(size) and round(size * 2**20) > 0):
             raise ValueError(f"bucket_mb: found {size!r}, expected None or a positive number of MiB, a byte at least")
