@@ -74,6 +74,35 @@ class ShardedTrainerMixin:
     optimizer: Any
     state: TrainerState
 
+    @classmethod
+    def adopt(cls, trainer: Trainer) -> Any:
+        """Turn a Trainer of any class that has not trained yet into a sharded one, in place, and return it. Local.
+
+        For trainers that other code builds, or without a class of your own: ``ShardedTrainer.adopt(SFTTrainer(...))``.
+
+        Raises:
+            TypeError: ``trainer`` is no Trainer, or has an optimizer that is not a ShardedAdam(W).
+            ValueError: it has trained or been prepared already; or as the constructor.
+        """
+        if isinstance(trainer, ShardedTrainerMixin):
+            return trainer
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"adopt: found a {type(trainer).__name__}, expected a transformers.Trainer.")
+        if not isinstance(trainer.optimizer, (ShardedAdam, type(None))):
+            raise TypeError(
+                f"adopt: found a trainer with an optimizer of its own ({type(_unwrapped(trainer.optimizer)).__name__}), "
+                "expected none yet. Call adopt before train, and leave out optimizers, or pass a ShardedAdamW."
+            )
+        if trainer.model_wrapped is not trainer.model or trainer.accelerator._optimizers:
+            raise ValueError(
+                f"adopt: found a trainer whose model is prepared already ({type(trainer.model_wrapped).__name__}), "
+                "expected one that has not trained or evaluated. Call adopt right after building the trainer."
+            )
+        ShardedAccelerator.adopt(trainer.accelerator)
+        name = f"Sharded{type(trainer).__name__}"
+        trainer.__class__ = type(name, (cls, type(trainer)), {"__module__": type(trainer).__module__})
+        return trainer
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         ShardedAccelerator.adopt(self.accelerator)
