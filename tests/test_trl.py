@@ -15,7 +15,7 @@ from tests.ranks import on_ranks
 
 pytest.importorskip("trl")
 
-from tests.accelerate_run import as_launched  # noqa: E402
+from tests.accelerate_run import as_launched
 
 pytestmark = [pytest.mark.scripts, pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore::FutureWarning")]
 EXAMPLES = Path(__file__).parent.parent / "examples"
