@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
+from shardadam.checkpoint.export import TRAINER_FOLDER
 from shardadam.integrations.accelerate import (
     ShardedAccelerator,
     SkippedSteps,
@@ -26,7 +27,7 @@ from shardadam.integrations.accelerate import (
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Moments, Precision
 
-_FOLDER = "shardadam"
+_FOLDER = TRAINER_FOLDER
 _MOMENTS: dict[str, Moments] = {
     "adamw_torch": "fp32",
     "adamw_torch_fused": "fp32",
@@ -89,9 +90,10 @@ class ShardedTrainerMixin:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"adopt: found a {type(trainer).__name__}, expected a transformers.Trainer.")
         if not isinstance(trainer.optimizer, (ShardedAdam, type(None))):
+            own = type(_unwrapped(trainer.optimizer)).__name__
             raise TypeError(
-                f"adopt: found a trainer with an optimizer of its own ({type(_unwrapped(trainer.optimizer)).__name__}), "
-                "expected none yet. Call adopt before train, and leave out optimizers, or pass a ShardedAdamW."
+                f"adopt: found a trainer with an optimizer of its own ({own}), expected none yet. "
+                "Call adopt before train, and leave out optimizers, or pass a ShardedAdamW."
             )
         if trainer.model_wrapped is not trainer.model or trainer.accelerator._optimizers:
             raise ValueError(
