@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import SaveStrategy
 
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
@@ -24,8 +20,15 @@ from shardadam.integrations.accelerate import (
     check_all_are_counted,
     is_model_parallel,
 )
+from shardadam.integrations.importing import importing
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Moments, Precision
+
+with importing("transformers"):
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import SCHEDULER_NAME
+    from transformers.trainer_utils import SaveStrategy
 
 _FOLDER = TRAINER_FOLDER
 _MOMENTS: dict[str, Moments] = {
