@@ -18,6 +18,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.accelerate_run import as_launched
@@ -48,7 +49,9 @@ def train(out: str, plugged: bool, optim: str) -> dict[str, Any]:
             bf16=False,
             remove_unused_columns=False,
         )
-        trainer = AxolotlTrainer(model=model, args=arguments, train_dataset=Texts(2))
+        tokens = Texts(2).tokens.tolist()
+        texts = Dataset.from_list([{"input_ids": one, "labels": one} for one in tokens])
+        trainer = AxolotlTrainer(model=model, args=arguments, train_dataset=texts)
         trainer.axolotl_cfg = cfg = DictDefault({"plugins": [PLUGIN]})
         manager = PluginManager.get_instance()
         manager.plugins.clear()

@@ -109,7 +109,7 @@ def run_block(block: Block, directory: Path) -> None:
 @pytest.mark.parametrize("block", those("torchrun"))
 def test_a_script_runs_on_its_ranks(block: Block, tmp_path: Path) -> None:
     name = block.how.partition(": ")[2].partition(",")[0]
-    if name in ("accelerate", "transformers", "lightning"):
+    if name in ("accelerate", "transformers", "lightning", "peft"):
         pytest.importorskip(name)
     run_block(block, tmp_path)
 

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import on_ranks
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from shardadam import Precision, ShardedAdamW
+from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer
 from tests.accelerate_run import as_launched
 
 pytestmark = [pytest.mark.scripts, pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -82,3 +91,51 @@ def test_examples_equal_their_stock_twins(name: str) -> None:
     assert 8.0 <= stock[0]["state"] / stock[0]["numel"] < 8.1
     assert 4.0 <= exact[0]["state"] / exact[0]["numel"] < 4.3
     assert 1.0 <= int8[0]["state"] / int8[0]["numel"] < 1.2
+
+
+FLAVOURS = ("stock", "adopted", "external")
+
+
+def adopted(out: str, flavour: str) -> dict[str, Any]:
+    """Train with LoRA in trl's own class: "stock", "adopted" after it is built, or with DDP and "external" int8."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=64, n_layer=2, n_head=2, eos_token_id=0))
+    words = Tokenizer(models.WordLevel({"<end>": 0}, "<end>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<end>", eos_token="<end>")
+    texts = [{"input_ids": [(i + j) % 31 + 1 for j in range(8)]} for i in range(64)]
+    with as_launched(), contextlib.redirect_stdout(io.StringIO()):
+        optim = "adamw_torch" if flavour == "stock" else "adamw_8bit"
+        arguments = SFTConfig(
+            out, optim=optim, max_steps=8, learning_rate=1e-2, logging_steps=1, use_cpu=True, bf16=False
+        )
+        given: dict[str, Any] = {}
+        if flavour == "external":
+            precision = Precision(moments="int8")
+            options = {"lr": 1e-2, "gradient_sync": "external", "precision": precision}
+            given = {"optimizer_cls_and_kwargs": (ShardedAdamW, options), "callbacks": [ConsolidateCallback()]}
+        lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        trainer = SFTTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokenizer,
+            peft_config=lora,
+            **given,
+        )
+        if flavour == "adopted":
+            trainer = ShardedTrainer.adopt(trainer)
+        trainer.train()
+        return result_of(trainer)
+
+
+def test_a_trainer_of_trls_own_class_has_int8_state_adopted_or_external(tmp_path: Path) -> None:
+    stock, *others = (on_ranks(2, adopted, str(tmp_path / one), one, deadline_s=DEADLINE_S) for one in FLAVOURS)
+    wrapped = [runs[0]["wrapped"] for runs in (stock, *others)]
+    assert wrapped == ["DistributedDataParallel", "PeftModelForCausalLM", "DistributedDataParallel"]
+    for runs in others:
+        assert runs[0]["optimizer"] == "ShardedAdamW"
+        assert 0.0 < largest_difference(runs[0], stock[0]) <= 1e-2 and largest_difference(*runs) == 0.0
+        assert figures(runs[0], "loss") == pytest.approx(figures(stock[0], "loss"), rel=2e-3)
+        assert runs[0]["state"] < 0.2 * stock[0]["state"]
+    assert (tmp_path / "adopted" / "checkpoint-8" / "shardadam").is_dir()
+    assert (tmp_path / "external" / "checkpoint-8" / "optimizer.pt").is_file()

@@ -126,7 +126,8 @@ class ShardedTrainerMixin:
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
-        super().create_optimizer(model)  # type: ignore[misc]
+        given = () if model is None else (model,)  # some trainers' method takes no model
+        super().create_optimizer(*given)  # type: ignore[misc]
         if is_new:
             _name_parameters(self.optimizer, self.model if model is None else model)
         self._check_saving()
