@@ -49,6 +49,7 @@ NOT_RUN = {
     "README.md": 3,
     "checkpoints.md": 1,
     "index.md": 1,
+    "integrations.md": 2,
     "launch.md": 2,
     "memory.md": 2,
     "migrating.md": 1,
