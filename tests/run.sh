@@ -8,7 +8,7 @@ set -euo pipefail
 
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
-use_venv test launch lint accelerate transformers lightning finetune
+use_venv test launch lint accelerate transformers trl lightning finetune
 
 case " $* " in
 *" --scripts "*) which=(-m scripts) ;;

@@ -49,6 +49,7 @@ NOT_RUN = {
     "README.md": 3,
     "checkpoints.md": 1,
     "index.md": 1,
+    "integrations.md": 2,
     "launch.md": 2,
     "memory.md": 2,
     "migrating.md": 1,
@@ -109,7 +110,7 @@ def run_block(block: Block, directory: Path) -> None:
 @pytest.mark.parametrize("block", those("torchrun"))
 def test_a_script_runs_on_its_ranks(block: Block, tmp_path: Path) -> None:
     name = block.how.partition(": ")[2].partition(",")[0]
-    if name in ("accelerate", "transformers", "lightning"):
+    if name in ("accelerate", "transformers", "lightning", "peft"):
         pytest.importorskip(name)
     run_block(block, tmp_path)
 

@@ -114,6 +114,22 @@ def test_a_compiled_model_does_not_overlap_by_default(tmp_path: Path) -> None:
         trainer._overlap_gather(model)
 
 
+def test_what_cannot_be_adopted_is_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"found a Linear, expected a transformers\.Trainer"):
+        ShardedTrainer.adopt(model)
+    stock = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match=r"an optimizer of its own \(AdamW\), expected none yet"):
+        ShardedTrainer.adopt(transformers.Trainer(model, arguments, optimizers=(stock, None)))
+    used = transformers.Trainer(model, arguments)
+    used.model_wrapped = torch.nn.Sequential(model)
+    with pytest.raises(ValueError, match=r"prepared already \(Sequential\)"):
+        ShardedTrainer.adopt(used)
+    ours = ShardedTrainer(model, arguments)
+    assert ShardedTrainer.adopt(ours) is ours
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -94,6 +94,8 @@ def train(
     interrupted: int | None = None,
     overlap: bool | None = None,
     callbacks: bool = True,
+    dtype: torch.dtype = torch.float32,
+    whole_state: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
     """
@@ -109,6 +111,8 @@ def train(
         poisoned, interrupted: see ``Accidents``.
         overlap: the ShardedTrainer's ``overlap_gather``; its parameters are NaN until all-gathers are waited for.
         callbacks: False leaves ``Accidents`` out.
+        dtype: of the model.
+        whole_state: return the optimizer's ``full_state_dict``.
         arguments: of TrainingArguments.
     """
     with as_launched(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -121,7 +125,7 @@ def train(
             n_head=2,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
         )
-        model = GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(config).to(dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen is None or frozen not in name)
         options = {
@@ -167,6 +171,7 @@ def train(
                 trainer.train(resume_from_checkpoint=str(Path(out) / resume) if resume else None)
         history = trainer.state.log_history
         return {
+            "state": trainer.optimizer.optimizer.full_state_dict() if whole_state else None,
             "wrapped": type(trainer.model_wrapped).__name__,
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "moves": accidents.moves,

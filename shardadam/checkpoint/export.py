@@ -33,8 +33,10 @@ from shardadam.engine.averaging import rounded
 from shardadam.state.flat_shard import in_shape
 from shardadam.update import formats
 
-Format = Literal["torch", "safetensors"]
-FORMATS: tuple[Format, ...] = ("torch", "safetensors")
+Format = Literal["torch", "safetensors", "trainer"]
+FORMATS: tuple[Format, ...] = ("torch", "safetensors", "trainer")
+TRAINER_FOLDER = "shardadam"
+"""Where a ShardedTrainer's checkpoint has the optimizer."""
 Weights = Literal["trained", "ema"]
 WEIGHTS: tuple[Weights, ...] = ("trained", "ema")
 
@@ -52,15 +54,17 @@ def export(
     ``torch.optim.AdamW.load_state_dict``; both load with ``torch.load(weights_only=True)``. ``safetensors``:
     ``model.safetensors`` and ``optimizer.safetensors``, which has tensors ``state.NAME.exp_avg`` and so on, and
     ``param_groups``, ``steps`` and, with averages, ``n_averaged`` as JSON in its metadata. A model or optimizer that
-    was not saved has no file.
+    was not saved has no file. ``trainer``: ``optimizer.pt`` for transformers' Trainer, from a checkpoint of a
+    ShardedTrainer, which has the other files already; without masters and averages, which its AdamW does not have.
 
     Tensors have the parameters' shapes; moments, masters and averages are float32 (float64 for float64 parameters) in
     every format. ``torch`` files keep strides, and tied tensors share memory. safetensors files are row-major, contain
     tied tensors once, and list their other names as ``aliases`` in the metadata.
 
     Args:
+        directory: with ``trainer``, one checkpoint of a ShardedTrainer, such as ``out/checkpoint-500``.
         output: directory for the files, created if missing. Default: ``NAME-FORMAT`` in the current directory, with the
-            name of the checkpoint.
+            name of the checkpoint; with ``trainer``, ``directory``.
         weights: ``"ema"``: the model has the averages of its trained parameters (``ema_decay``) in their place, rounded
             to their dtype as by ``averaged_parameters``; there is no file of the optimizer then.
 
@@ -69,16 +73,25 @@ def export(
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, it lacks the averages that are to be exported, a file
-            exists already, or a file cannot be written. No file is left behind then.
+            exists already, or a file cannot be written; with ``trainer``, the optimizer has other parameters than the
+            ``model.safetensors`` beside it. No file is left behind then.
     """
     if format not in FORMATS:
         raise ValueError(f"format: found {format!r}, expected one of {FORMATS}")
     if weights not in WEIGHTS:
         raise ValueError(f"weights: found {weights!r}, expected one of {WEIGHTS}")
-    with open_newest(Path(directory).absolute()) as reader:
+    source = Path(directory).absolute()
+    if format == "trainer":
+        if weights != "trained":
+            raise ValueError('weights: found "ema", expected "trained" with format "trainer", which exports no model')
+        output = source if output is None else output
+        source = _optimizer_of(source)
+    with open_newest(source) as reader:
+        if format == "trainer":
+            _check_against_model(Values(reader), Path(directory) / "model.safetensors")
         output = Path(f"{reader.path.name}-{format}" if output is None else output).absolute()
         values: Values = Values(reader) if weights == "trained" else _AveragedModel(reader)
-        write = _write_torch if format == "torch" else _write_safetensors
+        write = {"torch": _write_torch, "safetensors": _write_safetensors, "trainer": _write_trainer}[format]
         try:
             with _published(output) as files:
                 write(values, files)
@@ -257,7 +270,51 @@ def _stored(values: Values, key: str) -> _Record:
     return _Record(values.specs[key], lambda: values.chunks(key))
 
 
-def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _optimizer_of(checkpoint: Path) -> Path:
+    """Returns the directory of the optimizer in a ShardedTrainer's checkpoint."""
+    if not (checkpoint / TRAINER_FOLDER).is_dir() or not (checkpoint / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of a ShardedTrainer, which has a folder {TRAINER_FOLDER} and a "
+            "trainer_state.json. Pass one that ShardedTrainer has saved, such as out/checkpoint-500."
+        )
+    return checkpoint / TRAINER_FOLDER
+
+
+def _write_trainer(values: Values, files: _Files) -> None:
+    groups = values.param_groups()
+    with files.new("optimizer.pt") as file:
+        _save(file, _adamw_state(values, groups, kinds=formats.MOMENTS))
+
+
+def _check_against_model(values: Values, path: Path) -> None:
+    """Raises if the optimizer's parameters are not among the model's: the Trainer would refuse them, or mix them up.
+
+    Models in several files, and adapters, have other files, and are not checked.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop(_METADATA, None)
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    trained = {name: values.specs[values.state_of(name)["exp_avg"]].shape for name in values.parameters}
+    if len(trained) > len(shapes):
+        raise CheckpointError(
+            f"{path} has {len(shapes)} tensors, but the optimizer has {len(trained)} parameters, which must be among "
+            "them. Export a checkpoint whose model and optimizer were saved together."
+        )
+    for name, shape in trained.items():
+        if shapes.get(name, shape) != shape:
+            raise CheckpointError(
+                f"{path}: found {name!r} of shape {shapes[name]}, expected {shape}, as in the optimizer. Export a "
+                "checkpoint whose model and optimizer were saved together."
+            )
+
+
+def _adamw_state(
+    values: Values, groups: list[dict[str, Any]], kinds: tuple[str, ...] = formats.STATE
+) -> dict[str, Any]:
+    """Returns what ``AdamW.state_dict`` would, with these kinds of tensors."""
     state: dict[int, Any] = {}
     position, packed = 0, []
     for names, group in zip(values.groups, groups, strict=True):
@@ -265,8 +322,9 @@ def _adamw_state(values: Values, groups: list[dict[str, Any]]) -> dict[str, Any]
         for index, name in enumerate(names, position):
             if name in values.steps:
                 state[index] = {"step": torch.tensor(values.steps[name], dtype=torch.float32, device="cpu")}
-                state[index] |= {kind: _stored(values, key) for kind, key in values.state_of(name).items()}
-                if name in values.n_averaged:
+                keys = values.state_of(name)
+                state[index] |= {kind: _stored(values, key) for kind, key in keys.items() if kind in kinds}
+                if name in values.n_averaged and formats.AVERAGE in kinds:
                     state[index]["n_averaged"] = torch.tensor(values.n_averaged[name], device="cpu")
         position += len(names)
     return {"state": state, "param_groups": packed}

@@ -28,8 +28,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "export",
         help="write a checkpoint as files that load without shardadam",
         description="Writes a checkpoint as plain files: model.pt and optimizer.pt, for load_state_dict of the model "
-        "and of torch.optim.AdamW, or model.safetensors and optimizer.safetensors. Uses little memory for checkpoints "
-        "of any size.",
+        "and of torch.optim.AdamW, or model.safetensors and optimizer.safetensors. With --format trainer, writes the "
+        "optimizer.pt that a plain transformers Trainer resumes from into a ShardedTrainer's checkpoint (DIR, such as "
+        "out/checkpoint-500). Uses little memory for checkpoints of any size.",
     )
     command.add_argument("directory", **directory)
     command.add_argument("--format", required=True, choices=FORMATS)
@@ -40,7 +41,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="ema: the averages of the weights (ema_decay) as the model, in the dtypes of the parameters, without the "
         "optimizer; default: trained",
     )
-    command.add_argument("--output", metavar="OUT", type=Path, help="directory for the files; default: ./NAME-FORMAT")
+    command.add_argument(
+        "--output",
+        metavar="OUT",
+        type=Path,
+        help="directory for the files; default: ./NAME-FORMAT, or DIR with --format trainer",
+    )
     command.set_defaults(run=_export)
 
     command = commands.add_parser(

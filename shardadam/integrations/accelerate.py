@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from shardadam.checkpoint import load, save
 from shardadam.engine.step_sync import host_runs_ahead
 from shardadam.grad_scaler import GradScaler
+from shardadam.integrations.importing import importing
 from shardadam.optimizer import ShardedAdam
 from shardadam.transport.groups import launched_processes
+
+with importing("accelerate"):
+    from accelerate import Accelerator, DistributedType
+    from accelerate.optimizer import AcceleratedOptimizer
 
 _FOLDER = "shardadam_{}"
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

@@ -9,24 +9,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import SaveStrategy
 
 from shardadam.adamw import ShardedAdamW
 from shardadam.checkpoint import load, save
+from shardadam.checkpoint.export import TRAINER_FOLDER
 from shardadam.integrations.accelerate import (
     ShardedAccelerator,
     SkippedSteps,
     check_all_are_counted,
     is_model_parallel,
 )
+from shardadam.integrations.importing import importing
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Moments, Precision
 
-_FOLDER = "shardadam"
+with importing("transformers"):
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import SCHEDULER_NAME
+    from transformers.trainer_utils import SaveStrategy
+
+_FOLDER = TRAINER_FOLDER
 _MOMENTS: dict[str, Moments] = {
     "adamw_torch": "fp32",
     "adamw_torch_fused": "fp32",
@@ -74,6 +78,36 @@ class ShardedTrainerMixin:
     optimizer: Any
     state: TrainerState
 
+    @classmethod
+    def adopt(cls, trainer: Trainer) -> Any:
+        """Turn a Trainer of any class that has not trained yet into a sharded one, in place, and return it. Local.
+
+        For trainers that other code builds, or without a class of your own: ``ShardedTrainer.adopt(SFTTrainer(...))``.
+
+        Raises:
+            TypeError: ``trainer`` is no Trainer, or has an optimizer that is not a ShardedAdam(W).
+            ValueError: it has trained or been prepared already; or as the constructor.
+        """
+        if isinstance(trainer, ShardedTrainerMixin):
+            return trainer
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"adopt: found a {type(trainer).__name__}, expected a transformers.Trainer.")
+        if not isinstance(trainer.optimizer, (ShardedAdam, type(None))):
+            own = type(_unwrapped(trainer.optimizer)).__name__
+            raise TypeError(
+                f"adopt: found a trainer with an optimizer of its own ({own}), expected none yet. "
+                "Call adopt before train, and leave out optimizers, or pass a ShardedAdamW."
+            )
+        if trainer.model_wrapped is not trainer.model or trainer.accelerator._optimizers:
+            raise ValueError(
+                f"adopt: found a trainer whose model is prepared already ({type(trainer.model_wrapped).__name__}), "
+                "expected one that has not trained or evaluated. Call adopt right after building the trainer."
+            )
+        ShardedAccelerator.adopt(trainer.accelerator)
+        name = f"Sharded{type(trainer).__name__}"
+        trainer.__class__ = type(name, (cls, type(trainer)), {"__module__": type(trainer).__module__})
+        return trainer
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         ShardedAccelerator.adopt(self.accelerator)
@@ -92,7 +126,8 @@ class ShardedTrainerMixin:
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
-        super().create_optimizer(model)  # type: ignore[misc]
+        given = () if model is None else (model,)  # some trainers' method takes no model
+        super().create_optimizer(*given)  # type: ignore[misc]
         if is_new:
             _name_parameters(self.optimizer, self.model if model is None else model)
         self._check_saving()
