@@ -19,10 +19,12 @@ from torch.optim.optimizer import ParamsT
 
 from shardadam.checks import arguments, replicas
 from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
+from shardadam.engine import norms
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
 from shardadam.engine.garbage import garbage_collection_paused
 from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
+from shardadam.engine.norms import GradientNorms
 from shardadam.engine.parameters import (
     ShardedParameters,
     agreed,
@@ -504,6 +506,21 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         """
         self._add_unfrozen_params(between_steps=False)
         return self._engine.full_grad(parameter, self.param_groups)
+
+    @collective
+    @repeated_by_joined_ranks
+    def gradient_norms(self) -> GradientNorms:
+        """Return the 2-norms of the averaged gradients, by parameter and by param group, for logging. Collective.
+
+        Call it after backward and before ``step``. Norms are those before clipping, and without the loss scale. Costs
+        one read of this rank's shards, one small all-reduce, and a wait for the device. A parameter that other
+        model-parallel ranks hold parts of counts as a whole.
+
+        Raises:
+            ValueError: ``update="backward"`` has used the gradients already.
+        """
+        self._add_unfrozen_params(between_steps=False)
+        return norms.gradient_norms(self._engine, self.param_groups)
 
     def memory(self) -> Memory:
         """Return the bytes that the optimizer holds on this rank now, by kind. Local."""
