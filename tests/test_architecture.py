@@ -23,11 +23,13 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
     ("adamw", "grad_scaler", "checkpoint", "clipping", "planner"),
     ("optimizer",),
+    ("engine.inspection",),
     ("state.stateful_optimizer",),
     (
         "engine.checkpoint_seam",
         "engine.collective_method",
         "engine.joining",
+        "engine.norms",
         "state.loading",
         "state.state_dict",
         "state.torch_view",

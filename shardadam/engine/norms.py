@@ -1,37 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""2-norms of single parameters, for logging: of gradients, of weights and of the last update.
+"""Norms of single parameters, for logging: of their gradients, and of their last update relative to their weights.
 
-Measures this rank's shards, sums over ranks, and returns numbers of the host.
+Measures this rank's shards in a few passes over whole buckets, sums over ranks, and returns numbers of the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shardadam.chunks import chunks
+from shardadam.engine.borrowing import lent
 from shardadam.engine.parameters import ShardedParameters
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.step import StepEngine
-from shardadam.engine.storage import ShardedParam, gradient_shard
-from shardadam.engine.updating import ParamGroups
+from shardadam.engine.storage import FlatArena, FlatBucket, blocks_of, gradient_shard
+from shardadam.engine.updating import LastStep, ParamGroups
 from shardadam.layout import ALIGNMENT_NUMEL
 from shardadam.ranks.agreement import exchange
-from shardadam.sums.scattered import Scattered
-from shardadam.transport import Job, Transport
+from shardadam.sums.scattered import Parts, Scattered, pieces_of_shard
+from shardadam.transport import Job, placement
+from shardadam.update import formats, reference
+
+
+class Blocks(NamedTuple):
+    """Blocks of this rank's shard of a bucket: of each the param index that it belongs to, and how many of its elements
+    do; int64. Padding follows.
+    """
+
+    owners: Tensor
+    numels: Tensor
+
+
+Rows = Callable[[FlatBucket, slice, Blocks], Sequence[Tensor]]
+"""Returns tensors of some elements, given as a slice and as blocks: each (blocks, ``ALIGNMENT_NUMEL``), zero where
+there is padding.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class GradientNorms:
-    """2-norms of the averaged gradients, before clipping and without the loss scale.
+    """2-norms of averaged gradients.
 
     Args:
-        parameters: by name; of those that have a gradient on any rank.
-        groups: of each param group.
-        total: of all parameters.
+        parameters: by name, of those that have a gradient on any rank. Of parameters that model-parallel ranks hold
+            parts of, the norm of the whole; of experts, those that this rank holds.
+        groups: of each param group, over all ranks.
+        total: of all parameters, over all ranks.
     """
 
     parameters: dict[str, float]
@@ -45,86 +66,222 @@ def gradient_norms(engine: StepEngine, param_groups: ParamGroups) -> GradientNor
     engine.refuse_in_backward("gradient_norms")
     if not engine.must_sync:
         return GradientNorms({}, [0.0] * len(param_groups), 0.0)
-    parameters = engine.parameters
+    parameters, reducer = engine.parameters, engine.reducer
     used = engine.sync_before("gradient_norms", param_groups, with_norm=True).used
-    sums = summed_over_ranks(_squares_of_gradients(parameters, engine.reducer), parameters, engine.job, used.device)
+
+    def rows(bucket: FlatBucket, elements: slice, blocks: Blocks) -> Sequence[Tensor]:
+        return [_gradients(bucket, elements, reducer)]
+
+    squares = _squares(parameters.buckets, len(parameters.params), rows, 1)
+    of_params, of_groups = _sums_over_ranks(squares.to(used.device), len(param_groups), parameters, engine.job)
     scale = 1.0 if engine.inverse_scale is None else float(engine.inverse_scale)
-    groups = [0.0] * len(param_groups)
-    for param in parameters.params:
-        groups[param.arena.group_index] += sums[param.name][0]
-    has_gradient = used.tolist()
+    with_gradient = zip(parameters.params, of_params, used.tolist(), strict=True)
     return GradientNorms(
-        parameters={
-            param.name: math.sqrt(sums[param.name][0]) * scale
-            for param in parameters.params
-            if has_gradient[param.index]
-        },
-        groups=[math.sqrt(square) * scale for square in groups],
-        total=math.sqrt(math.fsum(groups)) * scale,
+        parameters={param.name: math.sqrt(square) * scale for param, (square,), is_used in with_gradient if is_used},
+        groups=[math.sqrt(square) * scale for (square,) in of_groups],
+        total=math.sqrt(math.fsum(square for (square,) in of_groups)) * scale,
     )
 
 
-def _squares_of_gradients(parameters: ShardedParameters, reducer: Reducer) -> dict[int, Tensor]:
-    """Return the sums of squares of this rank's shards of the mean gradients, by param index; 1-D, of one element."""
-    squares: dict[int, Tensor] = {}
-    for bucket in parameters.buckets:
-        gradients, scale = reducer.gradients(bucket), bucket.arena.gradient_scale
-        for param, segment in bucket.shard_segments:
-            flat: Tensor | None
-            if isinstance(gradients, Scattered):
-                flat = gradients.slice(param.arena_index, segment.start, segment.start + segment.numel)
-            else:
-                assert gradients is None, "the reducer has summed them up to measure their norm"
-                flat = gradient_shard(bucket)[segment.offset : segment.offset + segment.numel]
-            if flat is not None:
-                _add(squares, param, [sum_of_squares(flat) * scale**2])
-    return squares
+@torch.no_grad()
+def update_ratios(engine: StepEngine) -> dict[str, float]:
+    """Return the norm of each parameter's last update over that of its weights. Collective; waits for the device."""
+    engine.averages.refuse("update_ratios()")
+    engine.check_between_steps()
+    if not engine.must_sync:
+        return {}
+    parameters, updater = engine.parameters, engine.updater
+    scalars = {arena: _Scalars.of(arena, updater.last[arena]) for arena in parameters.arenas if arena in updater.last}
+
+    def rows(bucket: FlatBucket, elements: slice, blocks: Blocks) -> Sequence[Tensor]:
+        weight, update = _weight_and_update(bucket, elements, blocks.owners, scalars.get(bucket.arena))
+        left_out = updater.left_out.get(bucket.index)
+        if left_out is not None:
+            update = update.where(left_out == 0, 0.0)
+        # With eps=0, Adam makes NaN of the zeros that pad.
+        is_padding = torch.arange(ALIGNMENT_NUMEL, device=weight.device) >= blocks.numels[:, None]
+        return weight.masked_fill(is_padding, 0.0), update.masked_fill(is_padding, 0.0)
+
+    with lent(parameters.arenas, written=False):
+        squares = _squares(parameters.buckets, len(parameters.params), rows, 2)
+    of_params, _ = _sums_over_ranks(squares.to(engine.skipped_steps.device), 0, parameters, engine.job)
+    return {
+        param.name: _ratio(math.sqrt(update), math.sqrt(weight))
+        for param, (weight, update) in zip(parameters.params, of_params, strict=True)
+    }
 
 
-def sum_of_squares(flat: Tensor) -> Tensor:
-    """Return the sum of squares of a 1-D tensor, 0-dim float64: by rows, then in float64, as in ``sums/stats.py``."""
-    exact = torch.promote_types(flat.dtype, torch.float32)
-    whole = flat.numel() // ALIGNMENT_NUMEL * ALIGNMENT_NUMEL
-    parts = [flat[:whole].view(-1, ALIGNMENT_NUMEL), flat[whole:].view(1, -1)]
-    norms = [torch.linalg.vector_norm(part, dim=1, dtype=exact) for part in parts if part.numel() > 0]
-    return torch.cat(norms).double().square().sum() if norms else flat.new_zeros((), dtype=torch.float64)
+def _ratio(update: float, weight: float) -> float:
+    if weight == 0:
+        return math.inf if update > 0 else 0.0
+    return update / weight
 
 
-def _add(sums: dict[int, Tensor], param: ShardedParam, values: Sequence[Tensor]) -> None:
-    new = torch.stack(list(values))
-    before = sums.get(param.index)
-    sums[param.index] = new if before is None else before + new
+# This rank's shards
 
 
-def summed_over_ranks(
-    values: Mapping[int, Tensor], parameters: ShardedParameters, job: Job, device: torch.device
-) -> dict[str, list[float]]:
-    """Return sums over all ranks that hold a part of a parameter, by its name. Collective; waits for the device.
+def _squares(buckets: Sequence[FlatBucket], count: int, rows_of: Rows, width: int) -> Tensor:
+    """Return the sums of squares of what ``rows_of`` returns, by param index: float64 (count, width).
+
+    By rows, then in float64, as in ``sums/stats.py``. Makes a few calls of torch for each chunk of a bucket, however
+    many parameters there are: a row belongs to one.
+    """
+    sums: Tensor | None = None
+    for bucket in buckets:
+        if not bucket.shard_segments:
+            continue
+        of_shard = _blocks(bucket)
+        for elements in chunks(0, bucket.plan.shard_numel, bucket.parameters.device):
+            blocks = Blocks(*(one[blocks_of(elements)] for one in of_shard))
+            norms = [
+                torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+                for rows in rows_of(bucket, elements, blocks)
+            ]
+            squares = torch.stack(norms, dim=1).double().square_()
+            if sums is None:
+                sums = torch.zeros(count, width, dtype=torch.float64, device=squares.device)
+            weight = bucket.arena.norm_weight
+            sums.index_add_(0, blocks.owners.to(sums.device), squares.to(sums.device), alpha=weight)
+    return torch.zeros(count, width, dtype=torch.float64, device="cpu") if sums is None else sums
+
+
+def _blocks(bucket: FlatBucket) -> Blocks:
+    """Return all blocks of this rank's shard."""
+    count = bucket.plan.shard_numel // ALIGNMENT_NUMEL
+    firsts = [segment.offset // ALIGNMENT_NUMEL for _, segment in bucket.shard_segments]
+    lengths = [stop - first for first, stop in pairwise([0, *firsts[1:], count])]
+    stops = [segment.offset + segment.numel for _, segment in bucket.shard_segments]
+    rows = [[param.index for param, _ in bucket.shard_segments], lengths, stops]
+    device = bucket.parameters.device
+    of_segments = torch.tensor(rows, device="cpu").to(device)
+    owners, ends = of_segments[[0, 2]].repeat_interleave(of_segments[1], dim=1, output_size=count)
+    numels = ends - torch.arange(0, count * ALIGNMENT_NUMEL, ALIGNMENT_NUMEL, device=device)
+    return Blocks(owners, numels)
+
+
+def _gradients(bucket: FlatBucket, elements: slice, reducer: Reducer) -> Tensor:
+    """Return ``elements`` of this rank's shard of the mean gradients, as rows."""
+    gradients, scale = reducer.gradients(bucket), bucket.arena.gradient_scale
+    if isinstance(gradients, Scattered):
+        numels = [-1 if tensor is None else tensor.numel() for tensor in gradients.tensors]
+        segments = [segment for _, segment in bucket.shard_segments]
+        pieces = pieces_of_shard(segments, elements.start, elements.stop)
+        flat = gradients.flat(Parts(pieces, numels, bucket.parameters.device, gradients.dtype))
+    else:
+        assert gradients is None, "the reducer has summed them up to measure their norm"
+        flat = gradient_shard(bucket)[elements]
+    rows = flat.view(-1, ALIGNMENT_NUMEL)
+    return rows if scale == 1 else rows.to(torch.promote_types(rows.dtype, torch.float32)) * scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scalars:
+    """What the last step multiplied the parameters of an arena by: (params, 1) each, in the dtype of the arithmetic.
 
     Args:
-        values: by param index: of this rank's shard, 1-D float64, as many of each; absent ones are zeros.
+        step_size: 0 for parameters that took no part.
+        decay: lr times decoupled weight decay; 0 likewise.
+        bounds: C after the step, of moments in 8 bits.
     """
-    width = next((len(value) for value in values.values()), 1)
-    block = torch.zeros(len(parameters.params), width, dtype=torch.float64, device=device)
-    for index, value in values.items():
-        # Replicas, and model-parallel ranks with copies, add the same numbers.
-        block[index] = value.to(device) * parameters.params[index].arena.norm_weight
-    of_transport: dict[Transport, list[slice]] = {}
-    for arena in parameters.arenas:
-        # Ranks with other parts of a `fully_shard` parameter are those of the optimizer.
-        transport = parameters.transport if arena.is_borrowed else arena.transport
-        of_transport.setdefault(transport, []).append(arena.indices)
-    for transport, slices in of_transport.items():
-        part = torch.cat([block[indices] for indices in slices])
-        transport.all_reduce(part).wait()
-        for indices, summed in zip(slices, part.split([one.stop - one.start for one in slices]), strict=True):
-            block[indices] = summed
-    sums = dict(zip((param.name for param in parameters.params), block.tolist(), strict=True))
+
+    step_size: Tensor
+    correction: Tensor
+    decay: Tensor
+    bounds: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, arena: FlatArena, last: LastStep) -> _Scalars:
+        beta1, beta2 = last.betas
+        takes_part = last.used & (last.found_inf == 0)
+        # Those that never took a step would divide zero by zero.
+        steps = arena.counters.steps.double().clamp(min=1)
+        values = [
+            torch.where(takes_part, last.lr / (1 - beta1**steps), 0.0),
+            (1 - beta2**steps).rsqrt(),
+            torch.where(takes_part, last.lr * last.weight_decay if last.is_decoupled else 0.0, 0.0),
+            arena.counters.bounds.sqrt(),
+        ]
+        step_size, correction, decay, bounds = (value.to(arena.format.exact_dtype)[:, None] for value in values)
+        return cls(step_size, correction, decay, bounds, last.eps)
+
+
+def _weight_and_update(
+    bucket: FlatBucket, elements: slice, owners: Tensor, scalars: _Scalars | None
+) -> tuple[Tensor, Tensor]:
+    """Return ``elements`` of this rank's shard of the exact weights, and of their last update; both as rows."""
+    arena = bucket.arena
+    if arena.reserved is not None:
+        arena.reserved.store.settle()
+    shard = bucket.shard.narrow(elements)
+    device = shard.parameter.device
+    # Read only, so that copies for a save can wait.
+    state = {name: getattr(shard, name).to(device) for name in arena.flat_state if name != formats.AVERAGE}
+    weight = reference.exact_weight(shard.parameter, state.get("master"), state.get("remainder"))
+    weight = weight.view(-1, ALIGNMENT_NUMEL)
+    if scalars is None:
+        return weight, torch.zeros_like(weight)
+    owners = owners - arena.params[0].index
+    m, v = (moment.view(-1, ALIGNMENT_NUMEL) for moment in formats.read_moments(state))
+    if formats.SCALES[0] in state:  # as the next step will read them
+        limit = scalars.bounds[owners] * v.sqrt()
+        m = m.clamp(-limit, limit)
+    update = reference.last_update(
+        weight,
+        m,
+        v,
+        step_size=scalars.step_size[owners],
+        correction=scalars.correction[owners],
+        decay=scalars.decay[owners],
+        eps=scalars.eps,
+    )
+    return weight, update
+
+
+# Sums over ranks
+
+
+def _sums_over_ranks(
+    squares: Tensor, group_count: int, parameters: ShardedParameters, job: Job
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Return sums over all ranks: by param index, over those that hold parts of it; by param group, over all ranks.
+
+    One small all-reduce; one more for each param group with ranks of its own, and an exchange between model-parallel
+    ranks. Collective over the job; waits for the device.
+
+    Args:
+        squares: of this rank's shards, each with its arena's ``norm_weight``; float64 (params, width).
+    """
+    count, width = squares.shape
+    groups = [param.arena.group_index for param in parameters.params]
+    block = squares.new_zeros(count + group_count, width)
+    block[:count] = squares
+    if group_count > 0 and groups:
+        block[count:].index_add_(0, torch.tensor(groups, device="cpu").to(squares.device), squares)
+    own_groups = [(transport, indices, block[indices].flatten()) for transport, indices in parameters.own_groups()]
+    flat = block.flatten()
+    parameters.transport.all_reduce(flat).wait()
+    block = flat.view(block.shape)
+    for transport, indices, own in own_groups:
+        transport.all_reduce(own).wait()
+        block[indices] = own.view(-1, width)
+    rows = block.tolist()
+    of_params, of_groups = rows[:count], rows[count:]
     if job.model_parallel is None:
-        return sums
-    assert job.model_parallel.control is not None
-    others = [one for one in exchange(sums, job.model_parallel.control)]
-    return {
-        name: [math.fsum(parts) for parts in zip(*(one[name] for one in others if name in one), strict=True)]
-        for name in sums
-    }
+        return of_params, of_groups
+    # By name and mesh, as stages of a pipeline may have the same names. What is no DTensor is whole on this rank.
+    control, parts = job.model_parallel.control, parameters.parts
+    assert control is not None
+    meshes = [placement.mesh_ranks(param.parameter) for param in parameters.params]
+    keys = [(param.name, tuple(sorted(mesh))) for param, mesh in zip(parameters.params, meshes, strict=True)]
+    others = exchange((dict(zip(keys, of_params, strict=True)), of_groups), control)
+    whole = []
+    for key, mesh, own in zip(keys, meshes, of_params, strict=True):
+        found = [of_rank[key] for of_rank, _ in others if key in of_rank] if mesh else [own]
+        # The weights count copies on all of ``parts``, also outside of the mesh.
+        outside = max(1, len(parts)) / max(1, len(parts & mesh))
+        whole.append([math.fsum(values) * outside for values in zip(*found, strict=True)])
+    absent = [0.0] * width
+    by_group = zip_longest(*(groups_of_rank for _, groups_of_rank in others), fillvalue=absent)
+    of_groups = [[math.fsum(values) for values in zip(*of_ranks, strict=True)] for of_ranks in by_group]
+    return whole, of_groups[:group_count]
