@@ -95,11 +95,12 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         views = storages(taken) - storages(gradients)
         all_stats += reducer._arena_stats.values()
     grad_stats = [t for stats in all_stats for t in (*stats.flags, *stats.sums_of_squares)]
-    # memory() does not count skipped_steps, the statistics of each bucket, the board of 64 KiB for small all-reduces,
-    # and memory of peers.
+    # memory() does not count skipped_steps, the statistics of each bucket, which parameters took the last step (a byte
+    # each), the board of 64 KiB for small all-reduces, and memory of peers.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
-    known.append(storages([*mapped(optimizer), *grad_stats]))
+    last_steps = [held for last in optimizer._engine.updater.last.values() for held in (last.found_inf, last.used)]
+    known.append(storages([*mapped(optimizer), *grad_stats, *last_steps]))
     rest = live - set().union(*known)
     return {
         "parameters": size(flat),

@@ -258,7 +258,9 @@ def _sums_over_ranks(
     block[:count] = squares
     if group_count > 0 and groups:
         block[count:].index_add_(0, torch.tensor(groups, device="cpu").to(squares.device), squares)
-    own_groups = [(transport, indices, block[indices].flatten()) for transport, indices in parameters.own_groups()]
+    own_groups = [
+        (transport, indices, block[indices].flatten().clone()) for transport, indices in parameters.own_groups()
+    ]
     flat = block.flatten()
     parameters.transport.all_reduce(flat).wait()
     block = flat.view(block.shape)
