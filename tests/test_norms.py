@@ -279,7 +279,7 @@ def exact_weights(model: nn.Module, optimizer: ShardedAdam) -> dict[str, Tensor]
     return weights
 
 
-@pytest.mark.sweep(9)
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_ratios_are_those_of_copies_before_and_after_the_step(name: str, world_size: int, tmp_path: Path) -> None:

@@ -226,16 +226,17 @@ def _weight_and_update(
     if formats.SCALES[0] in state:  # as the next step will read them
         limit = scalars.bounds[owners] * v.sqrt()
         m = m.clamp(-limit, limit)
+    step_size = scalars.step_size[owners]
     update = reference.last_update(
         weight,
         m,
         v,
-        step_size=scalars.step_size[owners],
+        step_size=step_size,
         correction=scalars.correction[owners],
         decay=scalars.decay[owners],
         eps=scalars.eps,
     )
-    return weight, update
+    return weight, update.where(step_size != 0, 0.0)  # with eps=0, no step at all is 0 / 0
 
 
 # Sums over ranks
@@ -258,15 +259,11 @@ def _sums_over_ranks(
     block[:count] = squares
     if group_count > 0 and groups:
         block[count:].index_add_(0, torch.tensor(groups, device="cpu").to(squares.device), squares)
-    own_groups = [
-        (transport, indices, block[indices].flatten().clone()) for transport, indices in parameters.own_groups()
-    ]
-    flat = block.flatten()
-    parameters.transport.all_reduce(flat).wait()
-    block = flat.view(block.shape)
-    for transport, indices, own in own_groups:
-        transport.all_reduce(own).wait()
-        block[indices] = own.view(-1, width)
+    own = [(transport, indices, block[indices].clone()) for transport, indices in parameters.own_groups()]
+    parameters.transport.all_reduce(block.view(-1)).wait()
+    for transport, indices, of_own in own:
+        transport.all_reduce(of_own.view(-1)).wait()
+        block[indices] = of_own
     rows = block.tolist()
     of_params, of_groups = rows[:count], rows[count:]
     if job.model_parallel is None:
