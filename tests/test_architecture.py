@@ -21,7 +21,7 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 # files are listed one by one.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
-    ("adamw", "grad_scaler", "checkpoint", "clipping", "planner"),
+    ("adamw", "grad_scaler", "checkpoint", "clipping", "planner", "profiler"),
     ("optimizer",),
     ("engine.inspection",),
     ("state.stateful_optimizer",),

@@ -80,7 +80,7 @@ class Memory:
         return self.adamw - (self.moments + self.master + self.scalars + self.offload_buffers)
 
     def __str__(self) -> str:
-        """Return a table of the kinds that are not 0, in bytes, and what the state saves; averages do not count there."""
+        """Return a table of the kinds that are not 0, in bytes, and what the state saves, without averages."""
         elsewhere = ("on_host", "on_disk")
         rows = {name: value for name, value in asdict(self).items() if value and name not in (*elsewhere, "adamw")}
         rows |= {"total": self.total}
