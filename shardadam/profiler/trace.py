@@ -60,7 +60,7 @@ def part_of(name: str) -> str | None:
 
 def _of_collective(name: str) -> str:
     name = name.lstrip("_:").lower().replace("_", "")
-    if name.startswith("allgather"):
+    if name.startswith(("allgather", "send", "recv")):  # the transport over Gloo gathers point to point
         return "all_gather"
     return "reduce_scatter" if name.startswith(("reducescatter", "alltoall")) else "step_sync"
 
