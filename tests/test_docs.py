@@ -51,6 +51,7 @@ NOT_RUN = {
     "index.md": 1,
     "launch.md": 2,
     "memory.md": 2,
+    "logging.md": 1,
     "migrating.md": 1,
 }
 
