@@ -115,7 +115,7 @@ class InspectableOptimizer(StatefulOptimizer, JoinableOptimizer):
                 ``update="backward"`` has begun.
         """
         self._add_unfrozen_params()
-        return norms.update_ratios(self._engine)
+        return norms.update_ratios(self._engine, self.param_groups)
 
     def memory(self) -> Memory:
         """Return the bytes that the optimizer holds on this rank now, by kind. Local."""

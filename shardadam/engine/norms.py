@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardadam.chunks import chunks
 from shardadam.engine.borrowing import lent
-from shardadam.engine.parameters import ShardedParameters
+from shardadam.engine.parameters import ShardedParameters, named_parameters
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.step import StepEngine
 from shardadam.engine.storage import FlatArena, FlatBucket, blocks_of, gradient_shard
@@ -73,18 +73,19 @@ def gradient_norms(engine: StepEngine, param_groups: ParamGroups) -> GradientNor
         return [_gradients(bucket, elements, reducer)]
 
     squares = _squares(parameters.buckets, len(parameters.params), rows, 1)
-    of_params, of_groups = _sums_over_ranks(squares.to(used.device), len(param_groups), parameters, engine.job)
+    names = _names(parameters, param_groups)
+    of_params, of_groups = _sums_over_ranks(squares.to(used.device), names, len(param_groups), parameters, engine.job)
     scale = 1.0 if engine.inverse_scale is None else float(engine.inverse_scale)
-    with_gradient = zip(parameters.params, of_params, used.tolist(), strict=True)
+    with_gradient = zip(names, of_params, used.tolist(), strict=True)
     return GradientNorms(
-        parameters={param.name: math.sqrt(square) * scale for param, (square,), is_used in with_gradient if is_used},
+        parameters={name: math.sqrt(square) * scale for name, (square,), is_used in with_gradient if is_used},
         groups=[math.sqrt(square) * scale for (square,) in of_groups],
         total=math.sqrt(math.fsum(square for (square,) in of_groups)) * scale,
     )
 
 
 @torch.no_grad()
-def update_ratios(engine: StepEngine) -> dict[str, float]:
+def update_ratios(engine: StepEngine, param_groups: ParamGroups) -> dict[str, float]:
     """Return the norm of each parameter's last update over that of its weights. Collective; waits for the device."""
     engine.averages.refuse("update_ratios()")
     engine.check_between_steps()
@@ -104,11 +105,18 @@ def update_ratios(engine: StepEngine) -> dict[str, float]:
 
     with lent(parameters.arenas, written=False):
         squares = _squares(parameters.buckets, len(parameters.params), rows, 2)
-    of_params, _ = _sums_over_ranks(squares.to(engine.skipped_steps.device), 0, parameters, engine.job)
+    names = _names(parameters, param_groups)
+    of_params, _ = _sums_over_ranks(squares.to(engine.skipped_steps.device), names, 0, parameters, engine.job)
     return {
-        param.name: _ratio(math.sqrt(update), math.sqrt(weight))
-        for param, (weight, update) in zip(parameters.params, of_params, strict=True)
+        name: _ratio(math.sqrt(update), math.sqrt(weight))
+        for name, (weight, update) in zip(names, of_params, strict=True)
     }
+
+
+def _names(parameters: ShardedParameters, param_groups: ParamGroups) -> list[str]:
+    """Return the names by param index that the param groups have now: a Trainer may have named them after the build."""
+    names = {one.param_id: one.name for one in named_parameters(param_groups)}
+    return [names[param.param_id] for param in parameters.params]
 
 
 def _ratio(update: float, weight: float) -> float:
@@ -243,7 +251,7 @@ def _weight_and_update(
 
 
 def _sums_over_ranks(
-    squares: Tensor, group_count: int, parameters: ShardedParameters, job: Job
+    squares: Tensor, names: Sequence[str], group_count: int, parameters: ShardedParameters, job: Job
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Return sums over all ranks: by param index, over those that hold parts of it; by param group, over all ranks.
 
@@ -252,6 +260,7 @@ def _sums_over_ranks(
 
     Args:
         squares: of this rank's shards, each with its arena's ``norm_weight``; float64 (params, width).
+        names: by param index.
     """
     count, width = squares.shape
     groups = [param.arena.group_index for param in parameters.params]
@@ -272,7 +281,7 @@ def _sums_over_ranks(
     control, parts = job.model_parallel.control, parameters.parts
     assert control is not None
     meshes = [placement.mesh_ranks(param.parameter) for param in parameters.params]
-    keys = [(param.name, tuple(sorted(mesh))) for param, mesh in zip(parameters.params, meshes, strict=True)]
+    keys = [(name, tuple(sorted(mesh))) for name, mesh in zip(names, meshes, strict=True)]
     others = exchange((dict(zip(keys, of_params, strict=True)), of_groups), control)
     whole = []
     for key, mesh, own in zip(keys, meshes, of_params, strict=True):
