@@ -95,6 +95,7 @@ def test_what_lies_close_together_is_joined_but_not_across_another_part() -> Non
     assert trace.merged([one, two], 0.5) == [one, two]
     assert trace.merged([one, other, two], 1.0) == [one, other, two]
     assert trace.duration([Interval("a", "r", 0, 3), Interval("b", "s", 2, 5), Interval("c", "r", 7, 8)]) == 6
+    assert trace.duration([Interval("a", "r", 0, 4), Interval("b", "s", 1, 2), Interval("c", "r", 3, 5)]) == 5
 
 
 def profile_loop(path: Path, transport: Any) -> tuple[list[StepProfile], str, list[int]]:
