@@ -50,8 +50,8 @@ NOT_RUN = {
     "checkpoints.md": 1,
     "index.md": 1,
     "launch.md": 2,
-    "memory.md": 2,
     "logging.md": 1,
+    "memory.md": 2,
     "migrating.md": 1,
 }
 
