@@ -109,7 +109,7 @@ class profile:
             profiler = self._profiler
             self._stop()
             assert profiler is not None
-            with desync.in_call("profile.step"):
+            with desync.in_call("profile.step", self):
                 self._finish(_events(profiler))
         else:
             self._begin_step()
