@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gpu_train import Job, forward_backward  # also puts tests on the path
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
+from shardadam.profiler.trace import COLOURS, Interval, ends, is_in, of_device, ranges_of
 from tests.on_cuda import nccl_of_one
 
 matplotlib.use("Agg")
@@ -31,25 +31,6 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize")
-COLOURS = {  # Okabe and Ito's palette
-    "forward": "#56B4E9",
-    "backward": "#0072B2",
-    "copy_in": "#F0E442",
-    "reduce_scatter": "#D55E00",
-    "step_sync": "#CC79A7",
-    "update": "#009E73",
-    "all_gather": "#E69F00",
-}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Start and end in microseconds of the profiler's clock. `row`: a host thread, or a stream of the device."""
-
-    part: str
-    row: str
-    start: float
-    end: float
 
 
 def record(job: Job, path: Path) -> list[dict[str, Any]]:
@@ -81,47 +62,6 @@ def record(job: Job, path: Path) -> list[dict[str, Any]]:
     profiled.export_chrome_trace(str(path))
     events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
     return [event for event in events if event.get("ph") == "X"]
-
-
-def of_host(events: list[dict[str, Any]]) -> list[Interval]:
-    """Return the intervals that the library records itself, by host thread."""
-    return [
-        Interval(event["name"].removeprefix("shardadam."), f"thread {event['tid']}", *ends(event))
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"].startswith("shardadam.")
-    ]
-
-
-def of_device(events: list[dict[str, Any]], host: list[Interval]) -> list[Interval]:
-    """Return what runs on the device; its part is what the host was doing when it launched it."""
-    launches = {
-        event["args"]["correlation"]: event
-        for event in events
-        if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
-    }
-    backward = [event for event in events if event["name"].startswith("autograd::engine::evaluate_function")]
-    found = []
-    for event in events:
-        if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
-            continue
-        launch = launches.get(event["args"].get("correlation"))
-        part = "forward"
-        if launch is not None:
-            inside = [one for one in host if one.row == f"thread {launch['tid']}" and is_in(launch, one.start, one.end)]
-            if inside:
-                part = min(inside, key=lambda one: one.end - one.start).part
-            elif any(one["tid"] == launch["tid"] and is_in(launch, *ends(one)) for one in backward):
-                part = "backward"
-        found.append(Interval(part, f"stream {event['args']['stream']}", *ends(event)))
-    return found
-
-
-def ends(event: dict[str, Any]) -> tuple[float, float]:
-    return event["ts"], event["ts"] + event["dur"]
-
-
-def is_in(event: dict[str, Any], start: float, end: float) -> bool:
-    return start <= event["ts"] <= end
 
 
 def waits(events: list[dict[str, Any]]) -> list[str]:
@@ -164,7 +104,7 @@ def main() -> None:
     job = Job(torch.device(args.device), *shape)
     args.to.mkdir(parents=True, exist_ok=True)
     events = record(job, args.to / "trace.json")
-    host = of_host(events)
+    host = ranges_of(events)
     device = of_device(events, host)
     streams: dict[str, set[str]] = defaultdict(set)
     for one in device or host:

@@ -26,6 +26,7 @@ from fake_world import rank_0_of
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardadam import Precision, ShardedAdamW
+from shardadam.profiler.trace import COLOURS, part_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -202,30 +203,17 @@ def record_timeline(out: Path, name: str, bucket_mb: float) -> None:
     dist.destroy_process_group()
 
 
-COLOURS = {
-    "forward": SKY,
-    "backward": EXTRA,
-    "reduce_scatter": OURS,
-    "all_gather": YELLOW,
-    "step_sync": PURPLE,
-    "update": GREEN,
-}
 ROWS = ("update", "communication", "forward, backward")
 
 
 def kind_of(name: str) -> tuple[str, str] | None:
-    """The row of an event, and its colour's name; None if it is not shown."""
-    if name in ("timeline.forward", "timeline.backward"):
-        return "forward, backward", name.removeprefix("timeline.")
-    if name in ("gloo:all_gather", "shardadam.all_gather"):
-        return "communication", "all_gather"
-    if name.startswith("shardadam.reduce_scatter") or name in ("gloo:all_to_all", "gloo:reduce_scatter"):
-        return "communication", "reduce_scatter"
-    if name in ("gloo:all_reduce", "shardadam.step_sync"):
-        return "communication" if name.startswith("gloo") else "update", "step_sync"
-    if name.startswith("shardadam.update") or name == "aten::_fused_adamw_":
-        return "update", "update"
-    return None
+    """The row of an event, and its part; None if it is not shown."""
+    part = part_of(name)
+    if part is None or part in ("copy_in", "other"):
+        return None
+    if part in ("forward", "backward"):
+        return "forward, backward", part
+    return "communication" if name.startswith("gloo:") or part in ("all_gather", "reduce_scatter") else "update", part
 
 
 def draw_timeline(path: Path, to: Path) -> None:

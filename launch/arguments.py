@@ -125,6 +125,8 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--prompt", default=None, help="beginning of that text; None: 'def ', or that of a file with --data")
     add("--log-every", type=positive, default=10, help="steps between metrics")
     add("--log-dir", default=None, help="directory for TensorBoard metrics; None: none")
+    logs = "with the metrics, norms of gradients, update ratios and memory by parameter; default: with --log-dir"
+    add("--log-parameters", action=argparse.BooleanOptionalAction, default=None, help=logs)
     add("--json", default=None, metavar="PATH", help="file for the final numbers")
 
     add = parser.add_argument_group("checkpoints").add_argument
@@ -171,6 +173,8 @@ def parse_arguments(ranks: Ranks) -> tuple[argparse.Namespace, Parser, torch.dev
     """Returns the options, the parser (for later errors) and the device; exits on options that cannot work."""
     parser = make_parser(ranks)
     args = parser.parse_args()
+    if args.log_parameters is None:
+        args.log_parameters = args.log_dir is not None
     if args.warmup is None:
         args.warmup = min(100, args.steps // 10)
     if args.warmup >= args.steps:

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
+import metrics
 from arguments import DTYPES, Ranks, offload_of, parse_arguments
 from checkpoints import CannotResume, Saver, identity_of, starting_point
 from model import Decoder, ModelConfig, generate, next_byte_loss
@@ -178,16 +179,24 @@ def train(
             loss += part.detach()
         synchronize(device)
         backward_done = time.perf_counter()
+        is_logged = step in (span[0], span[-1]) or step % args.log_every == 0
+        looks = is_logged and args.log_parameters and isinstance(run, Sharded)
+        values: dict[str, float] = {}
+        if looks and args.update == "step":  # with "backward" there are no gradients any more
+            values |= metrics.before_step(run.optimizer)
+            backward_done = time.perf_counter()
         grad_norm = run.step()
         synchronize(device)
         step_done = time.perf_counter()
         timings.forward_backward.append(backward_done - started)
         timings.optimizer.append(step_done - backward_done)
 
-        if step in (span[0], span[-1]) or step % args.log_every == 0:
+        if is_logged:
             loss = average(loss, ranks)
+            if looks:
+                values |= metrics.after_step(run.optimizer)
             now = time.perf_counter()
-            values = {
+            values |= {
                 "loss": loss.item(),
                 "lr": run.schedule.get_last_lr()[0],
                 "tokens_per_s": (step - last_step) * args.batch * args.context / (now - last_log),

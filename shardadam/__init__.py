@@ -10,6 +10,7 @@ from shardadam.grad_scaler import GradScaler
 from shardadam.offload import DiskOffload, HostOffload
 from shardadam.optimizer import ShardedAdam
 from shardadam.precision import Precision
+from shardadam.profiler import profile
 from shardadam.ranks.desync import RankDesyncError
 from shardadam.state.memory import Memory
 from shardadam.version import __version__
@@ -29,5 +30,6 @@ __all__ = [
     "clip_grad_norm_",
     "has_checkpoint",
     "load",
+    "profile",
     "save",
 ]

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from shardadam.checks import arguments, replicas
+from shardadam.checks import arguments
 from shardadam.checks.misuse import refuse_torchs_grad_scaler, watch_torch
 from shardadam.engine.checkpoint_seam import CheckpointSeam
 from shardadam.engine.collective_method import collective
 from shardadam.engine.garbage import garbage_collection_paused
+from shardadam.engine.inspection import InspectableOptimizer
 from shardadam.engine.joining import JoinableOptimizer, repeated_by_joined_ranks
 from shardadam.engine.parameters import (
     ShardedParameters,
@@ -31,21 +32,17 @@ from shardadam.engine.parameters import (
     named_parameters,
 )
 from shardadam.engine.step import StepEngine
-from shardadam.engine.step_sync import ALIKE
 from shardadam.engine.storage import NamedParameter
 from shardadam.offload import Offload, check_offload
 from shardadam.precision import Precision
-from shardadam.ranks import agreement, desync
+from shardadam.ranks import desync
 from shardadam.ranks.agreement import Claim
-from shardadam.state import memory
-from shardadam.state.memory import Memory
-from shardadam.state.stateful_optimizer import StatefulOptimizer
 from shardadam.transport import Transport, connect, connect_job, placement
 
 GradientSync = Literal["backward", "step", "external"]
 
 
-class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
+class ShardedAdam(InspectableOptimizer):
     """torch.optim.Adam with its state split over the ranks of a process group (ZeRO stages 1 and 2).
 
     Collective: all ranks must build the same optimizer over the same model. It broadcasts rank 0's parameter values and
@@ -190,14 +187,6 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
         watch_torch(self._engine.reducer)
         self._is_built = True
         weakref.finalize(self, self._engine.release).atexit = False
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """2-norm of the averaged gradients before clipping at the last ``step``; None if that step did not clip.
-
-        0-dim on the device, float32 (float64 if any parameter of this rank is).
-        """
-        return self._engine.grad_norm
 
     @property
     def gradient_sync(self) -> str:
@@ -457,57 +446,6 @@ class ShardedAdam(StatefulOptimizer, JoinableOptimizer):
             ValueError: one of them is this optimizer's, which averages its own, or not a parameter.
         """
         self._engine.average_gradients(parameters)
-
-    # Inspection
-
-    @collective
-    def check_in_sync(self, model: torch.nn.Module | None = None) -> None:
-        """Check by checksums that all ranks hold equal bits. Collective.
-
-        Compares trainable and frozen parameters, also between model-parallel ranks that hold copies, step counters,
-        ``skipped_steps`` and hyperparameters; with hybrid sharding, also the state over each replica group. Without
-        it, each shard of the state exists once and is not compared. Reads everything once, sends a few bytes per rank,
-        and changes nothing.
-
-        Args:
-            model: also compare its parameters that this optimizer does not have.
-
-        Raises:
-            ValueError: hyperparameters differ, or a parameter's shape, dtype, strides or ``requires_grad``.
-            RuntimeError: other values differ. Names the first tensor that differs, and the ranks.
-        """
-        engine = self._engine
-        engine.step_sync.read_all()
-        claims = self._parameters.claims(self.param_groups, named_parameters(self.param_groups))
-        with replicas.told_to_all(engine.job):
-            agreement.require(claims, engine.transport.control, remedy=f"{ALIKE} Nothing has been written.")
-            self._add_unfrozen_params()
-            engine.gatherer.synchronize()
-            for transport in engine.parameters.transports:
-                tensors = replicas.replicated_tensors(
-                    *engine.parameters.of_transport(transport), engine.skipped_steps, transport
-                )
-                if model is not None and transport is engine.transport:
-                    tensors += replicas.outside_tensors(engine.outside(model))
-                replicas.check(tensors, transport.rank, transport.control)
-        replicas.check_copies(engine.parameters.params, engine.parameters.parts, engine.job)
-
-    @collective
-    def full_grad(self, parameter: Tensor) -> Tensor | None:
-        """Return the parameter's averaged gradient as ``step`` would use it. Collective.
-
-        Returns:
-            A new tensor of the parameter's shape, float32 (float64 for float64 parameters). None if no rank has one.
-
-        Raises:
-            ValueError: ``parameter`` is frozen since the build, or not a parameter of this optimizer.
-        """
-        self._add_unfrozen_params(between_steps=False)
-        return self._engine.full_grad(parameter, self.param_groups)
-
-    def memory(self) -> Memory:
-        """Return the bytes that the optimizer holds on this rank now, by kind. Local."""
-        return memory.held_by(self._engine.parameters.arenas, self._engine.reducer)
 
     @property
     def _checkpoint_seam(self) -> CheckpointSeam:

@@ -21,13 +21,15 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in so
 # files are listed one by one.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "cli", "integrations"),
-    ("adamw", "grad_scaler", "checkpoint", "clipping", "planner"),
+    ("adamw", "grad_scaler", "checkpoint", "clipping", "planner", "profiler"),
     ("optimizer",),
+    ("engine.inspection",),
     ("state.stateful_optimizer",),
     (
         "engine.checkpoint_seam",
         "engine.collective_method",
         "engine.joining",
+        "engine.norms",
         "state.loading",
         "state.state_dict",
         "state.torch_view",

@@ -70,7 +70,7 @@ def test_kernels_are_attributed_to_the_host_range_that_launched_them() -> None:
         event("cudaStreamSynchronize", "cuda_runtime", 1, 60, 61),
         event("cudaDeviceSynchronize", "cuda_runtime", 1, 101, 102),  # by the benchmark, after the step
     ]
-    found = gpu_trace.of_device(events, gpu_trace.of_host(events))
+    found = gpu_trace.of_device(events, gpu_trace.ranges_of(events))
     assert [(one.part, one.row) for one in found] == [
         ("forward", "stream 7"),
         ("backward", "stream 7"),

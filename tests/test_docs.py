@@ -51,6 +51,7 @@ NOT_RUN = {
     "index.md": 1,
     "integrations.md": 2,
     "launch.md": 2,
+    "logging.md": 1,
     "memory.md": 2,
     "migrating.md": 1,
 }

@@ -6,6 +6,7 @@ memory, and also if it is stopped and resumed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -67,8 +68,24 @@ def test_low_precision_and_other_world_sizes_train(tmp_path: Path) -> None:
 
 
 def test_metrics_go_to_tensorboard(tmp_path: Path) -> None:
-    pretrain(tmp_path, "--steps", "3", "--log-dir", str(tmp_path / "log"), ranks=1)
-    assert any(path.name.startswith("events.out") for path in (tmp_path / "log").rglob("*"))
+    """Norms of parameters add up to those of their groups and of all, and to the one that clips."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(tmp_path, "--steps=3", "--log-every=2", "--log-dir", str(tmp_path / "log"))
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    for index in range(3):
+        at = {tag: of_tag[index] for tag, of_tag in values.items() if len(of_tag) == 3}
+        of_params = [value for tag, value in at.items() if tag.startswith("gradient_norm/")]
+        of_groups = [at["gradient_norm_of_group/0"], at["gradient_norm_of_group/1"]]
+        for parts in (of_params, of_groups):
+            assert math.hypot(*parts) == pytest.approx(at["gradient_norm_of_all"], rel=1e-5)
+        assert at["grad_norm"] == pytest.approx(at["gradient_norm_of_all"], rel=1e-5)
+        ratios = [value for tag, value in at.items() if tag.startswith("update_ratio/")]
+        assert len(ratios) == len(of_params) > 10 and min(ratios) > 0
+        assert at["memory/total"] > at["memory/moments"] > 0 == at["skipped_steps"]
 
 
 def test_a_wrong_argument_is_named(tmp_path: Path) -> None:

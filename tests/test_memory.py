@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from shardadam import ShardedAdamW
+from shardadam import Memory, Precision, ShardedAdamW
 from shardadam.engine.reduction import LocalReducer, StepReducer
 from shardadam.engine.reduction.staging import StagingPool
 from shardadam.transport import SharedMemoryTransport
@@ -95,11 +95,12 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         views = storages(taken) - storages(gradients)
         all_stats += reducer._arena_stats.values()
     grad_stats = [t for stats in all_stats for t in (*stats.flags, *stats.sums_of_squares)]
-    # memory() does not count skipped_steps, the statistics of each bucket, the board of 64 KiB for small all-reduces,
-    # and memory of peers.
+    # memory() does not count skipped_steps, the statistics of each bucket, which parameters took the last step (a byte
+    # each), the board of 64 KiB for small all-reduces, and memory of peers.
     known = [flat, views, moments, master, scalars, tables, storages([optimizer.skipped_steps])]
     assert all(kind <= live for kind in known)
-    known.append(storages([*mapped(optimizer), *grad_stats]))
+    last_steps = [held for last in optimizer._engine.updater.last.values() for held in (last.found_inf, last.used)]
+    known.append(storages([*mapped(optimizer), *grad_stats, *last_steps]))
     rest = live - set().union(*known)
     return {
         "parameters": size(flat),
@@ -110,6 +111,7 @@ def count(optimizer: ShardedAdamW, parameters: list[nn.Parameter], others: list[
         "tables": size(tables),
         "gradient_shard and staging": size(rest),
         **dict.fromkeys(("average", "offload_buffers", "on_host", "on_disk"), 0),
+        "adamw": optimizer.memory().adamw,  # see test_adamws_state_is_what_adamw_holds
     }
 
 
@@ -351,3 +353,60 @@ def staging_beside_a_late_peer(transport: str, late_s: float) -> int:
 def test_staging_does_not_grow_while_a_peer_is_only_a_little_late(transport: str) -> None:
     assert on_ranks(2, staging_beside_a_late_peer, transport, StagingPool.PATIENCE_S / 2)[0] == 2
     assert on_ranks(2, staging_beside_a_late_peer, transport, StagingPool.PATIENCE_S * 3)[0] > 2
+
+
+# What it prints
+
+
+def printed(kind: str) -> tuple[Any, str, int]:
+    """``memory()``, its text, and the bytes of the state of torch's AdamW for the same parameters."""
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    precision = Precision(master={"fp32": "auto", "split": "split", "none": "none"}[kind])
+    shapes = [(64, 48), (48,), (7, 3)]
+    like = [torch.ones(shape, dtype=torch.float32 if kind == "split" else dtype) for shape in shapes]
+    theirs = [nn.Parameter(one) for one in like]
+    adamw = torch.optim.AdamW(theirs)
+    for parameter in theirs:
+        parameter.grad = torch.ones_like(parameter)
+    adamw.step()
+    held = sum(value.nbytes for state in adamw.state.values() for value in state.values())
+    copies = sum(parameter.nbytes for parameter in theirs) if kind == "split" else 0
+    optimizer = ShardedAdamW([nn.Parameter(one.to(dtype)) for one in like], precision=precision)
+    return optimizer.memory(), str(optimizer.memory()), held + copies
+
+
+@pytest.mark.parametrize("kind", ["fp32", "split", "none"])
+def test_adamws_state_is_what_adamw_holds(kind: str) -> None:
+    for memory, text, held in on_ranks(2, printed, kind):
+        assert memory.adamw == held
+        assert memory.saved == held - memory.moments - memory.master - memory.scalars
+        lines = dict(line.split("  ", 1) for line in text.splitlines()[1:])
+        numbers = {name: int(value.split("(")[0].replace(",", "")) for name, value in lines.items()}
+        assert numbers.pop("AdamW's state") == held
+        assert numbers.pop("saved") == memory.saved
+        assert numbers.pop("state and its buffers") == memory.state + memory.offload_buffers - memory.average
+        assert numbers.pop("total") == memory.total == sum(numbers.values())
+        assert all(getattr(memory, name.replace(" ", "_")) == value for name, value in numbers.items())
+
+
+def test_memory_prints_a_table() -> None:
+    memory = Memory(
+        parameters=4000, gradients=0, gradient_shard=2000, staging=0, moments=4000, master=0, average=1000,
+        offload_buffers=0, scalars=24, tables=112, on_host=0, on_disk=500, adamw=8012,
+    )  # fmt: skip
+    assert (
+        str(memory)
+        == """\
+bytes on this rank
+parameters              4,000
+gradient shard          2,000
+moments                 4,000
+average                 1,000
+scalars                    24
+tables                    112
+total                  11,136
+on disk                   500
+state and its buffers   4,024
+AdamW's state           8,012
+saved                   3,988  (49.8%)"""
+    )

@@ -21,13 +21,19 @@ from tests.ranks import on_ranks
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
-from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
 from transformers.training_args import OptimizerNames  # noqa: E402
 
 from shardadam.integrations import transformers as integration  # noqa: E402
-from shardadam.integrations.transformers import ConsolidateCallback, ShardedTrainer, ShardedTrainerMixin  # noqa: E402
+from shardadam.integrations.transformers import (  # noqa: E402
+    ConsolidateCallback,
+    LogCallback,
+    ShardedTrainer,
+    ShardedTrainerMixin,
+)
 from tests import trainer_run  # noqa: E402
+from tests.accelerate_run import as_launched  # noqa: E402
 
 pytestmark = pytest.mark.scripts
 SAVING = {"save_strategy": "steps", "save_steps": 4}
@@ -410,3 +416,37 @@ def test_transformers_has_the_methods_that_the_integration_overrides() -> None:
     assert saving.index("self.control.should_save = is_new_best_metric") < saving.index("self._save_checkpoint")
     assert "control.should_save = True" in inspect.getsource(DefaultFlowCallback.on_step_end)
     assert "control.should_save = True" in inspect.getsource(DefaultFlowCallback.on_epoch_end)
+
+
+# Logging
+
+
+def log_and_train(out: str, gradient_sync: str) -> tuple[list[Any], list[dict[str, Any]], set[str]]:
+    """What ``LogCallback`` has seen by step, and the Trainer's own log."""
+    seen: list[tuple[int, dict[str, float]]] = []
+    with as_launched():
+        torch.manual_seed(0)
+        model = trainer_run.GPT2LMHeadModel(
+            trainer_run.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=trainer_run.VOCABULARY, n_positions=16)
+        )
+        args = TrainingArguments(out, max_steps=4, logging_steps=2, use_cpu=True, report_to=[], save_strategy="no")
+        kind, optimizers = ShardedTrainer, (None, None)
+        if gradient_sync == "external":
+            kind, optimizers = Trainer, (ShardedAdamW(model.named_parameters(), gradient_sync="external"), None)
+        callback = LogCallback(lambda values, step: seen.append((step, values)))
+        trainer = kind(model, args, train_dataset=trainer_run.Texts(0), callbacks=[callback], optimizers=optimizers)
+        trainer.train()
+        return seen, trainer.state.log_history, {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("gradient_sync", ["backward", "external"])
+def test_norms_and_ratios_are_logged_at_the_trainers_own_steps(gradient_sync: str, tmp_path: Path) -> None:
+    (seen, history, names), (seen_elsewhere, *_) = on_ranks(2, log_and_train, str(tmp_path), gradient_sync)
+    assert seen_elsewhere == []
+    assert [step for step, _ in seen] == [2, 4]
+    for step, values in seen:
+        own = next(one["grad_norm"] for one in history if one["step"] == step and "grad_norm" in one)
+        own = min(own, 1.0) if gradient_sync == "external" else own  # clipped in p.grad before anyone can look
+        assert values["gradient_norm_of_all"] == pytest.approx(own, rel=1e-4)
+        assert {name for name in names if values[f"update_ratio/{name}"] > 0} == names
+        assert math.hypot(*(values[f"gradient_norm/{name}"] for name in names)) == pytest.approx(own, rel=1e-4)

@@ -51,6 +51,7 @@ class StepEngine:
     Attributes:
         grad_norm, skipped_steps: of the optimizer, where they are documented.
         poison: why the optimizer must not step, if it must not.
+        inverse_scale: 1 / loss scale, by which the update multiplies gradients; None for 1.
 
     Args:
         parameters: none yet.
@@ -87,9 +88,8 @@ class StepEngine:
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._is_joining = False
         self._overlaps: list[OverlappedForward] = []
-        # The update multiplies gradients by the first: clip coefficient / loss scale. The second is 1 / loss scale.
-        self._coefficient: Tensor | None = None
-        self._inverse_scale: Tensor | None = None
+        self._coefficient: Tensor | None = None  # clip coefficient / loss scale, by which the update multiplies, too
+        self.inverse_scale: Tensor | None = None
         self._factor = 1.0  # multiplies the mean over ranks
         # At the first zero_grad after a step, all ranks have run equally many rounds. Before a second one, forward or
         # backward may have raised on a rank, which has run fewer rounds than its peers.
@@ -151,7 +151,7 @@ class StepEngine:
             self.reducer.catch_up(agreement.largest(self.reducer.rounds_after_close, self.transport.control))
         self.reducer.close()
         if self.reducer.rounds != self.step_sync.rounds and self.options.gradient_sync != "backward":
-            self._coefficient = self._inverse_scale  # the gradients have changed since they were clipped
+            self._coefficient = self.inverse_scale  # the gradients have changed since they were clipped
         buckets = self.parameters.buckets
         return self.step_sync.sync(
             partial(self._claims, call, param_groups),
@@ -222,8 +222,8 @@ class StepEngine:
         mark_written([param for param in parameters.params if used is None or used[param.index]])
         self.reducer.learn_order()
         self.grad_norm = None if stats.norm is None else self._in_norm_dtype(stats.norm)
-        if self.grad_norm is not None and self._inverse_scale is not None:
-            self.grad_norm = self.grad_norm * self._inverse_scale
+        if self.grad_norm is not None and self.inverse_scale is not None:
+            self.grad_norm = self.grad_norm * self.inverse_scale
 
     def _coefficient_for(self, arena: FlatArena) -> Tensor | None:
         """Return what the update of the arena multiplies gradients by; None for 1."""
@@ -245,10 +245,10 @@ class StepEngine:
 
     def rescale(self, factor: float) -> None:
         """Multiply the mean of gradients over all ranks by ``factor``, until the next step. Before any clipping."""
-        self._refuse_in_backward("Join with divide_by_initial_world_size=False")
+        self.refuse_in_backward("Join with divide_by_initial_world_size=False")
         self._factor = factor
         exact = torch.full((), factor, dtype=torch.float64, device=self.skipped_steps.device)
-        self._inverse_scale = self._coefficient = self._in_norm_dtype(exact)
+        self.inverse_scale = self._coefficient = self._in_norm_dtype(exact)
 
     def clip_grad_norm_(
         self,
@@ -259,7 +259,7 @@ class StepEngine:
         parameters: Tensor | Iterable[Tensor] | None = None,
     ) -> Tensor:
         """Make the next step clip; return the norm before clipping. Collective."""
-        self._refuse_in_backward("clip_grad_norm_")
+        self.refuse_in_backward("clip_grad_norm_")
         arguments.check_limit("max_norm", max_norm)
         norm_type = float(norm_type)
         if not norm_type > 0:
@@ -288,7 +288,7 @@ class StepEngine:
         self, clip_value: float, param_groups: ParamGroups, *, parameters: Tensor | Iterable[Tensor] | None = None
     ) -> None:
         """Clamp every element of the averaged gradients. Collective."""
-        self._refuse_in_backward("clip_grad_value_")
+        self.refuse_in_backward("clip_grad_value_")
         arguments.check_limit("clip_value", clip_value)
         if not self.must_sync:
             return
@@ -298,7 +298,7 @@ class StepEngine:
         clipping.clamp_(params, limit)
         self._gradients_have_changed(params)
 
-    def _refuse_in_backward(self, what: str) -> None:
+    def refuse_in_backward(self, what: str) -> None:
         """Raise ValueError if gradients are used in backward: nothing can read or change them afterwards."""
         if self.in_backward is not None:
             raise ValueError(
@@ -352,7 +352,7 @@ class StepEngine:
         Returns:
             0-dim: float64, and 1 or 0 in float32.
         """
-        self._refuse_in_backward("clip_grad_norm_")
+        self.refuse_in_backward("clip_grad_norm_")
         if not self.must_sync:
             nothing = torch.zeros((), dtype=torch.float64, device=self.skipped_steps.device)
             return nothing, nothing.float()
@@ -402,11 +402,11 @@ class StepEngine:
         """
         if self._is_in_step:
             self.poison.reason = "its gradients were multiplied by a loss scale when it used them in backward"
-        self._refuse_in_backward("GradScaler")
+        self.refuse_in_backward("GradScaler")
         if in_place and self.options.gradient_sync != "backward":
             clipping.unscale_(self.parameters.params, inverse_scale)
         else:
-            self._inverse_scale = self._coefficient = (
+            self.inverse_scale = self._coefficient = (
                 self._in_norm_dtype(inverse_scale.reshape(()).double()) * self._factor
             )
         with_norm = self.options.max_grad_norm is not None
@@ -414,7 +414,7 @@ class StepEngine:
 
     def full_grad(self, parameter: Tensor, param_groups: ParamGroups) -> Tensor | None:
         """Return the averaged gradient as ``step`` would use it; None if no rank has one. Collective."""
-        self._refuse_in_backward("full_grad")
+        self.refuse_in_backward("full_grad")
         param = self.parameters.find(parameter)
         with_norm = self.options.max_grad_norm is not None
         stats = self.sync_before("full_grad", param_groups, with_norm=with_norm)
@@ -449,7 +449,7 @@ class StepEngine:
         if self.in_backward is not None:
             self.in_backward.reset()
         self.step_sync.start_anew()
-        self._coefficient = self._inverse_scale = None
+        self._coefficient = self.inverse_scale = None
         self._factor = 1.0
 
     def outside(self, model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ from shardadam.update import Sources, StepInputs
 ParamGroups = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LastStep:
+    """What the last step of an arena depended on beside its state: from both, ``norms.py`` computes the update.
+
+    Args:
+        found_inf, used: as in ``update.StepInputs``.
+        lr: a tensor is a copy: the user's may have changed since.
+    """
+
+    found_inf: Tensor
+    used: Tensor
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    is_decoupled: bool
+
+
 class Updater:
     """The updates of one step: ``begin``, ``update`` once for each bucket, and ``end``.
 
@@ -29,11 +48,18 @@ class Updater:
     Args:
         ema_decay: of the averages; None without.
         store: of offloaded state.
+
+    Attributes:
+        last: of each arena, its last step; none if it has taken none since it was built or loaded.
+        left_out: by bucket index: whether its shard alone stayed as it was in that step; with ``update="backward"``.
     """
 
     def __init__(self, ema_decay: float | None, store: StateStore | None) -> None:
         self._ema_decay = ema_decay
         self._store = store
+        self.last: dict[FlatArena, LastStep] = {}
+        self.left_out: dict[int, Tensor] = {}
+        self._lr: dict[int, Tensor] = {}  # copies of learning rates on the device, by param group
 
     def begin(
         self,
@@ -60,18 +86,33 @@ class Updater:
         must_read = not all_used and any(arena.update.needs_host_used for arena in arenas)
         host_used = used.tolist() if must_read else None
         for arena in arenas:
-            device = arena.parameters.device
-            arena.update.begin(
-                StepInputs(
-                    found_inf=found_inf.to(device),
-                    used=used[arena.indices].to(device),
-                    host_used=None if host_used is None else host_used[arena.indices],
-                    coefficient=coefficient_of(arena),
-                    hyperparameters=param_groups[arena.group_index],
-                    ema_decay=self._ema_decay,
-                )
+            device, group = arena.parameters.device, param_groups[arena.group_index]
+            inputs = StepInputs(
+                found_inf=found_inf.to(device),
+                used=used[arena.indices].to(device),
+                host_used=None if host_used is None else host_used[arena.indices],
+                coefficient=coefficient_of(arena),
+                hyperparameters=group,
+                ema_decay=self._ema_decay,
+            )
+            arena.update.begin(inputs)
+            self.last[arena] = LastStep(
+                inputs.found_inf,
+                inputs.used,
+                lr=self._copied(group["lr"], arena.group_index),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                is_decoupled=group["decoupled_weight_decay"],
             )
         return host_used
+
+    def _copied(self, lr: float | Tensor, group_index: int) -> float | Tensor:
+        if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+            return float(lr)
+        if group_index not in self._lr:
+            self._lr[group_index] = torch.empty_like(lr)
+        return self._lr[group_index].copy_(lr)  # always the same memory, for captured graphs
 
     def update(
         self,
@@ -86,6 +127,8 @@ class Updater:
         """
         first = buckets[0]
         first.arena.snapshot.finish()
+        if found_inf is not None:
+            self.left_out[first.index] = found_inf
         with record("update"):
             if first.stored is None:
                 first.arena.update.step_(*merged(buckets), gradients, found_inf)
@@ -115,7 +158,9 @@ class Updater:
             raise RuntimeError(f"{self.error}. Load a whole checkpoint, on all ranks.")
 
     def recover(self) -> None:
-        """Forget ``error``: the whole state has been written anew."""
+        """Forget ``error`` and the last step: the whole state has been written anew."""
+        self.last.clear()
+        self.left_out.clear()
         if self._store is not None:
             self._store.recover()
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -274,6 +275,49 @@ class ConsolidateCallback(TrainerCallback):
         sharded = _unwrapped(optimizer)
         if isinstance(sharded, ShardedAdam) and not args.save_only_model:
             sharded.consolidate_state_dict()
+
+
+class LogCallback(TrainerCallback):
+    """Looks at each parameter's gradient and update at the steps that a Trainer logs (``logging_steps``).
+
+    For ``ShardedTrainer``, and for a plain Trainer over a ``ShardedAdamW``.
+
+    Args:
+        log: called on rank 0 with numbers by name ("gradient_norm/...", before clipping by the optimizer;
+            "gradient_norm_of_group/...", "gradient_norm_of_all", "update_ratio/...") and the step. After the Trainer
+            itself has clipped ``p.grad``, with DDP, norms are those after it. With ``update="backward"``, there are
+            ratios only.
+    """
+
+    def __init__(self, log: Callable[[dict[str, float], int], Any]) -> None:
+        self._log = log
+        self._values: dict[str, float] = {}
+
+    @staticmethod
+    def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
+        step = state.global_step + 1  # counted after the update
+        is_first = args.logging_first_step and step == 1
+        return is_first or (args.logging_strategy == "steps" and step % max(1, int(state.logging_steps)) == 0)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = _unwrapped(kwargs["optimizer"])
+        self._values = {}
+        if self._is_logged(args, state) and optimizer._engine.in_backward is None:
+            norms = optimizer.gradient_norms()
+            self._values = {f"gradient_norm/{name}": norm for name, norm in norms.parameters.items()}
+            self._values |= {f"gradient_norm_of_group/{index}": norm for index, norm in enumerate(norms.groups)}
+            self._values["gradient_norm_of_all"] = norms.total
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._is_logged(args, state):
+            ratios = _unwrapped(kwargs["optimizer"]).update_ratios()
+            values = self._values | {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
+            if state.is_world_process_zero:
+                self._log(values, state.global_step + 1)
 
 
 def _moments(args: TrainingArguments) -> Moments:

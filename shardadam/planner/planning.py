@@ -21,7 +21,7 @@ from shardadam.layout import Arena, Bucket, Layout, ParameterSpec, build_layout,
 from shardadam.offload import offload_planned
 from shardadam.optimizer import GradientSync
 from shardadam.precision import Precision
-from shardadam.state.memory import Memory
+from shardadam.state.memory import Memory, adamw_bytes
 from shardadam.transport import placement
 from shardadam.update import formats
 
@@ -274,6 +274,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
     numel = arena.numel // ranks
     format = setting.precision.format(dtype, device, has_average=setting.ema)
     state = {name: count * kind.itemsize for name, (count, kind) in formats.tensors(format, numel).items()}
+    parameter_numel = sum(segment.numel for bucket in buckets for segment in bucket.segments)
     zeros = [0] * len(arena.parameters)
     counters = allocate_counters(zeros, arena.offsets, zeros, torch.device("meta"), has_average=setting.ema)
     tables = counters.table_bytes + table_bytes(buckets, len(arena.parameters), format, device)
@@ -290,6 +291,7 @@ def _arena_bytes(arena: Arena, buckets: Sequence[Bucket], setting: Setting, *, p
         "average": state.get(formats.AVERAGE, 0),
         "scalars": counters.scalar_bytes,
         "tables": tables,
+        "adamw": adamw_bytes(format, parameter_numel, len(arena.parameters)),
     }
 
 

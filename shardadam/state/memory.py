@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import torch
 
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.storage import FlatArena
+from shardadam.precision import Format
 from shardadam.update import formats
 
 
@@ -39,6 +42,11 @@ class Memory:
         on_host: moments, masters and averages in pinned memory of the host (``HostOffload``), which do not count
             elsewhere.
         on_disk: the same in files (``DiskOffload``).
+        adamw: what torch.optim.AdamW would hold as state for the same parameters, on every rank: exp_avg and exp_avg_sq
+            in the dtype of the parameter, and its step. Where this optimizer keeps masters, AdamW is one over float32
+            copies of the parameters: these copies count, and its moments are float32.
+
+    ``print(optimizer.memory())`` prints the bytes of each kind, their total, and the state beside AdamW's.
     """
 
     parameters: int
@@ -53,6 +61,7 @@ class Memory:
     tables: int
     on_host: int
     on_disk: int
+    adamw: int
 
     @property
     def state(self) -> int:
@@ -64,6 +73,33 @@ class Memory:
         """All of it that is in memory of the device: without ``on_host`` and ``on_disk``."""
         reduced = self.gradients + self.gradient_shard + self.staging
         return self.parameters + reduced + self.offload_buffers + self.state + self.tables
+
+    @property
+    def saved(self) -> int:
+        """How much less memory of the device the state takes than AdamW's, buffers for offloaded state included."""
+        return self.adamw - (self.moments + self.master + self.scalars + self.offload_buffers)
+
+    def __str__(self) -> str:
+        """Return a table of the kinds that are not 0, in bytes, and what the state saves, without averages."""
+        elsewhere = ("on_host", "on_disk")
+        rows = {name: value for name, value in asdict(self).items() if value and name not in (*elsewhere, "adamw")}
+        rows |= {"total": self.total}
+        rows |= {name: value for name in elsewhere if (value := getattr(self, name))}
+        names = {name: name.replace("_", " ") for name in rows}
+        rows = {names[name]: value for name, value in rows.items()}
+        rows |= {"state and its buffers": self.adamw - self.saved, "AdamW's state": self.adamw, "saved": self.saved}
+        left, right = max(map(len, rows)), max(len(f"{value:,}") for value in rows.values())
+        lines = [f"{name:{left}}  {value:>{right},}" for name, value in rows.items()]
+        if self.adamw:
+            lines[-1] += f"  ({self.saved / self.adamw:.1%})"
+        return "\n".join(["bytes on this rank", *lines])
+
+
+def adamw_bytes(format: Format, numel: int, parameter_count: int) -> int:
+    """Return ``Memory.adamw`` for parameters of one format, ``numel`` elements together."""
+    moment = format.exact_dtype if format.master in ("split", "fp32") else format.dtype
+    copies = format.exact_dtype.itemsize if format.master in ("split", "fp32") else 0
+    return numel * (2 * moment.itemsize + copies) + parameter_count * torch.float32.itemsize
 
 
 def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
@@ -93,6 +129,10 @@ def held_by(arenas: Sequence[FlatArena], reducer: Reducer) -> Memory:
         ),
         on_host=offloaded["host"],
         on_disk=offloaded["disk"],
+        adamw=sum(
+            adamw_bytes(arena.format, sum(param.shape.numel() for param in arena.params), len(arena.params))
+            for arena in arenas
+        ),
     )
 
 

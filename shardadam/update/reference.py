@@ -129,6 +129,28 @@ def adam_(
     weight.sub_(step_size * exp_avg / (square_root(exp_avg_sq) * correction + eps))
 
 
+def last_update(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step_size: Tensor | float,
+    correction: Tensor | float,
+    decay: Tensor | float,
+    eps: float,
+) -> Tensor:
+    """Return what ``adam_`` has just added to ``weight``, from the values that it has left; up to rounding.
+
+    Args:
+        weight, exp_avg, exp_avg_sq: after the step.
+        step_size, correction: of that step, as ``adam_`` computes them.
+        decay: lr times the coefficient of decoupled weight decay; 0 without it.
+    """
+    moved = step_size * exp_avg / (exp_avg_sq.sqrt() * correction + eps)
+    before = (weight + moved) / (1 - decay)
+    return -(moved + decay * before)
+
+
 def average_(average: Tensor, weight: Tensor, *, n_averaged: int, ema_decay: float) -> None:
     """Move the exponential moving average of exact weights towards ``weight``, in place.
 
