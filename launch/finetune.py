@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import sys
 import time
 import zlib
@@ -289,16 +290,26 @@ def own_texts(part: Part, ranks: Ranks) -> tuple[Tensor, ...]:
 # Training
 
 
+@dataclass
+class Curves:
+    """Losses, equal on all ranks, and the seconds that validations took while training waited."""
+
+    training: list[float]  # the mean over the global batch, by step
+    validation: list[tuple[int, float]]  # step and loss
+    validating_s: float = 0.0
+
+
 def train(
     run: Sharded | Replicated,
+    model: Classifier,
     prepared: Prepared,
     args: argparse.Namespace,
     ranks: Ranks,
     device: torch.device,
     report: Silence,
-) -> tuple[Timings, float]:
-    """Trains; returns timings and the mean loss of the last epoch. Collective: ranks share each batch."""
-    timings, losses = Timings([], []), torch.zeros(args.epochs, device=device)
+) -> tuple[Timings, Curves]:
+    """Trains and validates; returns timings and losses. Collective: ranks share each batch."""
+    timings, losses, curves = Timings([], []), torch.zeros(args.steps, device=device), Curves([], [])
     lengths = prepared.training.lengths
     torch.manual_seed(args.seed * 1_000_003 + ranks.rank)  # dropout, equal for both optimizers
     step, last_log, seen_tokens = 0, time.perf_counter(), 0
@@ -322,7 +333,7 @@ def train(
             synchronize(device)
             timings.forward_backward.append(backward_done - started)
             timings.optimizer.append(time.perf_counter() - backward_done)
-            losses[epoch] += loss
+            losses[step - 1] = loss
             seen_tokens += int(lengths[batch].sum())
 
             if step in (1, args.steps) or step % args.log_every == 0:
@@ -338,7 +349,15 @@ def train(
                 last_log, seen_tokens = now, 0
             report.step_done(step)
             run.schedule.step()
-    return timings, average(losses[-1], ranks).item() * args.epochs / args.steps
+            if args.validate_every and step % args.validate_every == 0 and step < args.steps:
+                started = time.perf_counter()
+                curves.validation.append((step, evaluate(model, prepared, ranks, device)[0]))
+                report.validation(step, curves.validation[-1][1], unit="nats a text")
+                taken = time.perf_counter() - started
+                curves.validating_s += taken
+                last_log += taken
+    curves.training = average(losses, ranks).tolist()
+    return timings, curves
 
 
 def finetune(
@@ -380,9 +399,10 @@ def finetune(
         forget_peak(device)
         run = (Sharded if args.optimizer == "sharded" else Replicated)(model, args)
         started = time.perf_counter()
-        timings, training_loss = train(run, prepared, args, ranks, device, report)
-        total_seconds = time.perf_counter() - started
+        timings, curves = train(run, model, prepared, args, ranks, device, report)
+        total_seconds = time.perf_counter() - started - curves.validating_s
         loss, scores = evaluate(model, prepared, ranks, device)
+        curves.validation.append((args.steps, loss))
         average_loss, average_scores = None, None
         if (averaged := run.averaged()) is not None:
             with averaged:
@@ -408,7 +428,9 @@ def finetune(
         "validation_loss": loss,
         "average_validation_loss": average_loss,
         "average_accuracy": average_scores and average_scores.accuracy,
-        "training_loss": training_loss,
+        "training_loss": statistics.fmean(curves.training[-(args.steps // args.epochs) :]),
+        "training_losses": curves.training,
+        "validation_losses": [list(one) for one in curves.validation],
         "trained_parameters": trained,
         "state_bytes": run.state_bytes(),
         "unsharded_state_bytes": work.adamw_demand().need.optimizer,

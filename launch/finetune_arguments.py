@@ -83,10 +83,11 @@ def make_parser(ranks: Ranks) -> Parser:
     add("--classes", type=positive, default=20, help="number of modules to learn, without --data")
     add("--per-class", type=positive, default=250, help="most texts of a module, without --data")
     add("--probe", action=argparse.BooleanOptionalAction, default=True, help="train the baseline: a linear probe")
+    add("--validate-every", type=not_negative, default=0, help="steps between validations; 0: only at the end")
     add("--log-every", type=positive, default=10, help="steps between metrics")
     add("--log-dir", default=None, help="directory for TensorBoard metrics; None: none")
     add("--save-dir", default=None, metavar="DIR", help="directory for the tuned model or adapters; None: none")
-    add("--json", default=None, metavar="PATH", help="file for the final numbers")
+    add("--json", default=None, metavar="PATH", help="file for the final numbers and the losses")
     return parser
 
 

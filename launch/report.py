@@ -36,7 +36,7 @@ class Silence:
     def metrics(self, step: int, values: Mapping[str, float], state_bytes: int) -> None:
         pass
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, *, unit: str = "nats a byte") -> None:
         pass
 
     def rows(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -111,8 +111,8 @@ class Report(Silence):
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()  # a killed rank would lose the rest
 
-    def validation(self, step: int, loss: float) -> None:
-        self.say(f"step {step}: validation loss {loss:.4f} nats a byte")
+    def validation(self, step: int, loss: float, *, unit: str = "nats a byte") -> None:
+        self.say(f"step {step}: validation loss {loss:.4f} {unit}")
         if self.writer is not None:
             self.writer.add_scalar("validation_loss", loss, step)
 
