@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 from arguments import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOOTHED = 9  # steps in a point of a training curve
+SMOOTHED = 15  # steps in a point of a training curve
 
 
 @dataclass(frozen=True)
@@ -136,32 +136,49 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 2, figsize=(12.8, 6.4), dpi=130)
-    for form, found in results.items():
-        style = {"color": form.color, "linestyle": ":" if form == TWIN else "-", "zorder": 3 if form == TWIN else 2}
-        curves = [smoothed(one["training_losses"]) for one in found]
-        steps = range(1, len(curves[0]) + 1)
+    figure, panels = plt.subplots(1, 3, figsize=(15.6, 7), dpi=120)
+    losses = {
+        form: [[loss for _, loss in one["validation_losses"]] for one in found] for form, found in results.items()
+    }
+    compared = losses[FORMATS[0]]
+    validated = [step for step, _ in results[FORMATS[0]][0]["validation_losses"]]
+
+    # Curves that coincide stay visible: each is thinner than the one under it.
+    widths = {form: 7 - 1.1 * index for index, form in enumerate(results)}
+
+    def draw_band(panel: Any, form: Format, steps: Sequence[int], curves: list[list[float]], **style: Any) -> None:
         mean, low, high = band(curves)
-        panels[0].plot(steps, mean, linewidth=1.5, **style)
-        panels[0].fill_between(steps, low, high, color=form.color, alpha=0.12, linewidth=0)
-        steps = [step for step, _ in found[0]["validation_losses"]]
-        mean, low, high = band([[loss for _, loss in one["validation_losses"]] for one in found])
+        style = {"linewidth": widths[form], **style}
+        panel.plot(steps, mean, color=form.color, solid_capstyle="butt", **style)
+        panel.fill_between(steps, low, high, color=form.color, alpha=0.12, linewidth=0)
+
+    for form, found in results.items():
+        curves = [smoothed(one["training_losses"]) for one in found]
+        draw_band(panels[0], form, range(1, len(curves[0]) + 1), curves)
         seeds = f"{len(found)} seeds" if len(found) > 1 else "1 seed"
-        label = (
-            f"{form.title} ({seeds}): {final_losses(found)} at the end, "
-            f"{found[0]['state_bytes'] / 1e6:.1f} MB of state a rank"
-        )
-        panels[1].plot(steps, mean, marker="o", markersize=4, linewidth=1.5, label=label, **style)
-        panels[1].fill_between(steps, low, high, color=form.color, alpha=0.12, linewidth=0)
+        label = f"{form.title} ({seeds}): {final_losses(found)}, {found[0]['state_bytes'] / 1e6:.1f} MB of state a rank"
+        draw_band(panels[1], form, validated, losses[form], label=label)
+        if form.options[0] != "--tune":
+            pairs = zip(losses[form], compared, strict=False)
+            differences = [[a - b for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
+            draw_band(panels[2], form, validated, differences, linewidth=2)
     panels[0].set_title(f"training loss, mean of {SMOOTHED} steps", loc="left")
     panels[1].set_title("validation loss", loc="left")
+    panels[2].set_title(
+        f"validation loss less that of {FORMATS[0].title}\nwith the same seed (without LoRA)", loc="left"
+    )
     for panel in panels:
         panel.set_xlabel("step")
         panel.set_ylabel("cross entropy, nats a text")
         panel.grid(color="#e0e0e0")
     figure.suptitle("all-MiniLM-L6-v2 on docstrings, 2 ranks: means over seeds; bands from the least to the greatest")
-    figure.legend(loc="lower center", frameon=False, fontsize=10)
-    figure.tight_layout(rect=(0, 0.04 * (len(results) + 0.5), 1, 1))
+    figure.legend(
+        loc="lower center",
+        frameon=False,
+        fontsize=11,
+        title="validation loss at the end, ± standard deviation over seeds; optimizer state",
+    )
+    figure.tight_layout(rect=(0, 0.035 * (len(results) + 1.5), 1, 1))
     figure.savefig(path)
     plt.close(figure)
 

@@ -16,7 +16,7 @@ cd "$ROOT"
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 unset PYTHONPATH
-export PIP_CONSTRAINT=$ROOT/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1
+export PIP_CONSTRAINT=$made/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1
 
 # Prints an interpreter of this version, if there is one: in PATH, or of pyenv, whose shims may be switched off.
 interpreter() {
@@ -32,6 +32,7 @@ interpreter() {
 # Builds from a copy of what git knows, so that no stale file of the checkout gets in.
 build() {
     local copy
+    cp "$ROOT/constraints.txt" "$PIP_CONSTRAINT"
     for copy in source direct known; do
         mkdir "$made/$copy"
         git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$made/$copy"
@@ -57,12 +58,15 @@ compile() {
 
 # install PYTHON: the wheel into a fresh environment, and tries it; then the sdist, and tries that.
 install() {
-    local python=$made/venv/bin/python torch seconds=$SECONDS
+    local python=$made/venv/bin/python torch distribution seconds=$SECONDS
     rm -rf "$made/venv" "$made/outside"
     "$1" -m venv "$made/venv"
-    torch=$(grep '^torch==' "$ROOT/constraints.txt")
+    # The CPU build is smaller, but not on every index. Older pips refuse it under a constraint without "+cpu".
+    cp "$ROOT/constraints.txt" "$PIP_CONSTRAINT"
     if [[ $(torch_kind) == cpu ]]; then
-        "$python" -m pip install --quiet "$torch+cpu" 2>/dev/null || echo "Found no CPU build of torch; installing the plain one."
+        torch=$(sed -n 's/^torch==.*/&+cpu/p' "$PIP_CONSTRAINT")
+        sed -i 's/^torch==.*/&+cpu/' "$PIP_CONSTRAINT"
+        "$python" -m pip install --quiet "$torch" 2>"$made/log" || cp "$ROOT/constraints.txt" "$PIP_CONSTRAINT"
     fi
     for distribution in "$made"/dist/*.whl "$made"/dist/*.tar.gz; do
         "$python" -m pip install --quiet --force-reinstall --no-deps "$distribution"
@@ -73,14 +77,14 @@ install() {
     echo "$("$1" --version): wheel and sdist install and train, in $((SECONDS - seconds)) s"
 }
 
-# try BIN: the environment's shardadam, outside the checkout.
+# try BIN: the environment's shardadam, outside the checkout. Importing it must not warn; torch does where NumPy is missing.
 try() {
     mkdir -p "$made/outside"
     cp "$ROOT"/examples/{plain_loop,checkpoint_and_resume}.py "$made/outside"
     (
         cd "$made/outside"
         rm -rf checkpoints
-        "$1/python" -W error -c "
+        "$1/python" -W error -W "ignore:Failed to initialize NumPy" -c "
 import shardadam, sys
 assert shardadam.__file__.startswith(sys.prefix), shardadam.__file__
 assert shardadam.__version__ == sys.argv[1], (shardadam.__version__, sys.argv[1])" "$version"

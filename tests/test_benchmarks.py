@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code of benchmarks/gpu.py that a rehearsal on the CPU does not run: the search for the largest model, traces, parts
 that time out, and missed goals. And the arithmetic of benchmarks/scale.py, whose times nothing here can measure, and
-what benchmarks/one_process.py makes of its measurements.
+what benchmarks/one_process.py and finetune_proof.py make of their measurements.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 pytest.importorskip("matplotlib")
+import finetune_proof
 import gpu
 import gpu_trace
 import gpu_train
@@ -331,3 +332,41 @@ def test_files_of_an_offload_that_would_be_in_memory_are_refused(tmp_path: Path)
     one_process.check_directory(str(tmp_path))
     with pytest.raises(ValueError, match="expected a file system on a disk"):
         one_process.check_directory("/dev/shm")
+
+
+# benchmarks/finetune_proof.py
+
+
+def finetuned(seed: int, loss: float) -> dict[str, Any]:
+    curves = {"training_losses": [4.0, 3.0, loss], "validation_losses": [[2, 3.5], [3, loss]]}
+    sizes = {"state_bytes": 5_000_000, "optimizer_s": 0.02}
+    return {"seed": seed, "validation_loss": loss, "accuracy": 0.5, **curves, **sizes}
+
+
+def test_curves_are_smoothed_over_the_steps_around_and_bands_span_all_seeds() -> None:
+    assert finetune_proof.smoothed([1.0, 2.0, 6.0]) == [3.0, 3.0, 3.0]
+    long = finetune_proof.smoothed([float(i) for i in range(100)])
+    assert long[50] == 50.0 and long[0] == 2.0 and len(long) == 100
+    assert finetune_proof.band([[1.0, 5.0], [3.0, 1.0], [2.0, 3.0]]) == ([2.0, 3.0], [1.0, 1.0], [3.0, 5.0])
+
+
+def test_a_fine_tunes_row_has_each_seed_and_their_deviation(tmp_path: Path) -> None:
+    form, twin = finetune_proof.FORMATS[0], finetune_proof.TWIN
+    results = {form: [finetuned(0, 1.0), finetuned(1, 1.2)], twin: [finetuned(0, 1.1)]}
+    rows = finetune_proof.table(results)
+    assert rows[2].startswith(f"| {form.title} | 1.0000 | 1.2000 | 1.1000 ± 0.1414 | 50.0, 50.0 | 5.00 MB |")
+    assert rows[3].startswith(f"| {twin.title} | 1.1000 |  | 1.1000 | 50.0 |")
+    assert len({row.count("|") for row in rows}) == 1
+    finetune_proof.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_runs_with_other_options_are_not_taken_for_these(tmp_path: Path) -> None:
+    run = finetune_proof.Run(finetune_proof.FORMATS[2], 1, ("--epochs=1",))
+    assert run.kept(tmp_path) is None
+    run.path(tmp_path).write_text(json.dumps({"options": run.options, "results": {"a": 1}}))
+    assert run.kept(tmp_path) == {"a": 1}
+    with pytest.raises(ValueError, match="give the same options"):
+        replace(run, common=("--epochs=2",)).kept(tmp_path)
+    paths = {finetune_proof.Run(form, seed, ()).path(tmp_path) for form in finetune_proof.FORMATS for seed in (0, 1)}
+    assert len(paths) == 10

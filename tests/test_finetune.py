@@ -104,12 +104,17 @@ def test_two_ranks_reach_the_accuracy_of_ddp_and_torchs_adamw(
     name: str, epochs: int, learned: float, texts: Path, few_texts: Path, tmp_path: Path
 ) -> None:
     data = {"few": few_texts, "texts": texts}[name]
-    common = ["--data", str(data), f"--epochs={epochs}", "--json", str(tmp_path / "results.json")]
+    common = ["--data", str(data), f"--epochs={epochs}", "--validate-every=1", "--json", str(tmp_path / "results.json")]
     replicated, _ = on_ranks(2, results_on_a_rank, *common, "--optimizer=adamw", deadline_s=140)
     sharded, _ = on_ranks(2, results_on_a_rank, *common, deadline_s=140)
     assert json.loads((tmp_path / "results.json").read_text()) == sharded
     assert sharded["validation_loss"] == pytest.approx(replicated["validation_loss"], abs=1e-4)
     assert sharded["training_loss"] == pytest.approx(replicated["training_loss"], abs=1e-4)
+    assert sharded["training_losses"] == pytest.approx(replicated["training_losses"], abs=1e-4)
+    assert [step for step, _ in sharded["validation_losses"]] == list(range(1, sharded["steps"] + 1))
+    for (_, ours), (_, theirs) in zip(sharded["validation_losses"], replicated["validation_losses"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert sharded["validation_losses"][-1][1] == sharded["validation_loss"]
     assert sharded["accuracy"] == replicated["accuracy"] >= learned  # of four labels
     assert sharded["state_bytes"] < 0.51 * replicated["state_bytes"]
     assert sharded["demand_bytes"] < replicated["demand_bytes"] == replicated["adamw_demand_bytes"]
