@@ -184,12 +184,13 @@ def draw(results: Results, path: Path) -> None:
 
 
 def table(results: Results) -> list[str]:
-    """In Markdown: validation loss by seed, mean and deviation, accuracy, and state."""
+    """In Markdown: validation loss by seed, mean and deviation, less that of the first format, accuracy, and state."""
     any_format = next(iter(results.values()))
     seeds = " | ".join(f"seed {one['seed']}" for one in any_format)
     lines = [
-        f"| | {seeds} | validation loss, mean ± deviation | accuracy, % | state a rank | optimizer, median ms |",
-        "|---" * (5 + len(any_format)) + "|",
+        f"| validation loss | {seeds} | mean ± deviation | less {FORMATS[0].title} | accuracy, % | state a rank | "
+        "optimizer, median ms |",
+        "|---" * (6 + len(any_format)) + "|",
     ]
     for form, found in results.items():
         cells = [f"{one['validation_loss']:.4f}" for one in found]

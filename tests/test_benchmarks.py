@@ -343,10 +343,11 @@ def finetuned(seed: int, loss: float) -> dict[str, Any]:
     return {"seed": seed, "validation_loss": loss, "accuracy": 0.5, **curves, **sizes}
 
 
-def test_curves_are_smoothed_over_the_steps_around_and_bands_span_all_seeds() -> None:
+def test_curves_are_smoothed_over_the_steps_around_and_bands_span_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_proof, "SMOOTHED", 5)
     assert finetune_proof.smoothed([1.0, 2.0, 6.0]) == [3.0, 3.0, 3.0]
     long = finetune_proof.smoothed([float(i) for i in range(100)])
-    assert long[50] == 50.0 and long[0] == 2.0 and len(long) == 100
+    assert long[50] == 50.0 and long[0] == 1.0 and len(long) == 100
     assert finetune_proof.band([[1.0, 5.0], [3.0, 1.0], [2.0, 3.0]]) == ([2.0, 3.0], [1.0, 1.0], [3.0, 5.0])
 
 
@@ -354,8 +355,10 @@ def test_a_fine_tunes_row_has_each_seed_and_their_deviation(tmp_path: Path) -> N
     form, twin = finetune_proof.FORMATS[0], finetune_proof.TWIN
     results = {form: [finetuned(0, 1.0), finetuned(1, 1.2)], twin: [finetuned(0, 1.1)]}
     rows = finetune_proof.table(results)
-    assert rows[2].startswith(f"| {form.title} | 1.0000 | 1.2000 | 1.1000 ± 0.1414 | 50.0, 50.0 | 5.00 MB |")
-    assert rows[3].startswith(f"| {twin.title} | 1.1000 |  | 1.1000 | 50.0 |")
+    assert rows[2].startswith(
+        f"| {form.title} | 1.0000 | 1.2000 | 1.1000 ± 0.1414 | +0.0000, +0.0000 | 50.0, 50.0 | 5.00 MB |"
+    )
+    assert rows[3].startswith(f"| {twin.title} | 1.1000 |  | 1.1000 | +0.1000 | 50.0 |")
     assert len({row.count("|") for row in rows}) == 1
     finetune_proof.draw(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
