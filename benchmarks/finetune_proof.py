@@ -154,14 +154,17 @@ def draw(results: Results, path: Path) -> None:
 
     for form, found in results.items():
         curves = [smoothed(one["training_losses"]) for one in found]
-        draw_band(panels[0], form, range(1, len(curves[0]) + 1), curves)
-        seeds = f"{len(found)} seeds" if len(found) > 1 else "1 seed"
+        every_seed = len(found) == len(compared)  # the mean of fewer seeds is no mean to compare
+        seeds = f"{len(found)} seeds" if every_seed else f"seed {found[0]['seed']}, on the right only"
         label = f"{form.title} ({seeds}): {final_losses(found)}, {found[0]['state_bytes'] / 1e6:.1f} MB of state a rank"
-        draw_band(panels[1], form, validated, losses[form], label=label)
+        if every_seed:
+            draw_band(panels[0], form, range(1, len(curves[0]) + 1), curves)
+            draw_band(panels[1], form, validated, losses[form], label=label)
         if form.options[0] != "--tune":
             pairs = zip(losses[form], compared, strict=False)
             differences = [[a - b for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
-            draw_band(panels[2], form, validated, differences, linewidth=2)
+            more = {} if every_seed else {"label": label, "linestyle": "--"}
+            draw_band(panels[2], form, validated, differences, linewidth=2, **more)
     panels[0].set_title(f"training loss, mean of {SMOOTHED} steps", loc="left")
     panels[1].set_title("validation loss", loc="left")
     panels[2].set_title(
@@ -198,9 +201,10 @@ def table(results: Results) -> list[str]:
         accuracies = ", ".join(f"{100 * one['accuracy']:.1f}" for one in found)
         times = ", ".join(f"{1e3 * one['optimizer_s']:.0f}" for one in found)
         state = f"{found[0]['state_bytes'] / 1e6:.2f} MB"
-        lines.append(
-            f"| {form.title} | {' | '.join(cells)} | {final_losses(found)} | {accuracies} | {state} | {times} |"
-        )
+        pairs = zip(found, any_format, strict=False)
+        differences = ", ".join(f"{one['validation_loss'] - other['validation_loss']:+.4f}" for one, other in pairs)
+        cells += [final_losses(found), differences, accuracies, state, times]
+        lines.append(f"| {form.title} | {' | '.join(cells)} |")
     return lines
 
 

@@ -16,7 +16,7 @@ cd "$ROOT"
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 unset PYTHONPATH
-export PIP_CONSTRAINT=$made/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1
+export PIP_CONSTRAINT=$ROOT/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1
 
 # Prints an interpreter of this version, if there is one: in PATH, or of pyenv, whose shims may be switched off.
 interpreter() {
@@ -32,7 +32,6 @@ interpreter() {
 # Builds from a copy of what git knows, so that no stale file of the checkout gets in.
 build() {
     local copy
-    cp "$ROOT/constraints.txt" "$PIP_CONSTRAINT"
     for copy in source direct known; do
         mkdir "$made/$copy"
         git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$made/$copy"
@@ -61,17 +60,13 @@ install() {
     local python=$made/venv/bin/python torch distribution seconds=$SECONDS
     rm -rf "$made/venv" "$made/outside"
     "$1" -m venv "$made/venv"
-    # The CPU build is smaller, but not on every index. Older pips refuse it under a constraint without "+cpu".
-    cp "$ROOT/constraints.txt" "$PIP_CONSTRAINT"
-    if [[ $(torch_kind) == cpu ]]; then
-        torch=$(sed -n 's/^torch==.*/&+cpu/p' "$PIP_CONSTRAINT")
-        sed -i 's/^torch==.*/&+cpu/' "$PIP_CONSTRAINT"
-        "$python" -m pip install --quiet "$torch" 2>"$made/log" || cp "$ROOT/constraints.txt" "$PIP_CONSTRAINT"
-    fi
+    # The CPU build is smaller, but not there for every index and interpreter; the plain one works too.
+    torch=$(grep '^torch==' "$ROOT/constraints.txt")
+    if [[ $(torch_kind) == cpu ]]; then "$python" -m pip install "$torch+cpu" >"$made/log" 2>&1 || true; fi
     for distribution in "$made"/dist/*.whl "$made"/dist/*.tar.gz; do
-        "$python" -m pip install --quiet --force-reinstall --no-deps "$distribution"
-        "$python" -m pip install --quiet "$distribution" # what it needs
-        "$python" -m pip check --quiet
+        quietly "$python" -m pip install --force-reinstall --no-deps "$distribution"
+        quietly "$python" -m pip install "$distribution" # what it needs
+        quietly "$python" -m pip check
         try "$made/venv/bin"
     done
     echo "$("$1" --version): wheel and sdist install and train, in $((SECONDS - seconds)) s"
