@@ -47,11 +47,11 @@ class Format:
 
 FORMATS = (
     Format("fp32 moments", ("--moments", "fp32"), "#000000"),
-    Format("bf16 parameters, split masters, fp32 moments", ("--dtype", "bf16", "--master", "split"), "#0072b2"),
+    Format("bf16 parameters, split masters, fp32 moments", ("--dtype", "bf16", "--master-weights", "split"), "#0072b2"),
     Format("int8 moments", ("--moments", "int8"), "#d55e00"),
     Format(
         "bf16 parameters, no master, int8 moments",
-        ("--dtype", "bf16", "--master", "none", "--moments", "int8"),
+        ("--dtype", "bf16", "--master-weights", "none", "--moments", "int8"),
         "#009e73",
     ),
     Format("LoRA, fp32 moments", ("--tune", "lora"), "#cc79a7"),

@@ -151,12 +151,8 @@ def add_overlap(add: Callable[..., Any]) -> None:
 
 def add_formats(add: Callable[..., Any]) -> None:
     add("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="format of sharded moments")
-    add(
-        "--master",
-        choices=("auto", "split", "fp32", "none"),
-        default="auto",
-        help="format of bf16 masters; torchrun takes it for its own --master-addr unless -- stands before the script",
-    )
+    choices = ("auto", "split", "fp32", "none")  # torchrun would take --master for its own --master-addr
+    add("--master-weights", dest="master", choices=choices, default="auto", help="format of bf16 masters")
     add("--gradients", choices=("auto", "fp32", "bf16"), default="auto", help="format of sharded gradients")
     add("--update", choices=("step", "backward"), default="step", help="backward: while it runs; needs --clip 0")
     add("--ema-decay", type=real, default=None, metavar="D", help="average the weights, such as 0.999; None: do not")

@@ -239,7 +239,8 @@ def option(name: str, setting: Setting) -> str:
     if name == "offload":
         return "--offload disk --offload-dir DIR"
     value = getattr(setting if name in ("gradient_sync", "update") else setting.precision, name)
-    return f"--{name.replace('_', '-')} {value}"
+    typed = "master-weights" if name == "master" else name.replace("_", "-")
+    return f"--{typed} {value}"
 
 
 # The cheapest setting that fits

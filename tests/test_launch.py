@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import shardadam
 
@@ -91,6 +92,21 @@ def test_metrics_go_to_tensorboard(tmp_path: Path) -> None:
 def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"no-such-file"):
         pretrain(tmp_path, "--data", str(tmp_path / "no-such-file"), ranks=1)
+
+
+def test_torchrun_leaves_every_option_to_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Python 3.11, argparse took ``--master`` after the script for an ambiguous option of torchrun's."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import arguments
+    import finetune_arguments
+
+    alone = arguments.Ranks.from_environment()
+    for parser in (arguments.make_parser(alone), finetune_arguments.make_parser(alone)):
+        options = [option for action in parser._actions for option in action.option_strings]
+        assert len(options) > 20
+        for option in options:
+            parsed = get_args_parser().parse_args(["--standalone", "script.py", option, "1"])
+            assert parsed.training_script_args == [option, "1"]
 
 
 # Checkpoints

@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--gradients bf16", {"gradients": "bf16"}),
     ("--moments int8", {"moments": "int8"}),
     ("--update backward --clip 0", {"update": "backward", "clips": False}),
-    ("--master none", {"master": "none"}),
+    ("--master-weights none", {"master": "none"}),
     ("--offload disk --offload-dir DIR", {"offload": "disk"}),
 )
 OPTIONS = [options for options, _ in ORDER]
@@ -89,10 +89,10 @@ def test_what_saves_nothing_is_left_out() -> None:
     setting, rows = fitted(SINGLE, asked, need(SINGLE, with_all(asked, 3)).total + 40)
     assert setting == changed(asked, moments="int8", update="backward", clips=False)
     assert ("+ --gradients bf16", need(SINGLE, asked).total + 40, "saves nothing") in rows
-    assert not any("--master" in options for options, _, _ in rows)
+    assert not any("--master-weights" in options for options, _, _ in rows)
     nothing, rows = fitted(SINGLE, asked, 10)
     assert nothing is None
-    assert rows[-2][0] == "+ --master none" and rows[-2][2] == "saves nothing"
+    assert rows[-2][0] == "+ --master-weights none" and rows[-2][2] == "saves nothing"
 
 
 def test_a_disk_is_tried_where_there_is_a_directory() -> None:
