@@ -170,7 +170,7 @@ class ShardedAdam(InspectableOptimizer):
             with agreed_or_closed(transport) as claims:
                 options.check()
                 check_offload(offload)
-                super().__init__(params, defaults)
+                super().__init__(arguments.read_once(params), defaults)
                 named = named_parameters(self.param_groups)
                 self._parameters.check(named)
                 parts = arguments.model_parallel_ranks(model_parallel_group, named, transport)

@@ -96,6 +96,13 @@ def test_refuses_an_empty_list() -> None:
         ShardedAdamW([])
 
 
+def test_refuses_an_iterator_that_was_read_before() -> None:
+    parameters = nn.Linear(3, 1).parameters()
+    assert len(ShardedAdamW(parameters).param_groups[0]["params"]) == 2
+    with refuse(ValueError, "params: found an iterator that yields nothing", "Call them again"):
+        ShardedAdamW(parameters)
+
+
 # Hyperparameters
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from numbers import Real
@@ -97,6 +97,23 @@ class Options:
     def claims(self) -> list[Claim]:
         """Return the options, which must be equal on all ranks, except for the directory of ``DiskOffload``."""
         return [Claim("the optimizer", field.name, repr(getattr(self, field.name))) for field in fields(self)]
+
+
+def read_once(params: Any) -> Any:
+    """Return ``params``, an iterator such as ``model.parameters()`` as a list.
+
+    Raises:
+        ValueError: the iterator yields nothing.
+    """
+    if not isinstance(params, Iterator):
+        return params
+    listed = list(params)
+    if not listed:
+        raise ValueError(
+            "params: found an iterator that yields nothing, expected parameters. It may have been read before: "
+            "model.parameters() and model.named_parameters() can be read once. Call them again, or keep a list."
+        )
+    return listed
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
