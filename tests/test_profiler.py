@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import time
 import xml.etree.ElementTree as ET
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import shardadam
 from shardadam.profiler import trace
@@ -141,3 +144,51 @@ def test_a_loop_that_ends_too_early_writes_nothing(tmp_path: Path) -> None:
     assert str(profile) == "no step profiled: 1 of 2 have ended" and not (tmp_path / "step.html").exists()
     with pytest.raises(ValueError, match="steps=0"):
         shardadam.profile(tmp_path / "step.html", optimizer, steps=0)
+
+
+def profile_with_pauses(path: Path, mesh_shape: tuple[int, int]) -> tuple[float, list[str]]:
+    """Each rank would write to a folder of its own."""
+    rank, _ = rank_and_size()
+    mesh = init_device_mesh("cpu", mesh_shape)
+    model = nn.Linear(4, 4)
+    optimizer = shardadam.ShardedAdamW(model.parameters(), process_group=mesh)
+    (path / str(rank)).mkdir()
+    with shardadam.profile(path / str(rank) / "step.html", optimizer, skip=0, steps=1) as profile:
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        time.sleep(0.2)
+        profile.step()
+    return profile.steps[0].ms, sorted(one.name for one in path.glob("*/*"))
+
+
+def test_a_step_lasts_until_its_end_and_one_of_all_replicas_writes(tmp_path: Path) -> None:
+    found = on_ranks(2, profile_with_pauses, tmp_path, (2, 1))
+    assert all(ms >= 200 for ms, _ in found)
+    assert [str(one.relative_to(tmp_path)) for one in tmp_path.glob("*/*")] == ["0/step.html"]
+
+
+def profile_beside_another(path: Path) -> str:
+    rank, _ = rank_and_size()
+    model = nn.Linear(4, 4)
+    optimizer = shardadam.ShardedAdamW(model.parameters())
+    other = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with pytest.raises(RuntimeError) as found, shardadam.profile(path, optimizer, skip=0, steps=2) as profile:
+        for _ in range(2):
+            with other if rank == 1 else nullcontext():
+                model(torch.ones(1, 4)).sum().backward()
+                optimizer.step()
+            profile.step()
+    return str(found.value)
+
+
+def test_another_profiler_on_one_rank_raises_on_all(tmp_path: Path) -> None:
+    """The other ranks waited for its trace until the timeout, or torch crashed."""
+    for message in on_ranks(2, profile_beside_another, tmp_path / "step.html"):
+        assert "of 2 profiled steps in the trace of rank 1. Another profiler of torch was running" in message
+    assert not (tmp_path / "step.html").exists()
+    optimizer = shardadam.ShardedAdamW([nn.Parameter(torch.ones(3))])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as other:
+        with pytest.raises(RuntimeError, match="another profiler"):
+            shardadam.profile(tmp_path / "step.html", optimizer, skip=0).__enter__()
+        torch.ones(3).square()
+    assert len(other.events()) > 0

@@ -25,6 +25,7 @@ from shardadam.ranks import desync
 from shardadam.ranks.agreement import exchange
 
 _STEP = "profile.step "
+_ALONE = "which ends this one or is ended by it. Run no other at the same time."
 _NOTES = (
     "Exposed communication is the time in which a rank communicates or waits for other ranks while nothing of it "
     "computes. On a GPU it is measured on its streams, on a CPU on threads, where a thread inside of reduce-scatter, "
@@ -65,8 +66,8 @@ class profile:
     network. Costs nothing before and after the profiled steps.
 
     Args:
-        path: of the page. Rank 0 of the optimizer's process group writes it.
-        optimizer: whose ranks take part.
+        path: of the page. Rank 0 of all ranks that train the model writes it.
+        optimizer: whose ranks take part, model-parallel ones included.
         skip: steps before profiling begins, which allocate buffers; the same on all ranks.
         steps: to profile, at least 1; the same on all ranks.
 
@@ -79,7 +80,7 @@ class profile:
             raise ValueError(f"profile: found skip={skip} and steps={steps}, expected at least 0 and 1")
         self.path = Path(path)
         self.steps: list[StepProfile] = []
-        self._transport = optimizer._engine.transport
+        self._job = optimizer._engine.job
         self._device = optimizer._engine.skipped_steps.device
         self._skip, self._count = skip, steps
         self._done = 0
@@ -98,19 +99,24 @@ class profile:
         self._stop()
 
     def step(self) -> None:
-        """Say that a step has ended: call it last in the loop. At the last profiled step, collective."""
+        """Say that a step has ended: call it last in the loop. At the last profiled step, collective.
+
+        Raises:
+            RuntimeError: another profiler of torch is running; or, on every rank, was running on any rank.
+        """
         if self._profiler is not None:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            self._range.__exit__(None, None, None)
+            self._end_range()
             self._peaks.append(_peak_bytes(self._device))
         self._done += 1
         if self._done == self._skip + self._count:
-            profiler = self._profiler
+            profiler, is_running = self._profiler, _is_profiling()
             self._stop()
             assert profiler is not None
             with desync.in_call("profile.step", self):
-                self._finish(_events(profiler))
+                # Torch crashes when it exports the trace of a profiler that another one has ended.
+                self._finish(_events(profiler) if is_running else [])
         else:
             self._begin_step()
 
@@ -119,6 +125,8 @@ class profile:
         if not 0 <= index < self._count:
             return
         if self._profiler is None:
+            if _is_profiling():
+                raise RuntimeError(f"profile: found another profiler of torch running, {_ALONE}")
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
@@ -129,19 +137,36 @@ class profile:
         self._range = record_function(f"{_STEP}{index}")
         self._range.__enter__()
 
+    def _end_range(self) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+
     def _stop(self) -> None:
+        self._end_range()
         if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
+            profiler, self._profiler = self._profiler, None
+            profiler.stop()
 
     def _finish(self, events: Sequence[Event]) -> None:
         """Compare the ranks and write the page. Collective."""
-        found = [intervals_of(events, start, end) for start, end in steps_of(events)]
-        self.steps = [_summary(*one, peak) for one, peak in zip(found, self._peaks, strict=True)]
-        mine = (socket.gethostname(), [start for start, _ in steps_of(events)], found, self.steps)
-        control = self._transport.control
+        spans = steps_of(events)
+        found = [intervals_of(events, start, end) for start, end in spans]
+        steps = [
+            _summary(end - start, counted, peak)
+            for (start, end), (_, counted), peak in zip(spans, found, self._peaks, strict=False)
+        ]
+        mine = (socket.gethostname(), [start for start, _ in spans], found, steps)
+        control = self._job.control
         ranks = [mine] if control is None else exchange(mine, control)
-        if self._transport.rank == 0:
+        for rank, (_, starts, _, _) in enumerate(ranks):
+            if len(starts) != self._count:
+                raise RuntimeError(
+                    f"profile: found {len(starts)} of {self._count} profiled steps in the trace of rank {rank}. "
+                    f"Another profiler of torch was running, {_ALONE}"
+                )
+        self.steps = steps
+        if self._job.rank == 0:
             self._write(ranks)
 
     def _write(self, ranks: Sequence[Any]) -> None:
@@ -209,9 +234,8 @@ def _main_thread(events: Sequence[Event]) -> str:
     )
 
 
-def _summary(intervals: list[Interval], counted: list[Interval], peak: int | None) -> StepProfile:
+def _summary(length: float, counted: list[Interval], peak: int | None) -> StepProfile:
     parts = {part: trace.duration([one for one in counted if one.part == part]) / 1e3 for part in COLOURS}
-    length = max((one.end for one in intervals), default=0.0)
     return StepProfile(length / 1e3, trace.exposed(counted) / 1e3, parts, peak)
 
 
@@ -236,6 +260,10 @@ def _events(profiler: torch.profiler.profile) -> list[Event]:
     base = content.get("baseTimeNanoseconds", 0) / 1e3
     events: list[Event] = [event for event in content["traceEvents"] if event.get("ph") == "X"]
     return [{**event, "ts": event["ts"] + base} for event in events]
+
+
+def _is_profiling() -> bool:
+    return torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
 
 
 def _reset_peak(device: torch.device) -> None:
