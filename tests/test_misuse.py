@@ -93,6 +93,8 @@ def discard_with_the_model(gradient_sync: str) -> tuple[list[str], list[str], li
     with optimizer.no_sync():
         backward(model)
     before += warned(model.zero_grad)
+    model[2](torch.ones(2, model[2].in_features)).sum().backward()
+    before += warned(model[0].zero_grad)  # it had no gradient
     backward(model)
     other = warned(build_model().zero_grad)
     found = warned(model[2].zero_grad)
@@ -108,6 +110,18 @@ def test_one_warning_where_the_models_zero_grad_discards_nothing(gradient_sync: 
         assert before == other == again == []
         assert len(found) == (1 if gradient_sync == "backward" else 0)
         assert all("optimizer.zero_grad()" in one and one.startswith(__file__) for one in found)
+
+
+def test_compiled_code_may_clear_gradients() -> None:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+
+    def clear_and_run(x: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        return model(x)
+
+    torch.compile(clear_and_run, fullgraph=True, backend="eager")(torch.ones(2, model[0].in_features))
+    optimizer.zero_grad()
 
 
 def test_torchs_clipping_of_other_parameters_is_unchanged() -> None:

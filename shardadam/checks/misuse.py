@@ -199,9 +199,9 @@ def _check_zero_grad(module: nn.Module) -> None:
     """Warn if ``module.zero_grad()`` comes between a backward and its step: gradients that were taken stay."""
     if "zero_grad" in _warned:
         return
-    for parameter in (p for one in module.modules() for p in one._parameters.values() if p is not None):
-        reducer: Reducer | None = reducer_of(parameter)
-        if reducer is not None and reducer.takes_gradients and any(reducer.used):
+    parameters = [p for one in module.modules() for p in one._parameters.values() if p is not None]
+    for reducer in {reducer_of(p): None for p in parameters}:
+        if reducer is not None and reducer.has_taken(parameters):
             _warned.add("zero_grad")
             warnings.warn(
                 f"{type(module).__name__}.zero_grad(): the gradients have been taken out of p.grad during backward, so "

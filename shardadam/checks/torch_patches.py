@@ -60,13 +60,14 @@ def check_before_clipping(check: Callable[[str, list[Tensor]], None]) -> None:
 
 @cache
 def check_before_zero_grad(check: Callable[[nn.Module], None]) -> None:
-    """Make ``nn.Module.zero_grad`` call ``check(module)`` first. torch has no hook for this."""
+    """Make ``nn.Module.zero_grad`` call ``check(module)`` first, except in compiled code. torch has no hook."""
     module: Any = nn.Module
     zero_grad = module.zero_grad
 
     @wraps(zero_grad)
     def check_and_call(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        check(self)
+        if not torch.compiler.is_compiling():
+            check(self)
         zero_grad(self, *args, **kwargs)
 
     module.zero_grad = check_and_call

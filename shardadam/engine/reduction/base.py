@@ -158,6 +158,13 @@ class Reducer(ABC):
             if reducer_of(param.parameter) in (self, None):
                 _reducers.pop(param.parameter, None)  # type: ignore[no-untyped-call]
 
+    def has_taken(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether the gradient of any of ``parameters`` was taken out of ``p.grad`` since ``reset``."""
+        if not self.takes_gradients or not any(self.used):
+            return False
+        wanted = {id(parameter) for parameter in parameters}
+        return any(id(own) in wanted for own, used in zip(self._parameters, self.used, strict=True) if used)
+
     def why_not_in_grad(self, parameter: Tensor) -> str | None:
         """Return why ``p.grad`` is not the averaged gradient, as the end of a message; None if it is."""
         return None
