@@ -182,6 +182,24 @@ def test_gradients_averaged_elsewhere_are_refused() -> None:
         assert 'found gradient_sync="external", expected "backward" or "step"' in message
 
 
+def look_after_a_step() -> str:
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters())
+    rank, _ = rank_and_size()
+    with pytest.raises(RuntimeError) as found, Join([optimizer]):
+        for batch in range(batches_of(rank)):
+            loss_of(model, batch, rank).backward()
+            optimizer.gradient_norms()
+            optimizer.step()
+            optimizer.update_ratios()
+    return str(found.value)
+
+
+def test_what_ranks_without_batches_do_not_repeat_is_refused_on_all() -> None:
+    """Ranks with batches waited in it until the timeout."""
+    assert all("update_ratios: found a call within Join" in message for message in on_ranks(2, look_after_a_step))
+
+
 def train_two_models() -> list[Tensor]:
     rank, _ = rank_and_size()
     models = [build_model(), build_model()]

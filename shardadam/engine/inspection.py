@@ -112,8 +112,9 @@ class InspectableOptimizer(StatefulOptimizer, JoinableOptimizer):
 
         Raises:
             RuntimeError: parameters have the values of their averages, or are half-way through a step that
-                ``update="backward"`` has begun.
+                ``update="backward"`` has begun; or within ``Join``, as ranks without batches do not repeat the call.
         """
+        self._refuse_in_join("update_ratios")
         self._add_unfrozen_params()
         return norms.update_ratios(self._engine, self.param_groups)
 

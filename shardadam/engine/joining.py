@@ -55,8 +55,9 @@ class JoinableOptimizer(Joinable):
         """Return the hook for torch.distributed.algorithms.Join: ranks may then take different numbers of steps.
 
         A rank without batches counts as zeros in the average, until all ranks have joined. Within the context, the
-        other ranks may call ``step``, ``clip_grad_norm_``, ``clip_grad_value_`` and a GradScaler's methods. Ranks
-        without batches run the optimizer's step hooks: a scheduler that is stepped in one advances alike on all ranks.
+        other ranks may call ``step``, ``clip_grad_norm_``, ``clip_grad_value_``, ``gradient_norms`` and a GradScaler's
+        methods. Ranks without batches run the optimizer's step hooks: a scheduler that is stepped in one advances alike
+        on all ranks.
 
         Args:
             divide_by_initial_world_size: as in DistributedDataParallel. True (the default): divide sums of gradients
@@ -85,6 +86,14 @@ class JoinableOptimizer(Joinable):
         if isinstance(self._join_group, DeviceMesh):
             return self._join_group.get_group() if self._join_group.ndim == 1 else self._engine.transport.control
         return self._join_group or dist.group.WORLD
+
+    def _refuse_in_join(self, method: str) -> None:
+        """Raise RuntimeError within a ``Join`` context: ranks without batches would not take part in ``method``."""
+        if self._join_config.enable and self._engine.transport.control is not None:
+            raise RuntimeError(
+                f"{method}: found a call within Join, expected none, as ranks without batches do not repeat it. Leave it "
+                "out there, or train without Join."
+            )
 
     def _announce(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Make the ranks that have joined repeat a call. Collective: they are in ``_repeat_calls``."""
