@@ -184,12 +184,11 @@ def train(
         values: dict[str, float] = {}
         if looks and args.update == "step":  # with "backward" there are no gradients any more
             values |= metrics.before_step(run.optimizer)
-            backward_done = time.perf_counter()
+        step_begun = time.perf_counter()
         grad_norm = run.step()
         synchronize(device)
-        step_done = time.perf_counter()
         timings.forward_backward.append(backward_done - started)
-        timings.optimizer.append(step_done - backward_done)
+        timings.optimizer.append(time.perf_counter() - step_begun)
 
         if is_logged:
             loss = average(loss, ranks)
