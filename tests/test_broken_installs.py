@@ -70,6 +70,13 @@ def test_a_broken_framework_is_named(name: str, tmp_path: Path) -> None:
     assert f"Install a {name} that fits the installed torch." in message
 
 
+def test_an_error_that_the_script_was_handling_is_not_the_cause(tmp_path: Path) -> None:
+    install(tmp_path, "accelerate", "raise RuntimeError('broken')")
+    nested = "try:\n    import no_such_package\nexcept ImportError:\n    import shardadam.integrations.accelerate\n"
+    message = last_line("shardadam", tmp_path, before=nested)
+    assert "could not import accelerate: accelerate failed with RuntimeError: broken" in message
+
+
 @pytest.mark.parametrize("name", ["accelerate", "transformers"])
 def test_a_missing_framework_names_its_extra(name: str, tmp_path: Path) -> None:
     if name == "transformers" and importlib.util.find_spec("accelerate") is None:

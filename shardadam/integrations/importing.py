@@ -6,6 +6,7 @@ transformers imports lazily, and reports any error below as "Could not import mo
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ def importing(framework: str) -> Iterator[None]:
     Raises:
         ImportError: the import failed; says what failed first, and why.
     """
+    handled = sys.exc_info()[1]
     try:
         yield
     except Exception as error:
-        root = _root_of(error)
+        root = _root_of(error, handled)
         what = f"shardadam.integrations.{framework} could not import {framework}"
         if isinstance(root, ModuleNotFoundError) and root.name == framework:
             raise ImportError(f"{what}, which is not installed. pip install 'shardadam[{framework}]'.") from error
@@ -32,11 +34,11 @@ def importing(framework: str) -> Iterator[None]:
         raise ImportError(f"{what}: {broken} failed with {type(root).__name__}: {root}. {remedy}.") from error
 
 
-def _root_of(error: BaseException) -> BaseException:
-    """Return the error that came first."""
+def _root_of(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return the error that came first, but after ``handled``, which the user's script was handling already."""
     while True:
         earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-        if earlier is None:
+        if earlier is None or earlier is handled:
             return error
         error = earlier
 
