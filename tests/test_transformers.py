@@ -9,13 +9,14 @@ import inspect
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from shardadam import Precision, ShardedAdam, ShardedAdamW
+from shardadam import GradScaler, Precision, ShardedAdam, ShardedAdamW
 from tests.ranks import on_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -437,6 +438,26 @@ def log_and_train(out: str, gradient_sync: str) -> tuple[list[Any], list[dict[st
         trainer = kind(model, args, train_dataset=trainer_run.Texts(0), callbacks=[callback], optimizers=optimizers)
         trainer.train()
         return seen, trainer.state.log_history, {name for name, _ in model.named_parameters()}
+
+
+def test_logged_norms_are_without_the_loss_scale() -> None:
+    """With max_grad_norm=0 the Trainer leaves it in the gradients."""
+    model = torch.nn.Linear(3, 2)
+    optimizer, scaler = ShardedAdamW(model.named_parameters()), GradScaler("cpu", init_scale=1024.0)
+    prepared = SimpleNamespace(optimizer=optimizer, scaler=scaler)
+    args = TrainingArguments("out", logging_steps=1, use_cpu=True, report_to=[])
+    state, control = TrainerState(logging_steps=1, is_world_process_zero=True), TrainerControl()
+    seen: list[dict[str, float]] = []
+    callback = LogCallback(lambda values, step: seen.append(values))
+    for _ in range(2):
+        scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+        for _ in range(2):  # the second time, the gradients are unscaled already
+            callback.on_pre_optimizer_step(args, state, control, optimizer=prepared)
+        scaler.step(optimizer)
+        callback.on_optimizer_step(args, state, control, optimizer=prepared)
+        scaler.update()
+        optimizer.zero_grad()
+    assert [values["gradient_norm/bias"] for values in seen] == pytest.approx([math.sqrt(2)] * 2)
 
 
 @pytest.mark.parametrize("gradient_sync", ["backward", "external"])

@@ -305,6 +305,7 @@ class LogCallback(TrainerCallback):
         optimizer = _unwrapped(kwargs["optimizer"])
         self._values = {}
         if self._is_logged(args, state) and optimizer._engine.in_backward is None:
+            _unscale(kwargs["optimizer"])
             norms = optimizer.gradient_norms()
             self._values = {f"gradient_norm/{name}": norm for name, norm in norms.parameters.items()}
             self._values |= {f"gradient_norm_of_group/{index}": norm for index, norm in enumerate(norms.groups)}
@@ -318,6 +319,15 @@ class LogCallback(TrainerCallback):
             values = self._values | {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
             if state.is_world_process_zero:
                 self._log(values, state.global_step + 1)
+
+
+def _unscale(prepared: Any) -> None:
+    """Remove the loss scale from the gradients, unless the Trainer has: it does only to clip them. Collective."""
+    scaler, optimizer = getattr(prepared, "scaler", None), _unwrapped(prepared)
+    if scaler is None or not scaler.is_enabled():
+        return
+    if scaler._per_optimizer_states[id(optimizer)]["stage"] is torch.amp.grad_scaler.OptState.READY:
+        scaler.unscale_(optimizer)
 
 
 def _moments(args: TrainingArguments) -> Moments:
