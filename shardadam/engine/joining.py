@@ -91,8 +91,8 @@ class JoinableOptimizer(Joinable):
         """Raise RuntimeError within a ``Join`` context: ranks without batches would not take part in ``method``."""
         if self._join_config.enable and self._engine.transport.control is not None:
             raise RuntimeError(
-                f"{method}: found a call within Join, expected none, as ranks without batches do not repeat it. Leave it "
-                "out there, or train without Join."
+                f"{method}: found a call within Join, expected none, as ranks without batches do not repeat it. "
+                "Leave it out there, or train without Join."
             )
 
     def _announce(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
