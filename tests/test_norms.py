@@ -200,6 +200,16 @@ def test_gradients_that_backward_has_used_are_refused_on_all_ranks() -> None:
     assert "half-way through a step" in first[1]
 
 
+def test_parameters_of_two_models_with_the_same_names_all_count() -> None:
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    optimizer = ShardedAdamW([{"params": list(model.named_parameters())} for model in models])
+    (models[0](torch.ones(1, 3)) + 2 * models[1](torch.ones(1, 3))).sum().backward()
+    names = {f"param_groups[{index}].{name}" for index in range(2) for name in ("weight", "bias")}
+    found = optimizer.gradient_norms()
+    assert found.parameters.keys() == names == optimizer.update_ratios().keys()
+    assert norm_of(found.parameters) == pytest.approx(found.total)
+
+
 def differ_in_call() -> str:
     model, (rank, _) = Net(), rank_and_size()
     optimizer = ShardedAdamW(groups_of(model))

@@ -7,6 +7,7 @@ Measures this rank's shards in a few passes over whole buckets, sums over ranks,
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -114,9 +115,14 @@ def update_ratios(engine: StepEngine, param_groups: ParamGroups) -> dict[str, fl
 
 
 def _names(parameters: ShardedParameters, param_groups: ParamGroups) -> list[str]:
-    """Return the names by param index that the param groups have now: a Trainer may have named them after the build."""
-    names = {one.param_id: one.name for one in named_parameters(param_groups)}
-    return [names[param.param_id] for param in parameters.params]
+    """Return the names by param index that the param groups have now: a Trainer may have named them after the build.
+
+    If several groups have the same name, as those of two models may, it follows that of its group.
+    """
+    named = {one.param_id: one for one in named_parameters(param_groups)}
+    counts = Counter(one.name for one in named.values())
+    own = [named[param.param_id] for param in parameters.params]
+    return [one.name if counts[one.name] == 1 else f"param_groups[{one.group_index}].{one.name}" for one in own]
 
 
 def _ratio(update: float, weight: float) -> float:
