@@ -154,9 +154,7 @@ def draw_memory(to: Path) -> None:
         axes.set_title(title, loc="left")
         axes.legend(fontsize=9, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
     grid[0].set_ylabel("bytes a parameter, on each rank")
-    figure.suptitle(
-        "What the optimizer holds after it is built, from optimizer.memory()"
-    )
+    figure.suptitle("What the optimizer holds after it is built, from optimizer.memory()")
     save(figure, to / "memory-vs-n.png")
 
 
