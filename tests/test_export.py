@@ -26,7 +26,8 @@ from tests.ranks import on_ranks, rank_and_size
 from tests.runs import FORMATS as PRECISIONS
 from tests.runs import build, differences
 
-TORCH, SAFETENSORS = FORMATS
+TORCH, SAFETENSORS, TRAINER = FORMATS
+PLAIN = (TORCH, SAFETENSORS)  # of any checkpoint; tests/test_export_trainer.py has the other
 
 
 def saved(directory: str, precision: Any = PRECISIONS[0]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -210,7 +211,7 @@ def test_buffers_of_every_dtype_are_exported(tmp_path: Path, dtype: torch.dtype)
     model.register_buffer("buffer", torch.arange(24).view(2, 3, 4).to(dtype).transpose(0, 2))
     shardadam.save(tmp_path, step=1, model=model)
     as_bytes = model.buffer.contiguous().view(torch.uint8)
-    for format in FORMATS:
+    for format in PLAIN:
         if (dtype, format) == (torch.complex128, SAFETENSORS):
             with pytest.raises(CheckpointError, match="complex128"):
                 export(tmp_path, format=format, output=tmp_path / "out")
@@ -222,7 +223,7 @@ def test_buffers_of_every_dtype_are_exported(tmp_path: Path, dtype: torch.dtype)
     assert not list((tmp_path / "out").glob(".*"))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", PLAIN)
 def test_damaged_input_is_refused_and_leaves_no_output(tmp_path: Path, format: Any) -> None:
     on_ranks(2, saved, str(tmp_path), PRECISIONS[2])
     checkpoint = tmp_path / "step-00000003"
@@ -244,7 +245,7 @@ def test_damaged_input_is_refused_and_leaves_no_output(tmp_path: Path, format: A
     assert {path.name for path in tmp_path.iterdir()} == {"exported", "latest", "step-00000003"}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", PLAIN)
 def test_a_full_disk_leaves_existing_files_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
 ) -> None:
@@ -278,7 +279,7 @@ def test_a_checkpoint_without_model_or_optimizer_exports_the_other_alone(tmp_pat
     run = build()
     shardadam.save(tmp_path / "a", step=1, model=run.model)
     shardadam.save(tmp_path / "b", step=1, optimizer=run.optimizer)
-    for format in FORMATS:
+    for format in PLAIN:
         assert [p.stem for p in export(tmp_path / "a", format=format, output=tmp_path / "a")] == ["model"]
         assert [p.stem for p in export(tmp_path / "b", format=format, output=tmp_path / "b")] == ["optimizer"]
 

@@ -65,9 +65,9 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in known)
     lines = []
     for name, text in known:
-        first, *others = _lines(text, WIDTH - width - 2) or [""]
-        lines += [(name, first), *(("", line) for line in others)]
-    return table(lines, right=())
+        first, *others = _lines(text, WIDTH - width - 2, breaks_words=False) or [""]
+        lines += [f"{name:<{width}}  {first}".rstrip(), *(f"{'':{width}}  {line}" for line in others)]
+    return "\n".join(lines)
 
 
 def paragraph(text: str, *, breaks_words: bool = True) -> str:
