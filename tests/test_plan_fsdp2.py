@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan's row of FSDP2 is what torch's ``fully_shard`` allocates, within 0.5%: the bytes of all live storages, on the
-rank that allocates the most. Activations make the difference.
+"""The plan's row of FSDP2 is what torch's ``fully_shard`` allocates, within 0.5%: the bytes of all live storages, on
+the rank that allocates the most. Activations make the difference.
 
 On CPUs with Gloo, on one token, so that activations are negligible. Gloo's reduce-scatter makes a copy of its input
 that NCCL does not make; it is left out.
