@@ -62,8 +62,9 @@ class Usage:
         setting: None for other optimizers.
         is_estimate: computed by a formula instead of counted from a layout.
         fits: in the available memory; None if that is not known.
-        fits_from: the smallest power of two of ranks (times the replicas and the parts of the model) on which it fits;
-            None if it does not fit on up to ``MOST_RANKS`` data-parallel ranks, or the available memory is not known.
+        fits_from: the smallest power of two of ranks (times the replicas and the parts of the model) on which it fits,
+            or the requested number if that is smaller and fits; None if it does not fit on up to ``MOST_RANKS``
+            data-parallel ranks, or the available memory is not known.
     """
 
     name: str
@@ -183,12 +184,11 @@ def compare(
         usage = usage_on(asked.world_size)
         if available is None:
             return usage
+        fits = usage.total <= available
         fits_from = _fits_from(usage_on, available, multiple, asked.replicas)
-        return replace(
-            usage,
-            fits=usage.total <= available,
-            fits_from=None if fits_from is None else fits_from * model_ranks,
-        )
+        if fits and (fits_from is None or fits_from > asked.world_size):
+            fits_from = asked.world_size
+        return replace(usage, fits=fits, fits_from=None if fits_from is None else fits_from * model_ranks)
 
     def in_format(sync: GradientSync, precision: Precision) -> Usage:
         when = asked.update if sync == "backward" else "step"

@@ -192,7 +192,7 @@ def _notes(found: Comparison) -> list[str]:
     if found.available is not None:
         notes.append(
             f'"from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
-            f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}."
+            f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}, or yours."
         )
     return notes
 
