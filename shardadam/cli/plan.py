@@ -155,8 +155,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--bucket-mb",
         metavar="MIB",
         type=_positive,
-        help="default: the optimizer's: on CPUs 8, or a quarter of the "
-        "parameters if that is less; on GPUs 32 to 160, by the ranks, and at most an eighth of the parameters",
+        help="default: the optimizer's, by the size of the parameters: on CPUs a quarter of it, 0.25 to 8; on GPUs a "
+        "sixteenth of it, 32 to 128, or to 2 for each rank if that is more (at most 1024)",
     )
     command.add_argument("--clip", action="store_true", help="gradients are clipped (max_grad_norm)")
     command.add_argument("--ema", action="store_true", help="keep an average of the weights (ema_decay)")
