@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -710,8 +711,8 @@ def test_no_line_is_wider_than_80_columns(
 
 def test_the_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "10M", "--ranks", "4", "--memory", "75MB", code=1).replace("\n", " ")
-    assert "takes 90.12 MB and does not fit. Choose 16 ranks instead" in text
-    assert "the smallest change that fits" in text
+    assert "takes 90.12 MB and does not fit. On 4 ranks, choose" in text
+    assert "Or choose 16 ranks instead, the smallest change that fits" in text
     text = printed(capsys, "70B", "--memory", "80GB", "--ranks", "64", code=1).replace("\n", " ")
     assert (
         "Nothing fits in 80.00 GB: parameters alone take 140" in text and "FSDP2, which shards parameters too" in text
@@ -720,9 +721,10 @@ def test_the_text_says_what_to_choose_instead(capsys: pytest.CaptureFixture[str]
     assert "Nothing fits" in text and "ranks with more memory" in text and "never" in text
     assert "Give --memory" in printed(capsys, "10M")
     text = printed(capsys, "7B", "--ranks", "1", "--memory", "40GB", code=1).replace("\n", " ")
-    assert "Choose 4 ranks instead" in text and "the choice for as many ranks" in text
-    here = 'On 1 rank, choose moments="int8", update="backward" and master="none": it takes 28.90 GB.'
-    assert here in text
+    here = (
+        'On 1 rank, choose moments="int8", update="backward" and master="none": it takes 28.90 GB and leaves 11.10 GB'
+    )
+    assert text.index(here) < text.index("Or choose 4 ranks instead") and "the choice for as many ranks" in text
 
 
 def test_a_choice_for_as_many_ranks_is_given_beside_one_with_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -749,6 +751,23 @@ def test_the_text_shows_when_parameters_are_updated(capsys: pytest.CaptureFixtur
 def test_float32_has_no_column_of_masters(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "tests.test_plan:convolutions", "--device", "cpu", "--ranks", "2")
     assert "master" not in text and "KB per rank" in text and "of one host take" in text
+
+
+def test_help_gives_the_default_buckets_of_the_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    """It said 32 MiB (8 on CPUs) for parameters of any size."""
+    with suppress(SystemExit):
+        main(["plan", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "on CPUs a quarter of it, 0.25 to 8; on GPUs a sixteenth of it, 32 to 128, or to 2 for each rank" in text
+    mib = 2**20
+
+    def size(device: str, parameters: float, ranks: int) -> float:
+        return Setting(world_size=ranks, device=device).bucket_bytes(round(parameters * mib)) / mib
+
+    assert [size("cpu", total, 2) for total in (0.5, 4, 400)] == [0.25, 1, 8]
+    assert [size("cuda", total, ranks) for total, ranks in ((64, 8), (800, 8), (9e4, 8), (9e4, 128), (9e4, 999))] == [
+        32, 50, 128, 256, 1024,
+    ]  # fmt: skip
 
 
 def test_help_documents_the_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -783,3 +802,36 @@ def test_planning_a_number_imports_neither_transformers_nor_matplotlib() -> None
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert process.stderr.strip() == "set()" and json.loads(process.stdout)["what"]["parameters"] == 10**6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--ranks 2 --device cpu", 'AdamW on every rank: for a model this small, .* gradient_sync="step" takes less'),
+        ("--ranks 2", "AdamW on every rank: for a model this small, .* takes less"),
+        ("--ranks 1 --device cpu", "AdamW on every rank: there is no other rank"),
+    ],
+)
+def test_a_plan_that_takes_more_than_adamw_says_so(
+    arguments: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A newcomer's small model took more with the defaults, and no line said so."""
+    main(["plan", "10K", "--dtype", "fp32", *arguments.split()])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(expected, printed)
+    main(["plan", "2M", "--dtype", "fp32", "--ranks", "4", "--device", "cpu"])
+    assert "which is more than" not in capsys.readouterr().out
+
+
+def test_a_script_that_parses_the_command_line_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its argparse read the arguments of ``shardadam plan``: "error: unrecognized arguments: plan ddp:LM"."""
+    (tmp_path / "ddp_script.py").write_text(
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('x')\np.parse_args()"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "ddp_script:LM"]) == 1
+    message = " ".join(capsys.readouterr().err.split())  # after what the script itself prints
+    assert "importing ddp_script ended the process" in message and '`if __name__ == "__main__":`' in message
+    assert "Give ddp_script:FUNCTION" in refused(capsys, "ddp_script.py")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan's row of FSDP2 is what torch's ``fully_shard`` allocates, within 2%: the bytes of all live storages.
-Within 5% where tensors do not divide evenly by the ranks: torch allocates more there, for a reason not found yet.
+"""The plan's row of FSDP2 is what torch's ``fully_shard`` allocates, within 0.5%: the bytes of all live storages, on
+the rank that allocates the most. Activations make the difference.
 
 On CPUs with Gloo, on one token, so that activations are negligible. Gloo's reduce-scatter makes a copy of its input
 that NCCL does not make; it is left out.
@@ -102,11 +102,11 @@ class Decoder(nn.Module):
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "untied": {"vocabulary": 4000, "layers": 4, "hidden": 256, "experts": 0, "tied": False},
+    "untied": {"vocabulary": 2000, "layers": 3, "hidden": 1024, "experts": 0, "tied": False},
     "tied": {"vocabulary": 4000, "layers": 4, "hidden": 256, "experts": 0, "tied": True},
-    "deep": {"vocabulary": 100, "layers": 8, "hidden": 1024, "experts": 0, "tied": False},
+    "deep": {"vocabulary": 100, "layers": 6, "hidden": 512, "experts": 0, "tied": False},
     "experts": {"vocabulary": 100, "layers": 3, "hidden": 128, "experts": 8, "tied": False},
-    "uneven experts": {"vocabulary": 100, "layers": 2, "hidden": 256, "experts": 3, "tied": False},
+    "uneven experts": {"vocabulary": 101, "layers": 2, "hidden": 256, "experts": 3, "tied": False},
 }
 
 
@@ -134,11 +134,15 @@ def peak_of_second_step(sizes: dict[str, Any], in_bf16: bool) -> int:
     return live.peak
 
 
+CASES = [(2, name) for name in MODELS] + [(4, "tied"), (4, "uneven experts")]
+
+
 @pytest.mark.parametrize("in_bf16", [False, True], ids=["fp32", "bf16 over fp32"])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_row_of_fsdp2_is_what_torch_allocates(name: str, ranks: int, in_bf16: bool) -> None:
-    """Embedding and head were counted as a module that is freed after forward, and no unsharded gradients."""
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_the_row_of_fsdp2_is_what_torch_allocates(ranks: int, name: str, in_bf16: bool) -> None:
+    """Embedding and head were counted as a module that is freed after forward, and no unsharded gradients. The buffer
+    of an all-gather in backward was not counted, which is larger than gradients where shards are padded.
+    """
     measured = on_ranks(ranks, peak_of_second_step, MODELS[name], in_bf16)
     with torch.device("meta"):
         model = Decoder(**MODELS[name])
@@ -147,4 +151,4 @@ def test_the_row_of_fsdp2_is_what_torch_allocates(name: str, ranks: int, in_bf16
     source = ModelSource(name, "function", "", tuple(PlannedParameter.of_model(model).items()))
     found = fsdp2_bytes(source, ranks, keeps_masters=in_bf16)
     planned = sum(getattr(found, kind) for kind in found.__slots__)
-    assert planned == pytest.approx(max(measured), rel=0.05 if name == "uneven experts" else 0.02)
+    assert planned == pytest.approx(max(measured), rel=0.005)

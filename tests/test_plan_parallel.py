@@ -313,8 +313,8 @@ def planned_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["plan", *arguments]) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1
-    return printed.err
+    assert printed.out == "" and "Traceback" not in printed.err
+    return " ".join(printed.err.split())
 
 
 def test_the_command_plans_the_part_of_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +380,7 @@ def test_planned_bytes_equal_the_memory_of_an_optimizer_over_what_torch_has_cut(
 def test_fsdp2_shards_experts_over_the_ranks_that_hold_them() -> None:
     planned = PlannedParameter((64, 8), group=1, expert_parallel=4)
     source = ModelSource("", "", "", (("experts.w1", planned),))
-    assert fsdp2(source, 16, keeps_masters=False).kinds["gradients"] == planned.nbytes // 4
+    assert fsdp2(source, 16, keeps_masters=False).kinds["gradient_shard"] == planned.nbytes // 4
 
 
 def test_proposed_ranks_count_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,7 +396,7 @@ def test_proposed_ranks_count_all_parts(capsys: pytest.CaptureFixture[str]) -> N
     assert expected is not None and choice["changes"] == ["ranks"]
     assert choice["ranks"] == 4 * expected.world_size == 16
     assert main(["plan", "10M", "--ranks", "8", *options]) == 1
-    assert "Choose 16 ranks instead" in capsys.readouterr().out.replace("\n", " ")
+    assert "hoose 16 ranks instead" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_without_parallelism_the_json_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -408,15 +408,15 @@ def test_the_text_says_how_tensors_are_cut(capsys: pytest.CaptureFixture[str]) -
     assert main(["plan", "7B", *options]) == 0
     text = capsys.readouterr().out
     for fact in ("tensor 4 x pipeline 2 x data 4", "the fullest, 1 of 2: layers.0 to layers.16", "7,000,000,000 in",
-                 "rows (dim 1)        layers.*.attention.out.weight, layers.*.mlp.down.weight",
-                 "vocabulary (dim 0)  embedding.weight", "a power of two times 8 ranks of one copy",
+                 "rows (dim 1) layers.*.attention.out.weight, layers.*.mlp.down.weight",
+                 "vocabulary (dim 0) embedding.weight", "a power of two times 8 ranks of one copy",
                  "32 ranks on 1 host", "run over the 4 data-parallel ranks"):  # fmt: skip
-        assert fact in text.replace("\nthe model", " the model").replace("4\ndata", "4 data"), fact
-    assert max(len(line) for line in text.splitlines()) <= 120
+        assert fact in " ".join(text.split()), fact
+    assert max(len(line) for line in text.splitlines()) <= 80
     assert main(["plan", f"{HERE}:tied", *options]) == 0
     assert "on both ends        embedding.weight, as it is tied" in capsys.readouterr().out
     assert main(["plan", f"{HERE}:listed_experts", "--expert-parallel", "2"]) == 0
-    assert "experts over 2 groups of 4 data-parallel ranks" in capsys.readouterr().out
+    assert "experts over 2 groups of 4 data-parallel ranks" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "7B"]) == 0
     assert "What a rank holds" not in capsys.readouterr().out
 

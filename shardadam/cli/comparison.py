@@ -22,6 +22,7 @@ from shardadam.layout import Layout
 from shardadam.optimizer import GradientSync
 from shardadam.planner import (
     Fit,
+    Need,
     PlannedParameter,
     Setting,
     adamw_need,
@@ -47,6 +48,8 @@ KINDS = (
     "tables",
 )
 MOST_RANKS = 1024
+_LEAST_BUCKET_MB = 0.015625
+"""16 KiB: smaller buckets are not proposed."""
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -62,8 +65,9 @@ class Usage:
         setting: None for other optimizers.
         is_estimate: computed by a formula instead of counted from a layout.
         fits: in the available memory; None if that is not known.
-        fits_from: the smallest power of two of ranks (times the replicas and the parts of the model) on which it fits;
-            None if it does not fit on up to ``MOST_RANKS`` data-parallel ranks, or the available memory is not known.
+        fits_from: the smallest power of two of ranks (times the replicas and the parts of the model) on which it fits,
+            or the requested number if that is smaller and fits; None if it does not fit on up to ``MOST_RANKS``
+            data-parallel ranks, or the available memory is not known.
     """
 
     name: str
@@ -95,6 +99,9 @@ class Comparison:
         fit: None if the available memory is not known.
         moved: what it costs to keep the state on a disk; None if its speed is not known.
         here: the nearest setting that fits on as many ranks as requested, if ``fit`` has found another number.
+        stock: the row of torch.optim.AdamW that is compared with: over float32 masters if the requested format has any.
+        less: if the requested setting takes more than ``stock``: the nearest one on as many ranks that takes less. A
+            smaller bucket counts as a change, too: "bucket_mb".
     """
 
     part: Part
@@ -104,7 +111,9 @@ class Comparison:
     formats: tuple[Usage, ...]
     alternatives: tuple[Usage, ...]
     fit: Fit | None
+    stock: Usage
     here: Fit | None = None
+    less: Fit | None = None
     moved: Moved | None = None
 
     @property
@@ -183,12 +192,11 @@ def compare(
         usage = usage_on(asked.world_size)
         if available is None:
             return usage
+        fits = usage.total <= available
         fits_from = _fits_from(usage_on, available, multiple, asked.replicas)
-        return replace(
-            usage,
-            fits=usage.total <= available,
-            fits_from=None if fits_from is None else fits_from * model_ranks,
-        )
+        if fits and (fits_from is None or fits_from > asked.world_size):
+            fits_from = asked.world_size
+        return replace(usage, fits=fits, fits_from=None if fits_from is None else fits_from * model_ranks)
 
     def in_format(sync: GradientSync, precision: Precision) -> Usage:
         when = asked.update if sync == "backward" else "step"
@@ -218,7 +226,34 @@ def compare(
         if replace(nearest, world_size=asked.world_size) not in [usage.setting for usage in formats]:
             fits_from = with_fit(partial(lambda one, ranks: ours(replace(one, world_size=ranks)), nearest)).fits_from
             alternatives.append(replace(ours(nearest), name=name, fits=True, fits_from=fits_from))
-    return Comparison(part, asked, hosts, available, formats, tuple(alternatives), fit, here)
+    with_masters = keeps_masters and alternatives[1].name == "adamw_fp32_master"
+    stock = alternatives[1] if with_masters else alternatives[0]
+    less = _taking_less(planned, asked, stock.total)
+    return Comparison(part, asked, hosts, available, formats, tuple(alternatives), fit, stock, here, less)
+
+
+def _taking_less(planned: Sequence[PlannedParameter], asked: Setting, total: int) -> Fit | None:
+    """Returns the nearest setting that takes less than ``total`` on as many ranks; None if ``asked`` does."""
+
+    def need_with(setting: Setting) -> Need:
+        return need_of(planned, lay_out(planned, setting), setting)
+
+    need = need_with(asked)
+    if need.total <= total:
+        return None
+    if asked.gradient_sync == "backward" and asked.update == "step":
+        nearest = replace(asked, gradient_sync="step")
+        found = need_with(nearest)
+        if found.total < total:
+            return Fit(asked, total, need, nearest, found, ("gradient_sync",))
+    bucket_mb = asked.bucket_bytes(sum(one.nbytes for one in planned if one.trainable)) / 2**20
+    while asked.world_size > 1 and bucket_mb > 2 * _LEAST_BUCKET_MB:
+        bucket_mb /= 2
+        nearest = replace(asked, bucket_mb=bucket_mb)
+        found = need_with(nearest)
+        if found.total < total:
+            return Fit(asked, total, need, nearest, found, ("bucket_mb",))
+    return fitting(planned, asked, total - 1, keep=["world_size", "offload"])
 
 
 def _fitting(planned: Sequence[PlannedParameter], asked: Setting, available: int, layout: Layout) -> Fit:

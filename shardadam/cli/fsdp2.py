@@ -144,11 +144,11 @@ def _moments_of_a_step(
     done, reducing = 0, 0  # gradient shards; the last input of reduce-scatter, which is kept until the next
     for index in reversed(range(len(blocks))):
         one, next_flat = blocks[index], flat[id(blocks[index - 1])] if index else 0
+        # Copied out of its buffer, which is freed then; the last input of reduce-scatter is still kept.
+        yield root.gathered + one.gathered, early, done, flat[id(one)] + reducing
         yield root.gathered + one.gathered, early + one.gradients + one.summed, done, next_flat + reducing
-        yield root.gathered, early + one.gradients, done, next_flat + one.reduced
         yield root.gathered, early + one.last, done + one.arriving, next_flat + one.reduced
         done += one.gradient_shard
         reducing = one.reduced
     yield root.gathered, root.gradients + root.summed, done, reducing
-    yield 0, root.gradients, done, root.reduced
     yield 0, root.last, done + root.arriving, root.reduced

@@ -99,11 +99,17 @@ def find_model_source(what: str, dtype: torch.dtype | None = None, *, download: 
     if numel is not None:
         found = decoder_of(what, numel)
         dtype = dtype or torch.bfloat16
+    elif what.endswith(".py"):
+        module = ".".join(Path(what).with_suffix("").parts).lstrip("./")
+        raise CommandError(
+            f"{what}: found a Python file, expected module:function. Give {module}:FUNCTION, where FUNCTION (or a "
+            "class) returns the model and takes no arguments; the current directory is searched for the module."
+        )
     elif Path(what).exists():
         found = _of_hugging_face(what, download=False)
     elif re.fullmatch(r"[\w.]+:[\w.]+", what):
         found = _of_function(what)
-    elif what.startswith(("/", ".", "~")) or what.endswith((".json", ".py", "/")):
+    elif what.startswith(("/", ".", "~")) or what.endswith((".json", "/")):
         raise CommandError(f"{what}: no such file or directory, expected a config.json or a directory that has one")
     else:
         found = _of_hugging_face(what, download=download)
@@ -272,14 +278,23 @@ def _of_function(what: str) -> ModelSource:
 
 
 def _call_on_meta(what: str, module_name: str, function_name: str) -> nn.Module:
+    arguments, sys.argv = sys.argv, [module_name]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
             raise CommandError(f"{what}: no module {error.name!r} in the current directory or installed") from error
         raise CommandError(f"{what}: importing {module_name} failed: {_text_of(error)}") from error
+    except SystemExit as error:
+        raise CommandError(
+            f"{what}: importing {module_name} ended the process (SystemExit: {error.code}), expected definitions only: "
+            "it parses the command line or trains where it is imported. Put that part of it under "
+            '`if __name__ == "__main__":`.'
+        ) from error
     except Exception as error:
         raise CommandError(f"{what}: importing {module_name} failed: {_text_of(error)}") from error
+    finally:
+        sys.argv = arguments
     try:
         function = attrgetter(function_name)(module)
     except AttributeError as error:

@@ -85,7 +85,8 @@ ranks of all hosts:
               slowdown_at_least, slowdown_at_most (null without --step-time)
 fits and fits_from are null without --memory; fits_from is the smallest power of
 two of ranks (times the replicas, and the parts of the model) on which it fits,
-or null if that is more than {MOST_RANKS} data-parallel ranks.
+or --ranks if that is less and fits; null if it does not fit on up to
+{MOST_RANKS} data-parallel ranks.
 
 Exit code: 0; 1 if training with your settings does not fit in --memory, or
 cannot be planned."""
@@ -150,7 +151,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="step",
         help="backward: each bucket is updated while backward runs, and nothing clips; default: step",
     )
-    command.add_argument("--bucket-mb", metavar="MIB", type=_positive, help="default: the optimizer's, 32 (8 on CPUs)")
+    command.add_argument(
+        "--bucket-mb",
+        metavar="MIB",
+        type=_positive,
+        help="default: the optimizer's, by the size of the parameters: on CPUs a quarter of it, 0.25 to 8; on GPUs a "
+        "sixteenth of it, 32 to 128, or to 2 for each rank if that is more (at most 1024)",
+    )
     command.add_argument("--clip", action="store_true", help="gradients are clipped (max_grad_norm)")
     command.add_argument("--ema", action="store_true", help="keep an average of the weights (ema_decay)")
     command.add_argument(

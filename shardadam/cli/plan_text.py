@@ -30,7 +30,7 @@ def as_text(found: Comparison) -> str:
         _kinds(found, unit),
         _alternatives(found, unit),
         _wrapped(_notes(found)),
-        _wrapped([_choice(found, unit)]),
+        _wrapped([_choice(found, unit), *_no_saving(found, unit)]),
         *([_wrapped([_moved(found.moved)])] if found.moved is not None else []),
     ]
     return "\n\n".join(parts)
@@ -192,7 +192,7 @@ def _notes(found: Comparison) -> list[str]:
     if found.available is not None:
         notes.append(
             f'"from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
-            f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}."
+            f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}, or yours."
         )
     return notes
 
@@ -218,24 +218,43 @@ def _choice(found: Comparison, unit: Unit) -> str:
     if fit.nearest is None:
         return _nothing_fits(found, fit, unit)
     assert fit.nearest_need is not None
-    takes, left = fit.nearest_need.total, fit.available - fit.nearest_need.total
-    leaves = f"{unit.named(takes)} and leaves {unit.named(left)} for activations and everything else"
     if fit.fits:
-        return f"Your settings fit: training takes {leaves}."
-    return (
-        f"With your settings, training takes {unit.named(fit.need.total)} and does not fit. Choose "
-        f"{_changes(fit, found)} instead, the smallest change that fits: it takes {leaves}.{_choice_here(found, unit)}"
-    )
-
-
-def _choice_here(found: Comparison, unit: Unit) -> str:
-    here = found.here
-    if here is None:
-        return ""
+        return f"Your settings fit: training takes {_leaves(fit, unit)}."
+    text = f"With your settings, training takes {unit.named(fit.need.total)} and does not fit."
+    advice = f"hoose {_changes(fit, found)} instead, the smallest change that fits: it takes {_leaves(fit, unit)}."
+    if found.here is None:
+        return f"{text} C{advice}"
     ranks = plural(found.ranks, "rank")
-    if here.nearest_need is None:
-        return f" On {ranks}, nothing fits."
-    return f" On {ranks}, choose {_changes(here, found)}: it takes {unit.named(here.nearest_need.total)}."
+    if found.here.nearest_need is None:
+        return f"{text} On {ranks}, nothing fits. C{advice}"
+    here = f"On {ranks}, choose {_changes(found.here, found)}: it takes {_leaves(found.here, unit)}."
+    return f"{text} {here} Or c{advice}"
+
+
+def _leaves(fit: Fit, unit: Unit) -> str:
+    assert fit.nearest_need is not None
+    takes, left = fit.nearest_need.total, fit.available - fit.nearest_need.total
+    return f"{unit.named(takes)} and leaves {unit.named(left)} for activations and everything else"
+
+
+def _no_saving(found: Comparison, unit: Unit) -> list[str]:
+    """Says so if torch.optim.AdamW takes less, and what to do."""
+    less, stock = found.less, found.stock
+    if less is None:
+        return []
+    text = (
+        f"With your settings, training takes {unit.named(less.need.total)}, which is more than the "
+        f"{unit.named(stock.total)} of {NAMES[stock.name]}:"
+    )
+    if found.data_parallel == 1:
+        text += " there is no other rank to split the state with, and tables and padding come on top."
+    elif found.asked.world_size == 1:
+        text += " each replica is on one rank, which has no other to split the state with."
+    else:
+        text += " for a model this small, buffers, tables and padding take more than sharding saves."
+    if less.nearest is None or less.nearest_need is None:
+        return [f"{text} More ranks take less."]
+    return [f"{text} {_changes(less, found)} takes less: {unit.named(less.nearest_need.total)}."]
 
 
 def _changes(fit: Fit, found: Comparison) -> str:
@@ -249,6 +268,7 @@ def _changes(fit: Fit, found: Comparison) -> str:
         "gradient_sync": f'gradient_sync="{fit.nearest.gradient_sync}"',
         "master": f'master="{fit.nearest.precision.master}"',
         "offload": _OFFLOADS.get(str(fit.nearest.offload), ""),
+        "bucket_mb": f"bucket_mb={fit.nearest.bucket_mb}",
     }
     *others, last = (texts[change] for change in fit.changes)
     return f"{', '.join(others)} and {last}" if others else last
