@@ -11,12 +11,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from shardadam.checkpoint.files import CheckpointError
 from shardadam.cli import checkpoints, environment, plan
 from shardadam.cli.errors import CommandError
-from shardadam.cli.text import paragraph, show
+from shardadam.cli.text import show
 from shardadam.version import __version__
 
 __all__ = ["main"]
@@ -42,23 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except CommandError as error:
-        show(paragraph(f"shardadam: {error}", breaks_words=False), to="stderr")
-        return 1
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, CommandError, OSError) as error:
         show(f"shardadam: {error}", to="stderr")
         return 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Wraps what argparse would print in one line."""
-        self.print_usage(sys.stderr)
-        self.exit(2, paragraph(f"{self.prog}: error: {message}", breaks_words=False) + "\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="shardadam",
         description="Plans the memory of sharded training, inspects and exports checkpoints that shardadam.save has "
         "written, and describes this machine for a bug report.",

@@ -13,7 +13,7 @@ from shardadam.checkpoint.export import FORMATS, WEIGHTS, export
 from shardadam.checkpoint.files import MANIFEST, CheckpointError
 from shardadam.checkpoint.reader import Reader, open_newest
 from shardadam.checkpoint.schema import MODEL_PREFIX, STATE_PREFIX
-from shardadam.cli.text import binary_size, show, table
+from shardadam.cli.text import binary_size, facts, show, table
 from shardadam.update import formats
 
 
@@ -147,7 +147,7 @@ def _sort_key(entry: tuple[tuple[str, str], list[int]]) -> tuple[int, str, str]:
 def _text(found: dict[str, Any]) -> str:
     whole = "no" if not found["whole"] else "yes" if found["verified"] == "checksums" else "sizes only"
     parameters = found["parameters"]
-    facts = [
+    known = [
         ("checkpoint", found["path"]),
         ("step", str(found["step"])),
         ("saved on", f"{found['world_size']} rank{'s' if found['world_size'] != 1 else ''}"),
@@ -164,7 +164,7 @@ def _text(found: dict[str, Any]) -> str:
     files = [(entry["name"], f"{entry['bytes']:,}") for entry in found["files"]]
     return "\n\n".join(
         [
-            table(facts, right=()),
+            facts(known),
             table([("tensors", "dtype", "elements", "bytes"), *kinds], right=(2, 3)),
             table([("file", "bytes"), *files], right=(1,)),
         ]

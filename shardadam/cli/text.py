@@ -65,22 +65,18 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in known)
     lines = []
     for name, text in known:
-        first, *others = _lines(text, WIDTH - width - 2, breaks_words=False) or [""]
+        first, *others = _lines(text, WIDTH - width - 2) or [""]
         lines += [f"{name:<{width}}  {first}".rstrip(), *(f"{'':{width}}  {line}" for line in others)]
     return "\n".join(lines)
 
 
-def paragraph(text: str, *, breaks_words: bool = True) -> str:
-    """Wraps ``text``.
-
-    Args:
-        breaks_words: whether a word longer than a line is broken; if not, a path can still be copied.
-    """
-    return "\n".join(_lines(text, WIDTH, breaks_words=breaks_words))
+def paragraph(text: str) -> str:
+    """Wraps ``text``, but not within words, so that a path can be copied."""
+    return "\n".join(_lines(text, WIDTH))
 
 
-def _lines(text: str, width: int, *, breaks_words: bool = True) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=breaks_words, break_on_hyphens=False)  # options have hyphens
+def _lines(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)  # options have hyphens
 
 
 def binary_size(nbytes: int) -> str:
