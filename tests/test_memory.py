@@ -383,7 +383,7 @@ def test_adamws_state_is_what_adamw_holds(kind: str) -> None:
         lines = dict(line.split("  ", 1) for line in text.splitlines()[1:])
         numbers = {name: int(value.split("(")[0].replace(",", "")) for name, value in lines.items()}
         assert numbers.pop("AdamW's state") == held
-        assert numbers.pop("saved") == memory.saved
+        assert numbers.pop("state saved") == memory.saved
         assert numbers.pop("state and its buffers") == memory.state + memory.offload_buffers - memory.average
         assert numbers.pop("total") == memory.total == sum(numbers.values())
         assert all(getattr(memory, name.replace(" ", "_")) == value for name, value in numbers.items())
@@ -408,5 +408,5 @@ total                  11,136
 on disk                   500
 state and its buffers   4,024
 AdamW's state           8,012
-saved                   3,988  (49.8%)"""
+state saved             3,988  (49.8%)"""
     )

@@ -87,7 +87,8 @@ class Memory:
         rows |= {name: value for name in elsewhere if (value := getattr(self, name))}
         names = {name: name.replace("_", " ") for name in rows}
         rows = {names[name]: value for name, value in rows.items()}
-        rows |= {"state and its buffers": self.adamw - self.saved, "AdamW's state": self.adamw, "saved": self.saved}
+        held = self.adamw - self.saved
+        rows |= {"state and its buffers": held, "AdamW's state": self.adamw, "state saved": self.saved}
         left, right = max(map(len, rows)), max(len(f"{value:,}") for value in rows.values())
         lines = [f"{name:{left}}  {value:>{right},}" for name, value in rows.items()]
         if self.adamw:
