@@ -189,7 +189,8 @@ def test_the_quick_start_prints_the_same_before_and_after(tmp_path: Path) -> Non
         for name in ("before.py", "train.py")
     )
     losses = printed_by(before, tmp_path, ranks=1)
-    assert len(losses) == 3 and printed_by(after, tmp_path) == losses
+    assert len(losses) == 3
+    assert [line for line in printed_by(after, tmp_path) if re.fullmatch(r"\d \d\.\d{4}", line)] == losses
 
 
 # Fragments
