@@ -101,7 +101,11 @@ def measure(gradient_sync: str, transport: str) -> list[GradientNorms]:
         assert before == pytest.approx(0.1, rel=1e-4), "looking has not undone clipping"
         optimizer.step()
         optimizer.zero_grad()
-    assert optimizer.gradient_norms() == GradientNorms({}, [0.0, 0.0], 0.0)
+    with pytest.warns(UserWarning, match="a call between backward and step"):
+        assert optimizer.gradient_norms() == GradientNorms({}, [0.0, 0.0], 0.0)
+    in_order = [name for group in optimizer.param_groups for name in group["param_names"] if name != "frozen"]
+    assert list(found[0].parameters) == [name for name in in_order if name in found[0].parameters]
+    assert list(optimizer.update_ratios()) == in_order
     return found
 
 

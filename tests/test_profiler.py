@@ -137,9 +137,12 @@ def test_a_loop_on_two_ranks_becomes_one_page(transport: str, tmp_path: Path) ->
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "<script" not in page
 
 
-def test_a_loop_that_ends_too_early_writes_nothing(tmp_path: Path) -> None:
+def test_a_loop_that_ends_too_early_writes_nothing_and_warns(tmp_path: Path) -> None:
     optimizer = shardadam.ShardedAdamW([nn.Parameter(torch.ones(3))])
-    with shardadam.profile(tmp_path / "step.html", optimizer, skip=0, steps=2) as profile:
+    with (
+        pytest.warns(UserWarning, match=r"1 steps have ended, expected 2 .*Call profile\.step\(\)"),
+        shardadam.profile(tmp_path / "step.html", optimizer, skip=0, steps=2) as profile,
+    ):
         profile.step()
     assert str(profile) == "no step profiled: 1 of 2 have ended" and not (tmp_path / "step.html").exists()
     with pytest.raises(ValueError, match="steps=0"):

@@ -87,6 +87,15 @@ class MisuseWarnings:
                 "the loss and the inputs for NaN and infinity."
             )
 
+    def check_norms(self, has_gradients: bool) -> None:
+        """Warn about a ``gradient_norms()`` that finds no gradients of any rank."""
+        if not has_gradients:
+            self._found(
+                "gradient_norms(): no parameter has a gradient on any rank, so there are no norms. Expected a call "
+                "between backward and step(), which uses the gradients up."
+            )
+            self.give()
+
     def _check_replaced(self, used: Tensor) -> None:
         """Warn about parameters that have had no gradient for some steps, and that the model does not hold any more.
 

@@ -92,6 +92,7 @@ def _versions() -> dict[str, Any]:
         "CUDA of torch": torch.version.cuda,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,  # type: ignore[no-untyped-call]
         "triton": _version("triton"),
+        "numba": _version("numba"),
     }
     return versions | {name: version for name in PACKAGES if (version := _version(name)) is not None}
 

@@ -50,8 +50,8 @@ class GradientNorms:
     """2-norms of averaged gradients.
 
     Args:
-        parameters: by name, of those that have a gradient on any rank. Of parameters that model-parallel ranks hold
-            parts of, the norm of the whole; of experts, those that this rank holds.
+        parameters: by name, in the order of the param groups, of those that have a gradient on any rank. Of parameters
+            that model-parallel ranks hold parts of, the norm of the whole; of experts, those that this rank holds.
         groups: of each param group, over all ranks.
         total: of all parameters, over all ranks.
     """
@@ -77,9 +77,14 @@ def gradient_norms(engine: StepEngine, param_groups: ParamGroups) -> GradientNor
     names = _names(parameters, param_groups)
     of_params, of_groups = _sums_over_ranks(squares.to(used.device), names, len(param_groups), parameters, engine.job)
     scale = 1.0 if engine.inverse_scale is None else float(engine.inverse_scale)
-    with_gradient = zip(names, of_params, used.tolist(), strict=True)
+    has_gradient = used.tolist()
+    engine.warnings.check_norms(any(has_gradient))
     return GradientNorms(
-        parameters={name: math.sqrt(square) * scale for name, (square,), is_used in with_gradient if is_used},
+        parameters={
+            names[index]: math.sqrt(of_params[index][0]) * scale
+            for index in _as_registered(parameters)
+            if has_gradient[index]
+        },
         groups=[math.sqrt(square) * scale for (square,) in of_groups],
         total=math.sqrt(math.fsum(square for (square,) in of_groups)) * scale,
     )
@@ -109,8 +114,9 @@ def update_ratios(engine: StepEngine, param_groups: ParamGroups) -> dict[str, fl
     names = _names(parameters, param_groups)
     of_params, _ = _sums_over_ranks(squares.to(engine.skipped_steps.device), names, 0, parameters, engine.job)
     return {
-        name: _ratio(math.sqrt(update), math.sqrt(weight))
-        for name, (weight, update) in zip(names, of_params, strict=True)
+        names[index]: _ratio(math.sqrt(update), math.sqrt(weight))
+        for index in _as_registered(parameters)
+        for weight, update in (of_params[index],)
     }
 
 
@@ -123,6 +129,11 @@ def _names(parameters: ShardedParameters, param_groups: ParamGroups) -> list[str
     counts = Counter(one.name for one in named.values())
     own = [named[param.param_id] for param in parameters.params]
     return [one.name if counts[one.name] == 1 else f"param_groups[{one.group_index}].{one.name}" for one in own]
+
+
+def _as_registered(parameters: ShardedParameters) -> list[int]:
+    """Return param indices in the order of the param groups."""
+    return sorted(range(len(parameters.params)), key=lambda index: parameters.params[index].param_id)
 
 
 def _ratio(update: float, weight: float) -> float:

@@ -8,6 +8,7 @@ import os
 import socket
 import statistics
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,8 +96,14 @@ class profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop profiling. If the loop has ended before the last step was profiled, nothing is written."""
+        """Stop profiling. If the loop has ended before the last step was profiled, warn; nothing is written."""
         self._stop()
+        if kind is None and self._done < self._skip + self._count:
+            warnings.warn(
+                f"profile: {self._done} steps have ended, expected {self._skip + self._count} (skip + steps), so "
+                f"{self.path} is not written. Call profile.step() after each step, or lower skip and steps.",
+                stacklevel=2,
+            )
 
     def step(self) -> None:
         """Say that a step has ended: call it last in the loop. At the last profiled step, collective.

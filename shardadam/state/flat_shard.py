@@ -219,8 +219,9 @@ class FlatShard(Tensor):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
             "optimizer.state_dict() holds one rank's shards; a pickle of them would look whole and lose the rest. Save "
-            "with shardadam.save(directory, model=model, optimizer=optimizer, step=step), or with "
-            "torch.distributed.checkpoint.save, or pickle optimizer.full_state_dict() (collective; whole on rank 0). "
+            "with shardadam.save(directory, step=step, model=model, optimizer=optimizer, scheduler=scheduler), or with "
+            "torch.distributed.checkpoint.save. For a file of torch.save, call whole = optimizer.full_state_dict() on "
+            "all ranks, outside of `if rank == 0`; then save it on rank 0. "
             "With transformers.Trainer, use ShardedTrainer from shardadam.integrations.transformers, or pass "
             "callbacks=[ConsolidateCallback()] from there."
         )
