@@ -33,7 +33,7 @@ _ANSWER_S = 3.0  # of the store
 _JOIN_S = 5.0
 _OF_LOOP = ("step", "zero_grad", "clip_grad_norm_")
 _UNEVEN = (
-    " If {} had fewer batches and left the loop first, give all ranks equally many (drop_last=True in DataLoader and "
+    " If {} raised no error but had fewer batches, give all ranks equally many (drop_last=True in DataLoader and "
     "DistributedSampler), or train under torch.distributed.algorithms.join.Join([optimizer])."
 )
 _MOST_NAMED = 16
