@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 from tests.ranks import processes
@@ -31,12 +32,15 @@ def run_script(
     environment: Mapping[str, str] | None = None,
     output: Path,
     deadline_s: float = 100.0,
+    skips_exit: bool = False,
 ) -> str:
     """Run ``script`` as ``__main__`` on so many ranks; return what they print, to stdout and stderr.
 
     Args:
         directory: the working directory; None for this process's.
         output: a file for what they print.
+        skips_exit: for scripts that train with torch alone: end each process where its script ends, without
+            ``destroy_process_group`` and exit handlers, in which torch's DDP sometimes hangs or aborts.
 
     Raises:
         AssertionError: a rank failed, or did not end in time.
@@ -56,7 +60,8 @@ def run_script(
         for rank in range(ranks):
             own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             where = str(directory or Path.cwd())
-            started.append(processes.Process(target=_run, args=(str(script), list(arguments), where, own, str(output))))
+            arguments_of_run = (str(script), list(arguments), where, own, str(output), skips_exit)
+            started.append(processes.Process(target=_run, args=arguments_of_run))
             started[-1].start()
         end = time.monotonic() + deadline_s
         for process in started:
@@ -71,7 +76,9 @@ def run_script(
     return printed
 
 
-def _run(script: str, arguments: list[str], directory: str, environment: dict[str, str], output: str) -> None:
+def _run(
+    script: str, arguments: list[str], directory: str, environment: dict[str, str], output: str, skips_exit: bool
+) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -81,8 +88,15 @@ def _run(script: str, arguments: list[str], directory: str, environment: dict[st
     sys.path.insert(0, str(Path(script).parent))
     warnings.resetwarnings()
     warnings.simplefilter("default", DeprecationWarning)
+    if skips_exit:
+        distributed: Any = torch.distributed
+        distributed.destroy_process_group = lambda *_: None
     try:
         runpy.run_path(script, run_name="__main__")
+        if skips_exit:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
