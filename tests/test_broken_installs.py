@@ -77,10 +77,15 @@ def test_an_error_that_the_script_was_handling_is_not_the_cause(tmp_path: Path) 
     assert "could not import accelerate: accelerate failed with RuntimeError: broken" in message
 
 
-@pytest.mark.parametrize("name", ["accelerate", "transformers"])
-def test_a_missing_framework_names_its_extra(name: str, tmp_path: Path) -> None:
-    if name == "transformers" and importlib.util.find_spec("accelerate") is None:
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("accelerate", "'shardadam[accelerate]'"), ("transformers", "'shardadam[transformers]'"), ("axolotl", "axolotl")],
+)
+def test_a_missing_framework_names_what_installs_it(name: str, package: str, tmp_path: Path) -> None:
+    if name != "accelerate" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("not installed: accelerate")
-    hidden = f"import sys\nsys.modules['{name}'] = None"
+    if name == "axolotl" and importlib.util.find_spec(name) is not None:
+        pytest.skip("installed: axolotl")
+    hidden = "" if name == "axolotl" else f"import sys\nsys.modules['{name}'] = None"
     message = last_line(f"shardadam.integrations.{name}", tmp_path, before=hidden)
-    assert message.endswith(f"could not import {name}, which is not installed. pip install 'shardadam[{name}]'.")
+    assert message.endswith(f"could not import {name}, which is not installed. pip install {package}.")

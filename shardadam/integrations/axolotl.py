@@ -8,7 +8,7 @@ from typing import Any
 from shardadam.integrations.importing import importing
 from shardadam.integrations.transformers import ShardedTrainer
 
-with importing("axolotl"):
+with importing("axolotl", has_extra=False):
     from axolotl.integrations.base import BasePlugin
 
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def importing(framework: str) -> Iterator[None]:
-    """Return a context that imports ``framework``, whose integration and extra have the same name.
+def importing(framework: str, *, has_extra: bool = True) -> Iterator[None]:
+    """Return a context that imports ``framework``, whose integration has the same name.
+
+    Args:
+        has_extra: whether an extra of the same name installs it.
 
     Raises:
         ImportError: the import failed; says what failed first, and why.
@@ -26,7 +29,8 @@ def importing(framework: str) -> Iterator[None]:
         root = _root_of(error, handled)
         what = f"shardadam.integrations.{framework} could not import {framework}"
         if isinstance(root, ModuleNotFoundError) and root.name == framework:
-            raise ImportError(f"{what}, which is not installed. pip install 'shardadam[{framework}]'.") from error
+            package = f"'shardadam[{framework}]'" if has_extra else framework
+            raise ImportError(f"{what}, which is not installed. pip install {package}.") from error
         broken = _imported_in(root) or framework
         remedy = f"Reproduce it with: python -c 'import {broken}'. Install a {broken} that fits the installed torch"
         if broken != framework:
