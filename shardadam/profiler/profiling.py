@@ -45,7 +45,8 @@ class StepProfile:
         parts: ms of each part, by the names in ``trace.COLOURS``; on a GPU of its streams, else of threads. Parts that
             run at the same time all count.
         peak_bytes: the most memory that torch had allocated on the GPU in the step; on a CPU the most that the process
-            has had resident since profiling began, with code and shared memory. None where the system does not tell.
+            had resident in it, with code and shared memory; since the process began, where that cannot be reset. None
+            where the system does not tell. Other code that reads these peaks finds them reset.
     """
 
     ms: float
