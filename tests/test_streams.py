@@ -834,7 +834,7 @@ MUTANTS = [
         "transport.nccl:NcclTransport.expect_progress",
         {
             "if is_captured and self": "if self._watchdog is None:\n"
-            "        self._watchdog = Watchdog(device, 60.0, lambda: '')\n"
+            "        self._watchdog = Watchdog(device, 60.0, lambda: '', lambda: False)\n"
             "    if is_captured and self",
             "with self._streams.on(device) as stream:": "stream = self._streams._streams[device]\n"
             "    with torch.cuda.stream(stream):",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from shardadam.ranks import desync
 from shardadam.transport.watchdog import Watchdog
 
 pytestmark = pytest.mark.quiet
@@ -24,7 +25,7 @@ LIMIT_S = 0.5
 
 @pytest.fixture
 def watchdog() -> Iterator[Watchdog]:
-    watchdog = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "rank 1: has ended")
+    watchdog = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "rank 1: has ended", lambda: False)
     yield watchdog
     watchdog.close()
 
@@ -76,9 +77,33 @@ def test_a_hang_after_replays_of_a_cuda_graph_is_logged(watchdog: Any, caplog: p
     assert count_logged(caplog) == 1
 
 
+def test_ranks_compare_their_transfers_long_before_the_timeout(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(desync, "COMPARE_S", 0.1)
+    compared: list[float] = []
+
+    def compare() -> bool:
+        compared.append(time.monotonic())
+        return len(compared) == 2
+
+    watchdog = Watchdog(torch.device("cpu"), 20 * LIMIT_S, lambda: "", compare)
+    try:
+        watchdog.expect_progress()
+        time.sleep(2 * LIMIT_S)
+        assert not compared
+        hang(watchdog)
+        with caplog.at_level(logging.ERROR, "shardadam"):
+            time.sleep(4 * LIMIT_S)
+        assert len(compared) == 2  # until a difference is found, and logged
+        assert count_logged(caplog) == 0
+    finally:
+        watchdog.close()
+
+
 def test_close_ends_the_thread() -> None:
     before = set(threading.enumerate())
-    watchdog = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "")
+    watchdog = Watchdog(torch.device("cpu"), LIMIT_S, lambda: "", lambda: False)
     (thread,) = set(threading.enumerate()) - before
     assert thread.is_alive()
     watchdog.close()

@@ -8,6 +8,8 @@ store only, and takes no part in training.
 from __future__ import annotations
 
 import atexit
+import json
+import logging
 import os
 import re
 import socket
@@ -21,16 +23,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from shardadam.ranks import transfer_log
 from shardadam.ranks.store import StoreClient, default_store
+
+COMPARE_S = 10.0
+"""How long ranks wait before they compare the transfers that they have started."""
 
 _PERIOD_S = 0.25
 _REPORT_S = 2.0
 _ANSWER_S = 3.0  # of the store
 _JOIN_S = 5.0
+_CALL = re.compile(r"\b(in|after) call (\d+) of (\w+)\(\)")
 _OF_LOOP = ("step", "zero_grad", "clip_grad_norm_")
 _UNEVEN = (
     " If {} raised no error but had fewer batches, give all ranks equally many (drop_last=True in DataLoader and "
@@ -46,6 +54,7 @@ _LEFT = "has ended, or left the process group,"
 _QUESTION = "?"
 _SILENT = "does not answer: it has ended, is stopped, or cannot be reached"
 _ABSENT = "has not come to build its optimizer, or has ended"
+_log = logging.getLogger("shardadam")
 
 
 class RankDesyncError(RuntimeError):
@@ -139,13 +148,14 @@ class DesyncReporter:
         if store is None:
             return self._unknown(ranks, "the store of the process group cannot be cloned")
         try:
-            status = store.run_with_limit(lambda: self._status_of(ranks, store))
+            answers = store.run_with_limit(lambda: self._status_of(ranks, store))
         except RuntimeError:  # dist.DistError is one
             return self._unknown(
                 ranks,
                 "cannot reach the store of the process group; the process that hosts it (rank 0, or torchrun's agent) "
                 "has ended, or its host is cut off",
             )
+        status = {rank: answer.text for rank, answer in answers.items()}
         missing = {rank: _SILENT if rank in self.processes else _ABSENT for rank in ranks}
         status = {**status, **self._ends_of(rank for rank in ranks if status.get(rank, _ENDED) == _ENDED)}
         status = {**missing, **status, **{rank: text for rank, text in self._failures.items() if rank in missing}}
@@ -155,15 +165,33 @@ class DesyncReporter:
         lines = [f"  {self._name(rank)}: {status[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
             lines.append(f"  and {len(shown) - _MOST_NAMED} more")
-        remedy = (
-            "Check the logs of the silent ranks first."
-            if silent or left
-            else "All ranks must make the same calls in the same order; compare where they are in your script."
-        )
+        if silent or left:
+            remedy = "Check the logs of the silent ranks first."
+        else:
+            remedy = "All ranks must make the same calls in the same order; compare where they are in your script."
+            remedy += _called_apart(list(status.values()))
         own, others = status[self._rank], [rank for rank in ranks if rank != self._rank]
         if done := [rank for rank in others if _may_be_done(status[rank], own)]:
             remedy += _UNEVEN.format(", ".join(map(self._name, done)))
         return "\n".join(["Status of the ranks:", *lines, remedy])
+
+    def difference(self, ranks: Sequence[int]) -> str | None:
+        """Return which of ``ranks`` has started a different transfer than this one, and what; None if none is known.
+
+        Takes up to 2 s if a rank does not answer.
+        """
+        store = self._store
+        if store is None:
+            return None
+        try:
+            answers = store.run_with_limit(lambda: self._status_of(ranks, store))
+        except RuntimeError:  # dist.DistError is one
+            return None
+        for rank, answer in answers.items():
+            found = transfer_log.difference(answers[self._rank].started, answer.started)
+            if found is not None:
+                return f"{self._name(rank)} has started {found[1]}, but {self._name(self._rank)} {found[0]}"
+        return None
 
     def _ends_of(self, ranks: Iterable[int]) -> dict[int, str]:
         """Return what ``ranks`` have left behind when they left their process group, by rank."""
@@ -184,9 +212,9 @@ class DesyncReporter:
         host = f" on {self.processes[rank].host}" if len(hosts) > 1 and rank in self.processes else ""
         return f"rank {rank}{host}{' (this one)' if rank == self._rank else ''}"
 
-    def _status_of(self, ranks: Sequence[int], store: StoreClient, text: str = _QUESTION) -> dict[int, str]:
+    def _status_of(self, ranks: Sequence[int], store: StoreClient, text: str = _QUESTION) -> dict[int, _Answer]:
         """Write the request ``text``; return the status by rank, without ranks that have not answered in time."""
-        status = {self._rank: _calls.describe()}
+        status = {self._rank: _Answer(_calls.describe(), transfer_log.started())}
         request = store.add("requests", 1)
         store.set(f"request/{request}", text)
         deadline = time.monotonic() + _REPORT_S
@@ -197,18 +225,27 @@ class DesyncReporter:
                 if (answer := _answer_of(store, rank, request)) is not None:
                     status[rank] = answer
                 elif rank in self.processes and self.processes[rank].has_ended():
-                    status[rank] = _ENDED
+                    status[rank] = _Answer(_ENDED, {})
             if all(rank in status for rank in ranks) or time.monotonic() > deadline:
                 return status
             time.sleep(0.05)
+
+
+def _called_apart(statuses: Sequence[str]) -> str:
+    """Return what to do about a method in which only some ranks are, if no training loop calls it in each step."""
+    calls = [_CALL.search(status) for status in statuses]
+    methods = {found[3] if found and found[1] == "in" else "" for found in calls}
+    apart = {name for name in methods if name and name not in _OF_LOOP and not name[0].isupper()}
+    if not apart or methods == apart:
+        return ""
+    return f" {min(apart)}() is collective: call it on all ranks, not under `if rank == 0`."
 
 
 def _may_be_done(other: str, own: str) -> bool:
     """Return whether the statuses fit a rank that has left its training loop, for which this one waits in ``step()``
     or in a backward between two steps.
     """
-    call = re.compile(r"\b(in|after) call (\d+) of (\w+)\(\)")
-    theirs, mine = call.search(other), call.search(own)
+    theirs, mine = _CALL.search(other), _CALL.search(own)
     if theirs is None or mine is None or mine[3] not in _OF_LOOP or theirs[3][0].isupper():
         return False  # a class: it is being built
     if theirs[3] not in _OF_LOOP:
@@ -216,12 +253,19 @@ def _may_be_done(other: str, own: str) -> bool:
     return theirs[1] == "after" and int(theirs[2]) <= int(mine[2])
 
 
-def _answer_of(store: StoreClient, rank: int, request: int) -> str | None:
+class _Answer(NamedTuple):
+    """To a status request: where the rank is, and which transfers it has started."""
+
+    text: str
+    started: transfer_log.Started
+
+
+def _answer_of(store: StoreClient, rank: int, request: int) -> _Answer | None:
     key = f"status/{rank}"
     if not store.check([key]):
         return None
-    number, _, text = store.get(key).partition(" ")
-    return text if int(number) >= request else None
+    number, _, answer = store.get(key).partition(" ")
+    return _Answer(*json.loads(answer)) if int(number) >= request else None
 
 
 # This rank
@@ -283,6 +327,23 @@ def report(ranks: Sequence[int]) -> str:
     if world not in _reporters:
         return f"Status of the ranks unknown: this rank has built no optimizer yet. The ranks are: {list(ranks)}."
     return _reporters[world].report(ranks)
+
+
+def log_difference(ranks: Sequence[int]) -> bool:
+    """Log an error if one of ``ranks`` has started a different transfer than this one; return whether it is so. Local.
+
+    For ranks that wait where they cannot raise. Takes up to 4 s if a rank does not answer.
+    """
+    world = dist.group.WORLD if dist.is_initialized() else None
+    found = None if world is None or world not in _reporters else _reporters[world].difference(ranks)
+    if found is not None:
+        _log.error(
+            "%s: they have made different calls, or different numbers of backward passes, and wait for each other "
+            "until the timeout of the process group.\n%s",
+            found,
+            report(ranks),
+        )
+    return found is not None
 
 
 class _CallLog:
@@ -381,7 +442,8 @@ def _answer_in_background(store: StoreClient, rank: int, period_s: float, failur
                         failed, _, failure = text.partition(" ")
                         failures[int(failed)] = failure
                 if seen > before:
-                    store.set(f"status/{rank}", f"{seen} {_calls.describe()}")
+                    answer = _Answer(_calls.describe(), transfer_log.started())
+                    store.set(f"status/{rank}", f"{seen} {json.dumps(answer)}")
             except RuntimeError:
                 return  # the store has ended
         with suppress(RuntimeError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.ranks import desync
+from shardadam.ranks.transfer_log import log_of
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
 from shardadam.transport.groups import CommGroups, backend_of_device
 
@@ -43,6 +45,8 @@ class GlooTransport(Transport):
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups
         self._group = groups.training
+        self._log = log_of(groups.training)
+        self._compare = partial(desync.log_difference, dist.get_process_group_ranks(groups.training))
         self._exchanges = 0  # all-gathers started; equal on all ranks
 
     def allocate_staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Staging:
@@ -54,6 +58,7 @@ class GlooTransport(Transport):
         send, receive = request.send, request.staging.receive
         assert receive is not None
         what = "A reduce-scatter"
+        self._log.add("reduce-scatter", send.nbytes)
         if send.device.type != "cpu":
             receive = receive[: send.numel()]
             with self._explain_errors(what):
@@ -80,7 +85,8 @@ class GlooTransport(Transport):
     def all_gather(self, flat: Tensor) -> Pending:
         own = own_slice(flat, self.rank, self.world_size)
         if flat.device.type != "cpu":
-            return self._start("An all-gather", _all_gather, flat, own)
+            return self._start("all-gather", _all_gather, flat, own)
+        self._log.add("all-gather", flat.nbytes)
         self._exchanges += 1
         options: dict[str, Any] = dict(group=self._group, tag=self._exchanges % _TAGS)  # several may run at once
         peers = [peer for peer in range(self.world_size) if peer != self.rank]
@@ -88,13 +94,13 @@ class GlooTransport(Transport):
         with self._explain_errors("An all-gather"):
             receives = [dist.irecv(slices[peer], group_src=peer, **options) for peer in peers]
             sends = [dist.isend(own, group_dst=peer, **options) for peer in peers]
-        return self._on_host("An all-gather", [*receives, *sends])
+        return _OnHost([*receives, *sends], None, partial(self._explain_errors, "An all-gather"))
 
     def all_reduce(self, block: Tensor) -> Pending:
-        return self._start("An all-reduce", dist.all_reduce, block)
+        return self._start("all-reduce", dist.all_reduce, block)
 
     def broadcast(self, tensor: Tensor) -> Pending:
-        return self._start("A broadcast", dist.broadcast, in_memory_order(tensor), group_src=0)
+        return self._start("broadcast", dist.broadcast, in_memory_order(tensor), group_src=0)
 
     def poll(self, seconds: float) -> bool:
         time.sleep(min(seconds, _POLL_S))  # the backend's own threads move the data
@@ -103,13 +109,16 @@ class GlooTransport(Transport):
     def close(self, *, clean: bool) -> None:
         self._comm_groups.release(clean=clean)
 
-    def _start(self, what: str, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Pending:
+    def _start(self, operation: str, collective: Callable[..., Any], *tensors: Tensor, **options: Any) -> Pending:
+        self._log.add(operation, tensors[0].nbytes)
+        what = f"{'An' if operation[0] == 'a' else 'A'} {operation}"
         with self._explain_errors(what):
-            work = collective(*arguments, group=self._group, async_op=True, **options)
+            work = collective(*tensors, group=self._group, async_op=True, **options)
         return self._on_host(what, [work])
 
     def _on_host(self, what: str, works: list[Any], finish: Callable[[], None] | None = None) -> Pending:
-        return _OnHost(works, finish, partial(self._explain_errors, what))
+        compared = [_ComparedWork(work, self._compare) for work in works]
+        return _OnHost(compared, finish, partial(self._explain_errors, what))
 
     @contextmanager
     def _explain_errors(self, what: str) -> Iterator[None]:
@@ -147,3 +156,31 @@ class _OnHost(Pending):
                 self._works.pop(0).wait()
         if self._finish is not None:
             self._finish()
+
+
+class _ComparedWork:
+    """A Work of a collective. A rank that waits long for it compares the transfers that all ranks have started.
+
+    Args:
+        compare: logs a difference; returns whether there is one.
+    """
+
+    def __init__(self, work: Any, compare: Callable[[], bool]) -> None:
+        self._work = work
+        self._compare = compare
+        self.is_completed = work.is_completed
+
+    def wait(self) -> None:
+        while not self._completes_within(desync.COMPARE_S):
+            if self._compare():
+                self._work.wait()
+                return
+
+    def _completes_within(self, seconds: float) -> bool:
+        try:
+            self._work.wait(timedelta(seconds=seconds))
+        except RuntimeError:
+            if not self._work.is_completed():
+                return False  # it goes on; unlike those of point-to-point transfers, which then fail
+            self._work.wait()  # raises its error, if it has one
+        return True

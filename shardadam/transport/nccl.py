@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.ranks import desync
+from shardadam.ranks.transfer_log import log_of
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
 from shardadam.transport.groups import CommGroups, timeout_s
 from shardadam.transport.streams import CommunicationStreams, OnStream, is_capturing
@@ -48,6 +49,7 @@ class NcclTransport(Transport):
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups
         self._group = groups.training
+        self._log = log_of(groups.training)
         self._exact_sums = exact_sums
         self._streams = CommunicationStreams()
         self._watchdog: Watchdog | None = None
@@ -64,6 +66,7 @@ class NcclTransport(Transport):
 
     def reduce_scatter(self, request: ReduceScatter) -> Pending:
         send = request.send
+        self._log.add("reduce-scatter", send.nbytes)
         is_final = request.shard.dtype == send.dtype and request.scale == 1 and not request.accumulate
         with self._streams.on(send.device) as stream:
             if request.staging.receive is None and is_final:
@@ -81,16 +84,19 @@ class NcclTransport(Transport):
         return OnStream(stream)
 
     def all_gather(self, flat: Tensor) -> Pending:
+        self._log.add("all-gather", flat.nbytes)
         with self._streams.on(flat.device) as stream:
             _all_gather(flat, own_slice(flat, self.rank, self.world_size), group=self._group)
         return OnStream(stream)
 
     def all_reduce(self, block: Tensor) -> Pending:
+        self._log.add("all-reduce", block.nbytes)
         with self._streams.on(block.device) as stream:
             dist.all_reduce(block, group=self._group)
         return OnStream(stream)
 
     def broadcast(self, tensor: Tensor) -> Pending:
+        self._log.add("broadcast", tensor.nbytes)
         with self._streams.on(tensor.device) as stream:
             dist.broadcast(in_memory_order(tensor), group=self._group, group_src=0)
         return OnStream(stream)
@@ -102,7 +108,9 @@ class NcclTransport(Transport):
         with self._streams.on(device) as stream:
             if self._watchdog is None:
                 ranks = dist.get_process_group_ranks(self._group)
-                self._watchdog = Watchdog(device, timeout_s(self._group), partial(desync.report, ranks))
+                self._watchdog = Watchdog(
+                    device, timeout_s(self._group), partial(desync.report, ranks), partial(desync.log_difference, ranks)
+                )
             self._watchdog.expect_progress()
         if is_captured:
             OnStream(stream).wait()  # when a capture ends, its stream must have waited for all others

@@ -215,7 +215,7 @@ class SharedMemoryTransport(Transport):
         send = request.send
         index = self._staging_index.get(send.data_ptr())
         if index is None:
-            return self._inner.reduce_scatter(request)
+            return self._announced(_Operation.REDUCE_SCATTER, send, self._inner.reduce_scatter(request))
 
         def read(transfers: dict[int, _Transfer]) -> None:
             sources = []
@@ -232,7 +232,7 @@ class SharedMemoryTransport(Transport):
     def all_gather(self, flat: Tensor) -> Pending:
         slices = self._slices_of(flat)
         if slices is None:
-            return self._inner.all_gather(flat)
+            return self._announced(_Operation.ALL_GATHER, flat, self._inner.all_gather(flat))
 
         def read(_: dict[int, _Transfer]) -> None:
             for target, source in slices:
@@ -244,7 +244,7 @@ class SharedMemoryTransport(Transport):
     def broadcast(self, tensor: Tensor) -> Pending:
         views = self._views_of(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
         if views is None:
-            return self._inner.broadcast(tensor)
+            return self._announced(_Operation.BROADCAST, tensor, self._inner.broadcast(tensor))
 
         def read(_: dict[int, _Transfer]) -> None:
             if self.rank != 0:
@@ -255,7 +255,7 @@ class SharedMemoryTransport(Transport):
 
     def all_reduce(self, block: Tensor) -> Pending:
         if block.device.type != "cpu" or not block.is_contiguous():
-            return self._inner.all_reduce(block)
+            return self._announced(_Operation.ALL_REDUCE, block, self._inner.all_reduce(block))
         if self._all_reduce_buffer is None or self._all_reduce_buffer.nbytes < 2 * block.nbytes:
             self._all_reduce_buffer = self._allocate_shared(max(_ALL_REDUCE_BYTES, 4 * block.nbytes))
         self._sockets.check_open("An all-reduce")  # a forked child would write its parent's buffer
@@ -297,6 +297,15 @@ class SharedMemoryTransport(Transport):
         self._inner.close(clean=clean)
 
     # The protocol
+
+    def _announced(self, operation: _Operation, tensor: Tensor, transfer: Pending) -> Pending:
+        """Return ``transfer``, of the inner transport, which then raises if another rank has started a different one.
+
+        The inner transport itself would wait for it. On other devices than the CPU, the host must not wait here.
+        """
+        if tensor.device.type != "cpu":
+            return transfer
+        return _InnerTransfer(self, self._start(_Transfer(operation, tensor.nbytes), is_read=False), transfer)
 
     def _start(self, transfer: _Transfer, *, is_read: bool = True) -> int:
         """Send STARTED to all peers; return the number of the transfer.
@@ -371,6 +380,25 @@ class SharedMemoryTransport(Transport):
                 self._shared.setdefault(number, {})[rank] = memory
             else:
                 self._staging[rank, number] = memory
+
+
+class _InnerTransfer(Pending):
+    """A transfer of the inner transport that this one has announced to its peers."""
+
+    def __init__(self, transport: SharedMemoryTransport, number: int, transfer: Pending) -> None:
+        self._transport = transport
+        self._number = number
+        self._transfer = transfer
+        self._has_started = False
+
+    def done(self) -> bool:
+        return self._transfer.done() and (self._has_started or self._transport.has_started(self._number))
+
+    def wait(self) -> None:
+        if not self._has_started:
+            self._transport.await_started(self._number, until_sent=False)
+            self._has_started = True
+        self._transfer.wait()
 
 
 class _PeerRead(Pending):

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from shardadam.ranks import desync
+
 _SHARE = 0.8  # of the backend's timeout: log before the backend ends the process
 _log = logging.getLogger("shardadam")
 
@@ -33,11 +35,15 @@ class Watchdog:
         device: of the watched stream.
         limit_s: the backend's timeout, in seconds.
         report: returns the status of all ranks, for the log message.
+        compare: logs it if ranks have started different transfers; returns whether they have.
     """
 
-    def __init__(self, device: torch.device, limit_s: float, report: Callable[[], str]) -> None:
+    def __init__(
+        self, device: torch.device, limit_s: float, report: Callable[[], str], compare: Callable[[], bool]
+    ) -> None:
         self._limit_s = limit_s
         self._report = report
+        self._compare = compare
         self._on_device = torch.zeros((), dtype=torch.int64, device=device)
         self._on_host: Tensor = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._expected = 0  # the count once the device has done all work that was enqueued
@@ -57,11 +63,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         last_count, progress_at = 0, time.monotonic()
+        compare_at = progress_at + desync.COMPARE_S
         has_logged = False
         while not self._done.wait(min(1.0, self._limit_s / 20)):
             now, count = time.monotonic(), int(self._on_host)
             if count != last_count or count >= self._expected:
                 last_count, progress_at, has_logged = count, now, False
+                compare_at = now + desync.COMPARE_S
+            elif now > compare_at and not has_logged:
+                has_logged = self._compare()
+                compare_at = now + desync.COMPARE_S
             elif now - progress_at > _SHARE * self._limit_s and not has_logged:
                 has_logged = True
                 _log.error(
