@@ -308,11 +308,16 @@ class _HostFlag:
 
 
 class _PreparedOptimizer(AcceleratedOptimizer):
-    """Tells accelerate which steps were skipped, with loss scaling and without."""
+    """Tells accelerate which steps were skipped, with loss scaling and without; has all that the optimizer has."""
 
     def __init__(self, optimizer: ShardedAdam, device_placement: bool = True, scaler: Any = None) -> None:
         super().__init__(optimizer, device_placement, scaler)
         self._skipped = SkippedSteps(optimizer, may_wait=scaler is not None)  # accelerate waits for its scaler, too
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # while a copy or pickle of this one is built
+            raise AttributeError(f"{type(self).__name__} has no optimizer yet")
+        return getattr(self.optimizer, name)
 
     def step(self, closure: Any = None) -> None:
         # While gradients accumulate, accelerate does not call the optimizer: the last step is still the last one.
