@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import xml.etree.ElementTree as ET
 from contextlib import nullcontext
 from pathlib import Path
@@ -147,6 +148,20 @@ def test_a_loop_that_ends_too_early_writes_nothing_and_warns(tmp_path: Path) -> 
     assert str(profile) == "no step profiled: 1 of 2 have ended" and not (tmp_path / "step.html").exists()
     with pytest.raises(ValueError, match="steps=0"):
         shardadam.profile(tmp_path / "step.html", optimizer, steps=0)
+
+
+def profile_too_long(path: Path) -> list[str]:
+    optimizer = shardadam.ShardedAdamW([nn.Parameter(torch.ones(3))])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with shardadam.profile(path, optimizer):
+            pass
+    return [str(one.message) for one in caught]
+
+
+def test_a_loop_that_ends_too_early_is_told_once(tmp_path: Path) -> None:
+    first, second = on_ranks(2, profile_too_long, tmp_path / "step.html")
+    assert len(first) == 1 and second == []
 
 
 def profile_with_pauses(path: Path, mesh_shape: tuple[int, int]) -> tuple[float, list[str]]:

@@ -97,9 +97,9 @@ class profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop profiling. If the loop has ended before the last step was profiled, warn; nothing is written."""
+        """Stop profiling. If the loop has ended before the last step was profiled, rank 0 warns; nothing is written."""
         self._stop()
-        if kind is None and self._done < self._skip + self._count:
+        if kind is None and self._done < self._skip + self._count and self._job.rank == 0:
             warnings.warn(
                 f"profile: {self._done} steps have ended, expected {self._skip + self._count} (skip + steps), so "
                 f"{self.path} is not written. Call profile.step() after each step, or lower skip and steps.",

@@ -158,6 +158,11 @@ class Reducer(ABC):
             if reducer_of(param.parameter) in (self, None):
                 _reducers.pop(param.parameter, None)  # type: ignore[no-untyped-call]
 
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank is the first of those that train some parameter together, and warns on behalf of them."""
+        return any(param.arena.transport.store_barrier.rank == 0 for param in self._params)
+
     def has_taken(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether the gradient of any of ``parameters`` was taken out of ``p.grad`` since ``reset``."""
         if not self.takes_gradients or not any(self.used):
