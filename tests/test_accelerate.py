@@ -338,6 +338,16 @@ def test_processes_that_accelerate_does_not_count_are_refused(world_size: int) -
             assert "cpu=True" in message and "use_cpu=True" in message and "unset WORLD_SIZE" in message
 
 
+def test_an_accelerator_that_cannot_be_adopted_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    with as_launched():
+        plain = accelerate.Accelerator(cpu=True)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="found num_processes 1, but 2 processes"):
+            ShardedAccelerator.adopt(plain)
+        assert type(plain) is accelerate.Accelerator
+        assert not plain._load_model_state_pre_hook
+
+
 def external_under_plain_accelerate() -> tuple[float, str]:
     with as_launched():
         results = []
