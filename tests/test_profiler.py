@@ -120,9 +120,10 @@ def profile_loop(path: Path, transport: Any) -> tuple[list[StepProfile], str, li
 @pytest.mark.parametrize("transport", ["shared_memory", "collective"])
 def test_a_loop_on_two_ranks_becomes_one_page(transport: str, tmp_path: Path) -> None:
     path = tmp_path / "step.html"
-    for steps, text, before in on_ranks(2, profile_loop, path, transport):
+    for rank, (steps, text, before) in enumerate(on_ranks(2, profile_loop, path, transport)):
         assert before == [0, 0, 0, 0, 3, 3]
-        assert [line.partition(":")[0] for line in text.splitlines()] == ["step 2", "step 3", "step 4"]
+        heads = [line.partition(":")[0] for line in text.splitlines()]
+        assert heads == [f"step {step} on rank {rank} of 2" for step in (2, 3, 4)]
         for step in steps:
             assert all(step.parts[part] > 0 for part in ("forward", "backward", "step_sync", "update", "all_gather"))
             assert 0 < step.exposed_ms < step.ms

@@ -196,13 +196,14 @@ class profile:
         self.path.write_text(page(title, drawn, table, _NOTES), encoding="utf-8")
 
     def __str__(self) -> str:
-        """Return a line for each profiled step of this rank."""
+        """Return a line for each profiled step of this rank; the page has all ranks."""
         lines = []
+        where = f" on rank {self._job.rank} of {self._job.world_size}" if self._job.world_size > 1 else ""
         for index, one in enumerate(self.steps):
             peak = "unknown" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:,.1f} MB"
             lines.append(
-                f"step {index + self._skip + 1}: {one.ms:.2f} ms, {one.exposed_ms:.2f} ms of exposed communication, "
-                f"peak memory {peak}"
+                f"step {index + self._skip + 1}{where}: {one.ms:.2f} ms, {one.exposed_ms:.2f} ms of exposed "
+                f"communication, peak memory {peak}"
             )
         return "\n".join(lines) or f"no step profiled: {self._done} of {self._skip + self._count} have ended"
 
