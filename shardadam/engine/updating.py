@@ -154,6 +154,10 @@ class Updater:
         store = self._store
         if store is not None:
             store.end_step()
+        self.refuse_lost_state()
+
+    def refuse_lost_state(self) -> None:
+        """Raise RuntimeError if state has been lost; see "Note: lost state"."""
         if self.error is not None:
             raise RuntimeError(f"{self.error}. Load a whole checkpoint, on all ranks.")
 
