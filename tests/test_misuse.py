@@ -116,6 +116,24 @@ def test_one_warning_where_the_models_zero_grad_discards_nothing(gradient_sync: 
         assert all("optimizer.zero_grad()" in one and one.startswith(__file__) for one in found)
 
 
+def discard_what_backward_has_used() -> list[str]:
+    misuse._warned.clear()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), update="backward")
+    backward(model)
+    found = warned(model.zero_grad)
+    optimizer.step()  # as the warning says
+    optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_where_backward_updates_the_warning_does_not_advise_a_call_that_is_refused(world_size: int) -> None:
+    for (text,) in on_ranks(world_size, discard_what_backward_has_used):
+        assert 'update="backward" has used' in text and "optimizer.zero_grad()" not in text
+        assert "Call step() after each backward" in text and 'update="step"' in text
+
+
 def test_compiled_code_may_clear_gradients() -> None:
     model = build_model()
     optimizer = ShardedAdamW(model.parameters())

@@ -221,11 +221,17 @@ def _check_zero_grad(module: nn.Module) -> None:
     for reducer in {reducer_of(p): None for p in parameters}:
         if reducer is not None and reducer.has_taken(parameters):
             _warned.add("zero_grad")
-            warnings.warn(
-                f"{type(module).__name__}.zero_grad(): the gradients have been taken out of p.grad during backward, so "
-                "that it does not discard them, and the next step uses them. Call optimizer.zero_grad(), on all ranks.",
-                stacklevel=_stacklevel(),
-            )
+            if reducer.updates_in_backward:
+                why = (
+                    'update="backward" has used the gradients already, so that nothing discards them. Call step() '
+                    'after each backward, or build the optimizer with update="step" to drop batches.'
+                )
+            else:
+                why = (
+                    "the gradients have been taken out of p.grad during backward, so that it does not discard them, "
+                    "and the next step uses them. Call optimizer.zero_grad(), on all ranks."
+                )
+            warnings.warn(f"{type(module).__name__}.zero_grad(): {why}", stacklevel=_stacklevel())
             return
 
 

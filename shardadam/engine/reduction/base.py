@@ -86,12 +86,14 @@ class Reducer(ABC):
         local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
         averages: whether it averages gradients over several ranks.
         takes_gradients: whether gradients are taken out of ``p.grad`` during backward.
+        updates_in_backward: whether an update uses the gradients during backward, so that nothing can discard them.
         keeps_gradients: whether ``p.grad`` holds the mean gradients from backward to the step, for others to clip.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
 
     averages = False
     takes_gradients = False
+    updates_in_backward = False
     keeps_gradients = False
 
     def __init__(self) -> None:
