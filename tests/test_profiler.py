@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -149,6 +150,28 @@ def test_a_loop_that_ends_too_early_writes_nothing_and_warns(tmp_path: Path) -> 
     assert str(profile) == "no step profiled: 1 of 2 have ended" and not (tmp_path / "step.html").exists()
     with pytest.raises(ValueError, match="steps=0"):
         shardadam.profile(tmp_path / "step.html", optimizer, steps=0)
+
+
+def test_a_missing_folder_is_found_before_the_loop(tmp_path: Path) -> None:
+    optimizer = shardadam.ShardedAdamW([nn.Parameter(torch.ones(3))])
+    with pytest.raises(FileNotFoundError, match=r"found no directory .*missing, expected .*step\.html"):
+        shardadam.profile(tmp_path / "missing" / "step.html", optimizer)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "step.html"
+    path.write_text("the one before")
+    write_text = Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        if self.parent != tmp_path:
+            return write_text(self, text, **options)
+        write_text(self, text[: len(text) // 2], **options)
+        raise OSError("no space left")
+
+    with mock.patch.object(Path, "write_text", half), pytest.raises(OSError, match="no space left"):
+        profile_loop(path, "auto")
+    assert [one.name for one in tmp_path.iterdir()] == ["step.html"] and path.read_text() == "the one before"
 
 
 def profile_too_long(path: Path) -> list[str]:

@@ -73,6 +73,9 @@ class profile:
         skip: steps before profiling begins, which allocate buffers; the same on all ranks.
         steps: to profile, at least 1; the same on all ranks.
 
+    Raises:
+        FileNotFoundError: on rank 0: there is no folder for the page.
+
     Attributes:
         steps: what was found, of each profiled step of this rank; empty before the last of them.
     """
@@ -83,6 +86,10 @@ class profile:
         self.path = Path(path)
         self.steps: list[StepProfile] = []
         self._job = optimizer._engine.job
+        if self._job.rank == 0 and not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"profile: found no directory {self.path.parent}, expected it, for {self.path.name}. Create it first."
+            )
         self._device = optimizer._engine.skipped_steps.device
         self._skip, self._count = skip, steps
         self._done = 0
@@ -193,7 +200,12 @@ class profile:
                 [str(index + self._skip + 1), str(rank), *_cells(one[3][index])] for rank, one in enumerate(ranks)
             ]
         title = f"Step {shown + self._skip + 1} on {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}"
-        self.path.write_text(page(title, drawn, table, _NOTES), encoding="utf-8")
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        try:
+            temporary.write_text(page(title, drawn, table, _NOTES), encoding="utf-8")
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def __str__(self) -> str:
         """Return a line for each profiled step of this rank; the page has all ranks."""
