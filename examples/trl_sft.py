@@ -42,9 +42,8 @@ def main(optim: str, stock: bool) -> SFTTrainer:
     kind = SFTTrainer if stock else ShardedSFTTrainer
     trainer = kind(model, arguments, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
     trainer.train()
-    optimizer = trainer.optimizer.optimizer
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    nbytes = sum(value.nbytes for value in states) if stock else optimizer.memory().state
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    nbytes = sum(value.nbytes for value in states) if stock else trainer.optimizer.memory().state
     per_parameter = nbytes / model.num_parameters()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():

@@ -237,6 +237,37 @@ def test_a_host_that_must_not_wait_is_told_one_step_later() -> None:
         assert moves_of(found["rates"]) == [[True], [True], [False], [True]]
 
 
+# What the prepared optimizer offers
+
+
+def asked_of_the_prepared() -> list[str]:
+    """Ask the prepared optimizer for what only a ShardedAdamW has; return which answers are wrong."""
+    with as_launched():
+        accelerator = ShardedAccelerator(cpu=True)
+        model = nn.Linear(6, 2)
+        inner = ShardedAdamW(model.named_parameters(), lr=1e-2)
+        model, optimizer = accelerator.prepare(model, inner)
+        found = {}
+        accelerator.backward(model(torch.ones(4, 6)).pow(2).mean())
+        found["gradient_norms"] = optimizer.gradient_norms() == inner.gradient_norms()
+        found["clip_grad_norm_"] = optimizer.clip_grad_norm_(0.1) > 0.1
+        optimizer.step()
+        found["update_ratios"] = optimizer.update_ratios() == inner.update_ratios()
+        found["memory"] = optimizer.memory() == inner.memory()
+        found["skipped_steps"] = optimizer.skipped_steps is inner.skipped_steps
+        found["full_state_dict"] = optimizer.full_state_dict().keys() == inner.full_state_dict().keys()
+        hook = optimizer.register_step_post_hook(print)
+        found["register_step_post_hook"] = hook.id in inner._optimizer_step_post_hooks
+        found["another name"] = not hasattr(optimizer, "no_such_name")
+        found["one half built"] = not hasattr(type(optimizer).__new__(type(optimizer)), "memory")
+        return [name for name, is_right in found.items() if not is_right]
+
+
+def test_the_prepared_optimizer_has_the_methods_of_the_one_inside() -> None:
+    """``trainer.optimizer.memory()`` raised AttributeError: only ``trainer.optimizer.optimizer`` had it."""
+    assert on_ranks(2, asked_of_the_prepared) == [[], []]
+
+
 # Refused setups
 
 
@@ -305,6 +336,16 @@ def test_processes_that_accelerate_does_not_count_are_refused(world_size: int) -
         for message in messages:
             assert message.startswith("ShardedAccelerator: found num_processes 1, but 2 processes have been started")
             assert "cpu=True" in message and "use_cpu=True" in message and "unset WORLD_SIZE" in message
+
+
+def test_an_accelerator_that_cannot_be_adopted_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    with as_launched():
+        plain = accelerate.Accelerator(cpu=True)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="found num_processes 1, but 2 processes"):
+            ShardedAccelerator.adopt(plain)
+        assert type(plain) is accelerate.Accelerator
+        assert not plain._load_model_state_pre_hook
 
 
 def external_under_plain_accelerate() -> tuple[float, str]:

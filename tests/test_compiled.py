@@ -259,7 +259,8 @@ def type_of_update(dtype: torch.dtype, options: dict[str, Any]) -> str:
     return type(arena.update).__name__
 
 
-def test_a_broken_numba_is_told_and_torchs_kernels_are_used() -> None:
+@pytest.mark.parametrize(("local_rank", "count"), [(None, "1"), ("0", "1"), ("1", "0")])
+def test_a_broken_numba_is_told_once_a_host_and_torchs_kernels_are_used(local_rank: str | None, count: str) -> None:
     script = """
 import sys, warnings
 sys.modules["llvmlite"] = None
@@ -274,8 +275,9 @@ with warnings.catch_warnings(record=True) as caught:
 told = [each for each in caught if "Numba cannot be imported" in str(each.message)]
 print(len(told), type(optimizer._engine.parameters.arenas[0].update).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, env=os.environ)
-    assert done.stdout.split() == ["1", "FusedUpdate"], done.stderr
+    env = {**os.environ, **({} if local_rank is None else {"LOCAL_RANK": local_rank})}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, env=env)
+    assert done.stdout.split() == [count, "FusedUpdate"], done.stderr
 
 
 # A whole optimizer

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import (  # before shardadam is imported
     clip_grad_norm_,
@@ -74,9 +75,12 @@ def clip_with_torch(gradient_sync: str, function: str) -> tuple[list[str], list[
 @pytest.mark.parametrize("gradient_sync", SYNCS)
 def test_one_warning_where_torchs_clipping_would_clip_wrong(gradient_sync: str, function: str, world_size: int) -> None:
     is_wrong = gradient_sync == "backward" or (gradient_sync == "step" and world_size > 1)
-    for first, second in on_ranks(world_size, clip_with_torch, gradient_sync, function):
-        assert len(first) == is_wrong and second == []
-        if is_wrong:
+    speaks = [is_wrong, is_wrong and function == "get_total_norm"][:world_size]  # all ranks clip, but one may measure
+    found = on_ranks(world_size, clip_with_torch, gradient_sync, function)
+    assert [len(first) for first, _ in found] == speaks
+    for first, second in found:
+        assert second == []
+        if first:
             assert f"torch.nn.utils.{function}: gradients" in first[0].replace("the ", "") and __file__ in first[0]
             assert "optimizer.clip_grad_value_" in first[0] or "optimizer.clip_grad_norm_" in first[0]
 
@@ -110,6 +114,24 @@ def test_one_warning_where_the_models_zero_grad_discards_nothing(gradient_sync: 
         assert before == other == again == []
         assert len(found) == (1 if gradient_sync == "backward" else 0)
         assert all("optimizer.zero_grad()" in one and one.startswith(__file__) for one in found)
+
+
+def discard_what_backward_has_used() -> list[str]:
+    misuse._warned.clear()
+    model = build_model()
+    optimizer = ShardedAdamW(model.parameters(), update="backward")
+    backward(model)
+    found = warned(model.zero_grad)
+    optimizer.step()  # as the warning says
+    optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_where_backward_updates_the_warning_does_not_advise_a_call_that_is_refused(world_size: int) -> None:
+    for (text,) in on_ranks(world_size, discard_what_backward_has_used):
+        assert 'update="backward" has used' in text and "optimizer.zero_grad()" not in text
+        assert "Call step() after each backward" in text and 'update="step"' in text
 
 
 def test_compiled_code_may_clear_gradients() -> None:
@@ -159,9 +181,31 @@ def step_of_another_model(make: Callable[[nn.Module], nn.Module]) -> tuple[list[
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_one_warning_of_a_copy_that_trains_instead_of_the_model(world_size: int) -> None:
-    for first, second in on_ranks(world_size, step_of_another_model, copy.deepcopy):
-        assert len(first) == 1 and "no parameter has had a gradient" in first[0] and __file__ in first[0]
-        assert second == []
+    found = on_ranks(world_size, step_of_another_model, copy.deepcopy)
+    (text,) = (one for first, _ in found for one in first)
+    assert len(found[0][0]) == 1 and "no parameter has had a gradient" in text and __file__ in text
+    assert all(second == [] for _, second in found)
+
+
+def only_the_first_expert_trains() -> list[str]:
+    rank, _ = rank_and_size()
+    shared, expert = nn.Linear(8, 4), nn.Linear(8, 4)
+    own_group = [dist.new_group([one]) for one in range(2)][rank]
+    groups = [{"params": shared.parameters()}, {"params": expert.parameters(), "process_group": own_group}]
+    optimizer = ShardedAdamW(groups)
+
+    def step() -> None:
+        if rank == 0:
+            expert(torch.ones(2, 8)).square().mean().backward()
+        optimizer.step()
+
+    return warned(step)
+
+
+def test_what_only_a_later_rank_finds_is_told_there() -> None:
+    """Rank 1 has no gradient at all; rank 0's expert, which rank 1 does not have, has one."""
+    first, second = on_ranks(2, only_the_first_expert_trains)
+    assert first == [] and len(second) == 1 and "no parameter has had a gradient" in second[0]
 
 
 def test_a_compiled_wrapper_trains_the_model_itself() -> None:
@@ -271,8 +315,11 @@ def never_finite() -> list[list[str]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_one_warning_of_steps_that_are_never_taken(world_size: int) -> None:
-    for before, tenth, later in on_ranks(world_size, never_finite):
-        assert before == later == [] and len(tenth) == 1 and "last 10 steps were not taken" in tenth[0]
+    """Rank 1 got the same text, though all ranks skip alike: N ranks printed it N times."""
+    found = on_ranks(world_size, never_finite)
+    assert [len(tenth) for _, tenth, _ in found] == [1, 0][:world_size]
+    assert "last 10 steps were not taken" in found[0][1][0]
+    assert all(before == later == [] for before, _, later in found)
 
 
 def collapse() -> tuple[int, str, bool]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import shardadam
 from shardadam import DiskOffload, ShardedAdamW
+from shardadam.engine import norms
 from shardadam.offload.files import StateFile
 from tests.ranks import on_ranks, rank_and_size
 
@@ -270,6 +271,31 @@ def make_indirect(file: StateFile) -> bool:
 def test_write_behind_may_fail_late(tmp_path: Path) -> None:
     for errors in on_ranks(2, flushed_too_late, str(tmp_path)):
         assert all("Input/output error" in error for error in errors[1:])
+
+
+def ratios_of_lost_state(path: str, how: str) -> str:
+    """Rank 1's state cannot be read, or could not be written behind the last step."""
+    with mock.patch.object(StateFile, "_can_read_directly", make_indirect):
+        run = Run(DiskOffload(path))
+    run.train(0)
+    run.optimizer.update_ratios()
+    unreadable = OSError(errno.EIO, os.strerror(errno.EIO)) if how == "read" and rank_and_size()[0] == 1 else None
+    with failing("flush", after=10**6 * (how == "read"), rank=1):
+        run.backward(1)
+        with suppress(RuntimeError):
+            run.optimizer.step()
+        with mock.patch.object(norms, "_squares", side_effect=unreadable, wraps=norms._squares):
+            try:
+                return f"nothing: {run.optimizer.update_ratios()}"
+            except (OSError, RuntimeError) as error:
+                return str(error)
+
+
+@pytest.mark.parametrize("how", ["read", "flush"])
+def test_ratios_of_lost_state_are_an_error_on_all_ranks(how: str, tmp_path: Path) -> None:
+    """One rank raised while the others waited for it, or returned ratios of state that it had lost."""
+    for message in on_ranks(2, ratios_of_lost_state, str(tmp_path), how):
+        assert "Input/output error" in message and not message.startswith("nothing")
 
 
 # Directories

@@ -671,7 +671,31 @@ def test_the_text_has_the_decisive_facts(capsys: pytest.CaptureFixture[str]) -> 
     assert f"{expected[-1] / 1e9:.2f}" in row
 
 
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [
+        ("--ranks 2 --memory 11MB", "1 alone"),
+        ("--ranks 4 --tensor-parallel 2 --memory 6MB", "2 alone"),
+        ("--ranks 1 --memory 11MB", ""),
+        ("--ranks 1 --memory 9MB", ""),
+        ("--ranks 2 --memory 20MB", ""),
+    ],
+)
+def test_the_table_says_that_fewer_ranks_fit_only_because_one_alone_takes_no_staging(
+    options: str, alone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks did not fit "from 1"."""
+    main(["plan", "1M", "--dtype", "fp32", "--moments", "int8", *options.split()])
+    text = capsys.readouterr().out
+    (row,) = [line.split() for line in text.splitlines() if line.startswith(">  shardadam")]
+    fits, *start = row[row.index("yes" if "yes" in row else "no") :]
+    assert (fits, " ".join(start)) == ("no", alone) if alone else "alone" not in text
+    if alone:
+        assert f'"{alone}": state on one rank alone takes no staging, so that it fits there' in " ".join(text.split())
+
+
 NARROW = [
+    "1M --ranks 2 --memory 9MB",
     "7B --memory 80GB",
     "7B",
     "70B --ranks 64 --tensor-parallel 8 --pipeline-parallel 2 --memory 80GB",

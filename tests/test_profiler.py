@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 import xml.etree.ElementTree as ET
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -119,9 +121,10 @@ def profile_loop(path: Path, transport: Any) -> tuple[list[StepProfile], str, li
 @pytest.mark.parametrize("transport", ["shared_memory", "collective"])
 def test_a_loop_on_two_ranks_becomes_one_page(transport: str, tmp_path: Path) -> None:
     path = tmp_path / "step.html"
-    for steps, text, before in on_ranks(2, profile_loop, path, transport):
+    for rank, (steps, text, before) in enumerate(on_ranks(2, profile_loop, path, transport)):
         assert before == [0, 0, 0, 0, 3, 3]
-        assert [line.partition(":")[0] for line in text.splitlines()] == ["step 2", "step 3", "step 4"]
+        heads = [line.partition(":")[0] for line in text.splitlines()]
+        assert heads == [f"step {step} on rank {rank} of 2" for step in (2, 3, 4)]
         for step in steps:
             assert all(step.parts[part] > 0 for part in ("forward", "backward", "step_sync", "update", "all_gather"))
             assert 0 < step.exposed_ms < step.ms
@@ -147,6 +150,42 @@ def test_a_loop_that_ends_too_early_writes_nothing_and_warns(tmp_path: Path) -> 
     assert str(profile) == "no step profiled: 1 of 2 have ended" and not (tmp_path / "step.html").exists()
     with pytest.raises(ValueError, match="steps=0"):
         shardadam.profile(tmp_path / "step.html", optimizer, steps=0)
+
+
+def test_a_missing_folder_is_found_before_the_loop(tmp_path: Path) -> None:
+    optimizer = shardadam.ShardedAdamW([nn.Parameter(torch.ones(3))])
+    with pytest.raises(FileNotFoundError, match=r"found no directory .*missing, expected .*step\.html"):
+        shardadam.profile(tmp_path / "missing" / "step.html", optimizer)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "step.html"
+    path.write_text("the one before")
+    write_text = Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        if self.parent != tmp_path:
+            return write_text(self, text, **options)
+        write_text(self, text[: len(text) // 2], **options)
+        raise OSError("no space left")
+
+    with mock.patch.object(Path, "write_text", half), pytest.raises(OSError, match="no space left"):
+        profile_loop(path, "auto")
+    assert [one.name for one in tmp_path.iterdir()] == ["step.html"] and path.read_text() == "the one before"
+
+
+def profile_too_long(path: Path) -> list[str]:
+    optimizer = shardadam.ShardedAdamW([nn.Parameter(torch.ones(3))])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with shardadam.profile(path, optimizer):
+            pass
+    return [str(one.message) for one in caught]
+
+
+def test_a_loop_that_ends_too_early_is_told_once(tmp_path: Path) -> None:
+    first, second = on_ranks(2, profile_too_long, tmp_path / "step.html")
+    assert len(first) == 1 and second == []
 
 
 def profile_with_pauses(path: Path, mesh_shape: tuple[int, int]) -> tuple[float, list[str]]:

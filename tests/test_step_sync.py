@@ -267,9 +267,10 @@ def warnings_of_steps(what: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_steps_that_are_never_taken_are_warned_of_one_step_later(world_size: int) -> None:
-    for steps in on_ranks(world_size, warnings_of_steps, "never finite"):
-        assert [len(step) for step in steps] == [0] * 10 + [1, 0]
-        assert "last 10 steps were not taken" in steps[10][0] and __file__ in steps[10][0]
+    steps, *others = on_ranks(world_size, warnings_of_steps, "never finite")
+    assert [len(step) for step in steps] == [0] * 10 + [1, 0]
+    assert "last 10 steps were not taken" in steps[10][0] and __file__ in steps[10][0]
+    assert others == [[[]] * 12] * (world_size - 1)
 
 
 def test_a_rank_without_a_gradient_is_warned_of_one_step_later() -> None:

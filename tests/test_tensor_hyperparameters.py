@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 
 import shardadam
 from shardadam import ShardedAdamW
+from shardadam.engine.updating import Updater
 from tests.ranks import on_ranks, rank_and_size
 
 LOADED_LR = 0.25
@@ -153,3 +154,26 @@ def join_with_a_tensor() -> tuple[bool, float]:
 
 def test_a_rank_without_batches_writes_into_its_tensor() -> None:
     assert on_ranks(2, join_with_a_tensor) == [(True, 0.0625)] * 2
+
+
+def test_a_tensor_of_more_elements_is_refused_by_its_shape_and_the_next_step_goes_on() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    lr = torch.tensor(0.1)
+    optimizer = ShardedAdamW([parameter], lr=lr)
+    parameter.sum().backward()
+    optimizer.param_groups[0]["lr"] = torch.ones(30, 40)
+    found = r"lr: found a tensor of shape \(30, 40\), torch\.float32, expected a number, or a tensor of one\. Nothing"
+    with pytest.raises(TypeError, match=found):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    assert not torch.equal(parameter, torch.ones(3))
+
+
+def test_the_copy_of_a_learning_rate_on_a_device_follows_one_of_another_shape() -> None:
+    """A 0-dim tensor on a GPU that was replaced by one of shape (1,) failed half-way through the step."""
+    updater = Updater(None, None)
+    for shape in ((), (1,), (1, 1), ()):
+        copied = updater._copied(torch.empty(shape, device="meta"), 0)
+        assert isinstance(copied, torch.Tensor) and copied.shape == ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,26 @@ def test_a_compiled_model_does_not_overlap_by_default(tmp_path: Path) -> None:
     trainer.overlap_gather = True
     with pytest.raises(RuntimeError, match="the model has been compiled"):
         trainer._overlap_gather(model)
+
+
+class OwnTrainer(transformers.Trainer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(transformers.Trainer, "ShardedTrainer"), (OwnTrainer, "ShardedOwnTrainer")]
+)
+def test_an_adopted_trainer_is_of_a_class_of_the_integration_and_can_be_pickled(
+    kind: type[Trainer], name: str, tmp_path: Path
+) -> None:
+    """Its class said that it was in the module of the trainer's own, where nobody finds it; pickling failed."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = ShardedTrainer.adopt(kind(torch.nn.Linear(2, 2), arguments))
+    assert f"{type(trainer).__module__}.{type(trainer).__qualname__}" == f"{ShardedTrainer.__module__}.{name}"
+    assert issubclass(type(trainer), ShardedTrainer) and isinstance(trainer, kind)
+    again = pickle.loads(pickle.dumps(trainer))
+    assert isinstance(again, ShardedTrainer) and isinstance(again, kind)
+    assert torch.equal(again.model.weight, trainer.model.weight)
 
 
 def test_what_cannot_be_adopted_is_refused(tmp_path: Path) -> None:

@@ -179,6 +179,9 @@ def _check_kind(name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a real number: Python's, NumPy's, or a tensor of one element."""
     is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     if not (isinstance(value, (int, float)) or is_tensor or (isinstance(value, Real) and hasattr(value, "dtype"))):
+        if isinstance(value, Tensor):
+            found = f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+            raise TypeError(f"{name}: found {found}, expected a number, or a tensor of one")
         raise TypeError(f"{name}: found {value!r}, a {type(value).__name__}, expected a number")
 
 

@@ -33,7 +33,7 @@ _MAX_IDLE_STEPS = 3
 
 
 class MisuseWarnings:
-    """Checks the steps of one optimizer. Local: ranks may get different warnings.
+    """Checks the steps of one optimizer. Local: the first rank warns of what all ranks find, each rank of its own.
 
     Attributes:
         has_no_batches: this rank has joined (torch.distributed.algorithms.Join), and takes steps without gradients.
@@ -41,10 +41,12 @@ class MisuseWarnings:
 
     Args:
         params: of the optimizer; may grow.
+        reducer: knows whether this is the first rank.
     """
 
-    def __init__(self, params: Sequence[ShardedParam]) -> None:
+    def __init__(self, params: Sequence[ShardedParam], reducer: Reducer) -> None:
         self._params = params
+        self._reducer = reducer
         self._given: set[str] = set()
         self._to_give: list[str] = []
         self._skipped_in_a_row = 0
@@ -68,7 +70,7 @@ class MisuseWarnings:
         if used.numel() == 0:
             return  # a part of the model without trainable parameters
         if not bool(used.any()):
-            self._found(
+            self._all_found(
                 "step(): no parameter has had a gradient on any rank since the last step, so nothing is updated. "
                 "Expected a backward through the optimizer's parameters before each step. Check that the model was not "
                 "copied, and its parameters were not replaced, after the optimizer was built."
@@ -81,7 +83,7 @@ class MisuseWarnings:
             )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if found_inf else 0
         if self._skipped_in_a_row == _MAX_SKIPPED_STEPS:
-            self._found(
+            self._all_found(
                 f"step(): the last {_MAX_SKIPPED_STEPS} steps were not taken, because in each of them a gradient was "
                 "infinite or NaN on some rank (optimizer.skipped_steps counts them). Expected finite gradients. Check "
                 "the loss and the inputs for NaN and infinity."
@@ -90,7 +92,7 @@ class MisuseWarnings:
     def check_norms(self, has_gradients: bool) -> None:
         """Warn about a ``gradient_norms()`` that finds no gradients of any rank."""
         if not has_gradients:
-            self._found(
+            self._all_found(
                 "gradient_norms(): no parameter has a gradient on any rank, so there are no norms. Expected a call "
                 "between backward and step(), which uses the gradients up."
             )
@@ -136,6 +138,10 @@ class MisuseWarnings:
             f"{_some(sorted(new))} instead, which this optimizer does not have. Replace layers and resize embeddings "
             "before building the optimizer, or add the new parameters with add_param_group."
         )
+
+    def _all_found(self, text: str) -> None:
+        if self._reducer.is_first_rank:
+            self._found(text)
 
     def _found(self, text: str) -> None:
         if text not in self._given:
@@ -191,6 +197,8 @@ def watch_torch(reducer: Reducer) -> None:
 def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
     """Warn if ``function`` does not see averaged gradients.
 
+    All ranks must clip, so the first of them warns. One rank alone may measure.
+
     Args:
         tensors: its first argument: parameters; for ``get_total_norm``, gradients.
     """
@@ -200,7 +208,8 @@ def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
         reducer: Reducer | None = reducer_of(parameter)
         if reducer is not None and (why := reducer.why_not_in_grad(parameter)) is not None:
             _warned.add(function)
-            warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
+            if function == "get_total_norm" or reducer.is_first_rank:
+                warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
             return
 
 
@@ -212,11 +221,17 @@ def _check_zero_grad(module: nn.Module) -> None:
     for reducer in {reducer_of(p): None for p in parameters}:
         if reducer is not None and reducer.has_taken(parameters):
             _warned.add("zero_grad")
-            warnings.warn(
-                f"{type(module).__name__}.zero_grad(): the gradients have been taken out of p.grad during backward, so "
-                "that it does not discard them, and the next step uses them. Call optimizer.zero_grad(), on all ranks.",
-                stacklevel=_stacklevel(),
-            )
+            if reducer.updates_in_backward:
+                why = (
+                    'update="backward" has used the gradients already, so that nothing discards them. Call step() '
+                    'after each backward, or build the optimizer with update="step" to drop batches.'
+                )
+            else:
+                why = (
+                    "the gradients have been taken out of p.grad during backward, so that it does not discard them, "
+                    "and the next step uses them. Call optimizer.zero_grad(), on all ranks."
+                )
+            warnings.warn(f"{type(module).__name__}.zero_grad(): {why}", stacklevel=_stacklevel())
             return
 
 

@@ -158,7 +158,10 @@ def _fits_header(found: Comparison) -> list[str]:
 def _fits(found: Comparison, usage: Usage) -> list[str]:
     if found.available is None:
         return []
-    return ["yes" if usage.fits else "no", "never" if usage.fits_from is None else str(usage.fits_from)]
+    if usage.fits_from is None:
+        return ["no", "never"]
+    needs_staging = not usage.fits and usage.fits_from == found.ranks // found.asked.world_size
+    return ["yes" if usage.fits else "no", f"{usage.fits_from} alone" if needs_staging else str(usage.fits_from)]
 
 
 def _notes(found: Comparison) -> list[str]:
@@ -194,6 +197,12 @@ def _notes(found: Comparison) -> list[str]:
             f'"from" is the smallest number of ranks that fits: a power of two{_of_replicas(found)}, up to '
             f"{MOST_RANKS:,}{' data-parallel ranks' if parallel.is_used else ''}, or yours."
         )
+        starts = {_fits(found, usage)[1] for usage in (*found.formats, *found.alternatives)}
+        notes += [
+            f'"{start}": state on one rank alone takes no staging, so that it fits there, and not on yours.'
+            for start in starts
+            if start.endswith("alone")
+        ]
     return notes
 
 

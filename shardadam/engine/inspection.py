@@ -113,6 +113,7 @@ class InspectableOptimizer(StatefulOptimizer, JoinableOptimizer):
         Raises:
             RuntimeError: parameters have the values of their averages, or are half-way through a step that
                 ``update="backward"`` has begun; or within ``Join``, as ranks without batches do not repeat the call.
+                On every rank, if one has lost its offloaded state, or cannot read it (an OSError on that rank).
         """
         self._refuse_in_join("update_ratios")
         self._add_unfrozen_params()

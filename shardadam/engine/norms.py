@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from shardadam.chunks import chunks
 from shardadam.engine.borrowing import lent
-from shardadam.engine.parameters import ShardedParameters, named_parameters
+from shardadam.engine.parameters import ShardedParameters, agreed, named_parameters
 from shardadam.engine.reduction import Reducer
 from shardadam.engine.step import StepEngine
 from shardadam.engine.storage import FlatArena, FlatBucket, blocks_of, gradient_shard
@@ -109,8 +110,10 @@ def update_ratios(engine: StepEngine, param_groups: ParamGroups) -> dict[str, fl
         is_padding = torch.arange(ALIGNMENT_NUMEL, device=weight.device) >= blocks.numels[:, None]
         return weight.masked_fill(is_padding, 0.0), update.masked_fill(is_padding, 0.0)
 
-    with lent(parameters.arenas, written=False):
+    may_fail = parameters.store is not None or engine.job.is_parallel  # another part's state may be offloaded
+    with agreed(engine.job.control) if may_fail else nullcontext(), lent(parameters.arenas, written=False):
         squares = _squares(parameters.buckets, len(parameters.params), rows, 2)
+        updater.refuse_lost_state()
     names = _names(parameters, param_groups)
     of_params, _ = _sums_over_ranks(squares.to(engine.skipped_steps.device), names, 0, parameters, engine.job)
     return {

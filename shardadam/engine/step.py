@@ -80,7 +80,7 @@ class StepEngine:
             )
         take = None if self.in_backward is None else self.in_backward.take
         self.reducer = reducer_for(options.gradient_sync, transport, with_squares=with_squares, take=take)
-        self.warnings = MisuseWarnings(self.parameters.params)
+        self.warnings = MisuseWarnings(self.parameters.params, self.reducer)
         self.step_sync = StepSync(
             transport, job, self.reducer, self.warnings, self.poison, writes_before=self.in_backward is not None
         )

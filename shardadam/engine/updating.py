@@ -111,8 +111,8 @@ class Updater:
         if not isinstance(lr, Tensor) or lr.device.type == "cpu":
             return float(lr)
         if group_index not in self._lr:
-            self._lr[group_index] = torch.empty_like(lr)
-        return self._lr[group_index].copy_(lr)  # always the same memory, for captured graphs
+            self._lr[group_index] = torch.empty((), dtype=lr.dtype, device=lr.device)
+        return self._lr[group_index].copy_(lr.reshape(()))  # always the same memory, for captured graphs
 
     def update(
         self,
@@ -154,6 +154,10 @@ class Updater:
         store = self._store
         if store is not None:
             store.end_step()
+        self.refuse_lost_state()
+
+    def refuse_lost_state(self) -> None:
+        """Raise RuntimeError if state has been lost; see "Note: lost state"."""
         if self.error is not None:
             raise RuntimeError(f"{self.error}. Load a whole checkpoint, on all ranks.")
 

@@ -65,6 +65,7 @@ class ShardedAccelerator(Accelerator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check(self)
         self._set_up_sharding()
 
     @classmethod
@@ -74,18 +75,23 @@ class ShardedAccelerator(Accelerator):
         Raises:
             ValueError: as the constructor.
         """
+        cls._check(accelerator)
         accelerator.__class__ = cls
         accelerator._set_up_sharding()
         return accelerator
 
-    def _set_up_sharding(self) -> None:
-        if self.distributed_type not in _DATA_PARALLEL:
+    @classmethod
+    def _check(cls, accelerator: Accelerator) -> None:
+        """Raise ValueError if ``accelerator`` has set up what a ShardedAccelerator cannot use."""
+        if accelerator.distributed_type not in _DATA_PARALLEL:
             raise ValueError(
-                f"{type(self).__name__}: found distributed_type {self.distributed_type.value}, expected plain data "
+                f"{cls.__name__}: found distributed_type {accelerator.distributed_type.value}, expected plain data "
                 "parallelism (NO, MULTI_CPU or MULTI_GPU). Remove the engine from the accelerate config, or use "
                 "accelerate.Accelerator."
             )
-        check_all_are_counted(type(self).__name__, self.num_processes)
+        check_all_are_counted(cls.__name__, accelerator.num_processes)
+
+    def _set_up_sharding(self) -> None:
         if self.scaler is not None:
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
             self.scaler = GradScaler(self.device.type, **options)
@@ -308,11 +314,16 @@ class _HostFlag:
 
 
 class _PreparedOptimizer(AcceleratedOptimizer):
-    """Tells accelerate which steps were skipped, with loss scaling and without."""
+    """Tells accelerate which steps were skipped, with loss scaling and without; has all that the optimizer has."""
 
     def __init__(self, optimizer: ShardedAdam, device_placement: bool = True, scaler: Any = None) -> None:
         super().__init__(optimizer, device_placement, scaler)
         self._skipped = SkippedSteps(optimizer, may_wait=scaler is not None)  # accelerate waits for its scaler, too
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # while a copy or pickle of this one is built
+            raise AttributeError(f"{type(self).__name__} has no optimizer yet")
+        return getattr(self.optimizer, name)
 
     def step(self, closure: Any = None) -> None:
         # While gradients accumulate, accelerate does not call the optimizer: the last step is still the last one.

@@ -105,8 +105,7 @@ class ShardedTrainerMixin:
                 "expected one that has not trained or evaluated. Call adopt right after building the trainer."
             )
         ShardedAccelerator.adopt(trainer.accelerator)
-        name = f"Sharded{type(trainer).__name__}"
-        trainer.__class__ = type(name, (cls, type(trainer)), {"__module__": type(trainer).__module__})
+        trainer.__class__ = _class_of_adopted(cls, type(trainer))
         return trainer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -186,6 +185,21 @@ class ShardedTrainerMixin:
 
 class ShardedTrainer(ShardedTrainerMixin, Trainer):
     """transformers.Trainer with a ``ShardedAdamW``; see ``ShardedTrainerMixin``."""
+
+
+def _class_of_adopted(mixin: type[ShardedTrainerMixin], kind: type[Trainer]) -> type[Any]:
+    """Return the class of a trainer of class ``kind`` that ``mixin`` has adopted."""
+    if issubclass(mixin, kind):
+        return mixin
+
+    def reduce(self: Any) -> tuple[Any, ...]:  # pickle does not find the class by its name
+        return _new_adopted, (mixin, kind), self.__dict__
+
+    return type(f"Sharded{kind.__name__}", (mixin, kind), {"__reduce__": reduce})
+
+
+def _new_adopted(mixin: type[ShardedTrainerMixin], kind: type[Trainer]) -> Any:
+    return object.__new__(_class_of_adopted(mixin, kind))
 
 
 class _GatherBeforeCallbacks(TrainerCallback):

@@ -73,6 +73,9 @@ class profile:
         skip: steps before profiling begins, which allocate buffers; the same on all ranks.
         steps: to profile, at least 1; the same on all ranks.
 
+    Raises:
+        FileNotFoundError: on rank 0: there is no folder for the page.
+
     Attributes:
         steps: what was found, of each profiled step of this rank; empty before the last of them.
     """
@@ -83,6 +86,10 @@ class profile:
         self.path = Path(path)
         self.steps: list[StepProfile] = []
         self._job = optimizer._engine.job
+        if self._job.rank == 0 and not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"profile: found no directory {self.path.parent}, expected it, for {self.path.name}. Create it first."
+            )
         self._device = optimizer._engine.skipped_steps.device
         self._skip, self._count = skip, steps
         self._done = 0
@@ -97,9 +104,9 @@ class profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop profiling. If the loop has ended before the last step was profiled, warn; nothing is written."""
+        """Stop profiling. If the loop has ended before the last step was profiled, rank 0 warns; nothing is written."""
         self._stop()
-        if kind is None and self._done < self._skip + self._count:
+        if kind is None and self._done < self._skip + self._count and self._job.rank == 0:
             warnings.warn(
                 f"profile: {self._done} steps have ended, expected {self._skip + self._count} (skip + steps), so "
                 f"{self.path} is not written. Call profile.step() after each step, or lower skip and steps.",
@@ -193,16 +200,22 @@ class profile:
                 [str(index + self._skip + 1), str(rank), *_cells(one[3][index])] for rank, one in enumerate(ranks)
             ]
         title = f"Step {shown + self._skip + 1} on {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}"
-        self.path.write_text(page(title, drawn, table, _NOTES), encoding="utf-8")
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        try:
+            temporary.write_text(page(title, drawn, table, _NOTES), encoding="utf-8")
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def __str__(self) -> str:
-        """Return a line for each profiled step of this rank."""
+        """Return a line for each profiled step of this rank; the page has all ranks."""
         lines = []
+        where = f" on rank {self._job.rank} of {self._job.world_size}" if self._job.world_size > 1 else ""
         for index, one in enumerate(self.steps):
             peak = "unknown" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:,.1f} MB"
             lines.append(
-                f"step {index + self._skip + 1}: {one.ms:.2f} ms, {one.exposed_ms:.2f} ms of exposed communication, "
-                f"peak memory {peak}"
+                f"step {index + self._skip + 1}{where}: {one.ms:.2f} ms, {one.exposed_ms:.2f} ms of exposed "
+                f"communication, peak memory {peak}"
             )
         return "\n".join(lines) or f"no step profiled: {self._done} of {self._skip + self._count} have ended"
 

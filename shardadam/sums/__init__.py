@@ -77,16 +77,18 @@ def has_numba() -> bool:
 
 @cache
 def _can_compile() -> bool:
-    """Return whether Numba can be imported and knows a CPU's conversions to float16; warn once if it is broken."""
+    """Return whether Numba can be imported and knows a CPU's conversions to float16; warn once a host if not."""
     try:
         from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
         from numba import njit  # noqa: F401
     except Exception as error:  # not only ImportError: a NumPy that is too new for it raises others
-        warnings.warn(
-            f"Numba cannot be imported ({type(error).__name__}: {error}), so the optimizer uses torch's own kernels, "
-            "which are slower for compressed state on CPUs. Mend or uninstall it, or set SHARDADAM_NUMBA=0.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a host import the same
+            warnings.warn(
+                f"Numba cannot be imported ({type(error).__name__}: {error}), so the optimizer uses torch's own "
+                "kernels, which are slower for compressed state on CPUs. Mend or uninstall it, or set "
+                "SHARDADAM_NUMBA=0.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return False
     return platform.machine() != "x86_64" or bool(get_host_cpu_features().get("f16c"))

@@ -89,6 +89,7 @@ class BackwardReducer(DuringBackward):
     def __init__(self, transport: Transport, *, with_squares: bool, take: Take | None = None) -> None:
         super().__init__()
         self._take = take
+        self.updates_in_backward = take is not None
         self._scratch = ShardScratch()
         self.averages = transport.world_size * transport.replicas > 1
         self._transport = transport

@@ -86,12 +86,14 @@ class Reducer(ABC):
         local_error: what the last ``close`` found wrong with this rank's gradients; to be raised on all ranks.
         averages: whether it averages gradients over several ranks.
         takes_gradients: whether gradients are taken out of ``p.grad`` during backward.
+        updates_in_backward: whether an update uses the gradients during backward, so that nothing can discard them.
         keeps_gradients: whether ``p.grad`` holds the mean gradients from backward to the step, for others to clip.
         is_superseded: another optimizer has been built over the parameters, and this reducer ignores their gradients.
     """
 
     averages = False
     takes_gradients = False
+    updates_in_backward = False
     keeps_gradients = False
 
     def __init__(self) -> None:
@@ -157,6 +159,11 @@ class Reducer(ABC):
         for param in self._params:
             if reducer_of(param.parameter) in (self, None):
                 _reducers.pop(param.parameter, None)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank is the first of those that train some parameter together, and warns on behalf of them."""
+        return any(param.arena.transport.store_barrier.rank == 0 for param in self._params)
 
     def has_taken(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether the gradient of any of ``parameters`` was taken out of ``p.grad`` since ``reset``."""

@@ -268,6 +268,8 @@ class AloneInBackward(AloneReducer):
         take: see ``Take``.
     """
 
+    updates_in_backward = True
+
     def __init__(self, take: Take) -> None:
         super().__init__()
         self._pass = take
