@@ -3,7 +3,7 @@
 losses of all in one picture.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/finetune_proof.py [--seeds 0 1 2]
-        [--epochs 1] [--per-class 100] [--to runs/finetune] [--picture PATH.png]
+        [--epochs 3] [--per-class 250] [--to runs/finetune] [--picture PATH.png]
 
 The numbers of each run are kept in `--to`. Runs that are there already, with the same options, are not repeated, so
 an interrupted series continues, and with all runs there `python benchmarks/finetune_proof.py` draws them again. The
@@ -211,10 +211,10 @@ def table(results: Results) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=1, help="passes over the training texts")
-    parser.add_argument("--per-class", type=int, default=100, help="most texts of a module")
-    parser.add_argument("--validate-every", type=int, default=20, help="steps between validations")
-    parser.add_argument("--twin", type=int, default=1, help="number of seeds to train with DDP and torch's AdamW, too")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the training texts")
+    parser.add_argument("--per-class", type=int, default=250, help="most texts of a module")
+    parser.add_argument("--validate-every", type=int, default=51, help="steps between validations")
+    parser.add_argument("--twin", type=int, default=3, help="number of seeds to train with DDP and torch's AdamW, too")
     parser.add_argument("--to", type=Path, default=ROOT / "runs" / "finetune", help="directory of the runs' numbers")
     parser.add_argument("--picture", type=Path, default=None, help="None: finetune-curves.png in --to")
     args = parser.parse_args()
