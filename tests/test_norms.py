@@ -260,9 +260,12 @@ TOLERANCE = {"int8": 0.03, "bf16 moments": 0.03, "int8, bf16 split": 0.03}
 """Of ratios; elsewhere 2e-5: a weight near 1 is rounded by up to 6e-8, and an update is about 1e-2."""
 
 
-def train(name: str, directory: Path) -> list[tuple[dict[str, float], dict[str, float]]]:
+def train(
+    options: dict[str, Any], directory: Path, mesh: tuple[int, int] | None = None
+) -> list[tuple[dict[str, float], dict[str, float]]]:
     """The ratios after each step, and those of copies of the exact weights from before and after it."""
-    options = dict(CONFIGURATIONS[name])
+    options = dict(options)
+    options["process_group"] = None if mesh is None else test_hybrid.mesh_of(mesh)
     model = Net().to(options.pop("dtype", torch.float32))
     is_decoupled = options.pop("decoupled_weight_decay", True)
     options["offload"] = DiskOffload(directory) if options.get("offload") == "disk" else options.get("offload")
@@ -303,12 +306,20 @@ def exact_weights(model: nn.Module, optimizer: ShardedAdam) -> dict[str, Tensor]
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_ratios_are_those_of_copies_before_and_after_the_step(name: str, world_size: int, tmp_path: Path) -> None:
-    for found in on_ranks(world_size, train, name, tmp_path):
+    assert_ratios(on_ranks(world_size, train, CONFIGURATIONS[name], tmp_path), rel=TOLERANCE.get(name, 2e-5))
+
+
+def test_ratios_of_replicas_that_are_updated_in_backward(tmp_path: Path) -> None:
+    assert_ratios(on_ranks(4, train, {"update": "backward"}, tmp_path, (2, 2)), rel=2e-5)
+
+
+def assert_ratios(of_ranks: list[list[tuple[dict[str, float], dict[str, float]]]], rel: float) -> None:
+    for found in of_ranks:
         for ratios, expected in found:
-            assert ratios == pytest.approx(expected, rel=TOLERANCE.get(name, 2e-5), abs=0)
+            assert ratios == pytest.approx(expected, rel=rel, abs=0)
             assert ratios["unused"] == 0
             assert ratios["head.weight"] > 1e-4
-            assert (ratios["of_rank_1"] > 0) == (world_size == 2)
+            assert (ratios["of_rank_1"] > 0) == (len(of_ranks) > 1)
 
 
 def ratios_of_rounded_weights() -> tuple[float, float]:
