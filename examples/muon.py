@@ -42,6 +42,7 @@ def main(stock: bool) -> None:
         loss.backward()
         if not stock:
             adam.average_gradients(matrices)  # adam averages its own; accumulating, call this after the last backward
+        gradients = nn.utils.get_total_norm([p.grad for p in matrices])
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
@@ -49,7 +50,7 @@ def main(stock: bool) -> None:
             dist.all_reduce(loss.detach_().div_(dist.get_world_size()))
             norm = torch.stack([p.detach().norm() for p in matrices]).norm()
             if dist.get_rank() == 0:
-                print(f"step {step:3d}  loss {loss.item():.6f}  norm of the matrices {norm.item():.6f}")
+                print(f"step {step:3d}  loss {loss:.6f}  norm of the matrices {norm:.6f}, of gradients {gradients:.6f}")
     if not stock:
         adam.check_in_sync(model)  # compares Muon's parameters, too
     dist.destroy_process_group()

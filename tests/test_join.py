@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
 
@@ -65,11 +66,12 @@ def train(how: dict[str, Any]) -> tuple[list[Tensor], list[float], list[str]]:
                         scaler.scale(loss_of(model, batch, rank)).backward()
                 else:
                     scaler.scale(loss_of(model, batch, rank)).backward()
-                if how.get("clip") == "norm":
+                if "clip" in how:
                     scaler.unscale_(optimizer)
+                    norms += optimizer.gradient_norms().parameters.values()
+                if how.get("clip") == "norm":
                     norms.append(float(optimizer.clip_grad_norm_(torch.tensor(0.5))))
                 if how.get("clip") == "some":
-                    scaler.unscale_(optimizer)
                     norms.append(float(optimizer.clip_grad_norm_(0.5, parameters=model[0].parameters())))
                     optimizer.clip_grad_value_(0.1)
                 scaler.step(optimizer)
@@ -99,6 +101,8 @@ def train_in_one_process(how: dict[str, Any], world_size: int) -> tuple[list[Ten
         left = [rank for rank in range(world_size) if batch < batches_of(rank)]
         divisor = len(left) if how.get("divide") == "by the rest" else world_size
         (sum(loss_of(model, batch, rank) for rank in left) / divisor).backward()
+        if "clip" in how:
+            norms += [float(p.grad.norm()) for p in model.parameters()]
         if how.get("clip") == "norm":
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         if how.get("clip") == "some":
@@ -142,7 +146,8 @@ def test_uneven_batches_train_what_one_process_trains(world_size: int, how: dict
     expected, norms = train_in_one_process(how, world_size)
     for rank, (parameters, ours, texts) in enumerate(on_ranks(world_size, train, how)):
         assert texts == []
-        assert ours == pytest.approx(norms[: batches_of(rank)], rel=1e-10)
+        assert len(ours) == batches_of(rank) * (1 + len(expected) if "clip" in how else 0)
+        assert ours == pytest.approx(norms[: len(ours)], rel=1e-10)
         for a, b in zip(parameters, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -182,22 +187,35 @@ def test_gradients_averaged_elsewhere_are_refused() -> None:
         assert 'found gradient_sync="external", expected "backward" or "step"' in message
 
 
-def look_after_a_step() -> str:
+def look(method: str, first: int) -> tuple[str, float]:
+    """Call what is refused within Join, from a batch on; return the error, and after how many seconds it came."""
     model = build_model()
-    optimizer = ShardedAdamW(model.parameters())
+    optimizer = ShardedAdamW(model.parameters(), update="backward")
     rank, _ = rank_and_size()
-    with pytest.raises(RuntimeError) as found, Join([optimizer]):
+    start = time.monotonic()
+    with pytest.raises((RuntimeError, ValueError)) as found, Join([optimizer]):
         for batch in range(batches_of(rank)):
             loss_of(model, batch, rank).backward()
-            optimizer.gradient_norms()
+            if method == "gradient_norms" and batch >= first:
+                optimizer.gradient_norms()
             optimizer.step()
-            optimizer.update_ratios()
-    return str(found.value)
+            if method == "update_ratios" and batch >= first:
+                optimizer.update_ratios()
+    return str(found.value), time.monotonic() - start
 
 
-def test_what_ranks_without_batches_do_not_repeat_is_refused_on_all() -> None:
-    """Ranks with batches waited in it until the timeout."""
-    assert all("update_ratios: found a call within Join" in message for message in on_ranks(2, look_after_a_step))
+REFUSED = {
+    "update_ratios": "update_ratios: found a call within Join",
+    "gradient_norms": 'gradient_norms: found update="backward"',
+}
+
+
+@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize("method", REFUSED)
+def test_what_is_refused_within_join_is_on_all_ranks(method: str, first: int) -> None:
+    """Ranks waited for it until the timeout: those with batches, or those without (``first=4``: rank 0 has three)."""
+    for message, seconds in on_ranks(2, look, method, first):
+        assert REFUSED[method] in message and seconds < 10
 
 
 def train_two_models() -> list[Tensor]:

@@ -4,21 +4,27 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+import shardadam
 from shardadam import DiskOffload, GradScaler, Precision, ShardedAdam, ShardedAdamW
 from shardadam.engine.norms import GradientNorms
-from tests import test_expert_parallel, test_fully_shard, test_tensor_parallel
+from tests import test_expert_parallel, test_fully_shard, test_hybrid, test_pipeline_parallel, test_tensor_parallel
 from tests.parallel_models import Sizes, mesh_of
-from tests.parallel_training import average_by_hand, group_of, param_groups
+from tests.parallel_training import LR, ParamGroups, Training, average_by_hand, group_of, param_groups
 from tests.ranks import on_ranks, rank_and_size
 
 
@@ -256,9 +262,12 @@ TOLERANCE = {"int8": 0.03, "bf16 moments": 0.03, "int8, bf16 split": 0.03}
 """Of ratios; elsewhere 2e-5: a weight near 1 is rounded by up to 6e-8, and an update is about 1e-2."""
 
 
-def train(name: str, directory: Path) -> list[tuple[dict[str, float], dict[str, float]]]:
+def train(
+    options: dict[str, Any], directory: Path, mesh: tuple[int, int] | None = None
+) -> list[tuple[dict[str, float], dict[str, float]]]:
     """The ratios after each step, and those of copies of the exact weights from before and after it."""
-    options = dict(CONFIGURATIONS[name])
+    options = dict(options)
+    options["process_group"] = None if mesh is None else test_hybrid.mesh_of(mesh)
     model = Net().to(options.pop("dtype", torch.float32))
     is_decoupled = options.pop("decoupled_weight_decay", True)
     options["offload"] = DiskOffload(directory) if options.get("offload") == "disk" else options.get("offload")
@@ -299,12 +308,20 @@ def exact_weights(model: nn.Module, optimizer: ShardedAdam) -> dict[str, Tensor]
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_ratios_are_those_of_copies_before_and_after_the_step(name: str, world_size: int, tmp_path: Path) -> None:
-    for found in on_ranks(world_size, train, name, tmp_path):
+    assert_ratios(on_ranks(world_size, train, CONFIGURATIONS[name], tmp_path), rel=TOLERANCE.get(name, 2e-5))
+
+
+def test_ratios_of_replicas_that_are_updated_in_backward(tmp_path: Path) -> None:
+    assert_ratios(on_ranks(4, train, {"update": "backward"}, tmp_path, (2, 2)), rel=2e-5)
+
+
+def assert_ratios(of_ranks: list[list[tuple[dict[str, float], dict[str, float]]]], rel: float) -> None:
+    for found in of_ranks:
         for ratios, expected in found:
-            assert ratios == pytest.approx(expected, rel=TOLERANCE.get(name, 2e-5), abs=0)
+            assert ratios == pytest.approx(expected, rel=rel, abs=0)
             assert ratios["unused"] == 0
             assert ratios["head.weight"] > 1e-4
-            assert (ratios["of_rank_1"] > 0) == (world_size == 2)
+            assert (ratios["of_rank_1"] > 0) == (len(of_ranks) > 1)
 
 
 def ratios_of_rounded_weights() -> tuple[float, float]:
@@ -342,31 +359,54 @@ def test_a_load_forgets_the_last_update() -> None:
     on_ranks(2, reset_by_load)
 
 
-# Other parts of the model on other ranks
+# Replicas, and other parts of the model on other ranks
 
 
-def tensor_parallel(is_split: bool) -> tuple[nn.Module, Any, Any, Callable[[int], Tensor]]:
-    """The model, its param groups, the optimizer's process group, and this rank's loss."""
-    case = test_tensor_parallel.Case(mesh=("dp tp", 1, 2))
+@dataclass
+class Parts:
+    """What a rank holds, or the twin in one process: optimizers over named parameters, and the backward of a step."""
+
+    optimizers: list[Any]
+    backward: Callable[[int], object]
+
+
+def replicas(gradient_sync: str, is_split: bool) -> Parts:
+    model = Net().double()
+    if not is_split:
+        return Parts([adamw(groups_of(model), False)], lambda step: true_gradients(step, 4, model))
+    group = test_hybrid.mesh_of((2, 2))
+    optimizer = adamw(groups_of(model), True, process_group=group, gradient_sync=gradient_sync)
+    return Parts([optimizer], lambda step: backward(model, optimizer, gradient_sync, step))
+
+
+def tensor_parallel(mesh: tuple[Any, ...], is_split: bool) -> Parts:
+    case = test_tensor_parallel.Case(mesh=mesh)
     if not is_split:
         model = case.whole_model(torch.float64)
-        return model, param_groups(model), None, lambda step: case.loss(model, step)
-    model = case.split_model(torch.float64)
-    return model, param_groups(model), mesh_of(*case.mesh)["dp"], lambda step: case.loss(model, step)
+        return Parts([adamw(param_groups(model), False)], lambda step: case.loss(model, step).backward())
+    model, whole = case.split_model(torch.float64), mesh_of(*case.mesh)
+    data = whole["replicas", "dp"] if "replicas" in mesh[0] else whole["dp"]
+    index, count = dist.get_rank() // whole["tp"].size(), data.size()
+    return Parts(
+        [adamw(param_groups(model), True, process_group=data)],
+        lambda step: case.loss(model, step, index, count).backward(),
+    )
 
 
-def expert_parallel(is_split: bool) -> tuple[nn.Module, Any, Any, Callable[[int], Tensor]]:
-    case = test_expert_parallel.Case(mesh=("copies experts", 1, 2))
+def expert_parallel(copies: int, is_split: bool) -> Parts:
+    case = test_expert_parallel.Case(mesh=("copies experts", copies, 2), hybrid=copies > 1)
     if not is_split:
         model = case.whole_model(torch.float64)
         groups = test_expert_parallel.with_experts_apart(param_groups(model), None)  # type: ignore[arg-type]
-        return model, groups, None, lambda step: case.loss(model, step)
-    split, groups = test_expert_parallel.split_model(case, torch.float64)
-    rank, size = rank_and_size()
-    return split, groups, None, lambda step: case.loss(split, step, rank, size)
+        return Parts([adamw(groups, False)], lambda step: case.loss(model, step).backward())
+    model, groups = test_expert_parallel.split_model(case, torch.float64)
+    group = test_expert_parallel.data_parallel(case)
+    return Parts(
+        [adamw(groups, True, process_group=group)], lambda step: case.loss(model, step, *rank_and_size()).backward()
+    )
 
 
-def sharded_by_fsdp(is_split: bool) -> tuple[nn.Module, Any, Any, Callable[[int], Tensor]]:
+def sharded_by_fsdp(is_split: bool) -> Parts:
     case = test_fully_shard.Case(mesh=("shard", 2), sizes=Sizes(blocks=1, vocabulary=13, hidden=7))
     model = case.whole_model(torch.float64)
     rank, size = rank_and_size() if is_split else (0, 1)
@@ -374,56 +414,93 @@ def sharded_by_fsdp(is_split: bool) -> tuple[nn.Module, Any, Any, Callable[[int]
         for block in model.blocks.values():
             fully_shard(block, mesh=mesh_of("shard", 2))
         fully_shard(model, mesh=mesh_of("shard", 2))
-    return model, param_groups(model), None, lambda step: case.loss(model, step, rank, size)
+    optimizer = adamw(param_groups(model), is_split, gradient_sync="external")
+    return Parts([optimizer], lambda step: case.loss(model, step, rank, size).backward())
 
 
-BUILDERS = {"tensor": tensor_parallel, "experts": expert_parallel, "fully_shard": sharded_by_fsdp}
+def pipeline(case: test_pipeline_parallel.Case, is_split: bool) -> Parts:
+    if not is_split:
+        model = case.whole_model(torch.float64)
+        return Parts([adamw(param_groups(model), False)], lambda step: case.loss(model, step).backward())
+    training = Training(dtype=torch.float64)
+    parts = test_pipeline_parallel.build(case, training)
+    return Parts(parts.optimizers, test_pipeline_parallel.backward_of(case, training, parts))
+
+
+def adamw(groups: ParamGroups, is_split: bool, **options: Any) -> torch.optim.Optimizer:
+    if is_split:
+        return ShardedAdamW(groups, lr=LR, bucket_mb=0.001, **options)
+    for group in groups:
+        group.pop("process_group", None)
+    return torch.optim.AdamW(groups, lr=LR)
+
+
+BUILDERS: dict[str, tuple[int, Callable[[bool], Parts]]] = {  # on how many ranks
+    "replicas": (4, partial(replicas, "backward")),
+    "replicas, step": (4, partial(replicas, "step")),
+    "replicas, external": (4, partial(replicas, "external")),
+    "tensor": (2, partial(tensor_parallel, ("dp tp", 1, 2))),
+    "tensor, replicas": (4, partial(tensor_parallel, ("replicas dp tp", 2, 1, 2))),
+    "experts": (2, partial(expert_parallel, 1)),
+    "experts, replicas": (4, partial(expert_parallel, 2)),
+    "fully_shard": (2, sharded_by_fsdp),
+    "pipeline": (4, partial(pipeline, test_pipeline_parallel.Case())),
+    "pipeline, frozen": (4, partial(pipeline, test_pipeline_parallel.Case(frozen_stage=1))),
+    "pipeline, two stages a rank": (4, partial(pipeline, test_pipeline_parallel.Case("interleaved"))),
+    "pipeline, tensor": (4, partial(pipeline, test_pipeline_parallel.Case("GPipe", ("dp pp tp", 1, 2, 2)))),
+}
 
 
 def look_at_parts(kind: str) -> list[tuple[GradientNorms, float, dict[str, float]]]:
-    _, groups, process_group, loss = BUILDERS[kind](True)
-    gradient_sync = "external" if kind == "fully_shard" else "backward"
-    optimizer = ShardedAdamW(groups, lr=1e-2, process_group=process_group, gradient_sync=gradient_sync, bucket_mb=0.001)
+    """In each step, the norms of the rank's optimizers together, the norm that clips, and the ratios."""
+    parts = BUILDERS[kind][1](True)
     found = []
     for step in range(2):
-        loss(step).backward()
-        norms = optimizer.gradient_norms()
-        total = float(optimizer.clip_grad_norm_(1e9))
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append((norms, total, optimizer.update_ratios()))
+        parts.backward(step)
+        norms = [optimizer.gradient_norms() for optimizer in parts.optimizers]
+        total = float(shardadam.clip_grad_norm_(parts.optimizers, 1e9))
+        for optimizer in parts.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ratios = [optimizer.update_ratios() for optimizer in parts.optimizers]
+        together = GradientNorms(
+            dict(ChainMap(*(one.parameters for one in norms))),
+            [math.hypot(*of_group) for of_group in zip_longest(*(one.groups for one in norms), fillvalue=0.0)],
+            math.hypot(*(one.total for one in norms)),
+        )
+        found.append((together, total, dict(ChainMap(*ratios))))
     return found
 
 
 def look_at_whole(kind: str) -> list[tuple[dict[str, float], list[float], dict[str, float]]]:
-    model, groups, _, loss = BUILDERS[kind](False)
-    for group in groups:
-        group.pop("process_group", None)
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    parts = BUILDERS[kind][1](False)
+    (optimizer,) = parts.optimizers
+    pairs = (pair for one in optimizer.param_groups for pair in zip(one["param_names"], one["params"], strict=True))
+    named = {name: p for name, p in pairs if p.requires_grad}
     found = []
     for step in range(2):
         optimizer.zero_grad()
-        loss(step).backward()
-        gradients = {name: norm([p.grad]) for name, p in model.named_parameters() if p.grad is not None}
+        parts.backward(step)
+        gradients = {name: norm([p.grad]) for name, p in named.items() if p.grad is not None}
         of_groups = [norm(p.grad for p in one["params"] if p.grad is not None) for one in optimizer.param_groups]
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        before = {name: p.detach().clone() for name, p in named.items()}
         optimizer.step()
-        ratios = {name: norm([p.detach() - before[name]]) / norm([p.detach()]) for name, p in model.named_parameters()}
+        ratios = {name: norm([p.detach() - before[name]]) / norm([p.detach()]) for name, p in named.items()}
         found.append((gradients, of_groups, ratios))
     return found
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_parts_on_other_ranks_count(kind: str) -> None:
+def test_replicas_and_parts_on_other_ranks_count_once(kind: str) -> None:
     expected = look_at_whole(kind)
     names: set[str] = set()
-    for found in on_ranks(2, look_at_parts, kind):
+    for found in on_ranks(BUILDERS[kind][0], look_at_parts, kind):
         for (norms, total, ratios), (gradients, of_groups, whole_ratios) in zip(found, expected, strict=True):
             names |= set(norms.parameters)
-            if kind != "experts":  # where each rank has its own
+            if not kind.startswith(("experts", "pipeline")):  # where each rank has its own
                 assert set(norms.parameters) == set(gradients)
             assert norms.parameters == pytest.approx({name: gradients[name] for name in norms.parameters}, rel=1e-9)
-            assert norms.groups == pytest.approx(of_groups, rel=1e-9)
+            assert norms.groups == pytest.approx(of_groups[: len(norms.groups)], rel=1e-9)
             assert norms.total == pytest.approx(total, rel=1e-9) == pytest.approx(norm_of(gradients), rel=1e-9)
             assert ratios == pytest.approx({name: whole_ratios[name] for name in ratios}, rel=1e-5)
     assert names == set(expected[0][0])

@@ -6,6 +6,7 @@ Each stage has an optimizer over its own parameters. The stages agree on one nor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,8 +122,9 @@ def build(case: Case, training: Training) -> Parts:
     return parts
 
 
-def train_split(case: Case, training: Training) -> Trained:
-    mesh, parts = mesh_of(*case.mesh), build(case, training)
+def backward_of(case: Case, training: Training, parts: Parts) -> Callable[[int], None]:
+    """Return the function that runs the schedule with this rank's part of a step's batch."""
+    mesh = mesh_of(*case.mesh)
     data, pipeline = mesh["dp"], mesh["pp"]
 
     # With "backward", gradients leave p.grad before the schedule could divide them: the loss is divided instead.
@@ -144,7 +146,12 @@ def train_split(case: Case, training: Training) -> Trained:
         if training.gradient_sync == "external":
             average_by_hand([p for model in parts.models for p in model.parameters()], data.get_group())
 
-    return train(training, parts.optimizers, backward, parts.models)
+    return backward
+
+
+def train_split(case: Case, training: Training) -> Trained:
+    parts = build(case, training)
+    return train(training, parts.optimizers, backward_of(case, training, parts), parts.models)
 
 
 def twin_of(case: Case, training: Training) -> Trained:

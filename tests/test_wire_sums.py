@@ -78,6 +78,7 @@ def train(dtype: torch.dtype, gradient_sync: str, way: str, like_nccl: bool) -> 
                 scaler.scale(loss).backward()
         found["dtypes"].append({arena.gradient_shard.dtype for arena in optimizer._engine.parameters.arenas})
         scaler.unscale_(optimizer) if way == "scaler" else None
+        found["norms"] += optimizer.gradient_norms().parameters.values()
         if way == "clip_grad_norm_":
             found["norms"].append(optimizer.clip_grad_norm_(0.05))
         elif way == "clip_grad_value_":

@@ -94,6 +94,7 @@ class InspectableOptimizer(StatefulOptimizer, JoinableOptimizer):
         return norms.gradient_norms(self._engine, self.param_groups)
 
     @collective
+    @repeated_by_joined_ranks  # so that they raise, too
     def update_ratios(self) -> dict[str, float]:
         """Return, by parameter name, how much the last ``step`` has changed the weights, to log. Collective.
 
@@ -112,8 +113,8 @@ class InspectableOptimizer(StatefulOptimizer, JoinableOptimizer):
 
         Raises:
             RuntimeError: parameters have the values of their averages, or are half-way through a step that
-                ``update="backward"`` has begun; or within ``Join``, as ranks without batches do not repeat the call.
-                On every rank, if one has lost its offloaded state, or cannot read it (an OSError on that rank).
+                ``update="backward"`` has begun; or within ``Join``, on all ranks. On every rank, if one has lost its
+                offloaded state, or cannot read it (an OSError on that rank).
         """
         self._refuse_in_join("update_ratios")
         self._add_unfrozen_params()

@@ -88,7 +88,7 @@ class JoinableOptimizer(Joinable):
         return self._join_group or dist.group.WORLD
 
     def _refuse_in_join(self, method: str) -> None:
-        """Raise RuntimeError within a ``Join`` context: ranks without batches would not take part in ``method``."""
+        """Raise RuntimeError within a ``Join`` context, where ranks without batches repeat calls up to a step only."""
         if self._join_config.enable and self._engine.transport.control is not None:
             raise RuntimeError(
                 f"{method}: found a call within Join, expected none, as ranks without batches do not repeat it. "

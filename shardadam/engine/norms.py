@@ -53,8 +53,9 @@ class GradientNorms:
     Args:
         parameters: by name, in the order of the param groups, of those that have a gradient on any rank. Of parameters
             that model-parallel ranks hold parts of, the norm of the whole; of experts, those that this rank holds.
-        groups: of each param group, over all ranks.
-        total: of all parameters, over all ranks.
+        groups: of each param group, over all ranks; over parts of the model, groups add up by their position.
+        total: of all parameters of the optimizer, over all ranks and parts of the model: what ``clip_grad_norm_``
+            returns. Each copy of an element counts once, however many replicas and model-parallel ranks hold it.
     """
 
     parameters: dict[str, float]
@@ -78,8 +79,10 @@ def gradient_norms(engine: StepEngine, param_groups: ParamGroups) -> GradientNor
     names = _names(parameters, param_groups)
     of_params, of_groups = _sums_over_ranks(squares.to(used.device), names, len(param_groups), parameters, engine.job)
     scale = 1.0 if engine.inverse_scale is None else float(engine.inverse_scale)
+    total = math.sqrt(math.fsum(square for (square,) in of_groups)) * scale
     has_gradient = used.tolist()
-    engine.warnings.check_norms(any(has_gradient))
+    # A pipeline's stage without trained parameters has none of its own.
+    engine.warnings.check_norms(any(has_gradient) or total != 0)
     return GradientNorms(
         parameters={
             names[index]: math.sqrt(of_params[index][0]) * scale
@@ -87,7 +90,7 @@ def gradient_norms(engine: StepEngine, param_groups: ParamGroups) -> GradientNor
             if has_gradient[index]
         },
         groups=[math.sqrt(square) * scale for (square,) in of_groups],
-        total=math.sqrt(math.fsum(square for (square,) in of_groups)) * scale,
+        total=total,
     )
 
 
@@ -289,7 +292,8 @@ def _sums_over_ranks(
     if group_count > 0 and groups:
         block[count:].index_add_(0, torch.tensor(groups, device="cpu").to(squares.device), squares)
     own = [(transport, indices, block[indices].clone()) for transport, indices in parameters.own_groups()]
-    parameters.transport.all_reduce(block.view(-1)).wait()
+    if block.numel() > 0:  # else a stage without trained parameters
+        parameters.transport.all_reduce(block.view(-1)).wait()
     for transport, indices, of_own in own:
         transport.all_reduce(of_own.view(-1)).wait()
         block[indices] = of_own
