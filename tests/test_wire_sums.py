@@ -7,7 +7,6 @@ division by the number of ranks to whoever reads it.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -60,7 +59,7 @@ def train(dtype: torch.dtype, gradient_sync: str, way: str, like_nccl: bool) -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 7), nn.Linear(7, 90)).to(dtype)
     inner = connect(None, kind="collective")
-    options: Any = dict(lr=1e-2, gradient_sync=gradient_sync, bucket_mb=0.003)
+    options: Any = dict(lr=1e-3, gradient_sync=gradient_sync, bucket_mb=0.003)
     options["transport"] = SumsOnTheWire(inner) if like_nccl else inner
     if way == "clipped":
         options["max_grad_norm"] = 0.05
@@ -96,7 +95,14 @@ def train(dtype: torch.dtype, gradient_sync: str, way: str, like_nccl: bool) -> 
     return found
 
 
-CASES = [*itertools.product([2, 3], ["backward", "step"], WAYS, [torch.float32, torch.bfloat16, torch.float16])]
+CASES = [
+    (world_size, gradient_sync, way, dtype)
+    for world_size in (2, 3)
+    for gradient_sync in ("backward", "step")
+    for way in WAYS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if (gradient_sync, way, dtype) != ("step", "scaler", torch.float16)  # refused, as torch does: gradients in float16
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -125,9 +131,8 @@ def check_sums_on_the_wire(world_size: int, gradient_sync: str, way: str, dtype:
             largest = float(expected.abs().max())
             torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance * largest)
         for parameter, expected in zip(found["parameters"], means["parameters"], strict=True):
-            torch.testing.assert_close(
-                parameter, expected, rtol=tolerance, atol=1e-3 if dtype != torch.float32 else 1e-5
-            )
+            atol = 1e-4 if dtype != torch.float32 else 1e-6  # a tenth and a thousandth of lr
+            torch.testing.assert_close(parameter, expected, rtol=tolerance, atol=atol)
 
 
 def test_gradient_shards_have_the_wires_dtype_until_rounds_or_writes_need_more() -> None:
