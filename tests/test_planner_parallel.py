@@ -54,7 +54,7 @@ def settings(world_size: int) -> list[Setting]:
     ]
 
 
-PARTS = 7
+PARTS = 28
 
 
 def build(groups: list[dict[str, Any]], setting: Setting, process_group: Any) -> ShardedAdamW:
@@ -125,7 +125,7 @@ def held(dtypes: Dtypes, rank: int) -> list[PlannedParameter]:
     return sorted(planned, key=lambda one: one.group)  # as the optimizer lists them
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize(("dtypes", "part"), [*itertools.product(DTYPES, range(PARTS))])
 def test_a_plan_equals_memory_with_tensor_parallelism(dtypes: Dtypes, part: int) -> None:
     some = settings(2)[part::PARTS]
@@ -179,7 +179,7 @@ def expert_parallel(size: int, dtypes: Dtypes, some: list[Setting]) -> list[tupl
     return found
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize(("size", "dtypes", "part"), [*itertools.product((1, 2), DTYPES, range(PARTS))])
 def test_a_plan_equals_memory_with_expert_parallelism(size: int, dtypes: Dtypes, part: int) -> None:
     some = settings(4)[part::PARTS]
