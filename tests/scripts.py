@@ -82,6 +82,8 @@ def _run(
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    for stream in (sys.stdout, sys.stderr):  # one write a line, or lines of two ranks mix
+        stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     os.environ.update(environment)
     os.chdir(directory)
     sys.argv = [script, *arguments]

@@ -247,9 +247,11 @@ def test_averages_of_the_weights_are_evaluated_beside_them(few_texts: Path) -> N
     plain, _ = finetuned(*common)
     latest, model = finetuned(*common, "--ema-decay=0")
     assert latest["average_validation_loss"] == pytest.approx(latest["validation_loss"], abs=1e-5)
-    assert plain["average_validation_loss"] is None and plain["validation_loss"] == latest["validation_loss"]
+    assert plain["average_validation_loss"] is None
     slow, other = finetuned(*common, "--ema-decay=0.99")
-    assert slow["validation_loss"] == plain["validation_loss"] != slow["average_validation_loss"]
+    assert slow["validation_loss"] == latest["validation_loss"] != slow["average_validation_loss"]
+    # Averages are made by the compiled kernel, which rounds like torch's on some CPUs only.
+    assert plain["validation_loss"] == pytest.approx(latest["validation_loss"], rel=1e-6)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     trained = slow["trained_parameters"]
     assert slow["demand_bytes"] - plain["demand_bytes"] == pytest.approx(4 * trained, rel=0.01)
