@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardadam import RankDesyncError, ShardedAdamW
-from shardadam.ranks import desync
+from shardadam.ranks import desync, transfer_log
 from shardadam.ranks.transfer_log import Started, TransferLog, difference
 from tests.parity import build_parameters, quadratic
 from tests.ranks import ANSWER_S, ranks_of
@@ -55,6 +57,25 @@ def test_the_log_keeps_the_last_transfers_with_their_numbers() -> None:
         log.add(SUM, nbytes)
     assert log.last()[-2:] == [(99, SUM, 98), (100, SUM, 99)]
     assert len(log.last()) < 100
+
+
+class Group:
+    group_name = "a"
+
+
+def test_logs_are_read_while_others_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error ended the thread that answers status requests, while the main thread built an optimizer."""
+    groups = [Group() for _ in range(2)]
+
+    class Interrupted(weakref.WeakKeyDictionary[Any, TransferLog]):
+        def items(self) -> Any:
+            for pair in super().items():
+                yield pair
+                transfer_log.log_of(groups[1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transfer_log, "_logs", Interrupted())
+    transfer_log.log_of(groups[0]).add(SUM, 8)  # type: ignore[arg-type]
+    assert transfer_log.started() == {"a": [(1, SUM, 8)]}
 
 
 def gather_alone(rank: int, pipe: Connection) -> None:

@@ -383,8 +383,7 @@ class _CallLog:
         line = _line_in_users_code()
         at = f", at {line}" if line else ""
         now = time.monotonic()
-        if self._open:
-            call, start = self._open[0]
+        for call, start in self._open[:1]:  # a copy, as the main thread may end the call meanwhile
             return f"in {call} for {now - start:.1f} s{at}"
         if self._last is None:
             return f"has not called the optimizer yet{at}"
