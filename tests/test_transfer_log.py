@@ -6,17 +6,25 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from shardadam import RankDesyncError, ShardedAdamW
 from shardadam.ranks import desync, transfer_log
 from shardadam.ranks.transfer_log import Started, TransferLog, difference
+from shardadam.transport import _connect_collective
+from shardadam.transport.gloo import GlooTransport
+from shardadam.transport.groups import comm_groups
 from tests.parity import build_parameters, quadratic
-from tests.ranks import ANSWER_S, ranks_of
+from tests.ranks import ANSWER_S, on_ranks, ranks_of
 
 TIMEOUT_S = 6.0
 
@@ -76,6 +84,36 @@ def test_logs_are_read_while_others_are_added(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(transfer_log, "_logs", Interrupted())
     transfer_log.log_of(groups[0]).add(SUM, 8)  # type: ignore[arg-type]
     assert transfer_log.started() == {"a": [(1, SUM, 8)]}
+
+
+@dataclass
+class Unfinished:
+    """A Work of a backend whose Works are futures: it knows no time limit."""
+
+    limits: list[Any] = field(default_factory=list)
+
+    def is_completed(self) -> bool:
+        return bool(self.limits)
+
+    def wait(self, limit: timedelta | None = None) -> None:
+        self.limits.append(limit)
+
+
+def limits_of_waits(backend: str) -> list[Any]:
+    transport = _connect_collective(comm_groups(None))  # type: ignore[arg-type]
+    assert isinstance(transport, GlooTransport)
+    transport._backends = {"cpu": backend}
+    work = Unfinished()
+    with mock.patch.object(dist, "all_reduce", return_value=work):
+        transport.all_reduce(torch.ones(2)).wait()
+    transport.close(clean=False)
+    return work.limits
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("gloo", [timedelta(seconds=desync.COMPARE_S)]), ("mpi", [None])])
+def test_only_works_of_gloo_are_waited_for_with_a_limit(backend: str, expected: list[Any]) -> None:
+    """Works that are futures refuse a limit: ranks asked each other without pause. Others end their transfer."""
+    assert on_ranks(2, limits_of_waits, backend) == [expected] * 2
 
 
 def gather_alone(rank: int, pipe: Connection) -> None:
