@@ -116,6 +116,17 @@ def test_only_works_of_gloo_are_waited_for_with_a_limit(backend: str, expected: 
     assert on_ranks(2, limits_of_waits, backend) == [expected] * 2
 
 
+def asks_others() -> bool:
+    desync.register({})
+    with mock.patch.object(desync.DesyncReporter, "difference", return_value="a difference"):
+        return desync.log_difference([0, 1, 2])
+
+
+def test_two_ranks_of_a_group_ask_the_others() -> None:
+    """All of them did, and each request is answered by all."""
+    assert on_ranks(3, asks_others) == [True, True, False]
+
+
 def gather_alone(rank: int, pipe: Connection) -> None:
     """Rank 1 asks for the state, rank 0 goes on: what each logs, and after how long."""
     desync.COMPARE_S = 0.3
