@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.join import Join
 
 from shardadam import GradScaler, ShardedAdamW
 from tests.ranks import on_ranks
@@ -266,6 +267,26 @@ def asked_of_the_prepared() -> list[str]:
 def test_the_prepared_optimizer_has_the_methods_of_the_one_inside() -> None:
     """``trainer.optimizer.memory()`` raised AttributeError: only ``trainer.optimizer.optimizer`` had it."""
     assert on_ranks(2, asked_of_the_prepared) == [[], []]
+
+
+def trained_within_join() -> torch.Tensor:
+    with as_launched():
+        accelerator = ShardedAccelerator(cpu=True)
+        model = nn.Linear(6, 2)
+        model.load_state_dict({name: torch.ones_like(value) for name, value in model.state_dict().items()})
+        model, optimizer = accelerator.prepare(model, ShardedAdamW(model.named_parameters(), lr=1e-2))
+        with Join([optimizer]):
+            for _ in range(2 + accelerator.process_index):
+                accelerator.backward(model(torch.ones(4, 6)).pow(2).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.weight.detach().clone()
+
+
+def test_the_prepared_optimizer_trains_within_join() -> None:
+    """Join configured the prepared optimizer, and ranks with batches waited until the timeout for those without."""
+    first, second = on_ranks(2, trained_within_join)
+    assert torch.equal(first, second) and torch.allclose(first, torch.full_like(first, 0.97), atol=1e-3)
 
 
 # Refused setups

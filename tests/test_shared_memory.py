@@ -667,3 +667,28 @@ def test_ranks_that_start_different_transfers_read_nothing(
         f"Rank 0 has started {zero}, but rank 1 has started {one}",
         "In " + one.partition(" of")[0],  # rank 0 has closed its sockets first
     )
+
+
+def wait_again() -> list[str]:
+    """Rank 1 gathers, rank 0 trains on; return the errors of that and of the calls after it."""
+    parameters = [nn.Parameter(torch.ones(512))]
+    optimizer = build(parameters)
+    train(optimizer, range(2))
+    errors = []
+
+    def proceed() -> None:
+        parameters[0].sum().backward()
+        optimizer.step()
+
+    first = proceed if rank_and_size()[0] == 0 else optimizer.full_state_dict
+    for call in (first, optimizer.zero_grad, optimizer.step):
+        try:
+            call()
+        except Exception as error:
+            errors.append(type(error).__name__)
+    return errors
+
+
+def test_calls_after_different_transfers_raise_the_same_error() -> None:
+    """They raised KeyError where they waited for the same transfer once more."""
+    assert on_ranks(2, wait_again) == [["RankDesyncError"] * 3] * 2

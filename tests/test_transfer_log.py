@@ -5,16 +5,26 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
+from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from shardadam import ShardedAdamW
-from shardadam.ranks import desync
+from shardadam.ranks import desync, transfer_log
 from shardadam.ranks.transfer_log import Started, TransferLog, difference
+from shardadam.transport import _connect_collective
+from shardadam.transport.gloo import GlooTransport
+from shardadam.transport.groups import comm_groups
 from tests.parity import build_parameters, quadratic
-from tests.ranks import ranks_of
+from tests.ranks import on_ranks, ranks_of
 
 GATHER, SUM = "all-gather", "reduce-scatter"
 
@@ -53,6 +63,66 @@ def test_the_log_keeps_the_last_transfers_with_their_numbers() -> None:
         log.add(SUM, nbytes)
     assert log.last()[-2:] == [(99, SUM, 98), (100, SUM, 99)]
     assert len(log.last()) < 100
+
+
+class Group:
+    group_name = "a"
+
+
+def test_logs_are_read_while_others_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error ended the thread that answers status requests, while the main thread built an optimizer."""
+    groups = [Group() for _ in range(2)]
+
+    class Interrupted(weakref.WeakKeyDictionary[Any, TransferLog]):
+        def items(self) -> Any:
+            for pair in super().items():
+                yield pair
+                transfer_log.log_of(groups[1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transfer_log, "_logs", Interrupted())
+    transfer_log.log_of(groups[0]).add(SUM, 8)  # type: ignore[arg-type]
+    assert transfer_log.started() == {"a": [(1, SUM, 8)]}
+
+
+@dataclass
+class Unfinished:
+    """A Work of a backend whose Works are futures: it knows no time limit."""
+
+    limits: list[Any] = field(default_factory=list)
+
+    def is_completed(self) -> bool:
+        return bool(self.limits)
+
+    def wait(self, limit: timedelta | None = None) -> None:
+        self.limits.append(limit)
+
+
+def limits_of_waits(backend: str) -> list[Any]:
+    transport = _connect_collective(comm_groups(None))  # type: ignore[arg-type]
+    assert isinstance(transport, GlooTransport)
+    transport._backends = {"cpu": backend}
+    work = Unfinished()
+    with mock.patch.object(dist, "all_reduce", return_value=work):
+        transport.all_reduce(torch.ones(2)).wait()
+    transport.close(clean=False)
+    return work.limits
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("gloo", [timedelta(seconds=desync.COMPARE_S)]), ("mpi", [None])])
+def test_only_works_of_gloo_are_waited_for_with_a_limit(backend: str, expected: list[Any]) -> None:
+    """Works that are futures refuse a limit: ranks asked each other without pause. Others end their transfer."""
+    assert on_ranks(2, limits_of_waits, backend) == [expected] * 2
+
+
+def asks_others() -> bool:
+    desync.register({})
+    with mock.patch.object(desync.DesyncReporter, "difference", return_value="a difference"):
+        return desync.log_difference([0, 1, 2])
+
+
+def test_two_ranks_of_a_group_ask_the_others() -> None:
+    """All of them did, and each request is answered by all."""
+    assert on_ranks(3, asks_others) == [True, True, False]
 
 
 def gather_alone(rank: int, pipe: Connection) -> None:

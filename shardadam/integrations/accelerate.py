@@ -325,6 +325,14 @@ class _PreparedOptimizer(AcceleratedOptimizer):
             raise AttributeError(f"{type(self).__name__} has no optimizer yet")
         return getattr(self.optimizer, name)
 
+    @property
+    def _join_config(self) -> Any:
+        return self.optimizer._join_config
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        self.optimizer._join_config = config  # set by torch.distributed.algorithms.Join, read by the optimizer
+
     def step(self, closure: Any = None) -> None:
         # While gradients accumulate, accelerate does not call the optimizer: the last step is still the last one.
         with self._skipped.around_step() if self.gradient_state.sync_gradients else nullcontext():

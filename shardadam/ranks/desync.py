@@ -332,9 +332,10 @@ def report(ranks: Sequence[int]) -> str:
 def log_difference(ranks: Sequence[int]) -> bool:
     """Log an error if one of ``ranks`` has started a different transfer than this one; return whether it is so. Local.
 
-    For ranks that wait where they cannot raise. Takes up to 4 s if a rank does not answer.
+    For ranks that wait where they cannot raise. Takes up to 4 s if a rank does not answer. Only the first two of
+    ``ranks`` compare theirs with those of all, as every request is answered by every rank.
     """
-    world = dist.group.WORLD if dist.is_initialized() else None
+    world = dist.group.WORLD if dist.is_initialized() and dist.get_rank() in ranks[:2] else None
     found = None if world is None or world not in _reporters else _reporters[world].difference(ranks)
     if found is not None:
         _log.error(
@@ -383,8 +384,7 @@ class _CallLog:
         line = _line_in_users_code()
         at = f", at {line}" if line else ""
         now = time.monotonic()
-        if self._open:
-            call, start = self._open[0]
+        for call, start in self._open[:1]:  # a copy, as the main thread may end the call meanwhile
             return f"in {call} for {now - start:.1f} s{at}"
         if self._last is None:
             return f"has not called the optimizer yet{at}"

@@ -44,8 +44,12 @@ def log_of(group: dist.ProcessGroup) -> TransferLog:
 
 
 def started() -> Started:
-    """Return the last transfers that this rank has started. Local."""
-    return {group.group_name: log.last() for group, log in list(_logs.items())}
+    """Return the last transfers that this rank has started. Local, from any thread.
+
+    Iterating over ``_logs`` would raise while the main thread builds an optimizer; ``keyrefs`` copies its keys at once.
+    """
+    groups = [group for ref in _logs.keyrefs() if (group := ref()) is not None]
+    return {group.group_name: log_of(group).last() for group in groups}
 
 
 def difference(mine: Started, theirs: Started) -> tuple[str, str] | None:

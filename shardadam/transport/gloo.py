@@ -40,7 +40,8 @@ class GlooTransport(Transport):
     def __init__(self, groups: CommGroups) -> None:
         self.control = groups.control
         self.store_barrier = groups.cache.store_barrier
-        self.devices = frozenset(backend_of_device(groups.training))
+        self._backends = backend_of_device(groups.training)
+        self.devices = frozenset(self._backends)
         self.rank = dist.get_rank(groups.training)
         self.world_size = dist.get_world_size(groups.training)
         self._comm_groups = groups
@@ -63,12 +64,12 @@ class GlooTransport(Transport):
             receive = receive[: send.numel()]
             with self._explain_errors(what):
                 work = dist.all_to_all_single(receive, send, group=self._group, async_op=True)
-            return self._on_host(what, [work], partial(request.sum_, list(receive.chunk(self.world_size))))
+            return self._on_host(what, send.device, [work], partial(request.sum_, list(receive.chunk(self.world_size))))
         own = own_slice(send, self.rank, self.world_size)
         with self._explain_errors(what):
             works, received = self._exchange(send, receive[: send.numel() - own.numel()])
         sources = [*received[: self.rank], own, *received[self.rank :]]
-        return self._on_host(what, works, partial(request.sum_, sources))
+        return self._on_host(what, send.device, works, partial(request.sum_, sources))
 
     def _exchange(self, send: Tensor, receive: Tensor) -> tuple[list[Any], list[Tensor]]:
         """Send peers their slices of ``send``; return the Works, and the peers' parts of ``receive`` in rank order."""
@@ -114,11 +115,14 @@ class GlooTransport(Transport):
         what = f"{'An' if operation[0] == 'a' else 'A'} {operation}"
         with self._explain_errors(what):
             work = collective(*tensors, group=self._group, async_op=True, **options)
-        return self._on_host(what, [work])
+        return self._on_host(what, tensors[0].device, [work])
 
-    def _on_host(self, what: str, works: list[Any], finish: Callable[[], None] | None = None) -> Pending:
-        compared = [_ComparedWork(work, self._compare) for work in works]
-        return _OnHost(compared, finish, partial(self._explain_errors, what))
+    def _on_host(
+        self, what: str, device: torch.device, works: list[Any], finish: Callable[[], None] | None = None
+    ) -> Pending:
+        if self._backends.get(device.type) == "gloo":
+            works = [_ComparedWork(work, self._compare) for work in works]
+        return _OnHost(works, finish, partial(self._explain_errors, what))
 
     @contextmanager
     def _explain_errors(self, what: str) -> Iterator[None]:
@@ -159,7 +163,9 @@ class _OnHost(Pending):
 
 
 class _ComparedWork:
-    """A Work of a collective. A rank that waits long for it compares the transfers that all ranks have started.
+    """A Work of a collective of Gloo. A rank that waits long for it compares the transfers that all ranks have started.
+
+    Works of other backends may end the transfer after a time limit, or know none.
 
     Args:
         compare: logs a difference; returns whether there is one.

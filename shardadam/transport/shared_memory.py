@@ -332,8 +332,7 @@ class SharedMemoryTransport(Transport):
         self._sockets.wait_for(
             lambda rank: self._last_started[rank] >= number, f"In {own.operation.with_article}", until_sent=until_sent
         )
-        del self._started[self.rank, number]
-        transfers = {rank: self._started.pop((rank, number)) for rank in self._peers}
+        transfers = {rank: self._started[rank, number] for rank in self._peers}
         global_ranks = self._sockets.global_ranks
         for rank, transfer in transfers.items():
             if not transfer.matches(own):
@@ -343,6 +342,8 @@ class SharedMemoryTransport(Transport):
                         f"started {own}: they have made different calls, or different numbers of backward passes."
                     )
                 )
+        for rank in range(self.world_size):
+            del self._started[rank, number]
         return transfers
 
     def has_started(self, number: int) -> bool:
