@@ -8,15 +8,20 @@ may do it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from shardadam.checkpoint.files import CheckpointError
 from shardadam.optimizer import ShardedAdam
+from shardadam.ranks import desync
 from shardadam.ranks.store_barrier import StoreBarrier
 from shardadam.transport.groups import store_barrier_of
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 ARRIVAL = "arrival"
 """The first phase of every call."""
@@ -85,7 +90,12 @@ class RankExchange:
         message = None if failure is None else f"{type(failure).__name__}: {failure}"
         text = json.dumps({"call": self.call, "phase": phase, "failure": message, "value": value})
         while True:
-            texts = self.store_barrier.exchange(text, what=self.what, timeout_s=self.timeout_s, linger=is_last)
+            try:
+                texts = self.store_barrier.exchange(text, what=self.what, timeout_s=self.timeout_s, linger=is_last)
+            except TimeoutError as error:
+                if phase != ARRIVAL:
+                    raise
+                raise TimeoutError(f"{error}{desync.known_status(self.store_barrier.ranks)}") from None
             answers = [json.loads(text) for text in texts]
             phases = {answer["phase"] for answer in answers}
             calls = sorted({answer["call"] for answer in answers})
@@ -100,3 +110,22 @@ class RankExchange:
                 raise CheckpointError(
                     f"{self.what}: ranks are in different calls, found {' and '.join(calls)}, expected the same one."
                 )
+
+
+def reported(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: make desync reports name ``save`` and ``load`` while they run."""
+
+    @wraps(call)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        optimizer = kwargs.get("optimizer")
+        with desync.in_call(call.__name__, optimizer if isinstance(optimizer, ShardedAdam) else _no_optimizer):
+            return call(*args, **kwargs)
+
+    return run
+
+
+class _NoOptimizer:
+    """Stands for the optimizer of calls without one."""
+
+
+_no_optimizer = _NoOptimizer()

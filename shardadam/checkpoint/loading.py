@@ -26,7 +26,7 @@ from shardadam.checkpoint.contents import (
     set_random_state,
 )
 from shardadam.checkpoint.disk import disk_time_limit, on_disk
-from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, store_barrier_for
+from shardadam.checkpoint.exchange import ARRIVAL, Phase, RankExchange, reported, store_barrier_for
 from shardadam.checkpoint.files import CheckpointError, CheckpointRemovedError
 from shardadam.checkpoint.objects import check_fits_scheduler
 from shardadam.checkpoint.pieces import pieces_of
@@ -57,6 +57,7 @@ class Checkpoint:
     extras: list[Any]
 
 
+@reported
 def load(
     directory: str | os.PathLike[str],
     *,

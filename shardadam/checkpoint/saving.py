@@ -22,7 +22,7 @@ from shardadam.checkpoint.background import (
 from shardadam.checkpoint.contents import contents_of
 from shardadam.checkpoint.directory import create_unpublished, publish, remove_older
 from shardadam.checkpoint.disk import disk_time_limit, on_disk
-from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, store_barrier_for
+from shardadam.checkpoint.exchange import ARRIVAL, RankExchange, reported, store_barrier_for
 from shardadam.checkpoint.files import (
     MANIFEST,
     CheckpointError,
@@ -71,6 +71,7 @@ def save(
 ) -> Future[Path]: ...
 
 
+@reported
 def save(
     directory: str | os.PathLike[str],
     *,

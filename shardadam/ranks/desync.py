@@ -49,6 +49,7 @@ _LIBRARIES = tuple(
     str(Path(folder).resolve()) + os.sep
     for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib"))
 )
+_KNOWN = "Status of the ranks:"
 _ENDED = "has ended"
 _LEFT = "has ended, or left the process group,"
 _QUESTION = "?"
@@ -165,15 +166,17 @@ class DesyncReporter:
         lines = [f"  {self._name(rank)}: {status[rank]}" for rank in shown[:_MOST_NAMED]]
         if len(shown) > _MOST_NAMED:
             lines.append(f"  and {len(shown) - _MOST_NAMED} more")
-        if silent or left:
-            remedy = "Check the logs of the silent ranks first."
-        else:
-            remedy = "All ranks must make the same calls in the same order; compare where they are in your script."
-            remedy += _called_apart(list(status.values()))
+        remedy = (
+            "Check the logs of the silent ranks first."
+            if silent or left
+            else "All ranks must make the same calls in the same order; compare where they are in your script."
+        )
+        if hint := _called_apart(list(status.values())):
+            remedy += f" If they show no error: {hint}" if silent or left else f" {hint}"
         own, others = status[self._rank], [rank for rank in ranks if rank != self._rank]
         if done := [rank for rank in others if _may_be_done(status[rank], own)]:
             remedy += _UNEVEN.format(", ".join(map(self._name, done)))
-        return "\n".join(["Status of the ranks:", *lines, remedy])
+        return "\n".join([_KNOWN, *lines, remedy])
 
     def difference(self, ranks: Sequence[int]) -> str | None:
         """Return which of ``ranks`` has started a different transfer than this one, and what; None if none is known.
@@ -238,7 +241,7 @@ def _called_apart(statuses: Sequence[str]) -> str:
     apart = {name for name in methods if name and name not in _OF_LOOP and not name[0].isupper()}
     if not apart or methods == apart:
         return ""
-    return f" {min(apart)}() is collective: call it on all ranks, not under `if rank == 0`."
+    return f"{min(apart)}() is collective: call it on all ranks, not under `if rank == 0`."
 
 
 def _may_be_done(other: str, own: str) -> bool:
@@ -327,6 +330,12 @@ def report(ranks: Sequence[int]) -> str:
     if world not in _reporters:
         return f"Status of the ranks unknown: this rank has built no optimizer yet. The ranks are: {list(ranks)}."
     return _reporters[world].report(ranks)
+
+
+def known_status(ranks: Sequence[int]) -> str:
+    """Return ``report`` on a line of its own, to be appended to a message; nothing if it is unknown. Local."""
+    text = report(ranks)
+    return f"\n{text}" if text.startswith(_KNOWN) else ""
 
 
 def log_difference(ranks: Sequence[int]) -> bool:

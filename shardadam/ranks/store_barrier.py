@@ -11,12 +11,14 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
+from shardadam.ranks import desync
 from shardadam.ranks.agreement import name_ranks
 from shardadam.ranks.store import StoreClient
 
 _LINGER_S = 5.0
 _HEARTBEAT_S = 0.5
-_LOG_S = 30.0
+_FIRST_LOG_S = 10.0
+_LOG_S = 30.0  # between later ones
 _log = logging.getLogger("shardadam")
 
 
@@ -139,7 +141,8 @@ class StoreBarrier:
         """Return ``complete``, or the positions of the missing ranks."""
         verdict_key = self._key("verdict")
         beats: list[int] = []
-        start = alive_at = checked_at = logged_at = time.monotonic()
+        start = alive_at = checked_at = time.monotonic()
+        log_at = start + min(_FIRST_LOG_S, timeout_s / 2)
         pause = 0.001
         while not store.check([verdict_key]):
             if store.check(keys):
@@ -151,12 +154,13 @@ class StoreBarrier:
                 beats = [store.add(f"beats/{rank}", 0) for rank in missing]
                 if before and len(before) == len(beats) and before != beats:
                     alive_at = now
-                if missing and now - logged_at >= min(_LOG_S, timeout_s / 2):
-                    logged_at = now
+                if missing and now >= log_at:
+                    log_at = now + min(_LOG_S, timeout_s / 2)
                     if self.rank == min(set(range(len(keys))) - set(missing)):  # one of those that wait
                         names = name_ranks([self.ranks[rank] for rank in missing])
                         doing = self._doing(store, missing)
-                        _log.warning("%s: waiting for %s, for %.0f s%s.", what, names, now - start, doing)
+                        status = "" if doing else desync.known_status(self.ranks)
+                        _log.warning("%s: waiting for %s, for %.0f s%s.%s", what, names, now - start, doing, status)
                 if missing and now - alive_at >= timeout_s:
                     return store.set_if_missing(verdict_key, " ".join(map(str, missing)))
             time.sleep(pause)
