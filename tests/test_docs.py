@@ -11,7 +11,8 @@ A comment before a block says how:
     shell                 commands; ``needs`` files of the docs, or ``launch``; ``after`` a script, in its directory
     elsewhere: WHY        what runs it instead, or why nothing can
 
-and a block without a language is the output of the shell block before it: all its lines but "..." occur, in order.
+and a block without a language is the output of the shell block before it: all its lines but "..." occur as whole lines,
+in order. Plans for GPUs depend on whether Triton is installed, not on the machine; the extra ``test`` has it.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ ENVIRONMENT = {
     "COLUMNS": "80",
 }
 NOT_RUN = {
-    "README.md": 3,
+    "README.md": 4,
     "checkpoints.md": 1,
-    "index.md": 1,
+    "index.md": 2,
     "integrations.md": 2,
     "launch.md": 2,
     "logging.md": 1,
@@ -278,11 +279,11 @@ def test_commands_run_and_print_what_is_shown(block: Block, tmp_path: Path) -> N
     done = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
     shown = next((other for other in page if other.number == block.number + 1 and not other.language), None)
     if shown is not None:
-        printed = done.stdout
+        printed = done.stdout.splitlines()
         for line in shown.text.splitlines():
             if line.strip() and line.strip() != "...":
                 assert line in printed, f"{line!r} is not, or not there, in\n{done.stdout}"
-                printed = printed.partition(line)[2]
+                printed = printed[printed.index(line) + 1 :]
 
 
 # All blocks

@@ -208,6 +208,8 @@ def _check_clipped(function: str, tensors: Sequence[Tensor]) -> None:
         reducer: Reducer | None = reducer_of(parameter)
         if reducer is not None and (why := reducer.why_not_in_grad(parameter)) is not None:
             _warned.add(function)
+            if function != "get_total_norm" and parameter.grad is None:
+                why += " It clips nothing: unless the optimizer clips, training goes on unclipped."
             if function == "get_total_norm" or reducer.is_first_rank:
                 warnings.warn(f"torch.nn.utils.{function}: {why} {_INSTEAD[function]}", stacklevel=_stacklevel())
             return
