@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardadam import Precision, ShardedAdamW
+from shardadam import Precision, ShardedAdamW, sums
 from shardadam.cli import main
 from shardadam.cli.comparison import KINDS, adamw, fsdp2
 from shardadam.cli.model_source import decoder_of, find_model_source, parse_count
@@ -644,6 +644,15 @@ def test_a_disk_is_measured_and_left_as_it_was(
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     assert main(["plan", *arguments]) == code
     return capsys.readouterr().out
+
+
+def test_gpus_are_planned_alike_without_triton(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine that plans may have torch's CPU build; that with the GPUs has Triton."""
+    with_triton = printed(capsys, "1B", "--ranks", "8", "--moments", "int8")
+    monkeypatch.setattr(sums, "find_spec", lambda _: None)
+    assert printed(capsys, "1B", "--ranks", "8", "--moments", "int8") == with_triton
 
 
 def test_the_text_has_the_decisive_facts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,10 +24,12 @@ def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether Triton kernels work on gradients and parameters of ``dtype`` on ``device``.
 
     Ranks may differ in it, so what ranks exchange and how state is stored must not depend on it. In a process that has
-    not used CUDA, such as a planner, kernels are taken to work.
+    not used CUDA, such as a planner, kernels are taken to work, and on a machine without a GPU also without Triton.
     """
-    if dtype == torch.float64 or device.type not in KERNEL_DEVICES or find_spec("triton") is None:
+    if dtype == torch.float64 or device.type not in KERNEL_DEVICES:
         return False
+    if find_spec("triton") is None:
+        return device.type == "cuda" and not torch.cuda.is_available()
     has_context = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return not has_context or can_launch()
 
