@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -202,6 +203,31 @@ def test_a_save_without_an_optimizer_names_absent_ranks_too(tmp_path: Path) -> N
     (said, seconds, name), (_, _, others_name) = on_ranks(2, save_without_an_optimizer, str(tmp_path))
     assert "rank 1 did not arrive within 1 s" in said and seconds < 3
     assert name == others_name == "step-00000001"
+
+
+def save_alone(directory: str) -> list[str]:
+    rank, _ = rank_and_size()
+    run, said = build(width=40), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("shardadam").addHandler(handler)
+    if rank == 0:
+        try:
+            shardadam.save(directory, step=0, optimizer=run.optimizer, timeout_s=1)
+        except TimeoutError as error:
+            said.append(str(error))
+    logging.getLogger("shardadam").removeHandler(handler)
+    dist.barrier()
+    return said
+
+
+def test_a_save_on_one_rank_tells_where_the_others_are_while_it_waits_and_when_it_ends(tmp_path: Path) -> None:
+    """It named them only, and only after a minute."""
+    said, nothing = on_ranks(2, save_alone, str(tmp_path))
+    assert "waiting for rank 1, for" in said[0] and "did not arrive" in said[-1] and not nothing
+    for message in (said[0], said[-1]):
+        assert "rank 0 (this one): in call 1 of save()" in message and "\n  rank 1: " in message
+        assert "save() is collective: call it on all ranks" in message
 
 
 def arrive_late(directory: str) -> list[str]:

@@ -165,7 +165,7 @@ FAULTS: dict[Callable[[Run], None], str] = {
     stops: r"rank 1: does not answer",
 }
 GONE = (raises, ends, is_killed, sleeps, stops)
-CALLED_APART = r"(?:full_state|full_state_dict|save)\(\)"
+CALLED_APART = r"(?:full_state|full_state_dict|sync_module|save)\(\)"
 AT_ONCE = (consolidates, looks_at_state, broadcasts_buffers)  # over shared memory: ranks announce transfers over Gloo
 
 
@@ -271,7 +271,7 @@ def test_a_fault_ends_on_every_rank_in_an_error_that_names_the_rank(
             assert one.seconds < TIMEOUT_S + 5, what
             if fault in AT_ONCE and transport == "shared_memory":
                 assert "have made different calls" in one.message, what
-            if fault in (consolidates, looks_at_state, saves) and rank == VICTIM:
+            if fault in (consolidates, looks_at_state, broadcasts_buffers, saves) and rank == VICTIM:
                 assert f"{re.findall(CALLED_APART, one.message)[0]} is collective" in one.message, what
             assert f"rank {VICTIM}" in one.message or (fault is saves and "did not arrive" in one.message), what
             assert re.search(FAULTS[fault], one.message), what

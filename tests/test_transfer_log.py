@@ -20,7 +20,8 @@ import torch.distributed as dist
 from shardadam import ShardedAdamW
 from shardadam.ranks import desync, transfer_log
 from shardadam.ranks.transfer_log import Started, TransferLog, difference
-from shardadam.transport import _connect_collective
+from shardadam.transport import NcclTransport, ReduceScatter, _connect_collective, nccl
+from shardadam.transport.base import Staging
 from shardadam.transport.gloo import GlooTransport
 from shardadam.transport.groups import comm_groups
 from tests.parity import build_parameters, quadratic
@@ -112,6 +113,22 @@ def limits_of_waits(backend: str) -> list[Any]:
 def test_only_works_of_gloo_are_waited_for_with_a_limit(backend: str, expected: list[Any]) -> None:
     """Works that are futures refuse a limit: ranks asked each other without pause. Others end their transfer."""
     assert on_ranks(2, limits_of_waits, backend) == [expected] * 2
+
+
+def test_nccl_notes_every_transfer_that_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport: Any = object.__new__(NcclTransport)
+    transport._log, transport._group, transport._exact_sums = TransferLog(), None, False
+    transport.rank, transport.world_size = 0, 2
+    transport._streams = mock.MagicMock()
+    for module, names in ((nccl, ("_all_gather", "_reduce_scatter", "OnStream")), (dist, ("all_reduce", "broadcast"))):
+        for name in names:
+            monkeypatch.setattr(module, name, mock.Mock())
+    staging = Staging(torch.ones(6), None)
+    transport.reduce_scatter(ReduceScatter(staging, 4, torch.zeros(2), scale=1.0, accumulate=False))
+    transport.all_gather(torch.ones(8))
+    transport.all_reduce(torch.ones(3))
+    transport.broadcast(torch.ones(5))
+    assert transport._log.last() == [(1, SUM, 16), (2, GATHER, 32), (3, "all-reduce", 12), (4, "broadcast", 20)]
 
 
 def asks_others() -> bool:
