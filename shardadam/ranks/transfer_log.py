@@ -66,5 +66,10 @@ def difference(mine: Started, theirs: Started) -> tuple[str, str] | None:
     return None
 
 
+def with_article(operation: str) -> str:
+    """Return an operation as it stands in a sentence: ``an all-reduce``, ``a reduce-scatter``."""
+    return f"{'an' if operation[0] == 'a' else 'a'} {operation}"
+
+
 def _described(operation: str, nbytes: int) -> str:
-    return f"{'an' if operation[0] == 'a' else 'a'} {operation} of {nbytes:,} bytes"
+    return f"{with_article(operation)} of {nbytes:,} bytes"

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.ranks import desync
-from shardadam.ranks.transfer_log import log_of
+from shardadam.ranks.transfer_log import log_of, with_article
 from shardadam.transport.base import Pending, ReduceScatter, Staging, Transport, in_memory_order, own_slice
 from shardadam.transport.groups import CommGroups, backend_of_device
 
@@ -112,7 +112,7 @@ class GlooTransport(Transport):
 
     def _start(self, operation: str, collective: Callable[..., Any], *tensors: Tensor, **options: Any) -> Pending:
         self._log.add(operation, tensors[0].nbytes)
-        what = f"{'An' if operation[0] == 'a' else 'A'} {operation}"
+        what = with_article(operation).capitalize()
         with self._explain_errors(what):
             work = collective(*tensors, group=self._group, async_op=True, **options)
         return self._on_host(what, tensors[0].device, [work])

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from shardadam import pages
 from shardadam.ranks import desync
+from shardadam.ranks.transfer_log import with_article
 from shardadam.transport.base import Finished, Pending, ReduceScatter, Staging, Transport, own_slice
 from shardadam.transport.unix_sockets import PeerSockets
 
@@ -66,7 +67,7 @@ class _Operation(IntEnum):
     @property
     def with_article(self) -> str:
         """The name in a sentence: ``an all-reduce``."""
-        return f"{'an' if self.name[0] == 'A' else 'a'} {self.name.lower().replace('_', '-')}"
+        return with_article(self.name.lower().replace("_", "-"))
 
 
 @dataclass(frozen=True, slots=True)
